@@ -1,0 +1,62 @@
+"""A stage's Config -> the loop's parts: members are looked up by name and given what they need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from opdctl.core.context import Context
+from opdctl.core.loop import Parts
+from opdctl.core.routing import routes
+from opdctl.core.update import Term
+from opdctl.registry import member
+from opdctl.settings import Teacher
+
+
+def terms_of(objectives: dict[str, Any]) -> list[Term]:
+    """The objectives of a stage with their weights; those with coefficient 0 are left out."""
+    terms = []
+    for name, config in objectives.items():
+        weights = [member("weights", w)(c) for w, c in config.weights.items()]
+        term = Term(member("objectives", name)(config), config.coef, config.normalise,
+                    masks=[w for w in weights if hasattr(w, "mask")],
+                    gates=[w for w in weights if hasattr(w, "gate")])
+        if config.coef:
+            terms.append(term)
+    return terms
+
+
+def source_of(ctx: Context, model: Any, sources: dict[str, Any]) -> Any:
+    """The one source of a stage."""
+    ((name, config),) = sources.items()
+    return member("sources", name)(config, ctx, model)
+
+
+def reward_of(ctx: Context, reference: str) -> Any:
+    """The verifier, or the outcome model a reference names."""
+    if reference == "verifier":
+        return member("rewards", "verifier")(ctx)
+    return member("rewards", "model")(ctx, reference)
+
+
+def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
+    """Parts of a stage whose student samples: rl and opd."""
+    config = ctx.config
+    terms = terms_of(config.objectives)
+    signals = {n: (c.coef, member("signals", n)(c, ctx))
+               for n, c in config.signals.items() if c.coef}
+    needs = {n for _, s in signals.values() for n in s.needs}
+    for term in terms:
+        needs.update(term.objective.needs, *(w.needs for w in [*term.masks, *term.gates]))
+    rewards = [reward_of(ctx, c.reward) for n, c in config.signals.items()
+               if c.coef and hasattr(c, "reward")]
+    local, route = {}, {}
+    if "teacher.logprobs" in needs:
+        local = {n: (member("teachers", "local")(ctx, model, n, t.model), t.weight)
+                 for n, t in teachers.items()}
+        route = {d: names[0] for d, names in routes(ctx.recipe.domains(ctx.name), teachers).items()}
+    return Parts(
+        source=member("sources", "student")(None, ctx, model), terms=terms, signals=signals,
+        rewards=rewards, teachers=local, route=route,
+        policy_logprobs="policy.logprobs" in needs, temperature=config.sampling.temperature,
+        updates=config.updates_per_rollout, minibatches=config.minibatches,
+    )

@@ -1,0 +1,97 @@
+"""What a running stage knows of its surroundings: folders, seed, data, the stop flag."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opdctl import references
+from opdctl.core import draws
+from opdctl.errors import Interrupted
+from opdctl.recipe import Recipe
+from opdctl.registry import member
+from opdctl.rundir import RunDir
+from opdctl.settings import Runtime
+
+
+@dataclass
+class Context:
+    """One attempt at one stage.
+
+    Attributes:
+        stop: set by a signal; looked at inside sampling, scoring and updates.
+        loop_seconds: time spent in the stage's loop, for the record.
+    """
+
+    run: RunDir
+    recipe: Recipe
+    name: str
+    attempt: int = 1
+    device: str = "cpu"
+    stop: bool = False
+    loop_seconds: float = 0.0
+    _data: dict[str, Any] = field(default_factory=dict)
+    _models: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> Any:
+        return self.recipe.stages[self.name]
+
+    @property
+    def runtime(self) -> Runtime:
+        return self.recipe.runtime
+
+    @property
+    def folder(self) -> Path:
+        return self.run.stage(self.name)
+
+    @property
+    def seed(self) -> int:
+        """H(run seed, stage name), or the seed group's: paired arms share prompts and draws."""
+        return draws.key(self.recipe.seed, getattr(self.config, "seed_group", "") or self.name)
+
+    def check(self) -> None:
+        """Raises Interrupted once a stop was asked for."""
+        if self.stop:
+            raise Interrupted("stopped as asked")
+
+    def path_of(self, reference: str) -> str:
+        """Where transformers finds a referenced model."""
+        parsed = references.parse(reference)
+        if parsed.form == "policy":
+            return self.path_of(self.config.student)
+        return str(self.run.output(parsed.name)) if parsed.form == "stage" else parsed.name
+
+    def frozen(self, reference: str) -> Any:
+        """A frozen model; the ones that name the same place share their weights."""
+        from opdctl.core.models import load
+
+        path = self.path_of(reference)
+        if path not in self._models:
+            model = load(path, dtype=self.runtime.dtype, device=self.device)
+            model.net.requires_grad_(False)
+            self._models[path] = model
+        return self._models[path]
+
+    def data(self, domain: str) -> Any:
+        """The data of a domain, built once."""
+        if domain not in self._data:
+            config = self.recipe.data[domain]
+            self._data[domain] = member("data", config.kind)(config, domain, self.recipe.seed)
+        return self._data[domain]
+
+
+class Clock:
+    """Seconds by phase: rollout, score, train; what is left of the whole is other."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.perf_counter()
+        self.seconds = dict.fromkeys(("rollout", "score", "train", "other"), 0.0)
+
+    def lap(self, phase: str) -> None:
+        """Give the time since the last lap to a phase."""
+        now = time.perf_counter()
+        self.seconds[phase] += now - self.last
+        self.last = now

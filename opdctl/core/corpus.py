@@ -1,0 +1,76 @@
+"""A model from nothing: character tokenizer, chat template, random Qwen3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from opdctl.core import draws
+from opdctl.core.models import Model
+
+BEGIN, ANSWER, END = "<|user|>", "<|assistant|>", "<|end|>"
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m.role == 'user' %}" + BEGIN + "{{ m.content }}"
+    "{% else %}" + ANSWER + "{{ m.content }}" + END + "{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}" + ANSWER + "{% endif %}"
+)
+
+
+def new_tokenizer(texts: list[str]) -> Any:
+    """One token per character of the texts, trained with the tokenizers library.
+
+    Tasks of spelling and digits need characters, so text is split into them before training and
+    no merge can form; the vocabulary is the alphabet and three special tokens.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    trainer = trainers.BpeTrainer(special_tokens=[END, BEGIN, ANSWER], show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=END, chat_template=TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def new_model(ctx) -> Model:
+    """Tokenizer of the stage's data and a randomly initialised Qwen3 of the stage's shape."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    prompts = [p for d in ctx.recipe.domains(ctx.name) for p in ctx.data(d).prompts("train")]
+    alphabet = "".join(sorted({c for p in prompts for c in p.text + p.answer}))
+    digits_and_letters = "0123456789abcdefghijklmnopqrstuvwxyz"     # what corruption may write
+    tokenizer = new_tokenizer([alphabet + digits_and_letters])
+    shape = ctx.config.model
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=shape.hidden, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim, intermediate_size=shape.intermediate,
+        tie_word_embeddings=shape.tied, max_position_embeddings=shape.context,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(draws.key(ctx.seed, "init") % 2**63)
+        net = Qwen3ForCausalLM(config)
+    net = net.to(dtype=getattr(torch, ctx.runtime.dtype), device=ctx.device)
+    return Model(net.train(False), tokenizer, f"stage {ctx.name}")
+
+
+class Whole:
+    """Turns demonstrations into plain text: prompt and answer are both supervised."""
+
+    def __init__(self, source) -> None:
+        self.source = source
+
+    def draw(self, step: int):
+        """The source's rollouts with all but their first token in the response."""
+        rollouts = self.source.draw(step)
+        for rollout in rollouts:
+            ids = [*rollout.prompt_ids, *rollout.response_ids]
+            rollout.prompt_ids, rollout.response_ids = ids[:1], ids[1:]
+        return rollouts

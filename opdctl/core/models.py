@@ -1,0 +1,174 @@
+"""A transformers model as trunk and head, with the few guarantees the mathematics needs.
+
+Logits are fp32 (fp64 for an fp64 model), softcapped as the model says, and -inf on the ids
+beyond the tokenizer's real length: padded rows of the embedding change nothing, anywhere.
+Loading runs no code from a checkpoint and reads no pickle.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opdctl.errors import UsageError
+from opdctl.references import first_difference
+
+_OPTIONS = {"trust_remote_code": False}
+
+
+@dataclass
+class Model:
+    """A causal language model, or a token classifier, and its tokenizer.
+
+    Attributes:
+        net: the transformers module.
+        tokenizer: its tokenizer.
+        name: where it came from, for messages.
+    """
+
+    net: nn.Module
+    tokenizer: Any
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        self.rendered: dict[str, list[int]] = {}
+        self.valid_V = min(len(self.tokenizer), self.net.config.get_text_config().vocab_size)
+        config = self.net.config.get_text_config()
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.parameters = sum(p.numel() for p in self.net.parameters())
+        token = self.tokenizer.eos_token_id
+        if token is None:
+            raise UsageError(f"{self.name}: its tokenizer has no end token")
+        self.eos: int = token
+        pad = self.tokenizer.pad_token_id
+        self.pad: int = token if pad is None else pad
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    @property
+    def head(self) -> nn.Linear:
+        """The language-model head, or the score head of a classifier."""
+        return self.net.score if hasattr(self.net, "score") else self.net.get_output_embeddings()
+
+    def trunk(self, ids_BT: Tensor, **options: Any) -> Any:
+        """The transformer without its head; causal, padding on the right. Hidden is [B, T, D]."""
+        return self.net.base_model(input_ids=ids_BT, **options)
+
+    def logits(self, hidden_ND: Tensor, temperature: float = 1.0) -> Tensor:
+        """Next-token logits [N, V] at a temperature, in at least fp32, invalid ids at -inf."""
+        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+        head = self.head
+        bias = None if head.bias is None else head.bias.to(wide)
+        logits_NV = nn.functional.linear(hidden_ND.to(wide), head.weight.to(wide), bias)
+        if self.softcap:
+            logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
+        if temperature != 1.0:
+            logits_NV = logits_NV / temperature
+        if logits_NV.shape[-1] > self.valid_V:
+            invalid_V = torch.arange(logits_NV.shape[-1], device=logits_NV.device) >= self.valid_V
+            logits_NV = logits_NV.masked_fill(invalid_V, float("-inf"))
+        return logits_NV
+
+    def render(self, text: str) -> list[int]:
+        """Ids of a user turn, up to where the response starts."""
+        if text not in self.rendered:
+            self.rendered[text] = self._render(text)
+        return self.rendered[text]
+
+    def _render(self, text: str) -> list[int]:
+        if self.tokenizer.chat_template:
+            turn = [{"role": "user", "content": text}]
+            encoded = self.tokenizer.apply_chat_template(
+                turn, add_generation_prompt=True, tokenize=True, return_dict=True
+            )
+            return list(encoded["input_ids"])
+        ids = self.tokenizer(text)["input_ids"]
+        return list(ids) or [self.eos]
+
+    def encode(self, answer: str) -> list[int]:
+        """Ids of a response, with the end token."""
+        ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        return [*ids, self.eos]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of a response, special tokens left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def pick_device(wanted: str) -> str:
+    """``auto`` is CUDA if there is one.
+
+    Raises:
+        UsageError: CUDA asked for and not there.
+    """
+    there = torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        raise UsageError("runtime.device is cuda and there is none", "runtime.device=cpu")
+    return "cuda" if there and wanted != "cpu" else "cpu"
+
+
+def load(folder: str, *, dtype: str = "float32", device: str = "cpu", classifier: bool = False):
+    """A model from a folder or a public name (``name@revision``).
+
+    Args:
+        classifier: with one score per token in place of the language-model head; the score
+            starts at zero unless the folder has one.
+
+    Raises:
+        UsageError: it cannot be loaded; says from where and why.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
+    from transformers import AutoTokenizer
+
+    name, _, revision = folder.partition("@") if not Path(folder).is_dir() else (folder, "", "")
+    options = dict(_OPTIONS, **({"revision": revision} if revision else {}))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        config = AutoConfig.from_pretrained(name, **options)
+        kind = AutoModelForCausalLM
+        if classifier:
+            kind, config.num_labels = AutoModelForTokenClassification, 1
+        net = kind.from_pretrained(
+            name, config=config, dtype=getattr(torch, dtype), use_safetensors=True, **options
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = str(error).strip().split("\n")[0]
+        raise UsageError(f"cannot load {folder}: {what}", "is it a folder in Hugging Face format?")
+    if classifier and not any("Classification" in a for a in config.architectures or []):
+        nn.init.zeros_(net.score.weight)
+        if net.score.bias is not None:
+            nn.init.zeros_(net.score.bias)
+    return Model(net.to(device).train(False), tokenizer, folder)
+
+
+def require_same_tokens(student: Model, teacher: Model, where: str) -> None:
+    """Token ids must mean the same on both sides.
+
+    Raises:
+        UsageError: they do not; names the first that differs.
+    """
+    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    difference = first_difference(ours, theirs)
+    if difference:
+        raise UsageError(
+            f"{where}: {teacher.name} and the student {student.name} have different tokenizers: "
+            f"{difference}",
+            "use a teacher of the same tokenizer, or its texts: an sft stage with sources.teacher",
+        )
+
+
+def save(model: Model, folder: Path) -> None:
+    """Write a checkpoint in Hugging Face format, each file synced to disk."""
+    model.net.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())

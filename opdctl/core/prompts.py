@@ -1,0 +1,58 @@
+"""Which prompts a step takes: a pure function of (seed, epoch, position). No state to save.
+
+Each domain has an order of its own per epoch. A step takes each domain's share of ``per_step``,
+rounded so that the totals over all steps are exact, so the cursor is the step's number.
+"""
+
+from __future__ import annotations
+
+import math
+
+from opdctl.core import draws
+from opdctl.errors import UsageError
+from opdctl.types import Prompt
+
+
+class PromptOrder:
+    """The prompts of each step of a stage."""
+
+    def __init__(self, ctx) -> None:
+        prompts = ctx.config.prompts
+        self.per_step, self.samples = prompts.per_step, prompts.samples
+        self.seed, self.ctx = ctx.seed, ctx
+        self.shares = ctx.recipe.domains(ctx.name)
+        self.pools = {d: ctx.data(d).prompts("train") for d in self.shares}
+        empty = [d for d, pool in self.pools.items() if not pool]
+        if empty:
+            raise UsageError(f"data.{empty[0]} has no training prompts")
+        self.orders: dict[tuple[str, int], list[int]] = {}
+
+    def at(self, step: int) -> list[Prompt]:
+        """The ``per_step`` prompts of a step, domains in the recipe's order."""
+        taken = []
+        for domain, start, stop in self._cursors(step):
+            taken += [self._prompt(domain, position) for position in range(start, stop)]
+        return taken
+
+    def _cursors(self, step: int):
+        """(domain, first position, last position + 1) of each domain."""
+        share_above = 0.0
+        last = list(self.shares)[-1]
+        for domain, share in self.shares.items():
+            below = 1.0 if domain == last else share_above + share
+            bounds = [
+                math.floor(s * self.per_step * below + 1e-9)
+                - math.floor(s * self.per_step * share_above + 1e-9)
+                for s in (step, step + 1)
+            ]
+            share_above = below
+            yield domain, *bounds
+
+    def _prompt(self, domain: str, position: int) -> Prompt:
+        pool = self.pools[domain]
+        epoch, place = divmod(position, len(pool))
+        if (domain, epoch) not in self.orders:
+            self.orders = {k: v for k, v in self.orders.items() if k[0] != domain or k[1] == epoch - 1}
+            order = draws.permutation(len(pool), self.seed, "order", domain, epoch)
+            self.orders[domain, epoch] = order.tolist()
+        return pool[self.orders[domain, epoch][place]]

@@ -1,0 +1,46 @@
+"""Questions -> distinct prompts, split in two by a hash of the canonical question.
+
+Training and evaluation prompts can never overlap, whatever the order or the size of the pool:
+which side a question falls on depends on the question alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Literal
+
+from opdctl.types import Prompt
+
+Split = Literal["train", "eval"]
+
+
+def canonical(question: str) -> str:
+    """The question with case and white space levelled: what makes two questions the same."""
+    return " ".join(question.lower().split())
+
+
+def digest(domain: str, question: str) -> str:
+    """16 hex digits for a question of a domain."""
+    text = f"{domain}\x1f{canonical(question)}".encode()
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
+
+
+def side(question: str, eval_share: float) -> Split:
+    """Which side of the split a question is on."""
+    text = hashlib.blake2b(canonical(question).encode(), digest_size=8).digest()
+    return "eval" if int.from_bytes(text, "little") < eval_share * 2**64 else "train"
+
+
+def distinct(prompts: Iterable[Prompt], split: Split, eval_share: float, limit: int = 0):
+    """The first ``limit`` distinct prompts of one side, in order; 0 is all."""
+    seen: set[str] = set()
+    kept: list[Prompt] = []
+    for prompt in prompts:
+        if side(prompt.text, eval_share) != split or prompt.id in seen:
+            continue
+        seen.add(prompt.id)
+        kept.append(prompt)
+        if len(kept) == limit:
+            break
+    return kept

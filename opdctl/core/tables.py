@@ -1,0 +1,61 @@
+"""What file and Hugging Face data share: columns -> prompts, split and verifier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from opdctl.core.questions import Split, digest, distinct
+from opdctl.errors import UsageError
+from opdctl.schema import REQUIRED, did_you_mean, key
+from opdctl.types import Prompt
+
+
+@dataclass(kw_only=True)
+class ColumnKeys:
+    """Keys of every tabular domain."""
+
+    kind: str = key(REQUIRED, "jsonl or hf")
+    prompt_column: str = key("prompt", "column of the question")
+    answer_column: str = key("answer", "column of the reference answer")
+    verifier: Literal["exact", "math"] = key("exact", "exact: equal text; math: math-verify")
+    eval_share: float = key(0.1, "share of questions held out", least=0, most=1)
+    limit: int = key(0, "distinct prompts kept of each side; 0 is all", least=0)
+
+
+class TableData:
+    """Prompts from rows; a subclass says where the rows come from."""
+
+    def __init__(self, config, domain: str, seed: int) -> None:
+        self.config, self.domain = config, domain
+
+    def rows(self, split: Split) -> Iterator[dict]:
+        """Rows of the table."""
+        raise NotImplementedError
+
+    def prompts(self, split: Split) -> list[Prompt]:
+        """Distinct prompts of one side of the split.
+
+        Raises:
+            UsageError: a column is missing; says which there are.
+        """
+        return distinct(map(self._prompt, self.rows(split)), split, self.config.eval_share,
+                        self.config.limit)
+
+    def _prompt(self, row: dict) -> Prompt:
+        for name in (self.config.prompt_column, self.config.answer_column):
+            if name not in row:
+                raise UsageError(f"data.{self.domain}: no column {name!r}",
+                                 did_you_mean(name, map(str, row), "columns:"))
+        text = str(row[self.config.prompt_column])
+        answer = str(row[self.config.answer_column])
+        return Prompt(digest(self.domain, text), self.domain, text, answer, {"answer": answer})
+
+    def score(self, prompt: Prompt, text: str) -> float:
+        """1 if the answer passes the domain's verifier, else 0."""
+        if self.config.verifier == "exact":
+            return float(text.strip() == prompt.answer.strip())
+        from math_verify import parse, verify
+
+        return float(verify(parse(prompt.answer), parse(text)))

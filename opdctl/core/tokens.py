@@ -1,0 +1,101 @@
+"""Ragged sequences <-> rectangles. The only place that shifts or sums along a sequence.
+
+A batch has N supervised tokens, flat, in the order of its sequences. The prediction row of the
+token at position p is position p - 1: the hidden state that predicts it. The token row is p
+itself: the state that has seen it. Nothing outside this module knows either rule.
+
+Suffixes: B sequences, T positions, N supervised tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Packed:
+    """Sequences in one right-padded rectangle. Causal attention never sees the padding.
+
+    Attributes:
+        ids_BT: token ids.
+        target_N: the supervised ids.
+        prediction_N: rows of the flattened [B*T] trunk output that predict them.
+        token_N: rows of the flattened [B*T] trunk output that have seen them.
+        sequence_N: which sequence each belongs to.
+        length_B: supervised tokens of each sequence.
+        positions: tokens that are not padding, for the ledger.
+    """
+
+    ids_BT: Tensor
+    target_N: Tensor
+    prediction_N: Tensor
+    token_N: Tensor
+    sequence_N: Tensor
+    length_B: Tensor
+    positions: int
+
+
+def pack(spans: Sequence[tuple[Sequence[int], int]], pad: int, device="cpu") -> Packed:
+    """Pack ``(ids, start)`` spans; ``ids[start:]`` is supervised. An empty target is allowed.
+
+    Raises:
+        AssertionError: a target without a token of context.
+    """
+    B = len(spans)
+    T = max((len(ids) for ids, _ in spans), default=1)
+    ids_BT = torch.full((B, T), pad, dtype=torch.long)
+    target, token, sequence, lengths = [], [], [], []
+    for b, (ids, start) in enumerate(spans):
+        assert 0 < start <= len(ids), "a target needs one token of context"
+        ids_BT[b, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+        target.extend(ids[start:])
+        token.extend(range(b * T + start, b * T + len(ids)))
+        sequence.extend([b] * (len(ids) - start))
+        lengths.append(len(ids) - start)
+    token_N = torch.tensor(token, dtype=torch.long)
+    packed = Packed(
+        ids_BT=ids_BT,
+        target_N=torch.tensor(target, dtype=torch.long),
+        prediction_N=token_N - 1,
+        token_N=token_N,
+        sequence_N=torch.tensor(sequence, dtype=torch.long),
+        length_B=torch.tensor(lengths, dtype=torch.long),
+        positions=sum(len(ids) for ids, _ in spans),
+    )
+    for name, value in vars(packed).items():
+        if isinstance(value, Tensor):
+            setattr(packed, name, value.to(device))
+    return packed
+
+
+def per_sequence(values_N: Tensor, sequence_N: Tensor, count: int) -> Tensor:
+    """Sum of the tokens of each sequence. Shape [B]."""
+    zeros_B = torch.zeros(count, dtype=values_N.dtype, device=values_N.device)
+    return zeros_B.index_add_(0, sequence_N, values_N)
+
+
+def split(values_N: Tensor, lengths: Sequence[int]) -> list[list[float]]:
+    """One list per sequence, for logs."""
+    return [part.tolist() for part in values_N.detach().cpu().split(list(lengths))]
+
+
+def last_of_each(values_N: Tensor, length_B: Tensor) -> Tensor:
+    """The value at the last supervised token of each sequence; 0 where there is none. Shape [B].
+    """
+    last_B = length_B.cumsum(0) - 1
+    return torch.where(length_B > 0, values_N[last_B.clamp(min=0)], values_N.new_zeros(()))
+
+
+def micro_batches(lengths: Sequence[int], size: int) -> list[tuple[slice, slice]]:
+    """Slices over sequences and over their tokens, ``size`` sequences each; 0 is all at once."""
+    size = size or max(len(lengths), 1)
+    out, token = [], 0
+    for start in range(0, len(lengths), size):
+        part = lengths[start : start + size]
+        out.append((slice(start, start + len(part)), slice(token, token + sum(part))))
+        token += sum(part)
+    return out

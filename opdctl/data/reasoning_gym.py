@@ -1,0 +1,89 @@
+"""Procedural tasks with their own verifiers: reasoning-gym's generators and ``score_answer``.
+
+Its questions carry long boilerplate; for a model of 0.1 M parameters the prompt is a template over
+the item's metadata. The scorer stays reasoning-gym's, and only a score of 1 counts: it gives
+partial credit to near misses.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from opdctl.core.questions import Split, digest, distinct
+from opdctl.errors import UsageError
+from opdctl.schema import REQUIRED, key
+from opdctl.types import Prompt
+
+
+class ReasoningGym:
+    """reasoning-gym tasks: its generators, its verifiers, compact prompts."""
+
+    revision = 1
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Keys of a reasoning-gym domain."""
+
+        kind: str = key(REQUIRED, "reasoning_gym")
+        task: str = key(REQUIRED, "name of the reasoning-gym data set, such as gcd")
+        config: dict[str, Any] = key({}, "its own settings, such as max_value")
+        prompt: str = key("", "template over metadata fields, as in 'gcd {numbers}='; empty: question")
+        answer: Literal["text", "list"] = key("text", "list: a JSON list, written space-separated")
+        items: int = key(4000, "items generated before the split", least=1)
+        eval_share: float = key(0.25, "share of questions held out", least=0, most=1)
+
+    def __init__(self, config: Config, domain: str, seed: int) -> None:
+        import reasoning_gym
+
+        self.config, self.domain = config, domain
+        try:
+            self.dataset = reasoning_gym.create_dataset(
+                config.task, size=config.items, seed=seed, **config.config
+            )
+        except (TypeError, ValueError, AssertionError) as error:
+            raise UsageError(f"data.{domain}: reasoning-gym refuses it: {error}") from error
+
+    def prompts(self, split: Split) -> list[Prompt]:
+        """Distinct prompts of one side of the split."""
+        return distinct((self._prompt(self.dataset[i]) for i in range(self.config.items)), split,
+                        self.config.eval_share)
+
+    def _prompt(self, item: dict) -> Prompt:
+        text = item["question"]
+        if self.config.prompt:
+            try:
+                text = Fields().vformat(self.config.prompt, (), item["metadata"])
+            except KeyError as error:
+                known = ", ".join(k for k in item["metadata"] if not k.startswith("source"))
+                raise UsageError(
+                    f"data.{self.domain}.prompt: no field {error}", f"fields: {known}"
+                ) from None
+        answer = item["answer"]
+        if self.config.answer == "list":
+            answer = " ".join(map(str, json.loads(answer.replace("'", '"'))))
+        return Prompt(digest(self.domain, text), self.domain, text, answer, item)
+
+    def score(self, prompt: Prompt, text: str) -> float:
+        """1 if reasoning-gym's scorer gives full marks, else 0."""
+        answer = text.strip()
+        if self.config.answer == "list":
+            answer = json.dumps(answer.split())
+        try:
+            return float(self.dataset.score_answer(answer, entry=prompt.item) == 1.0)
+        except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, OverflowError):
+            return 0.0      # some scorers raise on an answer they cannot read
+
+
+class Fields(string.Formatter):
+    """``{field}`` only: no attributes, no indexing. A list reads space-separated."""
+
+    def get_field(self, name, args, kwargs):
+        return kwargs[name], name
+
+    def format_field(self, value, spec):
+        if isinstance(value, list | tuple):
+            return " ".join(map(str, value))
+        return format(value, spec)

@@ -1,0 +1,117 @@
+"""Batched sampling with a KV cache through transformers, with the sampler's own log-probs.
+
+Draw t of a sample is an inverse CDF in float64 at the sample's own counter-based number, so its
+tokens do not depend on the batch it happens to be in. The whole distribution is sampled: no
+top-k, no top-p, so the log-probs are those of what was drawn from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from opdctl.core import draws
+
+
+@dataclass
+class Sample:
+    """One response.
+
+    Attributes:
+        ids: its tokens, with the end token if it came to one.
+        logprobs: of each token under the distribution sampled from.
+        truncated: cut at the limit.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    truncated: bool
+
+
+class Transformers:
+    """Sampling in this process with the weights as they stand; nothing to publish."""
+
+    def __init__(self, model, wave: int, check: Callable[[], None] = lambda: None) -> None:
+        self.model, self.wave, self.check = model, wave, check
+
+    def generate(self, prompts: list[list[int]], keys: list[int], *, temperature: float,
+                 max_tokens: int) -> list[Sample]:
+        """One sample for each prompt and key.
+
+        Args:
+            prompts: token ids; ragged.
+            keys: 64 bits each; they determine the draws.
+
+        Raises:
+            Interrupted: the stop flag was seen, at any token.
+        """
+        samples: list[Sample] = []
+        for start in range(0, len(prompts), self.wave):
+            part = slice(start, start + self.wave)
+            samples += self._wave(prompts[part], np.array(keys[part], np.uint64), temperature,
+                                  max_tokens)
+        return samples
+
+    def _wave(self, prompts, keys_B, temperature, max_tokens) -> list[Sample]:
+        import torch
+        from transformers import DynamicCache
+
+        model, device = self.model, self.model.device
+        B, T = len(prompts), max(map(len, prompts))
+        ids_BT = torch.full((B, T), model.pad, dtype=torch.long)
+        pads = [T - len(p) for p in prompts]
+        for b, prompt in enumerate(prompts):
+            ids_BT[b, pads[b]:] = torch.tensor(prompt)
+        ids_BT, pad_B = ids_BT.to(device), torch.tensor(pads, device=device)
+        seen_BT = torch.arange(T + max_tokens, device=device) >= pad_B[:, None]
+        causal_TT = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+        mask = (seen_BT[:, None, None, :T] & causal_TT) | torch.eye(T, dtype=torch.bool,
+                                                                  device=device)
+        position_BT = (torch.arange(T, device=device) - pad_B[:, None]).clamp(min=0)
+        cache = DynamicCache(config=model.net.config)
+        tokens, logprobs, alive_B = [], [], np.ones(B, bool)
+        with torch.inference_mode():
+            for t in range(max_tokens):
+                self.check()
+                hidden = model.net.base_model(
+                    input_ids=ids_BT, attention_mask=mask, position_ids=position_BT,
+                    past_key_values=cache, use_cache=True,
+                ).last_hidden_state[:, -1]
+                logits_BV = model.logits(hidden, temperature)
+                token_B, logprob_B = draw(logits_BV, draws.uniform(keys_B, t))
+                tokens.append(token_B.cpu().numpy())
+                logprobs.append(logprob_B.cpu().numpy())
+                alive_B &= tokens[-1] != model.eos
+                if not alive_B.any():
+                    break
+                ids_BT = token_B[:, None]
+                mask = seen_BT[:, None, None, : T + t + 1]
+                position_BT = position_BT[:, -1:] + 1
+        return cut(np.stack(tokens, 1), np.stack(logprobs, 1), model.eos)
+
+
+def draw(logits_BV, uniform_B: np.ndarray):
+    """Inverse CDF in float64: the first id whose cumulative probability exceeds the draw.
+
+    Returns:
+        Ids [B] and their log-probs [B] in the logits' precision.
+    """
+    import torch
+
+    cdf_BV = logits_BV.double().softmax(-1).cumsum(-1)
+    point_B1 = torch.from_numpy(uniform_B).to(logits_BV.device)[:, None] * cdf_BV[:, -1:]
+    token_B = torch.searchsorted(cdf_BV, point_B1, right=True)[:, 0]
+    token_B = token_B.clamp(max=logits_BV.shape[-1] - 1)
+    logprob_B = logits_BV.gather(-1, token_B[:, None])[:, 0] - logits_BV.logsumexp(-1)
+    return token_B, logprob_B
+
+
+def cut(tokens_BT: np.ndarray, logprobs_BT: np.ndarray, eos: int) -> list[Sample]:
+    """Cut each row after its first end token; without one it is truncated."""
+    samples = []
+    for row, logprobs in zip(tokens_BT.tolist(), logprobs_BT.tolist(), strict=True):
+        end = row.index(eos) + 1 if eos in row else len(row)
+        samples.append(Sample(row[:end], logprobs[:end], eos not in row))
+    return samples

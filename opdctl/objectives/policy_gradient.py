@@ -1,0 +1,48 @@
+"""Policy gradient on the advantage, with PPO's asymmetric clip where it can act.
+
+Loss of a token: -min(r A, clip(r, 1 - low, 1 + high) A), r = pi / pi_old (PPO, arXiv 1707.06347;
+two bounds as in DAPO, arXiv 2503.14476, and GLM-5 Eq. 1). Without a clip it is -A log pi, whose
+gradient equals that of the ratio form on the first update of a batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdctl.schema import key
+from opdctl.settings import ObjectiveConfig
+
+
+class PolicyGradient:
+    """-A log pi, or PPO's clipped ratio."""
+
+    revision = 1
+    needs = ("advantage",)
+    rows = "prediction"
+
+    @dataclass(kw_only=True)
+    class Config(ObjectiveConfig):
+        """Keys of policy_gradient."""
+
+        clip_low: float = key(0.0, "the ratio is cut below 1 - clip_low; 0 with clip_high 0: no clip",
+                              least=0, most=1)
+        clip_high: float = key(0.0, "the ratio is cut above 1 + clip_high", least=0)
+
+    def __init__(self, config) -> None:
+        self.config = config
+        if config.clip_low or config.clip_high:
+            self.needs = ("advantage", "policy.logprobs")
+
+    def loss(self, view):
+        """Shape [C]."""
+        import torch
+
+        log_policy_CV = view.logits_CV.detach().log_softmax(-1)
+        plogp_CV = torch.where(log_policy_CV > -torch.inf, log_policy_CV.exp() * log_policy_CV, 0.0)
+        view.log("entropy", -plogp_CV.sum(-1))
+        if not (self.config.clip_low or self.config.clip_high):
+            return -view["advantage"] * view.logprob_C
+        ratio_C = (view.logprob_C - view["policy"]).exp()
+        bounded_C = ratio_C.clamp(1 - self.config.clip_low, 1 + self.config.clip_high)
+        view.log("clipped", (bounded_C != ratio_C).float())
+        return -torch.minimum(ratio_C * view["advantage"], bounded_C * view["advantage"])

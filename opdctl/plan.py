@@ -1,0 +1,167 @@
+"""Recipe and run directory -> what would run, and why. Pure: it reads records and writes nothing.
+
+A fingerprint hashes what can change a stage's result: its semantic keys, the revisions of its kind
+and members, its data, the seed, and its inputs' fingerprints. Never source files, never times.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from opdctl import references
+from opdctl.recipe import Recipe
+from opdctl.registry import member
+from opdctl.rundir import RunDir
+from opdctl.schema import flatten, with_role
+from opdctl.schema import references as refs_of
+
+
+@dataclass
+class Planned:
+    """What happens to one stage.
+
+    Attributes:
+        action: run, resume, skip, rerun or blocked.
+        reasons: why, in words.
+    """
+
+    name: str
+    kind: str
+    action: str
+    reasons: list[str]
+    upstream: list[str]
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+def semantic(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """Every key that can change the stage's result, as plain mappings."""
+    config = recipe.stages[stage]
+    domains = {d: with_role(recipe.data[d], "semantic") for d in recipe.domains(stage)}
+    return {
+        "stage": with_role(config, "semantic"),
+        "data": domains,
+        "seed": recipe.seed,
+        "runtime": with_role(recipe.runtime, "semantic"),
+    }
+
+
+def revisions(recipe: Recipe, stage: str) -> dict[str, int]:
+    """Revision of the stage's kind and of every member it names."""
+    config = recipe.stages[stage]
+    found = {f"stages/{config.kind}": member("stages", config.kind).revision}
+    for domain in recipe.domains(stage):
+        kind = recipe.data[domain].kind
+        found[f"data/{kind}"] = member("data", kind).revision
+
+    def walk(node: Any) -> None:
+        for f in dataclasses.fields(node):
+            value = getattr(node, f.name)
+            family = f.metadata.get("family")
+            if family:
+                for name, entry in value.items():
+                    found[f"{family}/{name}"] = member(family, name).revision
+                    walk(entry)
+            elif dataclasses.is_dataclass(value):
+                walk(value)
+
+    walk(config)
+    return dict(sorted(found.items()))
+
+
+def fingerprints(recipe: Recipe) -> dict[str, str]:
+    """Stage -> 16 hex digits. Stages that are skipped or reused keep theirs."""
+    found: dict[str, str] = {}
+    for stage in recipe.order():
+        inputs = {}
+        for dotted, text in refs_of(recipe.stages[stage]):
+            ref = references.parse(text)
+            if ref.form == "stage":
+                inputs[dotted] = found[ref.name]
+            elif ref.form == "folder":
+                inputs[dotted] = (references.origin(ref.name) or {}).get("fingerprint", ref.name)
+        name = getattr(recipe.stages[stage], "seed_group", "") or stage
+        content = [semantic(recipe, stage), revisions(recipe, stage), inputs, name]
+        text = json.dumps(content, sort_keys=True)
+        found[stage] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return found
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """``key: old -> new`` of every leaf that differs."""
+    a, b = flatten(old), flatten(new)
+    return [
+        f"{k}: {a.get(k, '(not set)')!r} -> {b.get(k, '(not set)')!r}"
+        for k in sorted(a.keys() | b.keys())
+        if a.get(k) != b.get(k)
+    ]
+
+
+def plan(recipe: Recipe, run: RunDir | None = None, only: str = "") -> list[Planned]:
+    """One entry per stage, in the order they would run.
+
+    Args:
+        run: a run directory to continue or reuse; None plans from nothing.
+        only: leave out what this stage does not need.
+    """
+    prints = fingerprints(recipe)
+    wanted = needed(recipe, only) if only else set(recipe.stages)
+    out: list[Planned] = []
+    changed: set[str] = set()
+    for stage in recipe.order():
+        if stage not in wanted:
+            continue
+        above = recipe.upstream(stage)
+        record = run.record(stage) if run else {}
+        action, reasons = _action(recipe, stage, prints, record, run, changed & set(above))
+        if action in ("run", "rerun", "resume"):
+            changed.add(stage)
+        out.append(Planned(stage, recipe.stages[stage].kind, action, reasons, above))
+    return out
+
+
+def _action(recipe, stage, prints, record, run, changed) -> tuple[str, list[str]]:
+    missing = [
+        ref.name for _, text in refs_of(recipe.stages[stage])
+        if (ref := references.parse(text)).form == "folder"
+        and not (references.Reference("", ref.name) and _is_model(ref.name))
+    ]
+    if missing:
+        return "blocked", [f"no model in {missing[0]}"]
+    if not record:
+        return "run", ["not started"]
+    if record.get("fingerprint") != prints[stage]:
+        reasons = differences(record.get("semantic", {}), semantic(recipe, stage))
+        reasons += [f"revision of {line}" for line in
+                    differences(record.get("revisions", {}), revisions(recipe, stage))]
+        return "rerun", reasons or [f"its input {name} changed" for name in sorted(changed)] or [
+            "an input changed"]
+    if record.get("status") == "done":
+        return "skip", ["done"]
+    steps = [int(p.name[5:]) for p in (run.stage(stage) / "checkpoints").glob("step-*")]
+    if steps:
+        return "resume", [f"{record['status']} in step {max(steps)}"]
+    return "run", [f"{record['status']} before its first checkpoint"]
+
+
+def _is_model(folder: str) -> bool:
+    from pathlib import Path
+
+    return (Path(folder) / "config.json").is_file()
+
+
+def needed(recipe: Recipe, stage: str) -> set[str]:
+    """A stage and everything it reads, directly or not."""
+    found: set[str] = set()
+    waiting = [stage]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += recipe.upstream(name)
+    return found

@@ -1,0 +1,60 @@
+"""Family and file name -> class. The file name is the registration.
+
+``signals/reverse_kl.py`` is the member ``reverse_kl`` of the family ``signals``; it defines one
+class named after the file (``ReverseKl``) with a nested ``Config``. A member is imported when
+asked for, and declares its Config without importing torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from functools import lru_cache
+from importlib import resources
+
+from opdctl.errors import UsageError
+from opdctl.schema import did_you_mean
+
+FAMILIES = {
+    "stages": "what a recipe is made of",
+    "data": "where prompts, answers and their verifier come from",
+    "sources": "where a trajectory comes from",
+    "engines": "response ids with the sampler's own log-probs",
+    "rewards": "one number per rollout",
+    "teachers": "scores for a request",
+    "signals": "per-token credit, no gradient, larger is better",
+    "objectives": "per-token loss with a gradient",
+    "weights": "per-token factor, no gradient",
+}
+
+
+@lru_cache
+def members(family: str) -> tuple[str, ...]:
+    """Names of the members of a family, sorted."""
+    folder = resources.files("opdctl") / family
+    names = (entry.name for entry in folder.iterdir())
+    return tuple(sorted(n[:-3] for n in names if n.endswith(".py") and not n.startswith("_")))
+
+
+def member(family: str, name: str) -> type:
+    """The class of a member.
+
+    Raises:
+        UsageError: no such member; names the nearest.
+    """
+    if name not in members(family):
+        raise UsageError(
+            f"no member {name!r} in {family}/", did_you_mean(name, members(family), "one of")
+        )
+    module = importlib.import_module(f"opdctl.{family}.{name}")
+    return getattr(module, class_name(name))
+
+
+def class_name(name: str) -> str:
+    """``reverse_kl`` -> ``ReverseKl``."""
+    return "".join(part.capitalize() for part in name.split("_"))
+
+
+def first_line(cls: type) -> str:
+    """The first line of a member's docstring: what ``opdctl ls`` prints."""
+    return (inspect.getdoc(cls) or "").split("\n", 1)[0]

@@ -1,0 +1,35 @@
+"""Reward from a trained outcome model: its probability that the whole answer is right."""
+
+from __future__ import annotations
+
+from opdctl.core.tokens import last_of_each, micro_batches, pack
+
+
+class Model:
+    """The probability an outcome reward model (stage kind orm) gives the whole answer."""
+
+    revision = 1
+
+    def __init__(self, ctx, reference: str) -> None:
+        from opdctl.core.models import load
+
+        self.ctx = ctx
+        self.model = load(ctx.path_of(reference), dtype=ctx.runtime.dtype, device=ctx.device,
+                          classifier=True)
+        self.model.net.requires_grad_(False)
+
+    def score(self, rollouts) -> None:
+        """Sets ``reward`` of every rollout to a probability in (0, 1)."""
+        import torch
+
+        spans = [((*r.prompt_ids, *r.response_ids), len(r.prompt_ids)) for r in rollouts]
+        lengths = [len(r.response_ids) for r in rollouts]
+        with torch.no_grad():
+            for sequences, _ in micro_batches(lengths, self.ctx.runtime.micro_batch):
+                self.ctx.check()
+                packed = pack(spans[sequences], self.model.pad, self.model.device)
+                hidden = self.model.trunk(packed.ids_BT).last_hidden_state.flatten(0, 1)
+                score_N = self.model.head(hidden[packed.token_N])[:, 0].float()
+                right_B = last_of_each(score_N, packed.length_B).sigmoid().tolist()
+                for rollout, right in zip(rollouts[sequences], right_B, strict=True):
+                    rollout.reward = right

@@ -1,0 +1,222 @@
+"""The run directory: layout, locks, atomic writes, stage records. Only this module writes them.
+
+A stage is done only when its ``stage.json`` says so; that file is written last and atomically, so
+a folder that exists means nothing. Locks are OS locks: they die with their holder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from opdctl.errors import BusyError, UsageError
+
+VOLATILE = ("seconds", "time", "attempt", "host", "memory_mib")
+
+
+class RunDir:
+    """One run directory."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def stage(self, name: str) -> Path:
+        return self.path / "stages" / name
+
+    def output(self, name: str) -> Path:
+        return self.stage(name) / "output"
+
+    def record(self, name: str) -> dict:
+        """The stage's record; empty before its first attempt."""
+        return read_json(self.stage(name) / "stage.json") or {}
+
+    def manifest(self) -> dict:
+        """``run.json``.
+
+        Raises:
+            UsageError: this is not a run directory.
+        """
+        manifest = read_json(self / "run.json")
+        if manifest is None:
+            raise UsageError(
+                f"{self.path} is not a run directory (no run.json)",
+                "`opdctl ls runs` lists them" if self.path.is_dir() else "no such folder",
+            )
+        return manifest
+
+    def is_set(self) -> bool:
+        """Whether it holds one run per seed."""
+        return bool((read_json(self / "run.json") or {}).get("seeds"))
+
+    def runs(self) -> list[RunDir]:
+        """The runs in it: itself, or one per seed."""
+        seeds = self.manifest().get("seeds")
+        return [RunDir(self / f"seed-{s}") for s in seeds] if seeds else [self]
+
+
+def new_name(recipe: str) -> str:
+    """``mimo-20261120-101500-3f2a``."""
+    return f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def create(path: Path) -> RunDir:
+    """A new, empty run directory.
+
+    Raises:
+        UsageError: it exists and is not empty, or cannot be written.
+    """
+    if path.is_dir() and any(path.iterdir()):
+        known = (path / "run.json").is_file()
+        raise UsageError(
+            f"{path} exists" + ("" if known else " and is not a run directory"),
+            f"opdctl resume {path}    continues it\n"
+            f"  --from {path} --out OTHER    starts a new run that reuses its finished stages\n"
+            "  --out OTHER    starts afresh" if known else "choose another --out",
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}", "choose another --out") from None
+    return RunDir(path)
+
+
+def sync_file(path: Path) -> None:
+    """Force a file, or the entries of a folder, to disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def commit_folder(part: Path, place: Path) -> None:
+    """Rename a finished folder into place and make that durable; an old one there is replaced."""
+    sync_file(part)
+    if place.exists():
+        old = place.with_name(f".{place.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        place.rename(old)
+        part.rename(place)
+        shutil.rmtree(old)
+    else:
+        part.rename(place)
+    sync_file(place.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all, durably."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
+    sync_file(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all, durably. Non-finite numbers become null."""
+    write_text(path, json.dumps(finite(content), indent=1) + "\n")
+
+
+def finite(content: Any) -> Any:
+    """The same content with null for every number JSON cannot say."""
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    if isinstance(content, dict):
+        return {k: finite(v) for k, v in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(v) for v in content]
+    return content
+
+
+def read_json(path: Path) -> Any:
+    """The content; None where there is no readable JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a metrics file, the last attempt of each step, in the order of steps.
+
+    A line that a kill cut short is left out: its step was repeated.
+    """
+    rows: dict[Any, dict] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]
+
+
+@contextlib.contextmanager
+def lock(path: Path, what: str, wait: float = 2.0) -> Iterator[None]:
+    """Hold an OS lock on ``path``.
+
+    Raises:
+        BusyError: another process holds it after ``wait`` seconds; says which.
+        UsageError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from None
+    try:
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    holder = os.pread(fd, 200, 0).decode(errors="replace").strip()
+                    raise BusyError(f"{what} is in use by {holder or 'another process'}",
+                                    "wait for it, or stop that process") from None
+                time.sleep(0.05)
+        os.ftruncate(fd, 0)
+        start = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()} since {start}".encode(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+def held(path: Path) -> bool:
+    """Whether another process holds the lock."""
+    try:
+        fd = os.open(path, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(fd)

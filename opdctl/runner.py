@@ -1,0 +1,176 @@
+"""Carry out a plan: each stage in a process of its own, independent stages side by side.
+
+The parent never imports torch. On a CPU a stage is forked from a server that has imported torch
+and transformers and done nothing else; on a GPU it is spawned. A failed stage stops what depends
+on it; the others finish. SIGINT and SIGTERM are passed on, and each stage commits a checkpoint.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from opdctl.errors import EXIT_INTERRUPTED, EXIT_USAGE
+from opdctl.plan import Planned, plan
+from opdctl.recipe import Recipe
+from opdctl.rundir import RunDir
+
+
+@dataclass
+class Job:
+    """One run to carry out."""
+
+    run: RunDir
+    recipe: Recipe
+    planned: list[Planned]
+    status: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, run: RunDir, recipe: Recipe, only: str = "") -> Job:
+        """A job for what is not done yet."""
+        planned = plan(recipe, run, only)
+        return cls(run, recipe, planned,
+                   {p.name: "done" if p.action == "skip" else "pending" for p in planned})
+
+
+@dataclass
+class Outcome:
+    """How it ended.
+
+    Attributes:
+        code: 0, or the exit code of what went wrong first.
+        failed: (run, stage) of each failure.
+        wall: seconds from start to end.
+        idle: seconds in which no stage was in its process.
+    """
+
+    code: int = 0
+    failed: list[tuple[RunDir, str]] = field(default_factory=list)
+    wall: float = 0.0
+    idle: float = 0.0
+
+
+def slots(recipe: Recipe) -> int:
+    """Stages to run at once."""
+    return recipe.runtime.jobs or max(1, len(os.sched_getaffinity(0)) // recipe.runtime.threads)
+
+
+def carry_out(jobs: list[Job], watch: Callable[[list[Job]], None]) -> Outcome:
+    """Run every pending stage of every job, ``slots`` at a time.
+
+    Args:
+        watch: called about ten times a second with the jobs, to show progress.
+    """
+    outcome, start = Outcome(), time.monotonic()
+    launcher = _Launcher(jobs[0].recipe)
+    running: dict[tuple[int, str], _Process] = {}
+    stopping = False
+
+    def ask(*_) -> None:
+        nonlocal stopping
+        stopping = True
+        for process in running.values():
+            process.stop()
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        last = time.monotonic()
+        while True:
+            if not stopping:
+                for index, job in enumerate(jobs):
+                    for stage in _ready(job):
+                        if len(running) < slots(jobs[0].recipe):
+                            job.status[stage] = "running"
+                            running[index, stage] = launcher.start(job.run, stage)
+            if not running:
+                break
+            time.sleep(0.02)
+            outcome.idle += (time.monotonic() - last) if not running else 0.0
+            last = time.monotonic()
+            for (index, stage), process in list(running.items()):
+                code = process.poll()
+                if code is None:
+                    continue
+                del running[index, stage]
+                _note(jobs[index], stage, code, outcome)
+            watch(jobs)
+    finally:
+        for process in running.values():
+            process.kill()
+        for number, action in before.items():
+            signal.signal(number, action)
+    if stopping and not outcome.failed:
+        outcome.code = EXIT_INTERRUPTED
+    outcome.wall = time.monotonic() - start
+    return outcome
+
+
+def _ready(job: Job) -> list[str]:
+    done = {s for s, status in job.status.items() if status == "done"}
+    return [p.name for p in job.planned
+            if job.status[p.name] == "pending" and set(p.upstream) <= done]
+
+
+def _note(job: Job, stage: str, code: int, outcome: Outcome) -> None:
+    if code == 0:
+        job.status[stage] = "done"
+    elif code == EXIT_INTERRUPTED:
+        job.status[stage] = "interrupted"
+    else:
+        job.status[stage] = "failed"
+        outcome.failed.append((job.run, stage))
+        outcome.code = code if code in (1, EXIT_USAGE, 4) else 1
+
+
+class _Process:
+    """A forked or spawned worker."""
+
+    def __init__(self, process) -> None:
+        self.process = process
+        self.pid = process.pid
+
+    def poll(self) -> int | None:
+        if isinstance(self.process, subprocess.Popen):
+            return self.process.poll()
+        return self.process.exitcode
+
+    def stop(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+class _Launcher:
+    """Starts workers: forked on a CPU, spawned otherwise."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(recipe.runtime.threads))
+        self.forking = recipe.runtime.device == "cpu" or (
+            recipe.runtime.device == "auto" and not os.path.exists("/dev/nvidiactl")
+        )
+        if self.forking:
+            self.context = multiprocessing.get_context("forkserver")
+            self.context.set_forkserver_preload(["opdctl.warm"])
+
+    def start(self, run: RunDir, stage: str) -> _Process:
+        from opdctl.worker import child
+
+        log = run / "logs" / "latest"
+        if self.forking:
+            process = self.context.Process(target=child, args=(str(run.path), stage, str(log)))
+            process.start()
+            return _Process(process)
+        with open(log, "ab") as file:
+            command = [sys.executable, "-m", "opdctl.worker", str(run.path), stage,
+                       "--follow-stdin"]
+            return _Process(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file,
+                                             stderr=file))

@@ -1,0 +1,107 @@
+"""The keys that several stage kinds share. No torch, no logic.
+
+Each stage kind's own Config stands in ``stages/``; each member's in its family.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from opdctl.schema import REQUIRED, key
+
+
+@dataclass(kw_only=True)
+class Optim:
+    """AdamW and its schedule."""
+
+    lr: float = key(1e-3, "peak learning rate", least=0.0)
+    schedule: Literal["constant", "linear", "cosine"] = key("constant", "shape after the warm-up")
+    warmup: int = key(0, "steps of linear warm-up", least=0)
+    final: float = key(0.1, "share of lr left at the last step (linear, cosine)", least=0, most=1)
+    weight_decay: float = key(0.0, "decoupled; on matrices only", least=0.0)
+    beta1: float = key(0.9, "decay of the first moment", least=0, most=1)
+    beta2: float = key(0.95, "decay of the second moment", least=0, most=1)
+    eps: float = key(1e-8, "added to the root of the second moment", least=0.0)
+    clip_norm: float = key(1.0, "largest gradient norm; 0 does not clip", least=0.0)
+
+
+@dataclass(kw_only=True)
+class Sampling:
+    """How responses are drawn: the whole distribution, so that log-probs are exact."""
+
+    temperature: float = key(1.0, "divides the logits, in sampler and loss alike", least=1e-3)
+    max_tokens: int = key(32, "longest response, in tokens", least=1)
+
+
+@dataclass(kw_only=True)
+class Prompts:
+    """Which prompts a step takes. Order is a pure function of seed, epoch and position."""
+
+    domains: dict[str, float] = key({}, "domain: share of each step; empty is all, equally")
+    per_step: int = key(32, "prompts a step", least=1)
+    samples: int = key(1, "responses per prompt (the group, G)", least=1)
+
+
+@dataclass(kw_only=True)
+class Teacher:
+    """One teacher. ``NAME: REF`` is short for ``NAME: {model: REF}``."""
+
+    model: str = key(REQUIRED, "stage:NAME, a folder, a public name, or policy (own start)", ref=True)
+    serves: dict[str, bool] = key({}, "domain: true; empty is the domain of the teacher's name")
+    weight: float = key(1.0, "factor of its signal", least=0.0)
+
+
+@dataclass(kw_only=True)
+class SignalConfig:
+    """Keys of every signal."""
+
+    coef: float = key(1.0, "factor of this signal in the advantage; 0 turns it off")
+
+
+@dataclass(kw_only=True)
+class ObjectiveConfig:
+    """Keys of every objective."""
+
+    coef: float = key(1.0, "factor of this objective in the loss; 0 turns it off")
+    normalise: Literal["seq_mean", "token_mean"] = key(
+        "seq_mean", "seq_mean: 1/|y| per response, then the mean over responses"
+    )
+    weights: dict = key({}, "per-token factors", family="weights")
+
+
+@dataclass(kw_only=True)
+class StageConfig:
+    """Keys of every stage."""
+
+    kind: str = key(REQUIRED, "the stage's kind; `opdctl ls stages` lists them")
+
+
+@dataclass(kw_only=True)
+class TrainConfig(StageConfig):
+    """Keys of every stage that trains."""
+
+    steps: int = key(100, "optimizer steps", least=1)
+    prompts: Prompts = key(Prompts(), "which prompts")
+    optim: Optim = key(Optim(), "optimizer")
+    seed_group: str = key("", "stages with one name here share prompts and draws (paired arms)")
+
+
+@dataclass(kw_only=True)
+class Runtime:
+    """How a run is carried out, whatever the recipe."""
+
+    threads: int = key(1, "CPU threads of a stage", role="numeric", least=1)
+    jobs: int = key(0, "stages at once; 0 is one per thread-group of cores", role="operational",
+                    least=0)
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "auto takes CUDA if there", role="numeric")
+    dtype: Literal["float32", "bfloat16", "float64"] = key("float32", "parameters and activations")
+    wave: int = key(512, "responses sampled at once", role="numeric", least=1)
+    micro_batch: int = key(0, "sequences per forward pass in an update; 0 is all", role="numeric",
+                           least=0)
+    chunk_mib: int = key(256, "memory for the logits of one chunk, MiB", role="numeric", least=1)
+    checkpoint_every: int = key(20, "steps between checkpoints", role="operational", least=1)
+    keep_checkpoints: int = key(2, "newest ones kept", role="operational", least=1)
+    log_rollouts_every: int = key(20, "steps between rollout logs; 0 is never",
+                                  role="operational", least=0)
+    log_rollouts: int = key(16, "rollouts in each log", role="operational", least=1)

@@ -1,0 +1,36 @@
+"""Sampled-token reverse KL as credit: sg[log T - log S] at the token that was sampled.
+
+MiMo-V2-Flash (arXiv 2601.02780) Eq. 8, GLM-5 (arXiv 2602.15763) Eq. 2. Its expectation over the
+student's own next token is -KL(S || T), so as an advantage it gives the reverse-KL gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdctl.schema import key
+from opdctl.settings import SignalConfig
+
+
+class ReverseKl:
+    """log T - log S at the sampled token: the teacher's approval of each token."""
+
+    revision = 1
+    needs = ("teacher.logprobs", "policy.logprobs")
+
+    @dataclass(kw_only=True)
+    class Config(SignalConfig):
+        """Keys of reverse_kl."""
+
+        clip: float = key(0.0, "largest absolute value of a token (MOPD paper: 5); 0 does not clip",
+                          least=0.0)
+
+    def __init__(self, config, ctx) -> None:
+        self.config = config
+
+    def credit(self, step):
+        """Shape [N]; zero where teacher and student agree."""
+        credit_N = step.columns["teacher"] - step.columns["policy"]
+        if self.config.clip:
+            credit_N = credit_N.clamp(-self.config.clip, self.config.clip)
+        return credit_N * step.columns["teacher_weight"]

@@ -1,0 +1,27 @@
+"""On-policy rollouts: the student samples from its current weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdctl.core.prompts import PromptOrder
+from opdctl.core.sampling import sample_group
+
+
+class Student:
+    """Responses of the model being trained, at its current weights."""
+
+    revision = 1
+
+    @dataclass(kw_only=True)
+    class Config:
+        """No keys: what is sampled stands in ``prompts`` and ``sampling``."""
+
+    def __init__(self, config, ctx, model) -> None:
+        self.ctx, self.model = ctx, model
+        self.order = PromptOrder(ctx)
+        self.parameters = model.parameters
+
+    def draw(self, step: int):
+        """All rollouts of a step: ``per_step`` prompts x ``samples``."""
+        return sample_group(self.ctx, self.model, self.order.at(step), step, "student")

@@ -1,0 +1,54 @@
+"""Accuracy of one model on held-out prompts of every domain: mean@n, pass@k, length.
+
+The same prompts and the same draws' names for every model of a run. pass@k is the unbiased
+estimator of Chen et al. 2021 (arXiv 2107.03374); the interval is over prompts, so several
+samples of one prompt do not count as independent.
+
+    opdctl stage evaluate --student FOLDER data.math.kind=jsonl data.math.path=test.jsonl
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdctl.errors import Problem
+from opdctl.schema import REQUIRED, key
+from opdctl.settings import Sampling, StageConfig
+
+
+@dataclass(kw_only=True)
+class HeldOut:
+    """Which held-out prompts."""
+
+    domains: dict[str, float] = key({}, "domains, each with any number above 0; empty is all")
+    limit: int = key(500, "most prompts of a domain", least=1)
+    samples: int = key(4, "responses per prompt", least=1)
+
+
+class Evaluate:
+    """mean@n, pass@k, 95 % interval and length of a model on every domain."""
+
+    revision = 1
+
+    @dataclass(kw_only=True)
+    class Config(StageConfig):
+        """Keys of an evaluate stage."""
+
+        student: str = key(REQUIRED, "the model to evaluate", ref=True)
+        prompts: HeldOut = key(HeldOut(), "which prompts")
+        sampling: Sampling = key(Sampling(), "how it samples")
+        seed_group: str = key("evaluate", "stages with one name here share their draws")
+
+    @staticmethod
+    def problems(config, recipe, stage):
+        """What the schema cannot see."""
+        if recipe.domains(stage):
+            return []
+        return [Problem("prompts.domains", "there is no data to evaluate on",
+                        "data.math.kind=jsonl data.math.path=FILE, or data: in the recipe")]
+
+    def run(self, ctx):
+        """Evaluate domain by domain; finished domains survive a kill."""
+        from opdctl.core.evaluation import evaluate
+
+        return evaluate(ctx)

@@ -1,0 +1,103 @@
+"""On-policy distillation: the student samples, the teacher of the prompt's domain scores every
+token, and the score is the token's advantage. With one teacher per domain it is MOPD.
+
+MiMo-V2-Flash (arXiv 2601.02780) Eq. 7-9: advantage = sg[log T - log S] + alpha x outcome,
+importance weight zeroed outside [low, high], 1/|y| per response. With coefficient 0 a signal is
+off, so KL only and outcome only are this stage too. Leaves out several teachers on one sample.
+
+    opdctl stage opd --student FOLDER --teacher math=FOLDER --teacher sort=FOLDER
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opdctl import references
+from opdctl.errors import Problem
+from opdctl.objectives.policy_gradient import PolicyGradient
+from opdctl.schema import did_you_mean, key
+from opdctl.settings import Teacher
+from opdctl.signals.reverse_kl import ReverseKl
+from opdctl.stages.rl import OnPolicyConfig, member_problems
+from opdctl.stages.sft import needs_domains
+from opdctl.weights.is_gate import IsGate
+
+
+class Opd:
+    """The student samples, a teacher per domain scores every token."""
+
+    revision = 1
+
+    @dataclass(kw_only=True)
+    class Config(OnPolicyConfig):
+        """Keys of an opd stage."""
+
+        teachers: dict[str, Teacher] = key({}, "NAME: a model reference, or {model, serves, weight}")
+        signals: dict[str, Any] = field(
+            default_factory=lambda: {"reverse_kl": ReverseKl.Config()},
+            metadata={"family": "signals", "doc": "what the advantage is made of"},
+        )
+        objectives: dict[str, Any] = field(
+            default_factory=lambda: {
+                "policy_gradient": PolicyGradient.Config(weights={"is_gate": IsGate.Config()})
+            },
+            metadata={"family": "objectives", "doc": "what is minimised"},
+        )
+
+    @staticmethod
+    def problems(config, recipe, stage):
+        """What the schema cannot see."""
+        provided = {"teacher.logprobs"} if config.teachers else set()
+        found = needs_domains(recipe, stage) + member_problems(config, provided)
+        return found + _routing(config, recipe, stage) + _tokenizers(config)
+
+    def run(self, ctx):
+        """Load the start, train, write the output."""
+        from opdctl.core.assemble import on_policy
+        from opdctl.core.models import load
+        from opdctl.core.train import train
+
+        model = load(ctx.path_of(ctx.config.student), dtype=ctx.runtime.dtype, device=ctx.device)
+        return train(ctx, model, lambda ctx, model: on_policy(ctx, model, ctx.config.teachers))
+
+
+def _routing(config, recipe, stage) -> list[Problem]:
+    from opdctl.core.routing import routes
+
+    domains = recipe.domains(stage)
+    found = []
+    if not config.teachers:
+        return found
+    for domain, names in routes(domains, config.teachers).items():
+        if domain not in domains:
+            near = did_you_mean(domain, domains, "domains of this stage:")
+            found.append(Problem(f"teachers.{names[0]}", f"no prompt of this stage is of {domain!r}",
+                                 f"{near}; or say what it serves: serves: {{DOMAIN: true}}"))
+        elif not names:
+            found.append(Problem("teachers", f"no teacher for the domain {domain!r}",
+                                 f"teachers: {{{domain}: REF}}, or policy to keep it as it is"))
+        elif len(names) > 1:
+            found.append(Problem("teachers", f"{' and '.join(names)} both serve {domain!r}",
+                                 "one teacher per domain"))
+    return found
+
+
+def _tokenizers(config) -> list[Problem]:
+    """Folders can be compared without loading a model; stages are compared when they run."""
+    student = references.parse(config.student)
+    ours = references.vocabulary(student.name) if student.form == "folder" else None
+    found = []
+    for name, teacher in config.teachers.items():
+        ref = references.parse(teacher.model)
+        theirs = references.vocabulary(ref.name) if ref.form == "folder" else None
+        if ours and theirs:
+            difference = references.first_difference(ours, theirs)
+            if difference:
+                found.append(Problem(
+                    f"teachers.{name}",
+                    f"{Path(ref.name)} has another tokenizer than the student: {difference}",
+                    "use a teacher of the same tokenizer, or its texts: "
+                    "opdctl stage sft with sources.teacher"))
+    return found

@@ -1,0 +1,64 @@
+"""Pre-training from scratch: a tokenizer of the corpus's characters and a small Qwen3.
+
+Makes the starting point of a recipe at size tiny, so that nothing has to be downloaded. Leaves
+out everything that a public checkpoint has: no general text, no merges in the vocabulary.
+
+    opdctl run recipes/mimo.yaml --only base
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdctl.schema import key
+from opdctl.settings import Optim, TrainConfig
+
+
+@dataclass(kw_only=True)
+class Shape:
+    """Size of the Qwen3 model made."""
+
+    hidden: int = key(64, "width", least=8)
+    layers: int = key(2, "transformer layers", least=1)
+    heads: int = key(4, "query heads", least=1)
+    kv_heads: int = key(2, "key-value heads", least=1)
+    head_dim: int = key(16, "width of a head; even", least=2)
+    intermediate: int = key(192, "width of the feed-forward part", least=8)
+    tied: bool = key(True, "the head is the embedding")
+    context: int = key(512, "longest sequence", least=8)
+
+
+class Pretrain:
+    """From scratch on the data's own texts; trains the tokenizer first."""
+
+    revision = 1
+
+    @dataclass(kw_only=True)
+    class Config(TrainConfig):
+        """Keys of a pretrain stage."""
+
+        model: Shape = key(Shape(), "the model made")
+        corrupt: float = key(0.0, "share of the corpus's answers made wrong", least=0, most=1)
+        optim: Optim = key(Optim(lr=4e-3, schedule="cosine", warmup=50), "optimizer")
+
+    @staticmethod
+    def problems(config, recipe, stage):
+        """What the schema cannot see."""
+        from opdctl.stages.sft import needs_domains
+
+        return needs_domains(recipe, stage)
+
+    def run(self, ctx):
+        """Make tokenizer and model, train on prompt and answer, write both."""
+        from opdctl.core.assemble import Parts, terms_of
+        from opdctl.core.corpus import Whole, new_model
+        from opdctl.core.train import train
+        from opdctl.objectives.nll import Nll
+        from opdctl.sources.dataset import Dataset
+
+        def parts(ctx, model):
+            source = Dataset(Dataset.Config(corrupt=ctx.config.corrupt), ctx, model)
+            terms = terms_of({"nll": Nll.Config(normalise="token_mean")})
+            return Parts(Whole(source), terms)
+
+        return train(ctx, new_model(ctx), parts)

@@ -1,0 +1,99 @@
+"""Reinforcement learning with verifiable rewards: GRPO (arXiv 2402.03300) with DAPO's asymmetric
+clip (arXiv 2503.14476) and, as an option, GLM-5's gate (arXiv 2602.15763 Eq. 1).
+
+Leaves out a critic, a KL term to a reference and dynamic sampling of groups.
+
+    opdctl stage rl --student FOLDER data.math.kind=jsonl data.math.path=train.jsonl
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from opdctl.errors import Problem
+from opdctl.objectives.policy_gradient import PolicyGradient
+from opdctl.schema import REQUIRED, key
+from opdctl.settings import Prompts, Sampling, TrainConfig
+from opdctl.signals.outcome import Outcome
+from opdctl.stages.sft import needs_domains
+
+
+@dataclass(kw_only=True)
+class OnPolicyConfig(TrainConfig):
+    """Keys of a stage whose student samples."""
+
+    student: str = key(REQUIRED, "where it starts", ref=True)
+    sampling: Sampling = key(Sampling(), "how the student samples")
+    updates_per_rollout: int = key(1, "passes over a step's rollouts", least=1)
+    minibatches: int = key(1, "optimizer steps in a pass", least=1)
+
+
+def member_problems(config, provided: set[str]) -> list[Problem]:
+    """Signals, objectives and weights whose needs nothing in the stage provides."""
+    found = []
+    active = {n: s for n, s in config.signals.items() if s.coef}
+    provided = provided | {"policy.logprobs", "behaviour.logprobs", "reward", "group"}
+    if active:
+        provided.add("advantage")
+    from opdctl.registry import member
+
+    wanted = [(f"signals.{n}", member("signals", n)) for n in active]
+    for name, objective in config.objectives.items():
+        wanted.append((f"objectives.{name}", member("objectives", name)))
+        wanted += [(f"objectives.{name}.weights.{w}", member("weights", w))
+                   for w in objective.weights]
+    for path, cls in wanted:
+        for need in cls.needs:
+            if need not in provided:
+                found.append(Problem(path, f"needs {need}, which nothing here provides",
+                                     "add a signal with coef above 0" if need == "advantage"
+                                     else f"remove it, or use a stage that has {need}"))
+    if not any(o.coef for o in config.objectives.values()):
+        found.append(Problem("objectives", "no objective with a coef above 0",
+                             "objectives: {policy_gradient: {}}"))
+    if any(member("objectives", n).rows == "token" or n == "nll" for n in config.objectives):
+        found.append(Problem("objectives", f"{list(config.objectives)} given",
+                             "objectives: {policy_gradient: {}}"))
+    outcome = active.get("outcome")
+    if outcome and outcome.baseline == "group" and config.prompts.samples < 2:
+        found.append(Problem(
+            "prompts.samples", "a group of one has no group baseline: the outcome would be 0",
+            "prompts.samples=4, or signals.outcome.baseline=none, or signals.outcome.coef=0"))
+    return found
+
+
+class Rl:
+    """GRPO: group advantage of the outcome, policy gradient with an asymmetric clip."""
+
+    revision = 1
+
+    @dataclass(kw_only=True)
+    class Config(OnPolicyConfig):
+        """Keys of an rl stage."""
+
+        prompts: Prompts = key(Prompts(samples=8), "which prompts")
+        signals: dict[str, Any] = field(
+            default_factory=lambda: {"outcome": Outcome.Config()},
+            metadata={"family": "signals", "doc": "what the advantage is made of"},
+        )
+        objectives: dict[str, Any] = field(
+            default_factory=lambda: {
+                "policy_gradient": PolicyGradient.Config(clip_low=0.2, clip_high=0.28)
+            },
+            metadata={"family": "objectives", "doc": "what is minimised"},
+        )
+
+    @staticmethod
+    def problems(config, recipe, stage):
+        """What the schema cannot see."""
+        return needs_domains(recipe, stage) + member_problems(config, set())
+
+    def run(self, ctx):
+        """Load the start, train, write the output."""
+        from opdctl.core.assemble import on_policy
+        from opdctl.core.models import load
+        from opdctl.core.train import train
+
+        model = load(ctx.path_of(ctx.config.student), dtype=ctx.runtime.dtype, device=ctx.device)
+        return train(ctx, model, lambda ctx, model: on_policy(ctx, model, {}))

@@ -1,0 +1,76 @@
+"""Supervised fine-tuning: on demonstrations of the data, or on a teacher's own verified samples.
+
+The cold start of every lab's pipeline, MiMo's expert-SFT kind of teacher, and off-policy
+(sequence-level) distillation. Leaves out packing across examples and any mixture of sources.
+
+    opdctl stage sft --student FOLDER data.math.kind=jsonl data.math.path=train.jsonl
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from opdctl.errors import Problem
+from opdctl.objectives.nll import Nll
+from opdctl.schema import REQUIRED, key
+from opdctl.settings import TrainConfig
+from opdctl.sources.dataset import Dataset
+
+
+def needs_domains(recipe, stage) -> list[Problem]:
+    """A stage that takes prompts needs a domain, and room for each in every step."""
+    domains = recipe.domains(stage)
+    prompts = recipe.stages[stage].prompts
+    if not domains:
+        return [Problem("prompts.domains", "there is no data to take prompts from",
+                        "data.math.kind=jsonl data.math.path=FILE, or data: in the recipe")]
+    few = [d for d, share in domains.items() if share * prompts.per_step < 1 - 1e-9]
+    if few:
+        return [Problem("prompts.per_step", f"{prompts.per_step} prompts a step leave less than one "
+                        f"for {few[0]}", "raise prompts.per_step")]
+    return []
+
+
+class Sft:
+    """On demonstrations, or on a teacher's verified samples."""
+
+    revision = 1
+
+    @dataclass(kw_only=True)
+    class Config(TrainConfig):
+        """Keys of an sft stage."""
+
+        student: str = key(REQUIRED, "where it starts", ref=True)
+        sources: dict[str, Any] = field(
+            default_factory=lambda: {"dataset": Dataset.Config()},
+            metadata={"family": "sources", "doc": "dataset or teacher; one of them"},
+        )
+        objectives: dict[str, Any] = field(
+            default_factory=lambda: {"nll": Nll.Config(normalise="token_mean")},
+            metadata={"family": "objectives", "doc": "what is minimised"},
+        )
+
+    @staticmethod
+    def problems(config, recipe, stage):
+        """What the schema cannot see."""
+        found = needs_domains(recipe, stage)
+        if len(config.sources) != 1 or "student" in config.sources:
+            found.append(Problem("sources", f"{list(config.sources)} given",
+                                 "sft takes one: dataset or teacher"))
+        for name in config.objectives:
+            if name != "nll":
+                found.append(Problem(f"objectives.{name}", "sft has no advantage and no reward",
+                                     "objectives: {nll: {}}"))
+        return found
+
+    def run(self, ctx):
+        """Load the start, train, write the output."""
+        from opdctl.core.assemble import Parts, source_of, terms_of
+        from opdctl.core.models import load
+        from opdctl.core.train import train
+
+        config = ctx.config
+        model = load(ctx.path_of(config.student), dtype=ctx.runtime.dtype, device=ctx.device)
+        return train(ctx, model, lambda ctx, model: Parts(
+            source_of(ctx, model, config.sources), terms_of(config.objectives)))

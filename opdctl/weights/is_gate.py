@@ -1,0 +1,36 @@
+"""Importance weight of trainer over sampler, zero outside an interval.
+
+MiMo-V2-Flash (arXiv 2601.02780) Eq. 8: w = sg[pi / mu] if low <= pi / mu <= high, else 0, where pi
+is the policy being trained and mu the same policy as the sampler saw it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdctl.schema import key
+
+
+class IsGate:
+    """pi / mu inside [low, high], 0 outside (MiMo)."""
+
+    revision = 1
+    needs = ("behaviour.logprobs",)
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Keys of is_gate. MiMo does not disclose its bounds; these are Nemotron-Cascade 2's."""
+
+        low: float = key(0.5, "smallest ratio let through", least=0)
+        high: float = key(2.0, "largest ratio let through", least=0)
+
+    def __init__(self, config) -> None:
+        self.config = config
+
+    def gate(self, view):
+        """Shape [C], no gradient."""
+        ratio_C = (view.logprob_C.detach() - view["behaviour"]).exp()
+        inside_C = (ratio_C >= self.config.low) & (ratio_C <= self.config.high)
+        view.log("ratio", ratio_C)
+        view.log("gate_open", inside_C.float())
+        return ratio_C * inside_C

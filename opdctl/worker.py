@@ -1,0 +1,133 @@
+"""The process that runs one stage of one run directory. Its only input is that directory.
+
+    python -m opdctl.worker DIR STAGE
+
+Exit codes: 0 done, 75 stopped with a checkpoint committed, 2 bad input, 1 failed, 4 busy. It ends
+when its parent does, whatever the parent died of.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+
+from opdctl import __version__
+from opdctl.core.context import Context
+from opdctl.errors import EXIT_FAILED, Interrupted, OpdctlError
+from opdctl.plan import fingerprints, revisions, semantic
+from opdctl.positions import parse
+from opdctl.recipe import resolve
+from opdctl.registry import member
+from opdctl.rundir import RunDir, lock, write_json
+
+
+def run_stage(folder: str, stage: str) -> int:
+    """Run a stage to its end, and record how that went. Returns the exit code."""
+    run = RunDir(folder)
+    start = time.perf_counter()
+    path = run / "resolved.yaml"
+    recipe = resolve(parse(path.read_text(encoding="utf-8"), str(path))[0], str(path))
+    ctx = Context(run, recipe, stage)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: setattr(ctx, "stop", True))
+    try:
+        with lock(run.stage(stage) / ".lock", f"stage {stage} of {run.path}"):
+            return _attempt(ctx, start)
+    except OpdctlError as error:
+        print(f"[{stage}] {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def _attempt(ctx: Context, start: float) -> int:
+    before = ctx.run.record(ctx.name)
+    ctx.attempt = before.get("attempt", 0) + 1
+    record = {
+        "name": ctx.name, "kind": ctx.config.kind, "status": "running",
+        "fingerprint": fingerprints(ctx.recipe)[ctx.name], "attempt": ctx.attempt,
+        "total": total_steps(ctx.recipe, ctx.name),
+        "semantic": semantic(ctx.recipe, ctx.name), "revisions": revisions(ctx.recipe, ctx.name),
+        "started": time.time(), "seconds": before.get("seconds", 0.0),
+        "loop_seconds": before.get("loop_seconds", 0.0),
+    }
+    path = ctx.folder / "stage.json"
+    write_json(path, record)
+    code, problem = EXIT_FAILED, None
+    try:
+        import torch
+
+        from opdctl.core.models import pick_device
+
+        torch.set_num_threads(ctx.runtime.threads)
+        torch.set_default_dtype(
+            torch.float64 if ctx.runtime.dtype == "float64" else torch.float32
+        )
+        ctx.device = pick_device(ctx.runtime.device)
+        compute = member("stages", ctx.config.kind)().run(ctx)
+        record |= {"status": "done", "compute": asdict(compute), "versions": versions()}
+        code = 0
+    except Interrupted as stopped:
+        record["status"], code = "interrupted", stopped.exit_code
+    except OpdctlError as error:
+        problem, code = str(error), error.exit_code
+    except Exception as error:      # the boundary of the process: recorded, then reported
+        traceback.print_exc()
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        record |= {"status": "failed", "error": problem}
+        print(f"[{ctx.name}] {problem}", file=sys.stderr, flush=True)
+    record["seconds"] += time.perf_counter() - start
+    record["loop_seconds"] += ctx.loop_seconds
+    write_json(path, record)
+    return code
+
+
+def total_steps(recipe, stage: str) -> int:
+    """Rows of metrics the stage will write."""
+    return getattr(recipe.stages[stage], "steps", 0) or len(recipe.domains(stage))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the result."""
+    import torch
+    import transformers
+
+    return {"opdctl": __version__, "python": sys.version.split()[0], "torch": torch.__version__,
+            "transformers": transformers.__version__}
+
+
+def child(folder: str, stage: str, log: str) -> None:
+    """Body of a forked worker: log to a file, end with the parent, run the stage."""
+    import multiprocessing
+
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+    code = run_stage(folder, stage)
+    sys.stdout.flush()
+    os._exit(code)      # no interpreter teardown: everything is on disk
+
+
+def _follow(parent) -> None:
+    parent.join()
+    os._exit(EXIT_FAILED)
+
+
+def _follow_stdin() -> None:
+    sys.stdin.buffer.read()
+    os._exit(EXIT_FAILED)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4) or not Path(sys.argv[1]).is_dir():
+        sys.exit("usage: python -m opdctl.worker DIR STAGE")
+    if sys.argv[3:] == ["--follow-stdin"]:
+        threading.Thread(target=_follow_stdin, daemon=True).start()
+    sys.exit(run_stage(sys.argv[1], sys.argv[2]))
