@@ -25,6 +25,7 @@ FAMILIES = {
     "signals": "per-token credit, no gradient, larger is better",
     "objectives": "per-token loss with a gradient",
     "weights": "per-token factor, no gradient",
+    "claims": "statements of the reports, judged on what a run measured",
 }
 
 

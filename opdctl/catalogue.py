@@ -1,0 +1,114 @@
+"""What there is to choose from: recipes, stage kinds, members, methods, claims, runs."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+
+from opdctl import registry
+from opdctl.errors import UsageError
+from opdctl.positions import parse
+from opdctl.recipe import find, lookup, shipped
+from opdctl.rundir import RunDir, read_json
+from opdctl.schema import describe, did_you_mean
+
+
+def methods() -> dict[str, Path]:
+    """Methods by name: small YAML files that compose members."""
+    folder = Path(str(resources.files("opdctl"))) / "methods"
+    return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+
+
+def method(name: str) -> dict:
+    """The keys a method sets, and its ``about`` and ``kind``.
+
+    Raises:
+        UsageError: no such method.
+    """
+    if name not in methods():
+        raise UsageError(f"no method {name!r}", did_you_mean(name, methods(), "methods:"))
+    return parse(methods()[name].read_text(encoding="utf-8"), name)[0]
+
+
+def listing(what: str) -> list[dict[str, str]]:
+    """``name, about`` of what is asked for; without a word, what can be asked for.
+
+    Raises:
+        UsageError: no such list.
+    """
+    if not what:
+        kinds = {"recipes": "pipelines that come with opdctl", "methods": "compositions for "
+                 "`opdctl stage --method`", "runs": "run directories under ./runs",
+                 **registry.FAMILIES}
+        return [{"name": k, "about": v} for k, v in kinds.items()]
+    if what == "recipes":
+        return [{"name": n, "about": parse(p.read_text(encoding="utf-8"), n)[0].get("about", "")}
+                for n, p in shipped().items()]
+    if what == "methods":
+        return [{"name": n, "about": method(n).get("about", "")} for n in methods()]
+    if what == "runs":
+        return [{"name": str(p.parent), "about": _run_line(p.parent)}
+                for p in sorted(Path("runs").glob("*/run.json"))]
+    if what in registry.FAMILIES:
+        return [{"name": n, "about": registry.first_line(registry.member(what, n))}
+                for n in registry.members(what)]
+    known = ["recipes", "methods", "runs", *registry.FAMILIES]
+    raise UsageError(f"nothing called {what!r} to list", did_you_mean(what, known, "one of"))
+
+
+def _run_line(folder: Path) -> str:
+    manifest = read_json(folder / "run.json") or {}
+    stages = [RunDir(folder).record(p.name).get("status") for p in folder.glob("stages/*")]
+    done = f"{stages.count('done')}/{len(stages)} stages done" if stages else "a set of seeds"
+    return f"{manifest.get('recipe')} {manifest.get('size')}: {done}"
+
+
+def detail(name: str) -> dict:
+    """``about``, ``keys`` and ``text`` of anything that has a name.
+
+    Raises:
+        UsageError: nothing has this name.
+    """
+    wanted = name.lower()
+    found = [(f, wanted) for f in registry.FAMILIES if wanted in registry.members(f)]
+    if "/" in name:
+        family, wanted = name.split("/", 1)
+        found = [(f, m) for f, m in [(family, wanted)]
+                 if f in registry.FAMILIES and m in registry.members(f)]
+    if found:
+        keys, about = [], []
+        for family, member in found:
+            cls = registry.member(family, member)
+            about.append(f"{family}/{member}: {(cls.__doc__ or '').strip()}")
+            about.append((__import__(cls.__module__, fromlist=["x"]).__doc__ or "").strip())
+            prefix = "" if len(found) == 1 else f"{family}/{member}: "
+            if hasattr(cls, "Config"):
+                keys += describe(cls.Config, lookup, prefix)
+        return {"name": name, "about": "\n".join(about), "keys": keys}
+    if name in methods():
+        text = methods()[name].read_text(encoding="utf-8")
+        return {"name": name, "about": method(name).get("about", ""), "text": text}
+    if name in shipped() or Path(name).is_file():
+        return {"name": name, "about": str(find(name)), "text": find(name).read_text("utf-8")}
+    everything = [*shipped(), *methods(), *(m for f in registry.FAMILIES
+                                            for m in registry.members(f))]
+    raise UsageError(f"nothing called {name!r}", did_you_mean(name, everything, "try `opdctl ls`:"))
+
+
+def copy_recipe(name: str, dest: Path) -> str:
+    """Write a shipped recipe to a new file.
+
+    Raises:
+        UsageError: no such recipe, or the file exists.
+    """
+    source = find(name)
+    if dest.is_dir():
+        dest = dest / source.name
+    if dest.exists():
+        raise UsageError(f"{dest} exists", "choose another name")
+    try:
+        dest.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {dest}: {error.strerror}") from None
+    return re.sub(r"^\./", "", str(dest))

@@ -1,0 +1,215 @@
+"""Every command: parse, call, render. No logic, and no torch.
+
+    opdctl run recipes/mimo.yaml
+    opdctl resume runs/mimo-20261120-101500-3f2a
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from opdctl.errors import EXIT_PENDING, OpdctlError, RecipeError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Declarative multi-stage post-training recipes with on-policy distillation.",
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(
+    metavar="[key=value]...", help="dotted overrides, such as stages.mopd.optim.lr=3e-6")]
+Size = Annotated[str, typer.Option(help="tiny (default), small or lab", metavar="SIZE")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
+From = Annotated[Path | None, typer.Option("--from", help="reuse finished stages of this run")]
+RecipeArg = Annotated[str, typer.Argument(help="a recipe file, or the name of a shipped one")]
+DirArg = Annotated[Path, typer.Argument(help="a run directory", metavar="DIR")]
+
+
+@app.command()
+def run(
+    recipe: RecipeArg,
+    overrides: Overrides = None,
+    size: Size = "",
+    seeds: Annotated[str, typer.Option(help="several runs in one directory: 0..4")] = "",
+    out: Annotated[Path | None, typer.Option(help="the run directory to make")] = None,
+    reuse: From = None,
+    only: Annotated[str, typer.Option(help="this stage and what it needs")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="plan, and stop")] = False,
+) -> None:
+    """Plan a recipe, then do it."""
+    from opdctl.session import run_recipe
+
+    sys.exit(run_recipe(recipe, tuple(overrides or ()), size=size, seeds=seeds, out=out,
+                        reuse=reuse, only=only, dry_run=dry_run))
+
+
+@app.command()
+def stage(
+    kind: Annotated[str, typer.Argument(help="`opdctl ls stages` lists them")],
+    overrides: Overrides = None,
+    student: Annotated[str, typer.Option(help="model it starts from")] = "",
+    teacher: Annotated[list[str] | None, typer.Option(
+        help="[DOMAIN=]REF; once for each teacher")] = None,
+    method: Annotated[str, typer.Option(help="`opdctl ls methods` lists them")] = "",
+    out: Annotated[Path | None, typer.Option(help="the run directory to make")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="plan, and stop")] = False,
+) -> None:
+    """Run one stage; its keys may be given without `stages.KIND.` in front."""
+    from opdctl.session import run_stage
+
+    sys.exit(run_stage(kind, tuple(overrides or ()), student=student,
+                       teachers=tuple(teacher or ()), method=method, out=out, dry_run=dry_run))
+
+
+@app.command()
+def resume(directory: DirArg, overrides: Overrides = None) -> None:
+    """Continue a run, or a set of seeds, from where it stopped."""
+    from opdctl.session import resume_run
+
+    sys.exit(resume_run(directory, tuple(overrides or ())))
+
+
+@app.command()
+def plan(
+    target: Annotated[str, typer.Argument(help="a recipe or a run directory",
+                                          metavar="RECIPE|DIR")],
+    overrides: Overrides = None,
+    size: Size = "",
+    reuse: From = None,
+    exit_code: Annotated[bool, typer.Option("--exit-code", help="3 if work is pending")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what would run, and why. Nothing is loaded or written."""
+    from opdctl import console
+    from opdctl.session import plan_of
+
+    planned = plan_of(target, tuple(overrides or ()), size=size, reuse=reuse)
+    if as_json:
+        console.emit_json({"stages": [p.to_dict() for p in planned]})
+    else:
+        console.show(console.plan_table(planned))
+    if exit_code and any(p.action != "skip" for p in planned):
+        sys.exit(EXIT_PENDING)
+
+
+@app.command()
+def validate(recipe: RecipeArg, overrides: Overrides = None, size: Size = "",
+             as_json: Json = False) -> None:
+    """Say whether a recipe is well formed and possible; every problem at once."""
+    from opdctl import console
+    from opdctl.recipe import load
+
+    try:
+        found = load(recipe, size=size, overrides=tuple(overrides or ()))
+    except RecipeError as error:
+        if not as_json:
+            raise
+        console.emit_json({"valid": False, "problems": [vars(p) for p in error.problems]})
+        sys.exit(error.exit_code)
+    if as_json:
+        console.emit_json({"valid": True, "problems": []})
+    else:
+        console.say(f"{recipe}: {len(found.stages)} stages at size {found.size}, well formed")
+
+
+@app.command()
+def status(
+    directory: Annotated[Path | None, typer.Argument(help="the newest run if not given",
+                                                     metavar="[DIR]")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="refresh until it ends")] = False,
+    as_json: Json = False,
+) -> None:
+    """Stages of a run: state, step, seconds."""
+    from opdctl.session import show_status
+
+    show_status(directory, watch=watch, as_json=as_json)
+
+
+@app.command()
+def claims(directory: DirArg, as_json: Json = False) -> None:
+    """Judge the claims of the recipe's report on what the run measured."""
+    from opdctl import console
+    from opdctl.judge import judge
+    from opdctl.rundir import RunDir
+
+    found = judge(RunDir(directory))
+    if as_json:
+        console.emit_json({"claims": found})
+    else:
+        console.show(console.claims_table(found))
+
+
+@app.command()
+def report(directory: DirArg) -> None:
+    """Write DIR/report.html: stages, learning curves, claims. One file, no network."""
+    from opdctl.report import write
+    from opdctl.rundir import RunDir
+
+    print(write(RunDir(directory)))
+
+
+@app.command()
+def ls(
+    what: Annotated[str, typer.Argument(help="recipes, stages, methods, claims, runs, a family",
+                                        metavar="[WHAT]")] = "",
+    as_json: Json = False,
+) -> None:
+    """List what there is."""
+    from opdctl import console
+    from opdctl.catalogue import listing
+
+    rows = listing(what)
+    if as_json:
+        console.emit_json(rows)
+    else:
+        console.show(console.table(["name", "what it is"], [list(r.values()) for r in rows]))
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="a stage kind, a member, a method or a recipe")],
+    as_json: Json = False,
+) -> None:
+    """Every key of a stage kind or a member with type, default and meaning."""
+    from opdctl import console
+    from opdctl.catalogue import detail
+
+    found = detail(name)
+    if as_json:
+        console.emit_json(found)
+        return
+    print(found["about"])
+    if found.get("text"):
+        print(found["text"])
+    if found.get("keys"):
+        console.show(console.table(["key", "type", "default", "changes", "meaning"],
+                                   [list(r.values()) for r in found["keys"]]))
+
+
+@app.command()
+def cp(
+    name: Annotated[str, typer.Argument(help="a shipped recipe")],
+    dest: Annotated[Path, typer.Argument(help="the file to write")],
+) -> None:
+    """Copy a shipped recipe, comments and all, to change it."""
+    from opdctl.catalogue import copy_recipe
+
+    print(copy_recipe(name, dest))
+
+
+def main() -> None:
+    """Entry point: errors of the family become one message and their exit code."""
+    try:
+        app()
+    except OpdctlError as error:
+        from opdctl.console import say
+
+        say(f"error: {error}", "red")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

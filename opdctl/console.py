@@ -1,0 +1,172 @@
+"""What a person sees: tables, a live view on a terminal, plain lines elsewhere.
+
+Data goes to stdout, everything else to stderr. The only module that imports rich.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from opdctl.rundir import finite
+from opdctl.status import last_row
+
+out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+err = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+
+STYLES = {"done": "green", "skip": "green", "running": "cyan", "failed": "bold red",
+          "interrupted": "yellow", "stale": "yellow", "rerun": "yellow", "resume": "cyan",
+          "blocked": "red", "holds": "green", "refuted": "red", "undecided": "yellow"}
+
+
+def emit_json(content: Any) -> None:
+    """JSON and nothing else on stdout."""
+    sys.stdout.write(json.dumps(finite(content), indent=1) + "\n")
+
+
+def say(text: str, style: str = "") -> None:
+    """A line for the person, on stderr."""
+    err.print(Text(text, style=style))
+
+
+def table(columns: list[str], rows: list[list[Any]], title: str = "") -> Table:
+    """A plain table; cells that are a known state get its colour. Numbers are right-aligned."""
+    grid = Table(title=title or None, title_justify="left", box=None, pad_edge=False,
+                 header_style="bold", title_style="bold")
+    for i, column in enumerate(columns):
+        numeric = rows and all(isinstance(r[i], int | float) or r[i] in ("", None) for r in rows)
+        grid.add_column(column, justify="right" if numeric else "left",
+                        overflow="fold")
+    for row in rows:
+        cells = ["" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in row]
+        grid.add_row(*[Text(c, style=STYLES.get(c, "")) for c in cells])
+    return grid
+
+
+def show(grid: Table) -> None:
+    """Print a table on stdout."""
+    out.print(grid)
+
+
+def plan_table(planned: list) -> Table:
+    """What would run, and why."""
+    rows = [[p.name, p.kind, p.action, "; ".join(p.reasons), ", ".join(p.upstream)]
+            for p in planned]
+    return table(["stage", "kind", "action", "why", "reads"], rows)
+
+
+def status_table(status: dict, live: dict[str, str] | None = None) -> Table:
+    """Stage, state, progress, seconds."""
+    rows = []
+    for name, s in status["stages"].items():
+        filled = round(12 * s["step"] / max(1, s["total"]))
+        bar = "#" * filled + "." * (12 - filled)
+        rows.append([name, s["kind"], s["status"], f"{bar} {s['step']}/{s['total']}",
+                     round(s["seconds"], 1) or None, (live or {}).get(name, s["error"][:60])])
+    title = f"{status['recipe']} {status['size']} seed {status['seed']}: {status['state']}"
+    return table(["stage", "kind", "status", "step", "seconds", ""], rows,
+                 f"{title}   {status['run']}")
+
+
+def claims_table(claims: list[dict]) -> Table:
+    """Claim, statement, threshold, what was measured, whether it holds."""
+    words = {True: "holds", False: "refuted", None: "undecided"}
+    rows = []
+    for c in claims:
+        measured = "\n".join(
+            f"{name} {_number(value)}" + (f" [{_number(low)}, {_number(high)}]" if low is not None
+                                          else "")
+            for name, value, low, high in _measures(c)
+        )
+        rows.append([c["name"], words[c["holds"]], c["statement"], c["threshold"], measured,
+                     len(c["seeds"]), c["source"]])
+    return table(["claim", "verdict", "statement", "threshold", "measured [95 %]", "seeds",
+                  "source"], rows)
+
+
+def _measures(claim: dict):
+    for name, value in claim["measured"].items():
+        low, high = claim["interval"].get(name) or (None, None)
+        yield name, value, low, high
+
+
+def _number(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+class Progress:
+    """Shows jobs as they run: a live table on a terminal, else a line per change and minute."""
+
+    def __init__(self, every: float = 15.0) -> None:
+        self.live = Live(console=err, refresh_per_second=4) if err.is_terminal else None
+        self.seen: dict[tuple[str, str], str] = {}
+        self.every, self.last, self.drawn = every, time.monotonic(), 0.0
+        self.start = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.live:
+            self.live.stop()
+
+    def __call__(self, jobs: list) -> None:
+        now = time.monotonic()
+        if self.live and now - self.drawn > 0.25:
+            self.drawn = now
+            self.live.update(self._table(jobs))
+        if self.live:
+            return
+        changed = [(j, s, w) for j in jobs for s, w in j.status.items()
+                   if w not in ("pending", self.seen.get((str(j.run.path), s)))]
+        for job, stage, word in changed:
+            if self.seen.setdefault((str(job.run.path), stage), "") != word:
+                self.seen[str(job.run.path), stage] = word
+                say(f"[{now - self.start:6.1f}s] {_label(job, jobs)}{stage}: {word}")
+        if now - self.last > self.every:
+            self.last = now
+            for job in jobs:
+                for stage, word in job.status.items():
+                    if word == "running":
+                        say(f"[{now - self.start:6.1f}s] {_label(job, jobs)}{stage}: "
+                            f"{self._doing(job, stage)}")
+
+    def _table(self, jobs: list) -> Table:
+        rows = []
+        for job in jobs:
+            for stage, word in job.status.items():
+                doing = self._doing(job, stage) if word == "running" else ""
+                rows.append([_label(job, jobs) + stage, word, doing])
+        done = sum(r[1] == "done" for r in rows)
+        elapsed = time.monotonic() - self.start
+        return table(["stage", "status", ""], rows, f"{done}/{len(rows)} stages, {elapsed:.0f} s")
+
+    def _doing(self, job, stage: str) -> str:
+        from opdctl.worker import total_steps
+
+        row = last_row(job.run.stage(stage) / "metrics.jsonl")
+        step, total = row.get("step", 0), total_steps(job.recipe, stage)
+        key = (str(job.run.path), stage)
+        first = self.__dict__.setdefault("_first", {}).setdefault(key, (time.monotonic(), step))
+        parts = [f"step {step}/{total}"]
+        if step > first[1]:
+            left = (time.monotonic() - first[0]) / (step - first[1]) * (total - step)
+            parts.append(f"about {left:.0f} s left")
+        for name in ("reward", "loss", "accuracy"):
+            if isinstance(row.get(name), float):
+                parts.append(f"{name} {row[name]:.3f}")
+                break
+        return ", ".join(parts)
+
+
+def _label(job, jobs: list) -> str:
+    return f"{job.run.path.name}/" if len(jobs) > 1 else ""

@@ -1,0 +1,168 @@
+"""Claims, judged on what runs measured: the estimate, its interval, the verdict.
+
+On several seeds the interval is a 95 % t-interval over seeds; on one seed a bootstrap over prompts,
+the same resample for every model. A claim *holds* if every part's estimate meets its threshold
+and its interval stays within delta of it or beyond; it is *refuted* if the whole interval of some
+part misses; else it is undecided. Thresholds stand in ``claims/`` and are not arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from opdctl.launch import read_recipe
+from opdctl.registry import member
+from opdctl.rundir import RunDir, read_json
+
+DELTA = 0.03            # of a score
+DELTA_RECOVERY = 0.05   # of a recovery
+RESAMPLES = 2000
+
+# two-sided 97.5 % quantiles of Student's t for 1 .. 30 degrees of freedom
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+        2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
+        2.052, 2.048, 2.045, 2.042)
+
+
+@dataclass
+class Part:
+    """One number of a claim and what it must be.
+
+    Attributes:
+        value: from scores ``{(model, domain): array}`` to a number or an array; the scores of
+            all resamples come as arrays of equal length.
+        least, most: the threshold, on one side or both; None on a side that is free.
+        delta: how far beyond the threshold the interval may reach.
+    """
+
+    name: str
+    value: Callable[[dict], np.ndarray]
+    least: float | None = None
+    most: float | None = None
+    delta: float = DELTA
+
+
+@dataclass
+class Measured:
+    """Scores of one run: the right samples of each prompt, by (model, domain)."""
+
+    right: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    samples: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def scores(self) -> dict:
+        """Mean accuracy by (model, domain)."""
+        return {k: np.mean(v) / self.samples[k] for k, v in self.right.items()}
+
+    def resampled(self, seed: int = 0) -> dict:
+        """The same on resampled prompts, [RESAMPLES] each; one resample for all models."""
+        rng = np.random.default_rng(seed)
+        counts: dict[tuple[str, int], np.ndarray] = {}
+        out = {}
+        for (model, domain), right in sorted(self.right.items()):
+            shape = (domain, len(right))
+            if shape not in counts:
+                counts[shape] = rng.multinomial(len(right), [1 / len(right)] * len(right),
+                                                size=RESAMPLES)
+            out[model, domain] = counts[shape] @ right / (len(right) * self.samples[model, domain])
+        return out
+
+
+def measured(run: RunDir) -> Measured:
+    """Everything the finished evaluations of a run found."""
+    found = Measured()
+    for path in sorted(run.path.glob("stages/*/results.json")):
+        if run.record(path.parent.name).get("status") != "done":
+            continue
+        for record in read_json(path) or []:
+            key = record["model"], record["domain"]
+            found.right[key] = np.array(record["right"], float)
+            found.samples[key] = record["samples"]
+    return found
+
+
+def judge(parent: RunDir) -> list[dict]:
+    """One record per claim of the recipe.
+
+    Raises:
+        UsageError: not a run directory.
+    """
+    runs = [r for r in parent.runs() if (r / "run.json").is_file()]
+    if not runs:
+        return []
+    recipe = read_recipe(runs[0])
+    seeds = [r.manifest()["seed"] for r in runs]
+    found = [measured(r) for r in runs]
+    out = []
+    for name, roles in recipe.claims.items():
+        claim = member("claims", name.lower())
+        record = {"name": name, "statement": claim.statement, "source": claim.source,
+                  "threshold": claim.threshold, "seeds": seeds, "holds": None, "measured": {},
+                  "interval": {}, "note": ""}
+        try:
+            parts, notes = claim.parts(roles, found)
+            record |= _decide(parts, found)
+            record["note"] = notes
+        except KeyError as missing:
+            model, domain = missing.args[0] if isinstance(missing.args[0], tuple) else ("?", "?")
+            record["note"] = f"not measured yet: {model} on {domain}"
+        out.append(record)
+    return out
+
+
+def _decide(parts: list[Part], found: list[Measured]) -> dict:
+    values, intervals, verdicts = {}, {}, []
+    for part in parts:
+        each = [float(part.value(m.scores())) for m in found]
+        estimate = sum(each) / len(each)
+        if len(each) > 1:
+            half = T975[min(len(each) - 1, 30) - 1] * float(np.std(each, ddof=1)) / math.sqrt(
+                len(each))
+            low, high = estimate - half, estimate + half
+        else:
+            low, high = np.quantile(part.value(found[0].resampled()), [0.025, 0.975])
+        values[part.name], intervals[part.name] = estimate, [float(low), float(high)]
+        verdicts.append(verdict(part, estimate, float(low), float(high)))
+    holds = all(verdicts) if None not in verdicts else None
+    if False in verdicts:
+        holds = False
+    return {"measured": values, "interval": intervals, "holds": holds if parts else None}
+
+
+def verdict(part: Part, estimate: float, low: float, high: float) -> bool | None:
+    """True holds, False refuted, None undecided. See the module."""
+    least = -math.inf if part.least is None else part.least
+    most = math.inf if part.most is None else part.most
+    if high < least or low > most:
+        return False
+    within = low >= least - part.delta and high <= most + part.delta
+    return True if least <= estimate <= most and within else None
+
+
+def recovery(student: str, start: str, teacher: str, domain: str) -> Callable[[dict], np.ndarray]:
+    """r_d = (s_d - start_d) / (T_d - start_d)."""
+    def value(scores: dict) -> np.ndarray:
+        gap = scores[teacher, domain] - scores[start, domain]
+        return (scores[student, domain] - scores[start, domain]) / gap
+    return value
+
+
+def norm(student: str, start: str, teachers: dict[str, str]) -> Callable[[dict], np.ndarray]:
+    """Mean recovery over domains."""
+    each = [recovery(student, start, t, d) for d, t in teachers.items()]
+    return lambda scores: sum(value(scores) for value in each) / len(each)
+
+
+def wide_gaps(start: str, teachers: dict[str, str], found: list[Measured]):
+    """The teachers whose mean gap over the start is at least .10, and the domains left out."""
+    kept, left = {}, []
+    for domain, teacher in teachers.items():
+        gaps = [m.scores()[teacher, domain] - m.scores()[start, domain] for m in found]
+        if sum(gaps) / len(gaps) >= 0.10:
+            kept[domain] = teacher
+        else:
+            left.append(domain)
+    return kept, left

@@ -1,0 +1,197 @@
+"""What the commands do that start, continue or look at runs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+from opdctl import catalogue, console, references
+from opdctl import launch as run_launch
+from opdctl.errors import OpdctlError, UsageError
+from opdctl.plan import Planned, plan
+from opdctl.positions import dump
+from opdctl.recipe import Recipe, find, load, resolve
+from opdctl.registry import member
+from opdctl.rundir import RunDir, lock, new_name, write_json
+from opdctl.runner import Job, Outcome, carry_out
+from opdctl.schema import did_you_mean
+
+
+def run_recipe(name: str, overrides: tuple[str, ...], *, size: str = "", seeds: str = "",
+               out: Path | None = None, reuse: Path | None = None, only: str = "",
+               dry_run: bool = False) -> int:
+    """``opdctl run``. Returns the exit code."""
+    recipe = load(name, size=size, overrides=overrides)
+    if only and only not in recipe.stages:
+        raise UsageError(f"--only {only}: no such stage",
+                         did_you_mean(only, recipe.stages, "stages:"))
+    old = RunDir(reuse) if reuse else None
+    if dry_run:
+        console.show(console.plan_table(plan(recipe, old, only)))
+        return 0
+    source = find(name).read_text(encoding="utf-8")
+    path = out or Path("runs") / new_name(recipe.name)
+    if not seeds:
+        return _start(recipe, source, path, old, only)
+    numbers = run_launch.parse_seeds(seeds)
+    if old:
+        raise UsageError("--from with --seeds: seeds reuse nothing from each other or elsewhere")
+    recipes = [load(name, size=size, seed=s, overrides=overrides) for s in numbers]
+    parent = run_launch.new_set(recipe, numbers, path)
+    runs = [run_launch.new_run(r, source, parent / f"seed-{r.seed}") for r in recipes]
+    return _carry_out(parent, list(zip(runs, recipes, strict=True)), only)
+
+
+def run_stage(kind: str, overrides: tuple[str, ...], *, student: str, teachers: tuple[str, ...],
+              method: str, out: Path | None, dry_run: bool) -> int:
+    """``opdctl stage``: a recipe of one stage, built in memory. Returns the exit code."""
+    config = member("stages", kind).Config
+    keys = config.__dataclass_fields__
+    entry: dict[str, Any] = {"kind": kind}
+    if method:
+        chosen = catalogue.method(method)
+        if chosen.get("kind", kind) != kind:
+            raise UsageError(f"method {method} is for stage {chosen['kind']}",
+                             f"opdctl stage {chosen['kind']} --method {method}")
+        entry |= {k: v for k, v in chosen.items() if k not in ("about", "kind")}
+    if student:
+        entry["student"] = student
+    named = [t.split("=", 1) if "=" in t else ["teacher", t] for t in teachers]
+    if len({n for n, _ in named}) < len(named):
+        raise UsageError("two teachers with one name", "--teacher math=REF --teacher sort=REF")
+    if named:
+        entry["teachers"] = dict(named)
+    tree = {"name": kind, "stages": {kind: entry}}
+    full = tuple(f"stages.{kind}.{o}" if o.split("=")[0].split(".")[0] in keys else o
+                 for o in overrides)
+    data = _data_of([student, *(r for _, r in named)])
+    if data and not any(o.startswith("data.") for o in full):
+        wanted = [n for n, _ in named if n in data]
+        tree["data"] = {d: c for d, c in data.items() if not wanted or d in wanted}
+        console.say(f"prompts: {', '.join(tree['data'])}, as in the run that wrote the model")
+    recipe = resolve(tree, f"opdctl stage {kind}", overrides=full)
+    if dry_run:
+        console.show(console.plan_table(plan(recipe)))
+        return 0
+    path = out or Path("runs") / new_name(kind)
+    return _start(recipe, dump(tree), path, None, "")
+
+
+def _data_of(models: list[str]) -> dict[str, dict]:
+    """The data entries of the run that wrote one of these model folders, if a run did."""
+    for text in models:
+        ref = references.parse(text)
+        folder = Path(ref.name)
+        if ref.form == "folder" and len(folder.parents) > 2:
+            with contextlib.suppress(OpdctlError):
+                return run_launch.read_recipe(RunDir(folder.parents[2])).to_dict()["data"]
+    return {}
+
+
+def resume_run(directory: Path, overrides: tuple[str, ...]) -> int:
+    """``opdctl resume``. Returns the exit code."""
+    parent = RunDir(directory)
+    parent.manifest()
+    pairs = []
+    for run in parent.runs():
+        recipe, notes = run_launch.reopen(run, overrides)
+        pairs.append((run, recipe))
+        for note in notes:
+            console.say(f"{note}: equal up to rounding" if "jobs" not in note and
+                        "every" not in note and "keep" not in note and "log_" not in note else note)
+        for planned in plan(recipe, run):
+            if planned.action != "skip":
+                console.say(f"{run.path.name}: {planned.name}: {planned.action}, "
+                            f"{'; '.join(planned.reasons)}")
+                break
+        else:
+            console.say(f"{run.path.name}: every stage is done")
+    return _carry_out(parent, pairs, "")
+
+
+def plan_of(target: str, overrides: tuple[str, ...], *, size: str = "",
+            reuse: Path | None = None) -> list[Planned]:
+    """``opdctl plan`` of a recipe, or of a run directory as it stands."""
+    if (Path(target) / "run.json").is_file():
+        run = RunDir(target)
+        return [p for r in run.runs() for p in plan(run_launch.read_recipe(r, overrides), r)]
+    recipe = load(target, size=size, overrides=overrides)
+    return plan(recipe, RunDir(reuse) if reuse else None)
+
+
+def show_status(directory: Path | None, *, watch: bool, as_json: bool) -> None:
+    """``opdctl status``."""
+    from opdctl.status import status
+
+    if directory is None:
+        runs = sorted(Path("runs").glob("*/run.json"), key=lambda p: p.stat().st_mtime)
+        if not runs:
+            raise UsageError("no runs under ./runs", "opdctl status DIR")
+        directory = runs[-1].parent
+    while True:
+        found = status(RunDir(directory))
+        if as_json:
+            console.emit_json(found)
+        else:
+            for one in found.get("runs", [found]):
+                console.show(console.status_table(one))
+        if not watch or found["state"] != "running":
+            return
+        time.sleep(2)
+
+
+def _start(recipe: Recipe, source: str, path: Path, old: RunDir | None, only: str) -> int:
+    if old:
+        old.manifest()
+    run = run_launch.new_run(recipe, source, path)
+    if old:
+        reused = run_launch.reuse(run, recipe, old)
+        console.say(f"reused from {old.path}: {', '.join(reused) or 'nothing'}")
+    return _carry_out(run, [(run, recipe)], only)
+
+
+def _carry_out(parent: RunDir, pairs: list[tuple[RunDir, Recipe]], only: str) -> int:
+    console.say(f"run directory: {parent.path}")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lock(parent / ".lock", str(parent.path)))
+        for run, _ in pairs:
+            if run.path != parent.path:
+                stack.enter_context(lock(run / ".lock", str(run.path)))
+            run_launch.new_attempt(run)
+        jobs = [Job.of(run, recipe, only) for run, recipe in pairs]
+        with console.Progress() as progress:
+            outcome = carry_out(jobs, progress)
+        _conclude(parent, pairs, outcome)
+    return outcome.code
+
+
+def _conclude(parent: RunDir, pairs, outcome: Outcome) -> None:
+    """Time, claims, and after a failure the three lines that matter."""
+    from opdctl.judge import judge
+    from opdctl.report import write
+
+    if outcome.wall > 1:
+        console.say(_time_line(pairs, outcome))
+    for run, stage in outcome.failed:
+        console.say(f"failed: {stage}: {run.record(stage).get('error', 'it was killed')}", "red")
+        console.say(f"log:    {run / 'logs' / 'latest'}")
+        console.say(f"then:   opdctl resume {parent.path}")
+    if outcome.code == 75:
+        console.say(f"stopped; opdctl resume {parent.path}", "yellow")
+    if outcome.code == 0 and any(recipe.claims for _, recipe in pairs):
+        found = judge(parent)
+        write_json(parent / "claims.json", {"claims": found})
+        console.show(console.claims_table(found))
+    if outcome.code == 0:
+        console.say(f"report: {write(parent)}")
+
+
+def _time_line(pairs, outcome: Outcome) -> str:
+    records = [run.record(stage) for run, recipe in pairs for stage in recipe.stages]
+    whole = sum(r.get("seconds", 0.0) for r in records) + outcome.idle
+    outside = whole - sum(r.get("loop_seconds", 0.0) for r in records)
+    share = 100 * outside / whole if whole else 0.0
+    return (f"{outcome.wall:.1f} s; outside stage loops (start, load, save, plan) {outside:.1f} of "
+            f"{whole:.1f} process seconds, {share:.0f} %")

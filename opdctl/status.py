@@ -1,0 +1,75 @@
+"""What a run is doing, read from its directory: the JSON of ``opdctl status``. Pure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from opdctl.launch import read_recipe
+from opdctl.plan import fingerprints
+from opdctl.rundir import RunDir, held
+from opdctl.worker import total_steps
+
+
+def status(run: RunDir) -> dict:
+    """One run, or ``{"runs": [...]}`` for a set of seeds.
+
+    Raises:
+        UsageError: not a run directory.
+    """
+    if run.is_set():
+        runs = [status(r) for r in run.runs() if (r / "run.json").is_file()]
+        return {"run": str(run.path), "recipe": run.manifest()["recipe"], "runs": runs,
+                "state": _worst([r["state"] for r in runs])}
+    manifest, recipe = run.manifest(), read_recipe(run)
+    prints = fingerprints(recipe)
+    stages = {name: _stage(run, recipe, name, prints[name]) for name in recipe.order()}
+    state = _worst([s["status"] for s in stages.values()])
+    if state not in ("done", "failed") and held(run / ".lock"):
+        state = "running"
+    return {"run": str(run.path), "recipe": manifest["recipe"], "size": manifest["size"],
+            "seed": manifest["seed"], "state": state, "stages": stages}
+
+
+def _stage(run: RunDir, recipe, name: str, fingerprint: str) -> dict:
+    record = run.record(name)
+    found = record.get("status", "pending")
+    total = total_steps(recipe, name)
+    if found == "running" and not held(run.stage(name) / ".lock"):
+        found = "interrupted"       # killed: its lock died with it
+    elif record and record["fingerprint"] != fingerprint:
+        found = "stale"
+    step = total if found == "done" else last_step(run.stage(name) / "metrics.jsonl")
+    return {"kind": recipe.stages[name].kind, "status": found, "step": step, "total": total,
+            "attempt": record.get("attempt", 0), "seconds": round(record.get("seconds", 0.0), 2),
+            "loop_seconds": round(record.get("loop_seconds", 0.0), 2),
+            "fingerprint": record.get("fingerprint", fingerprint), "error": record.get("error", "")}
+
+
+def _worst(states: list[str]) -> str:
+    for state in ("failed", "running", "interrupted", "stale", "pending"):
+        if state in states:
+            return {"stale": "interrupted", "pending": "interrupted"}.get(state, state)
+    return "done"
+
+
+def last_row(path: Path) -> dict:
+    """The last whole line of a metrics file, found from its end; empty without one."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - 16384))
+            lines = file.read().splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        try:
+            return json.loads(line)
+        except ValueError:
+            continue
+    return {}
+
+
+def last_step(path: Path) -> int:
+    """Step of the last row; 0 without one."""
+    return last_row(path).get("step", 0)
