@@ -54,9 +54,11 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
         local = {n: (member("teachers", "local")(ctx, model, n, t.model), t.weight)
                  for n, t in teachers.items()}
         route = {d: names[0] for d, names in routes(ctx.recipe.domains(ctx.name), teachers).items()}
+    several = config.updates_per_rollout * config.minibatches > 1
     return Parts(
         source=member("sources", "student")(None, ctx, model), terms=terms, signals=signals,
         rewards=rewards, teachers=local, route=route,
-        policy_logprobs="policy.logprobs" in needs, temperature=config.sampling.temperature,
+        policy_logprobs="policy.logprobs" in needs or ("old.logprobs" in needs and several),
+        temperature=config.sampling.temperature,
         updates=config.updates_per_rollout, minibatches=config.minibatches,
     )

@@ -222,9 +222,8 @@ class Loop:
         lr = update.lr_at(done, self.steps, self.optim)
         losses, norms, logged = [], [], {}
         self.ctx.check()
-        per = -(-len(spans) // self.parts.minibatches)
         for _ in range(self.parts.updates):
-            for sequences, part in tokens.micro_batches(lengths, per):
+            for sequences, part in tokens.parts(lengths, self.parts.minibatches):
                 cut = {k: v[part] for k, v in step.columns.items()}
                 loss, table, processed = update.accumulate(
                     model, spans[sequences], cut, self.parts.terms,

@@ -34,18 +34,19 @@ def logprobs(
         check: called before each forward pass; may raise to stop.
     """
     spans = [(request.ids, request.start) for request in requests]
-    parts = []
-    for sequences, _ in micro_batches([len(ids) - start for ids, start in spans], micro_batch):
+    count = sum(len(ids) - start for ids, start in spans)
+    out_N = torch.zeros(count, dtype=torch.get_default_dtype(), device=model.device)
+    rows = rows_in(chunk_mib, model.head.weight.shape[0])
+    for group, tokens_N in micro_batches(spans, micro_batch):
         check()
-        packed = pack(spans[sequences], model.pad, model.device)
+        packed = pack([spans[i] for i in group], model.pad, model.device)
         hidden = model.trunk(packed.ids_BT).last_hidden_state
         hidden_ND = hidden.flatten(0, 1)[packed.prediction_N]
-        rows = rows_in(chunk_mib, model.head.weight.shape[0])
         for start in range(0, len(hidden_ND), rows):
-            logits_CV = model.logits(hidden_ND[start : start + rows], temperature)
-            target_C = packed.target_N[start : start + rows]
-            parts.append(target_logprob(logits_CV, target_C))
-    return torch.cat(parts) if parts else torch.zeros(0)
+            chunk = slice(start, start + rows)
+            logits_CV = model.logits(hidden_ND[chunk], temperature)
+            out_N[tokens_N[chunk]] = target_logprob(logits_CV, packed.target_N[chunk])
+    return out_N
 
 
 def target_logprob(logits_CV: Tensor, target_C: Tensor) -> Tensor:

@@ -90,12 +90,43 @@ def last_of_each(values_N: Tensor, length_B: Tensor) -> Tensor:
     return torch.where(length_B > 0, values_N[last_B.clamp(min=0)], values_N.new_zeros(()))
 
 
-def micro_batches(lengths: Sequence[int], size: int) -> list[tuple[slice, slice]]:
-    """Slices over sequences and over their tokens, ``size`` sequences each; 0 is all at once."""
-    size = size or max(len(lengths), 1)
+def parts(lengths: Sequence[int], count: int) -> list[tuple[slice, slice]]:
+    """``count`` contiguous parts: slices over sequences and over their supervised tokens."""
+    size = -(-len(lengths) // count) or 1
     out, token = [], 0
     for start in range(0, len(lengths), size):
         part = lengths[start : start + size]
         out.append((slice(start, start + len(part)), slice(token, token + sum(part))))
         token += sum(part)
     return out
+
+
+def micro_batches(
+    spans: Sequence[tuple[Sequence[int], int]], size: int
+) -> list[tuple[list[int], Tensor]]:
+    """Sequences of like length together, so that little of a rectangle is padding.
+
+    Args:
+        size: most sequences in one; 0 is as many as differ by less than a third in length.
+
+    Returns:
+        For each, the indices of its sequences and those of their supervised tokens, [N'].
+    """
+    total = [len(ids) for ids, _ in spans]
+    first = [0]
+    for ids, start in spans:
+        first.append(first[-1] + len(ids) - start)
+    groups: list[list[int]] = []
+    for i in sorted(range(len(spans)), key=lambda i: (-total[i], i)):
+        group = groups[-1] if groups else []
+        full = size and len(group) >= size
+        much_shorter = not size and len(group) >= 16 and 3 * total[i] < 2 * total[group[0]]
+        if not groups or full or much_shorter:
+            groups.append([i])
+        else:
+            group.append(i)
+    return [
+        (group, torch.tensor([t for i in group for t in range(first[i], first[i + 1])],
+                             dtype=torch.long))
+        for group in groups
+    ]

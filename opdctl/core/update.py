@@ -66,6 +66,14 @@ class View:
         """Differentiable score of a classifier, one per token."""
         return self.model.head(self.hidden_CD)[:, 0]
 
+    @property
+    def old_C(self) -> Tensor:
+        """Log-prob of the target under the policy as it was when the rollouts were made.
+
+        With one update per rollout that is the policy being trained, and no pass is spent on it.
+        """
+        return self.columns["policy"] if "policy" in self.columns else self.logprob_C.detach()
+
     def __getitem__(self, column: str) -> Tensor:
         return self.columns[column]
 
@@ -134,12 +142,12 @@ def accumulate(model: Model, spans: list, columns: dict[str, Tensor], terms: lis
     head = [p for p in model.head.parameters() if p is not None]
     table: dict[str, Tensor] = {}
     total, processed = 0.0, 0
-    for sequences, tokens in micro_batches(lengths, micro_batch):
-        packed = pack(spans[sequences], model.pad, model.device)
+    for group, tokens_N in micro_batches(spans, micro_batch):
+        packed = pack([spans[i] for i in group], model.pad, model.device)
         hidden = model.trunk(packed.ids_BT).last_hidden_state.flatten(0, 1)
         index_N = packed.prediction_N if "prediction" in rows else packed.token_N
-        kept_N = weight_N[tokens].nonzero()[:, 0]
-        where_N = kept_N + tokens.start
+        kept_N = weight_N[tokens_N].nonzero()[:, 0]
+        where_N = tokens_N[kept_N]
         hidden_ND = hidden[index_N[kept_N]]
 
         def loss_of(hidden_CD, part, packed=packed, kept_N=kept_N, where_N=where_N):

@@ -59,37 +59,54 @@ class Transformers:
         from transformers import DynamicCache
 
         model, device = self.model, self.model.device
-        B, T = len(prompts), max(map(len, prompts))
-        ids_BT = torch.full((B, T), model.pad, dtype=torch.long)
-        pads = [T - len(p) for p in prompts]
-        for b, prompt in enumerate(prompts):
-            ids_BT[b, pads[b]:] = torch.tensor(prompt)
-        ids_BT, pad_B = ids_BT.to(device), torch.tensor(pads, device=device)
-        seen_BT = torch.arange(T + max_tokens, device=device) >= pad_B[:, None]
+        distinct = list(dict.fromkeys(map(tuple, prompts)))
+        place = {prompt: u for u, prompt in enumerate(distinct)}
+        owner_B = torch.tensor([place[tuple(p)] for p in prompts], device=device)
+        T = max(map(len, distinct))
+        ids_UT = torch.full((len(distinct), T), model.pad, dtype=torch.long)
+        pads = [T - len(p) for p in distinct]
+        for u, prompt in enumerate(distinct):
+            ids_UT[u, pads[u]:] = torch.tensor(prompt)
+        pad_U = torch.tensor(pads, device=device)
+        seen_UT = torch.arange(T + max_tokens, device=device) >= pad_U[:, None]
         causal_TT = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-        mask = (seen_BT[:, None, None, :T] & causal_TT) | torch.eye(T, dtype=torch.bool,
-                                                                  device=device)
-        position_BT = (torch.arange(T, device=device) - pad_B[:, None]).clamp(min=0)
+        self_TT = torch.eye(T, dtype=torch.bool, device=device)     # padding attends to itself
+        inputs = {
+            "input_ids": ids_UT.to(device),
+            "attention_mask": (seen_UT[:, None, None, :T] & causal_TT) | self_TT,
+            "position_ids": (torch.arange(T, device=device) - pad_U[:, None]).clamp(min=0),
+        }
         cache = DynamicCache(config=model.net.config)
-        tokens, logprobs, alive_B = [], [], np.ones(B, bool)
+        tokens_BT = np.full((len(prompts), max_tokens), model.eos)
+        logprobs_BT = np.zeros((len(prompts), max_tokens))
+        alive = np.arange(len(prompts))         # rows still in the batch
+        ended_B = np.zeros(len(prompts), bool)
         with torch.inference_mode():
             for t in range(max_tokens):
                 self.check()
-                hidden = model.net.base_model(
-                    input_ids=ids_BT, attention_mask=mask, position_ids=position_BT,
-                    past_key_values=cache, use_cache=True,
-                ).last_hidden_state[:, -1]
-                logits_BV = model.logits(hidden, temperature)
-                token_B, logprob_B = draw(logits_BV, draws.uniform(keys_B, t))
-                tokens.append(token_B.cpu().numpy())
-                logprobs.append(logprob_B.cpu().numpy())
-                alive_B &= tokens[-1] != model.eos
-                if not alive_B.any():
+                hidden = model.net.base_model(**inputs, past_key_values=cache, use_cache=True)
+                last = hidden.last_hidden_state[:, -1]
+                if t == 0:      # a prompt is read once, whatever the size of its group
+                    last, seen_UT = last[owner_B], seen_UT[owner_B]
+                    position_B1 = inputs["position_ids"][owner_B, -1:]
+                    cache.batch_select_indices(owner_B)
+                token_B, logprob_B = draw(model.logits(last, temperature),
+                                          draws.uniform(keys_B[alive], t))
+                tokens_BT[alive, t] = token_B.cpu().numpy()
+                logprobs_BT[alive, t] = logprob_B.cpu().numpy()
+                ended_B[alive] |= tokens_BT[alive, t] == model.eos
+                going = ~ended_B[alive]
+                if not going.any():
                     break
-                ids_BT = token_B[:, None]
-                mask = seen_BT[:, None, None, : T + t + 1]
-                position_BT = position_BT[:, -1:] + 1
-        return cut(np.stack(tokens, 1), np.stack(logprobs, 1), model.eos)
+                position_B1 = position_B1 + 1
+                if going.mean() < 0.7:      # drop the rows that ended
+                    kept_B = torch.from_numpy(np.flatnonzero(going)).to(device)
+                    cache.batch_select_indices(kept_B)
+                    token_B, position_B1 = token_B[kept_B], position_B1[kept_B]
+                    seen_UT, alive = seen_UT[kept_B], alive[going]
+                inputs = {"input_ids": token_B[:, None], "position_ids": position_B1,
+                          "attention_mask": seen_UT[:, None, None, : T + t + 1]}
+        return cut(tokens_BT, logprobs_BT, model.eos)
 
 
 def draw(logits_BV, uniform_B: np.ndarray):

@@ -17,7 +17,7 @@ class PolicyGradient:
     """-A log pi, or PPO's clipped ratio."""
 
     revision = 1
-    needs = ("advantage",)
+    needs = ("advantage", "old.logprobs")
     rows = "prediction"
 
     @dataclass(kw_only=True)
@@ -30,8 +30,6 @@ class PolicyGradient:
 
     def __init__(self, config) -> None:
         self.config = config
-        if config.clip_low or config.clip_high:
-            self.needs = ("advantage", "policy.logprobs")
 
     def loss(self, view):
         """Shape [C]."""
@@ -42,7 +40,7 @@ class PolicyGradient:
         view.log("entropy", -plogp_CV.sum(-1))
         if not (self.config.clip_low or self.config.clip_high):
             return -view["advantage"] * view.logprob_C
-        ratio_C = (view.logprob_C - view["policy"]).exp()
+        ratio_C = (view.logprob_C - view.old_C).exp()
         bounded_C = ratio_C.clamp(1 - self.config.clip_low, 1 + self.config.clip_high)
         view.log("clipped", (bounded_C != ratio_C).float())
         return -torch.minimum(ratio_C * view["advantage"], bounded_C * view["advantage"])

@@ -23,13 +23,12 @@ class Model:
         import torch
 
         spans = [((*r.prompt_ids, *r.response_ids), len(r.prompt_ids)) for r in rollouts]
-        lengths = [len(r.response_ids) for r in rollouts]
         with torch.no_grad():
-            for sequences, _ in micro_batches(lengths, self.ctx.runtime.micro_batch):
+            for group, _ in micro_batches(spans, self.ctx.runtime.micro_batch):
                 self.ctx.check()
-                packed = pack(spans[sequences], self.model.pad, self.model.device)
+                packed = pack([spans[i] for i in group], self.model.pad, self.model.device)
                 hidden = self.model.trunk(packed.ids_BT).last_hidden_state.flatten(0, 1)
                 score_N = self.model.head(hidden[packed.token_N])[:, 0].float()
                 right_B = last_of_each(score_N, packed.length_B).sigmoid().tolist()
-                for rollout, right in zip(rollouts[sequences], right_B, strict=True):
-                    rollout.reward = right
+                for i, right in zip(group, right_B, strict=True):
+                    rollouts[i].reward = right

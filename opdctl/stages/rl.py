@@ -33,7 +33,8 @@ def member_problems(config, provided: set[str]) -> list[Problem]:
     """Signals, objectives and weights whose needs nothing in the stage provides."""
     found = []
     active = {n: s for n, s in config.signals.items() if s.coef}
-    provided = provided | {"policy.logprobs", "behaviour.logprobs", "reward", "group"}
+    provided = provided | {"policy.logprobs", "old.logprobs", "behaviour.logprobs",
+                           "reward", "group"}
     if active:
         provided.add("advantage")
     from opdctl.registry import member
