@@ -38,21 +38,30 @@ def listing(what: str) -> list[dict[str, str]]:
         UsageError: no such list.
     """
     if not what:
-        kinds = {"recipes": "pipelines that come with opdctl", "methods": "compositions for "
-                 "`opdctl stage --method`", "runs": "run directories under ./runs",
-                 **registry.FAMILIES}
+        kinds = {
+            "recipes": "pipelines that come with opdctl",
+            "methods": "compositions for `opdctl stage --method`",
+            "runs": "run directories under ./runs",
+            **registry.FAMILIES,
+        }
         return [{"name": k, "about": v} for k, v in kinds.items()]
     if what == "recipes":
-        return [{"name": n, "about": parse(p.read_text(encoding="utf-8"), n)[0].get("about", "")}
-                for n, p in shipped().items()]
+        return [
+            {"name": n, "about": parse(p.read_text(encoding="utf-8"), n)[0].get("about", "")}
+            for n, p in shipped().items()
+        ]
     if what == "methods":
         return [{"name": n, "about": method(n).get("about", "")} for n in methods()]
     if what == "runs":
-        return [{"name": str(p.parent), "about": _run_line(p.parent)}
-                for p in sorted(Path("runs").glob("*/run.json"))]
+        return [
+            {"name": str(p.parent), "about": _run_line(p.parent)}
+            for p in sorted(Path("runs").glob("*/run.json"))
+        ]
     if what in registry.FAMILIES:
-        return [{"name": n, "about": registry.first_line(registry.member(what, n))}
-                for n in registry.members(what)]
+        return [
+            {"name": n, "about": registry.first_line(registry.member(what, n))}
+            for n in registry.members(what)
+        ]
     known = ["recipes", "methods", "runs", *registry.FAMILIES]
     raise UsageError(f"nothing called {what!r} to list", did_you_mean(what, known, "one of"))
 
@@ -74,8 +83,11 @@ def detail(name: str) -> dict:
     found = [(f, wanted) for f in registry.FAMILIES if wanted in registry.members(f)]
     if "/" in name:
         family, wanted = name.split("/", 1)
-        found = [(f, m) for f, m in [(family, wanted)]
-                 if f in registry.FAMILIES and m in registry.members(f)]
+        found = [
+            (f, m)
+            for f, m in [(family, wanted)]
+            if f in registry.FAMILIES and m in registry.members(f)
+        ]
     if found:
         keys, about = [], []
         for family, member in found:
@@ -91,8 +103,11 @@ def detail(name: str) -> dict:
         return {"name": name, "about": method(name).get("about", ""), "text": text}
     if name in shipped() or Path(name).is_file():
         return {"name": name, "about": str(find(name)), "text": find(name).read_text("utf-8")}
-    everything = [*shipped(), *methods(), *(m for f in registry.FAMILIES
-                                            for m in registry.members(f))]
+    everything = [
+        *shipped(),
+        *methods(),
+        *(m for f in registry.FAMILIES for m in registry.members(f)),
+    ]
     raise UsageError(f"nothing called {name!r}", did_you_mean(name, everything, "try `opdctl ls`:"))
 
 

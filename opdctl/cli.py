@@ -1,7 +1,7 @@
 """Every command: parse, call, render. No logic, and no torch.
 
-    opdctl run recipes/mimo.yaml
-    opdctl resume runs/mimo-20261120-101500-3f2a
+opdctl run recipes/mimo.yaml
+opdctl resume runs/mimo-20261120-101500-3f2a
 """
 
 from __future__ import annotations
@@ -15,12 +15,18 @@ import typer
 from opdctl.errors import EXIT_PENDING, OpdctlError, RecipeError
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Declarative multi-stage post-training recipes with on-policy distillation.",
 )
 
-Overrides = Annotated[list[str] | None, typer.Argument(
-    metavar="[key=value]...", help="dotted overrides, such as stages.mopd.optim.lr=3e-6")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[key=value]...", help="dotted overrides, such as stages.mopd.optim.lr=3e-6"
+    ),
+]
 Size = Annotated[str, typer.Option(help="tiny (default), small or lab", metavar="SIZE")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
 From = Annotated[Path | None, typer.Option("--from", help="reuse finished stages of this run")]
@@ -42,8 +48,18 @@ def run(
     """Plan a recipe, then do it."""
     from opdctl.session import run_recipe
 
-    sys.exit(run_recipe(recipe, tuple(overrides or ()), size=size, seeds=seeds, out=out,
-                        reuse=reuse, only=only, dry_run=dry_run))
+    sys.exit(
+        run_recipe(
+            recipe,
+            tuple(overrides or ()),
+            size=size,
+            seeds=seeds,
+            out=out,
+            reuse=reuse,
+            only=only,
+            dry_run=dry_run,
+        )
+    )
 
 
 @app.command()
@@ -51,8 +67,9 @@ def stage(
     kind: Annotated[str, typer.Argument(help="`opdctl ls stages` lists them")],
     overrides: Overrides = None,
     student: Annotated[str, typer.Option(help="model it starts from")] = "",
-    teacher: Annotated[list[str] | None, typer.Option(
-        help="[DOMAIN=]REF; once for each teacher")] = None,
+    teacher: Annotated[
+        list[str] | None, typer.Option(help="[DOMAIN=]REF; once for each teacher")
+    ] = None,
     method: Annotated[str, typer.Option(help="`opdctl ls methods` lists them")] = "",
     out: Annotated[Path | None, typer.Option(help="the run directory to make")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="plan, and stop")] = False,
@@ -60,8 +77,17 @@ def stage(
     """Run one stage; its keys may be given without `stages.KIND.` in front."""
     from opdctl.session import run_stage
 
-    sys.exit(run_stage(kind, tuple(overrides or ()), student=student,
-                       teachers=tuple(teacher or ()), method=method, out=out, dry_run=dry_run))
+    sys.exit(
+        run_stage(
+            kind,
+            tuple(overrides or ()),
+            student=student,
+            teachers=tuple(teacher or ()),
+            method=method,
+            out=out,
+            dry_run=dry_run,
+        )
+    )
 
 
 @app.command()
@@ -74,8 +100,9 @@ def resume(directory: DirArg, overrides: Overrides = None) -> None:
 
 @app.command()
 def plan(
-    target: Annotated[str, typer.Argument(help="a recipe or a run directory",
-                                          metavar="RECIPE|DIR")],
+    target: Annotated[
+        str, typer.Argument(help="a recipe or a run directory", metavar="RECIPE|DIR")
+    ],
     overrides: Overrides = None,
     size: Size = "",
     reuse: From = None,
@@ -96,8 +123,9 @@ def plan(
 
 
 @app.command()
-def validate(recipe: RecipeArg, overrides: Overrides = None, size: Size = "",
-             as_json: Json = False) -> None:
+def validate(
+    recipe: RecipeArg, overrides: Overrides = None, size: Size = "", as_json: Json = False
+) -> None:
     """Say whether a recipe is well formed and possible; every problem at once."""
     from opdctl import console
     from opdctl.recipe import load
@@ -117,8 +145,9 @@ def validate(recipe: RecipeArg, overrides: Overrides = None, size: Size = "",
 
 @app.command()
 def status(
-    directory: Annotated[Path | None, typer.Argument(help="the newest run if not given",
-                                                     metavar="[DIR]")] = None,
+    directory: Annotated[
+        Path | None, typer.Argument(help="the newest run if not given", metavar="[DIR]")
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="refresh until it ends")] = False,
     as_json: Json = False,
 ) -> None:
@@ -153,8 +182,10 @@ def report(directory: DirArg) -> None:
 
 @app.command()
 def ls(
-    what: Annotated[str, typer.Argument(help="recipes, stages, methods, claims, runs, a family",
-                                        metavar="[WHAT]")] = "",
+    what: Annotated[
+        str,
+        typer.Argument(help="recipes, stages, methods, claims, runs, a family", metavar="[WHAT]"),
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """List what there is."""
@@ -185,8 +216,12 @@ def show(
     if found.get("text"):
         print(found["text"])
     if found.get("keys"):
-        console.show(console.table(["key", "type", "default", "changes", "meaning"],
-                                   [list(r.values()) for r in found["keys"]]))
+        console.show(
+            console.table(
+                ["key", "type", "default", "changes", "meaning"],
+                [list(r.values()) for r in found["keys"]],
+            )
+        )
 
 
 @app.command()

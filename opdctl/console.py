@@ -21,9 +21,20 @@ from opdctl.status import last_row
 out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 err = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
 
-STYLES = {"done": "green", "skip": "green", "running": "cyan", "failed": "bold red",
-          "interrupted": "yellow", "stale": "yellow", "rerun": "yellow", "resume": "cyan",
-          "blocked": "red", "holds": "green", "refuted": "red", "undecided": "yellow"}
+STYLES = {
+    "done": "green",
+    "skip": "green",
+    "running": "cyan",
+    "failed": "bold red",
+    "interrupted": "yellow",
+    "stale": "yellow",
+    "rerun": "yellow",
+    "resume": "cyan",
+    "blocked": "red",
+    "holds": "green",
+    "refuted": "red",
+    "undecided": "yellow",
+}
 
 
 def emit_json(content: Any) -> None:
@@ -38,12 +49,17 @@ def say(text: str, style: str = "") -> None:
 
 def table(columns: list[str], rows: list[list[Any]], title: str = "") -> Table:
     """A plain table; cells that are a known state get its colour. Numbers are right-aligned."""
-    grid = Table(title=title or None, title_justify="left", box=None, pad_edge=False,
-                 header_style="bold", title_style="bold")
+    grid = Table(
+        title=title or None,
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+        title_style="bold",
+    )
     for i, column in enumerate(columns):
         numeric = rows and all(isinstance(r[i], int | float) or r[i] in ("", None) for r in rows)
-        grid.add_column(column, justify="right" if numeric else "left",
-                        overflow="fold")
+        grid.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         cells = ["" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in row]
         grid.add_row(*[Text(c, style=STYLES.get(c, "")) for c in cells])
@@ -57,8 +73,9 @@ def show(grid: Table) -> None:
 
 def plan_table(planned: list) -> Table:
     """What would run, and why."""
-    rows = [[p.name, p.kind, p.action, "; ".join(p.reasons), ", ".join(p.upstream)]
-            for p in planned]
+    rows = [
+        [p.name, p.kind, p.action, "; ".join(p.reasons), ", ".join(p.upstream)] for p in planned
+    ]
     return table(["stage", "kind", "action", "why", "reads"], rows)
 
 
@@ -68,11 +85,20 @@ def status_table(status: dict, live: dict[str, str] | None = None) -> Table:
     for name, s in status["stages"].items():
         filled = round(12 * s["step"] / max(1, s["total"]))
         bar = "#" * filled + "." * (12 - filled)
-        rows.append([name, s["kind"], s["status"], f"{bar} {s['step']}/{s['total']}",
-                     round(s["seconds"], 1) or None, (live or {}).get(name, s["error"][:60])])
+        rows.append(
+            [
+                name,
+                s["kind"],
+                s["status"],
+                f"{bar} {s['step']}/{s['total']}",
+                round(s["seconds"], 1) or None,
+                (live or {}).get(name, s["error"][:60]),
+            ]
+        )
     title = f"{status['recipe']} {status['size']} seed {status['seed']}: {status['state']}"
-    return table(["stage", "kind", "status", "step", "seconds", ""], rows,
-                 f"{title}   {status['run']}")
+    return table(
+        ["stage", "kind", "status", "step", "seconds", ""], rows, f"{title}   {status['run']}"
+    )
 
 
 def claims_table(claims: list[dict]) -> Table:
@@ -81,14 +107,24 @@ def claims_table(claims: list[dict]) -> Table:
     rows = []
     for c in claims:
         measured = "\n".join(
-            f"{name} {_number(value)}" + (f" [{_number(low)}, {_number(high)}]" if low is not None
-                                          else "")
+            f"{name} {_number(value)}"
+            + (f" [{_number(low)}, {_number(high)}]" if low is not None else "")
             for name, value, low, high in _measures(c)
         )
-        rows.append([c["name"], words[c["holds"]], c["statement"], c["threshold"], measured,
-                     len(c["seeds"]), c["source"]])
-    return table(["claim", "verdict", "statement", "threshold", "measured [95 %]", "seeds",
-                  "source"], rows)
+        rows.append(
+            [
+                c["name"],
+                words[c["holds"]],
+                c["statement"],
+                c["threshold"],
+                measured,
+                len(c["seeds"]),
+                c["source"],
+            ]
+        )
+    return table(
+        ["claim", "verdict", "statement", "threshold", "measured [95 %]", "seeds", "source"], rows
+    )
 
 
 def _measures(claim: dict):
@@ -126,8 +162,12 @@ class Progress:
             self.live.update(self._table(jobs))
         if self.live:
             return
-        changed = [(j, s, w) for j in jobs for s, w in j.status.items()
-                   if w not in ("pending", self.seen.get((str(j.run.path), s)))]
+        changed = [
+            (j, s, w)
+            for j in jobs
+            for s, w in j.status.items()
+            if w not in ("pending", self.seen.get((str(j.run.path), s)))
+        ]
         for job, stage, word in changed:
             if self.seen.setdefault((str(job.run.path), stage), "") != word:
                 self.seen[str(job.run.path), stage] = word
@@ -137,8 +177,10 @@ class Progress:
             for job in jobs:
                 for stage, word in job.status.items():
                     if word == "running":
-                        say(f"[{now - self.start:6.1f}s] {_label(job, jobs)}{stage}: "
-                            f"{self._doing(job, stage)}")
+                        say(
+                            f"[{now - self.start:6.1f}s] {_label(job, jobs)}{stage}: "
+                            f"{self._doing(job, stage)}"
+                        )
 
     def _table(self, jobs: list) -> Table:
         rows = []

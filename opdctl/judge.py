@@ -18,14 +18,43 @@ from opdctl.launch import read_recipe
 from opdctl.registry import member
 from opdctl.rundir import RunDir, read_json
 
-DELTA = 0.03            # of a score
-DELTA_RECOVERY = 0.05   # of a recovery
+DELTA = 0.03  # of a score
+DELTA_RECOVERY = 0.05  # of a recovery
 RESAMPLES = 2000
 
 # two-sided 97.5 % quantiles of Student's t for 1 .. 30 degrees of freedom
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-        2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
-        2.052, 2.048, 2.045, 2.042)
+T975 = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+    2.120,
+    2.110,
+    2.101,
+    2.093,
+    2.086,
+    2.080,
+    2.074,
+    2.069,
+    2.064,
+    2.060,
+    2.056,
+    2.052,
+    2.048,
+    2.045,
+    2.042,
+)
 
 
 @dataclass
@@ -65,8 +94,9 @@ class Measured:
         for (model, domain), right in sorted(self.right.items()):
             shape = (domain, len(right))
             if shape not in counts:
-                counts[shape] = rng.multinomial(len(right), [1 / len(right)] * len(right),
-                                                size=RESAMPLES)
+                counts[shape] = rng.multinomial(
+                    len(right), [1 / len(right)] * len(right), size=RESAMPLES
+                )
             out[model, domain] = counts[shape] @ right / (len(right) * self.samples[model, domain])
         return out
 
@@ -99,9 +129,17 @@ def judge(parent: RunDir) -> list[dict]:
     out = []
     for name, roles in recipe.claims.items():
         claim = member("claims", name.lower())
-        record = {"name": name, "statement": claim.statement, "source": claim.source,
-                  "threshold": claim.threshold, "seeds": seeds, "holds": None, "measured": {},
-                  "interval": {}, "note": ""}
+        record = {
+            "name": name,
+            "statement": claim.statement,
+            "source": claim.source,
+            "threshold": claim.threshold,
+            "seeds": seeds,
+            "holds": None,
+            "measured": {},
+            "interval": {},
+            "note": "",
+        }
         try:
             parts, notes = claim.parts(roles, found)
             record |= _decide(parts, found)
@@ -119,8 +157,11 @@ def _decide(parts: list[Part], found: list[Measured]) -> dict:
         each = [float(part.value(m.scores())) for m in found]
         estimate = sum(each) / len(each)
         if len(each) > 1:
-            half = T975[min(len(each) - 1, 30) - 1] * float(np.std(each, ddof=1)) / math.sqrt(
-                len(each))
+            half = (
+                T975[min(len(each) - 1, 30) - 1]
+                * float(np.std(each, ddof=1))
+                / math.sqrt(len(each))
+            )
             low, high = estimate - half, estimate + half
         else:
             low, high = np.quantile(part.value(found[0].resampled()), [0.025, 0.975])
@@ -144,9 +185,11 @@ def verdict(part: Part, estimate: float, low: float, high: float) -> bool | None
 
 def recovery(student: str, start: str, teacher: str, domain: str) -> Callable[[dict], np.ndarray]:
     """r_d = (s_d - start_d) / (T_d - start_d)."""
+
     def value(scores: dict) -> np.ndarray:
         gap = scores[teacher, domain] - scores[start, domain]
         return (scores[student, domain] - scores[start, domain]) / gap
+
     return value
 
 

@@ -30,20 +30,35 @@ def new_run(recipe: Recipe, source: str, path: Path) -> RunDir:
     write_text(run / "resolved.yaml", dump(recipe.to_dict()))
     for stage in recipe.stages:
         write_text(run.stage(stage) / "config.yaml", dump(semantic(recipe, stage)))
-    write_json(run / "run.json", {
-        "opdctl": __version__, "recipe": recipe.name, "size": recipe.size, "seed": recipe.seed,
-        "created": time.time(), "command": sys.argv, "fingerprints": fingerprints(recipe),
-    })
+    write_json(
+        run / "run.json",
+        {
+            "opdctl": __version__,
+            "recipe": recipe.name,
+            "size": recipe.size,
+            "seed": recipe.seed,
+            "created": time.time(),
+            "command": sys.argv,
+            "fingerprints": fingerprints(recipe),
+        },
+    )
     return run
 
 
 def new_set(recipe: Recipe, seeds: list[int], path: Path) -> RunDir:
     """A directory for one run per seed."""
     run = rundir.create(path)
-    write_json(run / "run.json", {
-        "opdctl": __version__, "recipe": recipe.name, "size": recipe.size, "seeds": seeds,
-        "created": time.time(), "command": sys.argv,
-    })
+    write_json(
+        run / "run.json",
+        {
+            "opdctl": __version__,
+            "recipe": recipe.name,
+            "size": recipe.size,
+            "seeds": seeds,
+            "created": time.time(),
+            "command": sys.argv,
+        },
+    )
     return run
 
 
@@ -79,8 +94,14 @@ def read_recipe(run: RunDir, overrides: tuple[str, ...] = ()) -> Recipe:
         tree, lines, problems = parse(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    return resolve(tree, str(path), size=str(tree.get("size", "")), overrides=overrides,
-                   lines=lines, problems=problems)
+    return resolve(
+        tree,
+        str(path),
+        size=str(tree.get("size", "")),
+        overrides=overrides,
+        lines=lines,
+        problems=problems,
+    )
 
 
 def reopen(run: RunDir, overrides: tuple[str, ...] = ()) -> tuple[Recipe, list[str]]:
@@ -126,7 +147,8 @@ def reuse(run: RunDir, recipe: Recipe, old: RunDir) -> list[str]:
             continue
         part = run.stage(stage).with_name(f".{stage}.part")
         shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(old.stage(stage), part, ignore=shutil.ignore_patterns(".lock", "stage.json"))
+        last = shutil.ignore_patterns(".lock", "stage.json")
+        shutil.copytree(old.stage(stage), part, ignore=last)
         shutil.rmtree(run.stage(stage), ignore_errors=True)
         part.rename(run.stage(stage))
         write_json(run.stage(stage) / "stage.json", {**record, "reused_from": str(old.path)})

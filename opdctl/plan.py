@@ -127,7 +127,8 @@ def plan(recipe: Recipe, run: RunDir | None = None, only: str = "") -> list[Plan
 
 def _action(recipe, stage, prints, record, run, changed) -> tuple[str, list[str]]:
     missing = [
-        ref.name for _, text in refs_of(recipe.stages[stage])
+        ref.name
+        for _, text in refs_of(recipe.stages[stage])
         if (ref := references.parse(text)).form == "folder"
         and not (references.Reference("", ref.name) and _is_model(ref.name))
     ]
@@ -137,10 +138,13 @@ def _action(recipe, stage, prints, record, run, changed) -> tuple[str, list[str]
         return "run", ["not started"]
     if record.get("fingerprint") != prints[stage]:
         reasons = differences(record.get("semantic", {}), semantic(recipe, stage))
-        reasons += [f"revision of {line}" for line in
-                    differences(record.get("revisions", {}), revisions(recipe, stage))]
+        reasons += [
+            f"revision of {line}"
+            for line in differences(record.get("revisions", {}), revisions(recipe, stage))
+        ]
         return "rerun", reasons or [f"its input {name} changed" for name in sorted(changed)] or [
-            "an input changed"]
+            "an input changed"
+        ]
     if record.get("status") == "done":
         return "skip", ["done"]
     steps = [int(p.name[5:]) for p in (run.stage(stage) / "checkpoints").glob("step-*")]

@@ -44,8 +44,12 @@ def parse(text: str, name: str) -> tuple[dict, dict[str, int], list[Problem]]:
                 line = key_node.start_mark.line + 1
                 if key in tree:
                     problems.append(
-                        Problem(where, f"given twice, first in line {lines[where]}",
-                                "keep one", f"{name}:{line}")
+                        Problem(
+                            where,
+                            f"given twice, first in line {lines[where]}",
+                            "keep one",
+                            f"{name}:{line}",
+                        )
                     )
                     continue
                 lines[where] = line

@@ -9,35 +9,19 @@ full path, its line and what to type instead. Nothing is loaded and nothing is w
 
 from __future__ import annotations
 
-import itertools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from opdctl import references, registry
 from opdctl.errors import OpdctlError, Problem, RecipeError, UsageError
-from opdctl.positions import parse, parse_value
+from opdctl.positions import parse
+from opdctl.resolution import TOP, Where, assign_all, expand, interpolate, overlay, split
 from opdctl.schema import build, did_you_mean, to_dict
 from opdctl.schema import references as refs_of
 from opdctl.settings import Runtime, StageConfig
-
-TOP = {
-    "name": "the recipe's name, used in the run directory",
-    "about": "one line on what it reproduces",
-    "size": "tiny, small or lab",
-    "sizes": "size: an overlay on everything else",
-    "seed": "seed of the run",
-    "models": "alias: model reference",
-    "data": "domain: where its prompts and its verifier come from",
-    "stages": "name: a stage",
-    "claims": "claim: the roles its models play",
-    "runtime": "threads, jobs, device: how it is carried out",
-}
 
 
 @dataclass
@@ -143,161 +127,19 @@ def resolve(
         RecipeError: everything that is wrong with it.
     """
     problems = list(problems or [])
-    where = _Where(label, lines or {})
-    tree = _overlay(dict(tree), size, problems)
-    pending = [_split(text) for text in overrides]
-    tree = _assign_all(tree, pending, where, problems, expanded=False)
-    tree = _interpolate(tree, problems)
-    tree = _expand(tree, where, problems)
-    tree = _assign_all(tree, pending, where, problems, expanded=True)
+    where = Where(label, lines or {})
+    tree = overlay(dict(tree), size, problems)
+    pending = [split(text) for text in overrides]
+    tree = assign_all(tree, pending, where, problems, expanded=False)
+    tree = interpolate(tree, problems)
+    tree = expand(tree, where, problems)
+    tree = assign_all(tree, pending, where, problems, expanded=True)
     recipe = _build(tree, problems)
     if recipe and not problems:
         _check_graph(recipe, problems)
     if problems:
         raise RecipeError([where.place(p) for p in problems], label)
     return recipe
-
-
-class _Where:
-    """Knows the line, or the override, that a dotted key came from."""
-
-    def __init__(self, label: str, lines: dict[str, int]) -> None:
-        self.label, self.lines = label, lines
-        self.overrides: dict[str, str] = {}
-        self.templates: dict[str, str] = {}
-
-    def place(self, problem: Problem) -> Problem:
-        if problem.where:
-            return problem
-        path = problem.path
-        parts = path.split(".")
-        if len(parts) > 1 and parts[0] == "stages" and parts[1] in self.templates:
-            parts[1] = self.templates[parts[1]]
-        for i in range(len(parts), 0, -1):
-            prefix = ".".join(parts[:i])
-            if prefix in self.overrides:
-                return Problem(path, problem.message, problem.hint, self.overrides[prefix])
-            if prefix in self.lines:
-                at = f"{self.label}:{self.lines[prefix]}"
-                return Problem(path, problem.message, problem.hint, at)
-        return problem
-
-
-def _overlay(tree: dict, size: str, problems: list[Problem]) -> dict:
-    sizes = tree.pop("sizes", None) or {}
-    size = size or str(tree.get("size") or "tiny")
-    if not isinstance(sizes, dict):
-        problems.append(Problem("sizes", "expected a mapping"))
-        return tree
-    if size not in sizes and size != "tiny":
-        known = list(dict.fromkeys(["tiny", *sizes]))
-        problems.append(Problem("size", f"no size {size!r}", did_you_mean(size, known, "sizes:")))
-    elif sizes.get(size):
-        try:
-            tree = OmegaConf.to_container(OmegaConf.merge(tree, sizes[size]), resolve=False)
-        except OmegaConfBaseException as error:
-            problems.append(Problem(f"sizes.{size}", str(error).split("\n")[0]))
-    tree["size"] = size
-    for part in ("stages", "data", "claims", "models"):
-        if isinstance(tree.get(part), dict):
-            tree[part] = {k: v for k, v in tree[part].items() if v is not None}
-    return tree
-
-
-def _split(text: str) -> tuple[list[str], Any, str]:
-    if "=" not in text:
-        raise UsageError(f"{text!r} is not an override", "write key=value, with dots: a.b=1")
-    path, value = text.split("=", 1)
-    parts = path.strip().split(".")
-    if not all(parts):
-        raise UsageError(f"{text!r} is not an override", "write key=value, with dots: a.b=1")
-    return parts, parse_value(value), text
-
-
-def _assign_all(tree, pending, where, problems, *, expanded: bool) -> dict:
-    for parts, value, text in pending:
-        of_expanded = len(parts) > 1 and parts[0] == "stages" and parts[1] in where.templates
-        unknown_yet = (
-            len(parts) > 2 and parts[0] == "stages"
-            and isinstance(tree.get("stages"), dict) and parts[1] not in tree["stages"]
-        )
-        if expanded != (of_expanded or (expanded and unknown_yet)):
-            continue
-        if not expanded and unknown_yet:
-            continue
-        path = ".".join(parts)
-        where.overrides[path] = f"override {text!r}"
-        if unknown_yet:
-            hint = did_you_mean(parts[1], tree["stages"], "stages:")
-            problems.append(Problem(path, f"no stage {parts[1]!r}", hint))
-            continue
-        if parts[0] not in TOP:
-            problems.append(Problem(path, "unknown key", did_you_mean(parts[0], TOP)))
-            continue
-        node = tree
-        for i, part in enumerate(parts[:-1]):
-            below = node.get(part)
-            if below is None:
-                below = node[part] = {}
-            if isinstance(below, str) and i == len(parts) - 2 and parts[-3:-2] == ["teachers"]:
-                below = node[part] = {"model": below}
-            if not isinstance(below, dict):
-                problems.append(Problem(path, f"{'.'.join(parts[:i + 1])} is not a mapping"))
-                break
-            node = below
-        else:
-            if value is None and len(parts) == 2 and parts[0] in ("stages", "data", "claims"):
-                node.pop(parts[-1], None)
-            else:
-                node[parts[-1]] = value
-    return tree
-
-
-def _interpolate(tree: dict, problems: list[Problem]) -> dict:
-    try:
-        return OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
-    except OmegaConfBaseException as error:
-        message = str(error).split("\n")[0]
-        problems.append(Problem(getattr(error, "full_key", "") or "", message))
-        return tree
-
-
-def _expand(tree: dict, where: _Where, problems: list[Problem]) -> dict:
-    """Replace each stage that has a ``matrix`` by one stage per combination of its axes."""
-    stages = tree.get("stages")
-    if not isinstance(stages, dict):
-        return tree
-    out: dict[str, Any] = {}
-    for name, entry in stages.items():
-        if not (isinstance(entry, dict) and "matrix" in entry):
-            out[name] = entry
-            continue
-        axes = entry["matrix"]
-        good = isinstance(axes, dict) and axes and all(isinstance(v, list) for v in axes.values())
-        missing = [a for a in axes if f"{{{a}}}" not in name] if good else []
-        if not good or missing:
-            message = f"the stage's name lacks {{{missing[0]}}}" if missing else "expected axis: [..]"
-            problems.append(Problem(f"stages.{name}.matrix", message, "matrix: {domain: [a, b]}"))
-            continue
-        body = {k: v for k, v in entry.items() if k != "matrix"}
-        for combination in itertools.product(*axes.values()):
-            values = dict(zip(axes, map(str, combination), strict=True))
-            expanded = _fill(name, values)
-            if expanded in out:
-                problems.append(Problem(f"stages.{name}", f"expands to {expanded!r} twice"))
-            where.templates[expanded] = name
-            out[expanded] = _fill(body, values)
-    return {**tree, "stages": out}
-
-
-def _fill(tree: Any, values: dict[str, str]) -> Any:
-    if isinstance(tree, str):
-        return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), tree)
-    if isinstance(tree, dict):
-        return {_fill(k, values): _fill(v, values) for k, v in tree.items()}
-    if isinstance(tree, list):
-        return [_fill(v, values) for v in tree]
-    return tree
 
 
 def lookup(family: str, name: str) -> type:
@@ -334,8 +176,9 @@ def _build(tree: dict, problems: list[Problem]) -> Recipe | None:
     built = {}
     for name, entry in values["claims"].items():
         try:
-            built[name] = build(lookup("claims", str(name).lower()), entry or {}, f"claims.{name}",
-                                problems, lookup)
+            built[name] = build(
+                lookup("claims", str(name).lower()), entry or {}, f"claims.{name}", problems, lookup
+            )
         except OpdctlError as error:
             problems.append(Problem(f"claims.{name}", "no such claim", error.hint))
     values["claims"] = built
@@ -364,8 +207,9 @@ def _kinds(family: str, entries: dict, problems: list[Problem]) -> dict:
             problems.append(Problem(f"{path}.kind", error.message, error.hint))
             continue
         if isinstance(entry.get("teachers"), dict):
-            short = {k: {"model": v} if isinstance(v, str) else v
-                     for k, v in entry["teachers"].items()}
+            short = {
+                k: {"model": v} if isinstance(v, str) else v for k, v in entry["teachers"].items()
+            }
             entry = {**entry, "teachers": short}
         built[name] = build(cls, entry, path, problems, lookup)
     return built
@@ -391,22 +235,28 @@ def _check_graph(recipe: Recipe, problems: list[Problem]) -> None:
         for domain in getattr(getattr(config, "prompts", None), "domains", {}):
             if domain not in recipe.data:
                 problems.append(
-                    Problem(f"stages.{stage}.prompts.domains.{domain}", f"no data {domain!r}",
-                            did_you_mean(domain, recipe.data, "data:"))
+                    Problem(
+                        f"stages.{stage}.prompts.domains.{domain}",
+                        f"no data {domain!r}",
+                        did_you_mean(domain, recipe.data, "data:"),
+                    )
                 )
     if problems:
         return
     cycle = _cycle(recipe)
     if cycle:
         problems.append(
-            Problem(f"stages.{cycle[0]}", f"a cycle of stages: {' -> '.join([*cycle, cycle[0]])}",
-                    "a stage reads only what comes before it")
+            Problem(
+                f"stages.{cycle[0]}",
+                f"a cycle of stages: {' -> '.join([*cycle, cycle[0]])}",
+                "a stage reads only what comes before it",
+            )
         )
         return
     for stage, config in recipe.stages.items():
         cls = registry.member("stages", config.kind)
-        for problem in cls.problems(config, recipe, stage):
-            problems.append(Problem(f"stages.{stage}.{problem.path}", problem.message, problem.hint))
+        for found in cls.problems(config, recipe, stage):
+            problems.append(replace(found, path=f"stages.{stage}.{found.path}"))
     for claim, roles in recipe.claims.items():
         for dotted, text in refs_of(roles):
             found = references.complaint(text, names, [])
@@ -434,7 +284,7 @@ def _cycle(recipe: Recipe) -> list[str]:
         trail.append(stage)
         for above in recipe.upstream(stage):
             if state.get(above) == 1:
-                return trail[trail.index(above):]
+                return trail[trail.index(above) :]
             if above not in state:
                 found = visit(above)
                 if found:

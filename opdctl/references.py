@@ -1,9 +1,9 @@
 """What a model reference means. One string names a model everywhere:
 
-    stage:sft               the output of a stage of this recipe: an edge of the graph
-    policy                  a frozen copy of the student's own starting point
-    ./folder, /folder       a checkpoint in Hugging Face format
-    Qwen/Qwen3-1.7B         a public name, with @revision if wanted
+stage:sft               the output of a stage of this recipe: an edge of the graph
+policy                  a frozen copy of the student's own starting point
+./folder, /folder       a checkpoint in Hugging Face format
+Qwen/Qwen3-1.7B         a public name, with @revision if wanted
 """
 
 from __future__ import annotations

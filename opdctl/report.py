@@ -13,7 +13,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; color: #222 }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
 table { border-collapse: collapse } td, th { padding: .25em .8em; border-bottom: 1px solid #ddd;
-text-align: left; vertical-align: top } td.n { text-align: right; font-variant-numeric: tabular-nums }
+text-align: left; vertical-align: top; font-variant-numeric: tabular-nums }
 .holds, .done { color: #14713d } .refuted, .failed { color: #b3261e }
 .undecided, .interrupted, .stale { color: #8a6100 }
 figure { display: inline-block; margin: 0 1em 1em 0 } figcaption { font-size: .85em }
@@ -35,29 +35,38 @@ def write(run: RunDir) -> Path:
         body.append("<h2>Claims</h2>" + _claims(claims))
     for one in found.get("runs", [found]):
         body.append(_run(RunDir(one["run"]), one))
-    page = (f"<!doctype html><html lang=en><meta charset=utf-8><title>{_e(found['recipe'])}</title>"
-            f"<style>{STYLE}</style><body>{''.join(body)}</body></html>")
+    page = (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{_e(found['recipe'])}</title>"
+        f"<style>{STYLE}</style><body>{''.join(body)}</body></html>"
+    )
     path = run / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
 
 
 def _run(run: RunDir, found: dict) -> str:
-    rows = [[n, s["kind"], s["status"], f"{s['step']}/{s['total']}", f"{s['seconds']:.1f}"]
-            for n, s in found["stages"].items()]
-    parts = [f"<h2>Stages, seed {found['seed']}</h2>",
-             _table(["stage", "kind", "status", "step", "seconds"], rows)]
+    rows = [
+        [n, s["kind"], s["status"], f"{s['step']}/{s['total']}", f"{s['seconds']:.1f}"]
+        for n, s in found["stages"].items()
+    ]
+    parts = [
+        f"<h2>Stages, seed {found['seed']}</h2>",
+        _table(["stage", "kind", "status", "step", "seconds"], rows),
+    ]
     scores: dict[str, dict[str, str]] = {}
     for path in sorted(run.path.glob("stages/*/results.json")):
         for r in read_json(path) or []:
             low, high = r["ci95"]
             scores.setdefault(r["model"], {})[r["domain"]] = (
-                f"{r['accuracy']:.3f} &plusmn; {(high - low) / 2:.3f}")
+                f"{r['accuracy']:.3f} &plusmn; {(high - low) / 2:.3f}"
+            )
     if scores:
         domains = sorted({d for row in scores.values() for d in row})
         rows = [[m, *(row.get(d, "") for d in domains)] for m, row in scores.items()]
-        parts += ["<h2>Accuracy on held-out prompts, 95 % interval</h2>",
-                  _table(["model", *domains], rows, raw=True)]
+        parts += [
+            "<h2>Accuracy on held-out prompts, 95 % interval</h2>",
+            _table(["model", *domains], rows, raw=True),
+        ]
     parts.append("<h2>Learning curves</h2>")
     for name in found["stages"]:
         parts.append(_curves(name, read_rows(run.stage(name) / "metrics.jsonl")))
@@ -70,16 +79,27 @@ def _claims(claims: list[dict]) -> str:
     for c in claims:
         values = "<br>".join(
             f"{_e(n)} {v:.3f} [{c['interval'][n][0]:.3f}, {c['interval'][n][1]:.3f}]"
-            for n, v in c["measured"].items()) or _e(c["note"])
-        rows.append([_e(c["name"]), f"<span class={words[c['holds']]}>{words[c['holds']]}</span>",
-                     _e(c["statement"]), _e(c["threshold"]), values, _e(c["source"])])
-    return _table(["claim", "verdict", "statement", "threshold", "measured [95 %]", "source"], rows,
-                  raw=True)
+            for n, v in c["measured"].items()
+        ) or _e(c["note"])
+        rows.append(
+            [
+                _e(c["name"]),
+                f"<span class={words[c['holds']]}>{words[c['holds']]}</span>",
+                _e(c["statement"]),
+                _e(c["threshold"]),
+                values,
+                _e(c["source"]),
+            ]
+        )
+    return _table(
+        ["claim", "verdict", "statement", "threshold", "measured [95 %]", "source"], rows, raw=True
+    )
 
 
 def _curves(stage: str, rows: list[dict]) -> str:
-    series = {k: [(r["step"], r[k]) for r in rows if isinstance(r.get(k), int | float)]
-              for k in CURVES}
+    series = {
+        k: [(r["step"], r[k]) for r in rows if isinstance(r.get(k), int | float)] for k in CURVES
+    }
     for row in rows:
         for domain, value in (row.get("kl") or {}).items():
             series.setdefault(f"kl {domain}", []).append((row["step"], value))
@@ -91,10 +111,12 @@ def _figure(stage: str, name: str, points: list[tuple[int, float]]) -> str:
     low, high = min(values), max(values)
     span, last = (high - low) or 1.0, points[-1][0] or 1
     path = " ".join(f"{4 + 192 * s / last:.1f},{76 - 72 * (v - low) / span:.1f}" for s, v in points)
-    return (f"<figure><svg width=200 height=80 role=img aria-label='{_e(stage)} {_e(name)}'>"
-            f"<polyline fill=none stroke=#2458a6 points='{path}'/></svg>"
-            f"<figcaption>{_e(stage)}: {_e(name)} {values[0]:.3g} to {values[-1]:.3g}"
-            f"</figcaption></figure>")
+    return (
+        f"<figure><svg width=200 height=80 role=img aria-label='{_e(stage)} {_e(name)}'>"
+        f"<polyline fill=none stroke=#2458a6 points='{path}'/></svg>"
+        f"<figcaption>{_e(stage)}: {_e(name)} {values[0]:.3g} to {values[-1]:.3g}"
+        f"</figcaption></figure>"
+    )
 
 
 def _table(columns: list[str], rows: list[list], raw: bool = False) -> str:

@@ -84,7 +84,9 @@ def create(path: Path) -> RunDir:
             f"{path} exists" + ("" if known else " and is not a run directory"),
             f"opdctl resume {path}    continues it\n"
             f"  --from {path} --out OTHER    starts a new run that reuses its finished stages\n"
-            "  --out OTHER    starts afresh" if known else "choose another --out",
+            "  --out OTHER    starts afresh"
+            if known
+            else "choose another --out",
         )
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -196,8 +198,10 @@ def lock(path: Path, what: str, wait: float = 2.0) -> Iterator[None]:
             except OSError:
                 if time.monotonic() > deadline:
                     holder = os.pread(fd, 200, 0).decode(errors="replace").strip()
-                    raise BusyError(f"{what} is in use by {holder or 'another process'}",
-                                    "wait for it, or stop that process") from None
+                    raise BusyError(
+                        f"{what} is in use by {holder or 'another process'}",
+                        "wait for it, or stop that process",
+                    ) from None
                 time.sleep(0.05)
         os.ftruncate(fd, 0)
         start = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -35,8 +35,12 @@ class Job:
     def of(cls, run: RunDir, recipe: Recipe, only: str = "") -> Job:
         """A job for what is not done yet."""
         planned = plan(recipe, run, only)
-        return cls(run, recipe, planned,
-                   {p.name: "done" if p.action == "skip" else "pending" for p in planned})
+        return cls(
+            run,
+            recipe,
+            planned,
+            {p.name: "done" if p.action == "skip" else "pending" for p in planned},
+        )
 
 
 @dataclass
@@ -113,8 +117,9 @@ def carry_out(jobs: list[Job], watch: Callable[[list[Job]], None]) -> Outcome:
 
 def _ready(job: Job) -> list[str]:
     done = {s for s, status in job.status.items() if status == "done"}
-    return [p.name for p in job.planned
-            if job.status[p.name] == "pending" and set(p.upstream) <= done]
+    return [
+        p.name for p in job.planned if job.status[p.name] == "pending" and set(p.upstream) <= done
+    ]
 
 
 def _note(job: Job, stage: str, code: int, outcome: Outcome) -> None:
@@ -170,7 +175,14 @@ class _Launcher:
             process.start()
             return _Process(process)
         with open(log, "ab") as file:
-            command = [sys.executable, "-m", "opdctl.worker", str(run.path), stage,
-                       "--follow-stdin"]
-            return _Process(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file,
-                                             stderr=file))
+            command = [
+                sys.executable,
+                "-m",
+                "opdctl.worker",
+                str(run.path),
+                stage,
+                "--follow-stdin",
+            ]
+            return _Process(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=file)
+            )

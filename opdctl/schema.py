@@ -11,6 +11,7 @@ Nothing here knows a recipe; ``recipe.py`` does.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -21,7 +22,7 @@ from typing import Any, Literal
 from opdctl.errors import Problem
 
 REQUIRED = dataclasses.MISSING
-Lookup = Callable[[str, str], type]     # (family, member name) -> its Config
+Lookup = Callable[[str, str], type]  # (family, member name) -> its Config
 
 
 def key(
@@ -45,7 +46,12 @@ def key(
         least, most: bounds of a number, inclusive.
     """
     metadata = {
-        "doc": doc, "role": role, "family": family, "ref": ref, "least": least, "most": most
+        "doc": doc,
+        "role": role,
+        "family": family,
+        "ref": ref,
+        "least": least,
+        "most": most,
     }
     if isinstance(default, dict | list) or (
         dataclasses.is_dataclass(default) and not isinstance(default, type)
@@ -137,9 +143,7 @@ def _value(hint, value, path, problems, lookup, meta):
             problems.append(Problem(path, f"expected a list, got {_shown(value)}"))
             return []
         inner = typing.get_args(hint)[0]
-        return [
-            _value(inner, v, f"{path}.{i}", problems, lookup, {}) for i, v in enumerate(value)
-        ]
+        return [_value(inner, v, f"{path}.{i}", problems, lookup, {}) for i, v in enumerate(value)]
     return _scalar(hint, value, path, problems, meta)
 
 
@@ -172,10 +176,8 @@ def _scalar(hint, value, path, problems, meta):
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if hint is float and isinstance(value, str):
-        try:
-            value = float(value)    # YAML 1.1 reads 1e-3 as text
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            value = float(value)  # YAML 1.1 reads 1e-3 as text
     right = isinstance(value, hint) and not (hint is not bool and isinstance(value, bool))
     if not right:
         problems.append(Problem(path, f"expected {_name(hint)}, got {_shown(value)}"))
@@ -213,8 +215,7 @@ def to_dict(config: Any) -> Any:
 
 
 def with_role(config: Any, role: str) -> Any:
-    """The keys of one role, as plain mappings. A nested Config is searched whatever its own role.
-    """
+    """The keys of one role, as plain mappings; nested Configs are searched whatever theirs."""
     if isinstance(config, dict):
         return {k: with_role(v, role) for k, v in config.items()}
     if not dataclasses.is_dataclass(config):

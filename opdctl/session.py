@@ -19,14 +19,23 @@ from opdctl.runner import Job, Outcome, carry_out
 from opdctl.schema import did_you_mean
 
 
-def run_recipe(name: str, overrides: tuple[str, ...], *, size: str = "", seeds: str = "",
-               out: Path | None = None, reuse: Path | None = None, only: str = "",
-               dry_run: bool = False) -> int:
+def run_recipe(
+    name: str,
+    overrides: tuple[str, ...],
+    *,
+    size: str = "",
+    seeds: str = "",
+    out: Path | None = None,
+    reuse: Path | None = None,
+    only: str = "",
+    dry_run: bool = False,
+) -> int:
     """``opdctl run``. Returns the exit code."""
     recipe = load(name, size=size, overrides=overrides)
     if only and only not in recipe.stages:
-        raise UsageError(f"--only {only}: no such stage",
-                         did_you_mean(only, recipe.stages, "stages:"))
+        raise UsageError(
+            f"--only {only}: no such stage", did_you_mean(only, recipe.stages, "stages:")
+        )
     old = RunDir(reuse) if reuse else None
     if dry_run:
         console.show(console.plan_table(plan(recipe, old, only)))
@@ -44,8 +53,16 @@ def run_recipe(name: str, overrides: tuple[str, ...], *, size: str = "", seeds: 
     return _carry_out(parent, list(zip(runs, recipes, strict=True)), only)
 
 
-def run_stage(kind: str, overrides: tuple[str, ...], *, student: str, teachers: tuple[str, ...],
-              method: str, out: Path | None, dry_run: bool) -> int:
+def run_stage(
+    kind: str,
+    overrides: tuple[str, ...],
+    *,
+    student: str,
+    teachers: tuple[str, ...],
+    method: str,
+    out: Path | None,
+    dry_run: bool,
+) -> int:
     """``opdctl stage``: a recipe of one stage, built in memory. Returns the exit code."""
     config = member("stages", kind).Config
     keys = config.__dataclass_fields__
@@ -53,8 +70,10 @@ def run_stage(kind: str, overrides: tuple[str, ...], *, student: str, teachers: 
     if method:
         chosen = catalogue.method(method)
         if chosen.get("kind", kind) != kind:
-            raise UsageError(f"method {method} is for stage {chosen['kind']}",
-                             f"opdctl stage {chosen['kind']} --method {method}")
+            raise UsageError(
+                f"method {method} is for stage {chosen['kind']}",
+                f"opdctl stage {chosen['kind']} --method {method}",
+            )
         entry |= {k: v for k, v in chosen.items() if k not in ("about", "kind")}
     if student:
         entry["student"] = student
@@ -64,8 +83,9 @@ def run_stage(kind: str, overrides: tuple[str, ...], *, student: str, teachers: 
     if named:
         entry["teachers"] = dict(named)
     tree = {"name": kind, "stages": {kind: entry}}
-    full = tuple(f"stages.{kind}.{o}" if o.split("=")[0].split(".")[0] in keys else o
-                 for o in overrides)
+    full = tuple(
+        f"stages.{kind}.{o}" if o.split("=")[0].split(".")[0] in keys else o for o in overrides
+    )
     data = _data_of([student, *(r for _, r in named)])
     if data and not any(o.startswith("data.") for o in full):
         wanted = [n for n, _ in named if n in data]
@@ -99,20 +119,29 @@ def resume_run(directory: Path, overrides: tuple[str, ...]) -> int:
         recipe, notes = run_launch.reopen(run, overrides)
         pairs.append((run, recipe))
         for note in notes:
-            console.say(f"{note}: equal up to rounding" if "jobs" not in note and
-                        "every" not in note and "keep" not in note and "log_" not in note else note)
+            console.say(
+                f"{note}: equal up to rounding"
+                if "jobs" not in note
+                and "every" not in note
+                and "keep" not in note
+                and "log_" not in note
+                else note
+            )
         for planned in plan(recipe, run):
             if planned.action != "skip":
-                console.say(f"{run.path.name}: {planned.name}: {planned.action}, "
-                            f"{'; '.join(planned.reasons)}")
+                console.say(
+                    f"{run.path.name}: {planned.name}: {planned.action}, "
+                    f"{'; '.join(planned.reasons)}"
+                )
                 break
         else:
             console.say(f"{run.path.name}: every stage is done")
     return _carry_out(parent, pairs, "")
 
 
-def plan_of(target: str, overrides: tuple[str, ...], *, size: str = "",
-            reuse: Path | None = None) -> list[Planned]:
+def plan_of(
+    target: str, overrides: tuple[str, ...], *, size: str = "", reuse: Path | None = None
+) -> list[Planned]:
     """``opdctl plan`` of a recipe, or of a run directory as it stands."""
     if (Path(target) / "run.json").is_file():
         run = RunDir(target)
@@ -193,5 +222,7 @@ def _time_line(pairs, outcome: Outcome) -> str:
     whole = sum(r.get("seconds", 0.0) for r in records) + outcome.idle
     outside = whole - sum(r.get("loop_seconds", 0.0) for r in records)
     share = 100 * outside / whole if whole else 0.0
-    return (f"{outcome.wall:.1f} s; outside stage loops (start, load, save, plan) {outside:.1f} of "
-            f"{whole:.1f} process seconds, {share:.0f} %")
+    return (
+        f"{outcome.wall:.1f} s; outside stage loops (start, load, save, plan) {outside:.1f} of "
+        f"{whole:.1f} process seconds, {share:.0f} %"
+    )

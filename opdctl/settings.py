@@ -47,7 +47,7 @@ class Prompts:
 class Teacher:
     """One teacher. ``NAME: REF`` is short for ``NAME: {model: REF}``."""
 
-    model: str = key(REQUIRED, "stage:NAME, a folder, a public name, or policy (own start)", ref=True)
+    model: str = key(REQUIRED, "stage:NAME, a folder, a public name, or policy", ref=True)
     serves: dict[str, bool] = key({}, "domain: true; empty is the domain of the teacher's name")
     weight: float = key(1.0, "factor of its signal", least=0.0)
 
@@ -92,16 +92,19 @@ class Runtime:
     """How a run is carried out, whatever the recipe."""
 
     threads: int = key(1, "CPU threads of a stage", role="numeric", least=1)
-    jobs: int = key(0, "stages at once; 0 is one per thread-group of cores", role="operational",
-                    least=0)
+    jobs: int = key(
+        0, "stages at once; 0 is one per thread-group of cores", role="operational", least=0
+    )
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto takes CUDA if there", role="numeric")
     dtype: Literal["float32", "bfloat16", "float64"] = key("float32", "parameters and activations")
     wave: int = key(512, "responses sampled at once", role="numeric", least=1)
-    micro_batch: int = key(0, "sequences per forward pass in an update; 0 is all", role="numeric",
-                           least=0)
+    micro_batch: int = key(
+        0, "sequences per forward pass in an update; 0 is all", role="numeric", least=0
+    )
     chunk_mib: int = key(256, "memory for the logits of one chunk, MiB", role="numeric", least=1)
     checkpoint_every: int = key(20, "steps between checkpoints", role="operational", least=1)
     keep_checkpoints: int = key(2, "newest ones kept", role="operational", least=1)
-    log_rollouts_every: int = key(20, "steps between rollout logs; 0 is never",
-                                  role="operational", least=0)
+    log_rollouts_every: int = key(
+        20, "steps between rollout logs; 0 is never", role="operational", least=0
+    )
     log_rollouts: int = key(16, "rollouts in each log", role="operational", least=1)

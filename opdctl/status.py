@@ -19,16 +19,26 @@ def status(run: RunDir) -> dict:
     """
     if run.is_set():
         runs = [status(r) for r in run.runs() if (r / "run.json").is_file()]
-        return {"run": str(run.path), "recipe": run.manifest()["recipe"], "runs": runs,
-                "state": _worst([r["state"] for r in runs])}
+        return {
+            "run": str(run.path),
+            "recipe": run.manifest()["recipe"],
+            "runs": runs,
+            "state": _worst([r["state"] for r in runs]),
+        }
     manifest, recipe = run.manifest(), read_recipe(run)
     prints = fingerprints(recipe)
     stages = {name: _stage(run, recipe, name, prints[name]) for name in recipe.order()}
     state = _worst([s["status"] for s in stages.values()])
     if state not in ("done", "failed") and held(run / ".lock"):
         state = "running"
-    return {"run": str(run.path), "recipe": manifest["recipe"], "size": manifest["size"],
-            "seed": manifest["seed"], "state": state, "stages": stages}
+    return {
+        "run": str(run.path),
+        "recipe": manifest["recipe"],
+        "size": manifest["size"],
+        "seed": manifest["seed"],
+        "state": state,
+        "stages": stages,
+    }
 
 
 def _stage(run: RunDir, recipe, name: str, fingerprint: str) -> dict:
@@ -36,14 +46,21 @@ def _stage(run: RunDir, recipe, name: str, fingerprint: str) -> dict:
     found = record.get("status", "pending")
     total = total_steps(recipe, name)
     if found == "running" and not held(run.stage(name) / ".lock"):
-        found = "interrupted"       # killed: its lock died with it
+        found = "interrupted"  # killed: its lock died with it
     elif record and record["fingerprint"] != fingerprint:
         found = "stale"
     step = total if found == "done" else last_step(run.stage(name) / "metrics.jsonl")
-    return {"kind": recipe.stages[name].kind, "status": found, "step": step, "total": total,
-            "attempt": record.get("attempt", 0), "seconds": round(record.get("seconds", 0.0), 2),
-            "loop_seconds": round(record.get("loop_seconds", 0.0), 2),
-            "fingerprint": record.get("fingerprint", fingerprint), "error": record.get("error", "")}
+    return {
+        "kind": recipe.stages[name].kind,
+        "status": found,
+        "step": step,
+        "total": total,
+        "attempt": record.get("attempt", 0),
+        "seconds": round(record.get("seconds", 0.0), 2),
+        "loop_seconds": round(record.get("loop_seconds", 0.0), 2),
+        "fingerprint": record.get("fingerprint", fingerprint),
+        "error": record.get("error", ""),
+    }
 
 
 def _worst(states: list[str]) -> str:

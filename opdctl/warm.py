@@ -8,12 +8,12 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import reasoning_gym  # noqa: E402, F401
-import torch  # noqa: E402
-import transformers.models.qwen3.modeling_qwen3  # noqa: E402, F401
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402, F401
+import reasoning_gym  # noqa: F401
+import torch
+import transformers.models.qwen3.modeling_qwen3  # noqa: F401
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
-import opdctl.cli  # noqa: E402
-import opdctl.worker  # noqa: E402, F401
+import opdctl.cli
+import opdctl.worker  # noqa: F401
 
 assert not torch.cuda.is_initialized(), "a forked CUDA context cannot be used"

@@ -48,11 +48,16 @@ def _attempt(ctx: Context, start: float) -> int:
     before = ctx.run.record(ctx.name)
     ctx.attempt = before.get("attempt", 0) + 1
     record = {
-        "name": ctx.name, "kind": ctx.config.kind, "status": "running",
-        "fingerprint": fingerprints(ctx.recipe)[ctx.name], "attempt": ctx.attempt,
+        "name": ctx.name,
+        "kind": ctx.config.kind,
+        "status": "running",
+        "fingerprint": fingerprints(ctx.recipe)[ctx.name],
+        "attempt": ctx.attempt,
         "total": total_steps(ctx.recipe, ctx.name),
-        "semantic": semantic(ctx.recipe, ctx.name), "revisions": revisions(ctx.recipe, ctx.name),
-        "started": time.time(), "seconds": before.get("seconds", 0.0),
+        "semantic": semantic(ctx.recipe, ctx.name),
+        "revisions": revisions(ctx.recipe, ctx.name),
+        "started": time.time(),
+        "seconds": before.get("seconds", 0.0),
         "loop_seconds": before.get("loop_seconds", 0.0),
     }
     path = ctx.folder / "stage.json"
@@ -64,9 +69,7 @@ def _attempt(ctx: Context, start: float) -> int:
         from opdctl.core.models import pick_device
 
         torch.set_num_threads(ctx.runtime.threads)
-        torch.set_default_dtype(
-            torch.float64 if ctx.runtime.dtype == "float64" else torch.float32
-        )
+        torch.set_default_dtype(torch.float64 if ctx.runtime.dtype == "float64" else torch.float32)
         ctx.device = pick_device(ctx.runtime.device)
         compute = member("stages", ctx.config.kind)().run(ctx)
         record |= {"status": "done", "compute": asdict(compute), "versions": versions()}
@@ -75,7 +78,7 @@ def _attempt(ctx: Context, start: float) -> int:
         record["status"], code = "interrupted", stopped.exit_code
     except OpdctlError as error:
         problem, code = str(error), error.exit_code
-    except Exception as error:      # the boundary of the process: recorded, then reported
+    except Exception as error:  # the boundary of the process: recorded, then reported
         traceback.print_exc()
         problem = f"{type(error).__name__}: {error}"
     if problem:
@@ -97,8 +100,12 @@ def versions() -> dict[str, str]:
     import torch
     import transformers
 
-    return {"opdctl": __version__, "python": sys.version.split()[0], "torch": torch.__version__,
-            "transformers": transformers.__version__}
+    return {
+        "opdctl": __version__,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def child(folder: str, stage: str, log: str) -> None:
@@ -112,7 +119,7 @@ def child(folder: str, stage: str, log: str) -> None:
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     code = run_stage(folder, stage)
     sys.stdout.flush()
-    os._exit(code)      # no interpreter teardown: everything is on disk
+    os._exit(code)  # no interpreter teardown: everything is on disk
 
 
 def _follow(parent) -> None:

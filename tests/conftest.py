@@ -11,8 +11,9 @@ import pytest
 ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz =+,"
 
 
-def make_model(seed=0, *, hidden=32, layers=2, dtype="float32", extra_rows=0, tied=True,
-               alphabet=ALPHABET):
+def make_model(
+    seed=0, *, hidden=32, layers=2, dtype="float32", extra_rows=0, tied=True, alphabet=ALPHABET
+):
     """A random Qwen3 with a character tokenizer; ``extra_rows`` pads its vocabulary."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -23,14 +24,22 @@ def make_model(seed=0, *, hidden=32, layers=2, dtype="float32", extra_rows=0, ti
     torch.set_num_threads(1)
     tokenizer = new_tokenizer([alphabet])
     config = Qwen3Config(
-        vocab_size=len(tokenizer) + extra_rows, hidden_size=hidden, num_hidden_layers=layers,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=48,
-        tie_word_embeddings=tied, max_position_embeddings=128, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer) + extra_rows,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        intermediate_size=48,
+        tie_word_embeddings=tied,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(seed)
     net = Qwen3ForCausalLM(config).to(getattr(torch, dtype))
-    with torch.no_grad():       # a random model is nearly uniform: sharpen it
+    with torch.no_grad():  # a random model is nearly uniform: sharpen it
         for name, parameter in net.named_parameters():
             if parameter.ndim == 2:
                 parameter.mul_(4.0 if "embed" not in name else 3.0)

@@ -26,8 +26,10 @@ def test_tokens_do_not_depend_on_the_batch(model):
     for wave in (1, 7):
         _, apart = sample(model, texts, keys, wave)
         assert [s.ids for s in apart] == [s.ids for s in together]
-        gap = max(np.abs(np.subtract(a.logprobs, b.logprobs)).max()
-                  for a, b in zip(apart, together, strict=True))
+        gap = max(
+            np.abs(np.subtract(a.logprobs, b.logprobs)).max()
+            for a, b in zip(apart, together, strict=True)
+        )
         assert gap < 1e-5
     order = np.random.default_rng(0).permutation(40)
     _, shuffled = sample(model, [texts[i] for i in order], [keys[i] for i in order])
@@ -37,10 +39,12 @@ def test_tokens_do_not_depend_on_the_batch(model):
 def test_logprobs_are_those_of_the_sampled_distribution(model):
     for temperature in (1.0, 0.6):
         texts = [PROMPTS[i % 5] for i in range(30)]
-        prompts, samples = sample(model, texts, [draws.key(i) for i in range(30)],
-                                  temperature=temperature)
-        requests = [ScoreRequest((*p, *s.ids), len(p)) for p, s in zip(prompts, samples,
-                                                                      strict=True)]
+        prompts, samples = sample(
+            model, texts, [draws.key(i) for i in range(30)], temperature=temperature
+        )
+        requests = [
+            ScoreRequest((*p, *s.ids), len(p)) for p, s in zip(prompts, samples, strict=True)
+        ]
         scored = logprobs(model, requests, temperature=temperature)
         sampled = torch.tensor([v for s in samples for v in s.logprobs])
         assert (scored - sampled).abs().max() < 1e-5
@@ -62,16 +66,18 @@ def test_padded_rows_change_nothing():
         weight = padded.net.get_input_embeddings().weight
         weight[: plain.valid_V] = plain.net.get_input_embeddings().weight
         weight[plain.valid_V :] = 50.0
-        for (name, a), (_, b) in zip(plain.net.named_parameters(), padded.net.named_parameters(),
-                                     strict=True):
+        for (name, a), (_, b) in zip(
+            plain.net.named_parameters(), padded.net.named_parameters(), strict=True
+        ):
             if "embed" not in name:
                 b.copy_(a)
     keys = [draws.key(i) for i in range(20)]
     _, ours = sample(plain, PROMPTS * 4, keys)
     _, theirs = sample(padded, PROMPTS * 4, keys)
     assert [s.ids for s in ours] == [s.ids for s in theirs]
-    assert np.allclose([v for s in ours for v in s.logprobs],
-                       [v for s in theirs for v in s.logprobs], atol=1e-6)
+    assert np.allclose(
+        [v for s in ours for v in s.logprobs], [v for s in theirs for v in s.logprobs], atol=1e-6
+    )
 
 
 def test_draws_follow_the_distribution():

@@ -40,6 +40,8 @@ class M1:
         if not kept:
             return [], f"no gap of .10 in {', '.join(left)}"
         parts = [Part("Norm", norm(student, start, kept), least=0.9, delta=DELTA_RECOVERY)]
-        parts += [Part(f"r_{d}", recovery(student, start, t, d), least=0.85, delta=DELTA_RECOVERY)
-                  for d, t in kept.items()]
+        parts += [
+            Part(f"r_{d}", recovery(student, start, t, d), least=0.85, delta=DELTA_RECOVERY)
+            for d, t in kept.items()
+        ]
         return parts, f"left out, gap below .10: {', '.join(left)}" if left else ""

@@ -40,6 +40,10 @@ class M3:
         return [
             Part("Norm(ORM only)", orm, most=0.3, delta=DELTA_RECOVERY),
             Part("Norm(KL only)", kl, least=0.7, delta=DELTA_RECOVERY),
-            Part("Norm(KL + ORM) - Norm(KL)", lambda s: both(s) - kl(s), least=-0.05,
-                 delta=DELTA_RECOVERY),
+            Part(
+                "Norm(KL + ORM) - Norm(KL)",
+                lambda s: both(s) - kl(s),
+                least=-0.05,
+                delta=DELTA_RECOVERY,
+            ),
         ], f"left out, gap below .10: {', '.join(left)}" if left else ""

@@ -31,7 +31,12 @@ class M5:
         student = roles.student.removeprefix("stage:")
         start = roles.start.removeprefix("stage:")
         return [
-            Part(f"change of {d}", lambda s, d=d: s[student, d] - s[start, d], least=-DELTA,
-                 most=DELTA)
-            for d, on in roles.domains.items() if on
+            Part(
+                f"change of {d}",
+                lambda s, d=d: s[student, d] - s[start, d],
+                least=-DELTA,
+                most=DELTA,
+            )
+            for d, on in roles.domains.items()
+            if on
         ], ""

@@ -17,9 +17,13 @@ def terms_of(objectives: dict[str, Any]) -> list[Term]:
     terms = []
     for name, config in objectives.items():
         weights = [member("weights", w)(c) for w, c in config.weights.items()]
-        term = Term(member("objectives", name)(config), config.coef, config.normalise,
-                    masks=[w for w in weights if hasattr(w, "mask")],
-                    gates=[w for w in weights if hasattr(w, "gate")])
+        term = Term(
+            member("objectives", name)(config),
+            config.coef,
+            config.normalise,
+            masks=[w for w in weights if hasattr(w, "mask")],
+            gates=[w for w in weights if hasattr(w, "gate")],
+        )
         if config.coef:
             terms.append(term)
     return terms
@@ -42,23 +46,34 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
     """Parts of a stage whose student samples: rl and opd."""
     config = ctx.config
     terms = terms_of(config.objectives)
-    signals = {n: (c.coef, member("signals", n)(c, ctx))
-               for n, c in config.signals.items() if c.coef}
+    signals = {
+        n: (c.coef, member("signals", n)(c, ctx)) for n, c in config.signals.items() if c.coef
+    }
     needs = {n for _, s in signals.values() for n in s.needs}
     for term in terms:
         needs.update(term.objective.needs, *(w.needs for w in [*term.masks, *term.gates]))
-    rewards = [reward_of(ctx, c.reward) for n, c in config.signals.items()
-               if c.coef and hasattr(c, "reward")]
+    rewards = [
+        reward_of(ctx, c.reward)
+        for n, c in config.signals.items()
+        if c.coef and hasattr(c, "reward")
+    ]
     local, route = {}, {}
     if "teacher.logprobs" in needs:
-        local = {n: (member("teachers", "local")(ctx, model, n, t.model), t.weight)
-                 for n, t in teachers.items()}
+        local = {
+            n: (member("teachers", "local")(ctx, model, n, t.model), t.weight)
+            for n, t in teachers.items()
+        }
         route = {d: names[0] for d, names in routes(ctx.recipe.domains(ctx.name), teachers).items()}
     several = config.updates_per_rollout * config.minibatches > 1
     return Parts(
-        source=member("sources", "student")(None, ctx, model), terms=terms, signals=signals,
-        rewards=rewards, teachers=local, route=route,
+        source=member("sources", "student")(None, ctx, model),
+        terms=terms,
+        signals=signals,
+        rewards=rewards,
+        teachers=local,
+        route=route,
         policy_logprobs="policy.logprobs" in needs or ("old.logprobs" in needs and several),
         temperature=config.sampling.temperature,
-        updates=config.updates_per_rollout, minibatches=config.minibatches,
+        updates=config.updates_per_rollout,
+        minibatches=config.minibatches,
     )

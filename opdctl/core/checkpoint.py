@@ -19,8 +19,9 @@ from opdctl.core.models import Model
 from opdctl.rundir import commit_folder, sync_file
 
 
-def save(folder: Path, step: int, model: Model, optimizer: torch.optim.AdamW, state: dict,
-         keep: int) -> None:
+def save(
+    folder: Path, step: int, model: Model, optimizer: torch.optim.AdamW, state: dict, keep: int
+) -> None:
     """Commit ``step-N`` under ``folder`` and drop all but the newest ``keep``.
 
     Args:
@@ -31,8 +32,9 @@ def save(folder: Path, step: int, model: Model, optimizer: torch.optim.AdamW, st
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     names = dict(model.net.named_parameters())
-    save_file({n: p.detach().cpu().contiguous() for n, p in names.items()},
-              part / "weights.safetensors")
+    save_file(
+        {n: p.detach().cpu().contiguous() for n, p in names.items()}, part / "weights.safetensors"
+    )
     moments = {}
     for name, parameter in names.items():
         for slot, value in optimizer.state.get(parameter, {}).items():

@@ -31,7 +31,10 @@ def new_tokenizer(texts: list[str]) -> Any:
     trainer = trainers.BpeTrainer(special_tokens=[END, BEGIN, ANSWER], show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, pad_token=END, chat_template=TEMPLATE,
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=END,
+        chat_template=TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
 
@@ -43,15 +46,21 @@ def new_model(ctx) -> Model:
 
     prompts = [p for d in ctx.recipe.domains(ctx.name) for p in ctx.data(d).prompts("train")]
     alphabet = "".join(sorted({c for p in prompts for c in p.text + p.answer}))
-    digits_and_letters = "0123456789abcdefghijklmnopqrstuvwxyz"     # what corruption may write
+    digits_and_letters = "0123456789abcdefghijklmnopqrstuvwxyz"  # what corruption may write
     tokenizer = new_tokenizer([alphabet + digits_and_letters])
     shape = ctx.config.model
     config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=shape.hidden, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim, intermediate_size=shape.intermediate,
-        tie_word_embeddings=shape.tied, max_position_embeddings=shape.context,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.intermediate,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=shape.context,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):

@@ -35,10 +35,16 @@ def record(model: str, domain: str, samples: int, right: list[int], lengths: lis
     accuracy, half = mean(shares), half_width(shares)
     ks = [k for k in (2**i for i in range(11)) if k <= samples]
     return {
-        "model": model, "domain": domain, "n": len(right) * samples, "accuracy": accuracy,
+        "model": model,
+        "domain": domain,
+        "n": len(right) * samples,
+        "accuracy": accuracy,
         "ci95": [accuracy - half, accuracy + half],
         "pass_at_k": {str(k): mean(pass_at_k(samples, r, k) for r in right) for k in ks},
-        "mean_tokens": mean(lengths), "prompts": len(right), "samples": samples, "right": right,
+        "mean_tokens": mean(lengths),
+        "prompts": len(right),
+        "samples": samples,
+        "right": right,
     }
 
 
@@ -66,8 +72,11 @@ def evaluate(ctx: Context) -> Compute:
         clock.lap("rollout")
         compute.seconds["rollout"] += clock.seconds["rollout"]
         ctx.loop_seconds += clock.seconds["rollout"]
-        metrics.row(done, {"domain": domain, "accuracy": found["accuracy"],
-                           "length": found["mean_tokens"]}, clock.seconds)
+        metrics.row(
+            done,
+            {"domain": domain, "accuracy": found["accuracy"], "length": found["mean_tokens"]},
+            clock.seconds,
+        )
     metrics.close()
     write_json(ctx.folder / "results.json", records)
     return compute
@@ -82,6 +91,7 @@ def _domain(ctx: Context, model, name: str, domain: str) -> dict:
     right = [0] * len(prompts)
     for rollout in rollouts:
         right[rollout.group] += int(data.score(rollout.prompt, rollout.text) == 1.0)
-    summary = record(name, domain, config.prompts.samples, right,
-                     [len(r.response_ids) for r in rollouts])
+    summary = record(
+        name, domain, config.prompts.samples, right, [len(r.response_ids) for r in rollouts]
+    )
     return {**summary, "processed": sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)}

@@ -99,7 +99,7 @@ class Loop:
                 try:
                     values = self._step(done, clock)
                 except Interrupted:
-                    self.compute = before       # the step will be taken again
+                    self.compute = before  # the step will be taken again
                     raise
                 done += 1
                 clock.lap("other")
@@ -119,8 +119,14 @@ class Loop:
         return self.compute
 
     def _save(self, done: int) -> None:
-        checkpoint.save(self.checkpoints, done, self.model, self.optimizer,
-                        {"compute": asdict(self.compute)}, self.ctx.runtime.keep_checkpoints)
+        checkpoint.save(
+            self.checkpoints,
+            done,
+            self.model,
+            self.optimizer,
+            {"compute": asdict(self.compute)},
+            self.ctx.runtime.keep_checkpoints,
+        )
 
     def _step(self, done: int, clock: Clock) -> dict:
         rollouts = [r for r in self.parts.source.draw(done) if r.response_ids]
@@ -152,13 +158,18 @@ class Loop:
             )
         if all(r.reward is not None for r in rollouts):
             step.columns["reward"] = step.spread([r.reward for r in rollouts])
-        requests = [ScoreRequest((*r.prompt_ids, *r.response_ids), len(r.prompt_ids))
-                    for r in rollouts]
+        requests = [
+            ScoreRequest((*r.prompt_ids, *r.response_ids), len(r.prompt_ids)) for r in rollouts
+        ]
         runtime = self.ctx.runtime
         if self.parts.policy_logprobs:
             step.columns["policy"] = logprobs(
-                self.model, requests, temperature=self.parts.temperature,
-                micro_batch=runtime.micro_batch, chunk_mib=runtime.chunk_mib, check=self.ctx.check,
+                self.model,
+                requests,
+                temperature=self.parts.temperature,
+                micro_batch=runtime.micro_batch,
+                chunk_mib=runtime.chunk_mib,
+                check=self.ctx.check,
             )
             forwarded = sum(len(q.ids) for q in requests)
             self.compute.flops["train"] += 2.0 * self.model.parameters * forwarded
@@ -171,8 +182,9 @@ class Loop:
         parts: list[Tensor | None] = [None] * len(requests)
         weights = [1.0] * len(requests)
         for name, (teacher, weight) in self.parts.teachers.items():
-            mine = [i for i, r in enumerate(step.rollouts)
-                    if self.parts.route[r.prompt.domain] == name]
+            mine = [
+                i for i, r in enumerate(step.rollouts) if self.parts.route[r.prompt.domain] == name
+            ]
             if not mine:
                 continue
             scores_N = teacher.score([requests[i] for i in mine], self.parts.temperature)
@@ -207,10 +219,12 @@ class Loop:
             values[f"{name}_std"] = float(vector_N.std(correction=0))
             values[f"{name}_share"] = size[name] / whole if whole else 0.0
         if "reverse_kl" in credit:
-            sums_B = tokens.per_sequence(-credit["reverse_kl"][1], step.sequence_N,
-                                         len(step.rollouts)).tolist()
-            owner = {id(r): s / len(r.response_ids)
-                     for r, s in zip(step.rollouts, sums_B, strict=True)}
+            sums_B = tokens.per_sequence(
+                -credit["reverse_kl"][1], step.sequence_N, len(step.rollouts)
+            ).tolist()
+            owner = {
+                id(r): s / len(r.response_ids) for r, s in zip(step.rollouts, sums_B, strict=True)
+            }
             values["kl"] = by_domain(step.rollouts, lambda r: owner[id(r)])
         return values
 
@@ -226,8 +240,12 @@ class Loop:
             for sequences, part in tokens.parts(lengths, self.parts.minibatches):
                 cut = {k: v[part] for k, v in step.columns.items()}
                 loss, table, processed = update.accumulate(
-                    model, spans[sequences], cut, self.parts.terms,
-                    temperature=self.parts.temperature, micro_batch=runtime.micro_batch,
+                    model,
+                    spans[sequences],
+                    cut,
+                    self.parts.terms,
+                    temperature=self.parts.temperature,
+                    micro_batch=runtime.micro_batch,
                     chunk_mib=runtime.chunk_mib,
                 )
                 norms.append(update.step(model, self.optimizer, lr, self.optim.clip_norm))
@@ -237,8 +255,12 @@ class Loop:
                 self.compute.train_tokens += processed
                 self.compute.flops["train"] += 6.0 * model.parameters * processed
         values = {
-            "loss": mean(losses), "grad_norm": mean(norms), "lr": lr,
-            "rollouts": len(rollouts), "tokens": sum(lengths), "length": mean(lengths),
+            "loss": mean(losses),
+            "grad_norm": mean(norms),
+            "lr": lr,
+            "rollouts": len(rollouts),
+            "tokens": sum(lengths),
+            "length": mean(lengths),
             "truncated": mean(float(r.truncated) for r in rollouts),
         }
         if all(r.reward is not None for r in rollouts):
@@ -269,8 +291,15 @@ class Loop:
         folder.mkdir(exist_ok=True)
         with open(folder / f"step-{done:06d}.jsonl", "w", encoding="utf-8") as file:
             for i, r in enumerate(step.rollouts[: self.ctx.runtime.log_rollouts]):
-                row = {"domain": r.prompt.domain, "prompt": r.prompt.text, "response": r.text,
-                       "answer": r.prompt.answer, "reward": r.reward, "teacher": r.teacher,
-                       "truncated": r.truncated, "ids": r.response_ids,
-                       **{k: v[i] for k, v in vectors.items()}}
+                row = {
+                    "domain": r.prompt.domain,
+                    "prompt": r.prompt.text,
+                    "response": r.text,
+                    "answer": r.prompt.answer,
+                    "reward": r.reward,
+                    "teacher": r.teacher,
+                    "truncated": r.truncated,
+                    "ids": r.response_ids,
+                    **{k: v[i] for k, v in vectors.items()},
+                }
                 file.write(json.dumps(row) + "\n")

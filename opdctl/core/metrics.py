@@ -20,12 +20,12 @@ class Metrics:
 
     def __init__(self, folder: Path, attempt: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(folder / "metrics.jsonl", "a+b")   # noqa: SIM115
+        self.file = open(folder / "metrics.jsonl", "a+b")  # noqa: SIM115
         self.attempt = attempt
         self.file.seek(0, 2)
         if self.file.tell():
             self.file.seek(-1, 2)
-            if self.file.read(1) != b"\n":     # a kill cut the last line short
+            if self.file.read(1) != b"\n":  # a kill cut the last line short
                 self.file.write(b"\n")
 
     def row(self, step: int, values: dict, seconds: dict[str, float]) -> None:
@@ -33,10 +33,13 @@ class Metrics:
         bad = sum(isinstance(v, float) and not math.isfinite(v) for v in values.values())
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         row = {
-            "step": step, "attempt": self.attempt, **values,
+            "step": step,
+            "attempt": self.attempt,
+            **values,
             **({"non_finite": bad} if bad else {}),
             "seconds": {k: round(v, 5) for k, v in seconds.items()},
-            "time": round(time.time(), 3), "memory_mib": round(peak, 1),
+            "time": round(time.time(), 3),
+            "memory_mib": round(peak, 1),
         }
         self.file.write(json.dumps(finite(row)).encode() + b"\n")
         self.file.flush()

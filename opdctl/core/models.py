@@ -124,8 +124,12 @@ def load(folder: str, *, dtype: str = "float32", device: str = "cpu", classifier
     Raises:
         UsageError: it cannot be loaded; says from where and why.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
-    from transformers import AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForTokenClassification,
+        AutoTokenizer,
+    )
 
     name, _, revision = folder.partition("@") if not Path(folder).is_dir() else (folder, "", "")
     options = dict(_OPTIONS, **({"revision": revision} if revision else {}))
@@ -140,7 +144,8 @@ def load(folder: str, *, dtype: str = "float32", device: str = "cpu", classifier
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = str(error).strip().split("\n")[0]
-        raise UsageError(f"cannot load {folder}: {what}", "is it a folder in Hugging Face format?")
+        hint = "is it a folder in Hugging Face format?"
+        raise UsageError(f"cannot load {folder}: {what}", hint) from error
     if classifier and not any("Classification" in a for a in config.architectures or []):
         nn.init.zeros_(net.score.weight)
         if net.score.bias is not None:

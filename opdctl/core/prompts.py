@@ -52,7 +52,7 @@ class PromptOrder:
         pool = self.pools[domain]
         epoch, place = divmod(position, len(pool))
         if (domain, epoch) not in self.orders:
-            self.orders = {k: v for k, v in self.orders.items() if k[0] != domain or k[1] == epoch - 1}
+            self.orders.pop((domain, epoch - 2), None)
             order = draws.permutation(len(pool), self.seed, "order", domain, epoch)
             self.orders[domain, epoch] = order.tolist()
         return pool[self.orders[domain, epoch][place]]

@@ -7,8 +7,9 @@ from opdctl.registry import member
 from opdctl.types import Prompt, Rollout
 
 
-def sample_group(ctx, model, prompts: list[Prompt], step: int, source: str, *, sampling=None,
-                 samples: int = 0) -> list[Rollout]:
+def sample_group(
+    ctx, model, prompts: list[Prompt], step: int, source: str, *, sampling=None, samples: int = 0
+) -> list[Rollout]:
     """``samples`` responses to each prompt, a prompt's responses next to each other.
 
     Args:
@@ -26,10 +27,23 @@ def sample_group(ctx, model, prompts: list[Prompt], step: int, source: str, *, s
     rendered = [model.render(p.text) for p in prompts]
     where = [(g, s) for g in range(len(prompts)) for s in range(samples)]
     keys = [draws.key(ctx.seed, step, prompts[g].id, s) for g, s in where]
-    drawn = engine.generate([rendered[g] for g, _ in where], keys,
-                            temperature=sampling.temperature, max_tokens=sampling.max_tokens)
+    drawn = engine.generate(
+        [rendered[g] for g, _ in where],
+        keys,
+        temperature=sampling.temperature,
+        max_tokens=sampling.max_tokens,
+    )
     return [
-        Rollout(prompts[g], rendered[g], sample.ids, sample.logprobs, sample.truncated, source,
-                group=g, version=step, text=model.decode(sample.ids))
+        Rollout(
+            prompts[g],
+            rendered[g],
+            sample.ids,
+            sample.logprobs,
+            sample.truncated,
+            source,
+            group=g,
+            version=step,
+            text=model.decode(sample.ids),
+        )
         for (g, _), sample in zip(where, drawn, strict=True)
     ]

@@ -40,14 +40,17 @@ class TableData:
         Raises:
             UsageError: a column is missing; says which there are.
         """
-        return distinct(map(self._prompt, self.rows(split)), split, self.config.eval_share,
-                        self.config.limit)
+        return distinct(
+            map(self._prompt, self.rows(split)), split, self.config.eval_share, self.config.limit
+        )
 
     def _prompt(self, row: dict) -> Prompt:
         for name in (self.config.prompt_column, self.config.answer_column):
             if name not in row:
-                raise UsageError(f"data.{self.domain}: no column {name!r}",
-                                 did_you_mean(name, map(str, row), "columns:"))
+                raise UsageError(
+                    f"data.{self.domain}: no column {name!r}",
+                    did_you_mean(name, map(str, row), "columns:"),
+                )
         text = str(row[self.config.prompt_column])
         answer = str(row[self.config.answer_column])
         return Prompt(digest(self.domain, text), self.domain, text, answer, {"answer": answer})

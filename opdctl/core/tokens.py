@@ -84,8 +84,7 @@ def split(values_N: Tensor, lengths: Sequence[int]) -> list[list[float]]:
 
 
 def last_of_each(values_N: Tensor, length_B: Tensor) -> Tensor:
-    """The value at the last supervised token of each sequence; 0 where there is none. Shape [B].
-    """
+    """The value at the last supervised token of each sequence; 0 where there is none. Shape [B]."""
     last_B = length_B.cumsum(0) - 1
     return torch.where(length_B > 0, values_N[last_B.clamp(min=0)], values_N.new_zeros(()))
 
@@ -126,7 +125,11 @@ def micro_batches(
         else:
             group.append(i)
     return [
-        (group, torch.tensor([t for i in group for t in range(first[i], first[i + 1])],
-                             dtype=torch.long))
+        (
+            group,
+            torch.tensor(
+                [t for i in group for t in range(first[i], first[i + 1])], dtype=torch.long
+            ),
+        )
         for group in groups
     ]

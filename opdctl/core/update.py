@@ -45,8 +45,9 @@ class Term:
 class View:
     """What an objective or a gate sees of one chunk of C tokens."""
 
-    def __init__(self, model: Model, hidden_CD: Tensor, target_C: Tensor, columns: dict,
-                 temperature: float) -> None:
+    def __init__(
+        self, model: Model, hidden_CD: Tensor, target_C: Tensor, columns: dict, temperature: float
+    ) -> None:
         self.model, self.hidden_CD, self.target_C = model, hidden_CD, target_C
         self.columns, self.temperature = columns, temperature
         self.logged: dict[str, Tensor] = {}
@@ -121,8 +122,16 @@ def normalisers(term: Term, sequence_N: Tensor, count: int, columns: dict) -> Te
     return mask_N / (length_B.clamp(min=1)[sequence_N] * responses)
 
 
-def accumulate(model: Model, spans: list, columns: dict[str, Tensor], terms: list[Term], *,
-               temperature: float, micro_batch: int, chunk_mib: int) -> tuple[float, dict, int]:
+def accumulate(
+    model: Model,
+    spans: list,
+    columns: dict[str, Tensor],
+    terms: list[Term],
+    *,
+    temperature: float,
+    micro_batch: int,
+    chunk_mib: int,
+) -> tuple[float, dict, int]:
     """Gradient of the loss over ``spans``, added to ``.grad``.
 
     Args:

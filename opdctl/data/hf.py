@@ -40,9 +40,10 @@ class Hf(TableData):
                 if isinstance(found, datasets.DatasetDict):
                     found = found[config.split]
             else:
-                found = datasets.load_dataset(config.path, config.subset or None,
-                                              split=config.split)
+                found = datasets.load_dataset(
+                    config.path, config.subset or None, split=config.split
+                )
         except (OSError, ValueError, KeyError, ConnectionError) as error:
             what = str(error).strip().split("\n")[0]
-            raise UsageError(f"data.{self.domain}.path: cannot load {config.path}: {what}") from None
+            raise UsageError(f"data.{self.domain}: cannot load {config.path}: {what}") from None
         yield from found

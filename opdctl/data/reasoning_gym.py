@@ -30,7 +30,7 @@ class ReasoningGym:
         kind: str = key(REQUIRED, "reasoning_gym")
         task: str = key(REQUIRED, "name of the reasoning-gym data set, such as gcd")
         config: dict[str, Any] = key({}, "its own settings, such as max_value")
-        prompt: str = key("", "template over metadata fields, as in 'gcd {numbers}='; empty: question")
+        prompt: str = key("", "template over metadata, as in 'gcd {numbers}='; empty: question")
         answer: Literal["text", "list"] = key("text", "list: a JSON list, written space-separated")
         items: int = key(4000, "items generated before the split", least=1)
         eval_share: float = key(0.25, "share of questions held out", least=0, most=1)
@@ -48,8 +48,11 @@ class ReasoningGym:
 
     def prompts(self, split: Split) -> list[Prompt]:
         """Distinct prompts of one side of the split."""
-        return distinct((self._prompt(self.dataset[i]) for i in range(self.config.items)), split,
-                        self.config.eval_share)
+        return distinct(
+            (self._prompt(self.dataset[i]) for i in range(self.config.items)),
+            split,
+            self.config.eval_share,
+        )
 
     def _prompt(self, item: dict) -> Prompt:
         text = item["question"]
@@ -74,7 +77,7 @@ class ReasoningGym:
         try:
             return float(self.dataset.score_answer(answer, entry=prompt.item) == 1.0)
         except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, OverflowError):
-            return 0.0      # some scorers raise on an answer they cannot read
+            return 0.0  # some scorers raise on an answer they cannot read
 
 
 class Fields(string.Formatter):

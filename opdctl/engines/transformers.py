@@ -36,8 +36,9 @@ class Transformers:
     def __init__(self, model, wave: int, check: Callable[[], None] = lambda: None) -> None:
         self.model, self.wave, self.check = model, wave, check
 
-    def generate(self, prompts: list[list[int]], keys: list[int], *, temperature: float,
-                 max_tokens: int) -> list[Sample]:
+    def generate(
+        self, prompts: list[list[int]], keys: list[int], *, temperature: float, max_tokens: int
+    ) -> list[Sample]:
         """One sample for each prompt and key.
 
         Args:
@@ -50,8 +51,9 @@ class Transformers:
         samples: list[Sample] = []
         for start in range(0, len(prompts), self.wave):
             part = slice(start, start + self.wave)
-            samples += self._wave(prompts[part], np.array(keys[part], np.uint64), temperature,
-                                  max_tokens)
+            samples += self._wave(
+                prompts[part], np.array(keys[part], np.uint64), temperature, max_tokens
+            )
         return samples
 
     def _wave(self, prompts, keys_B, temperature, max_tokens) -> list[Sample]:
@@ -66,11 +68,11 @@ class Transformers:
         ids_UT = torch.full((len(distinct), T), model.pad, dtype=torch.long)
         pads = [T - len(p) for p in distinct]
         for u, prompt in enumerate(distinct):
-            ids_UT[u, pads[u]:] = torch.tensor(prompt)
+            ids_UT[u, pads[u] :] = torch.tensor(prompt)
         pad_U = torch.tensor(pads, device=device)
         seen_UT = torch.arange(T + max_tokens, device=device) >= pad_U[:, None]
         causal_TT = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-        self_TT = torch.eye(T, dtype=torch.bool, device=device)     # padding attends to itself
+        self_TT = torch.eye(T, dtype=torch.bool, device=device)  # padding attends to itself
         inputs = {
             "input_ids": ids_UT.to(device),
             "attention_mask": (seen_UT[:, None, None, :T] & causal_TT) | self_TT,
@@ -79,19 +81,20 @@ class Transformers:
         cache = DynamicCache(config=model.net.config)
         tokens_BT = np.full((len(prompts), max_tokens), model.eos)
         logprobs_BT = np.zeros((len(prompts), max_tokens))
-        alive = np.arange(len(prompts))         # rows still in the batch
+        alive = np.arange(len(prompts))  # rows still in the batch
         ended_B = np.zeros(len(prompts), bool)
         with torch.inference_mode():
             for t in range(max_tokens):
                 self.check()
                 hidden = model.net.base_model(**inputs, past_key_values=cache, use_cache=True)
                 last = hidden.last_hidden_state[:, -1]
-                if t == 0:      # a prompt is read once, whatever the size of its group
+                if t == 0:  # a prompt is read once, whatever the size of its group
                     last, seen_UT = last[owner_B], seen_UT[owner_B]
                     position_B1 = inputs["position_ids"][owner_B, -1:]
                     cache.batch_select_indices(owner_B)
-                token_B, logprob_B = draw(model.logits(last, temperature),
-                                          draws.uniform(keys_B[alive], t))
+                token_B, logprob_B = draw(
+                    model.logits(last, temperature), draws.uniform(keys_B[alive], t)
+                )
                 tokens_BT[alive, t] = token_B.cpu().numpy()
                 logprobs_BT[alive, t] = logprob_B.cpu().numpy()
                 ended_B[alive] |= tokens_BT[alive, t] == model.eos
@@ -99,13 +102,16 @@ class Transformers:
                 if not going.any():
                     break
                 position_B1 = position_B1 + 1
-                if going.mean() < 0.7:      # drop the rows that ended
+                if going.mean() < 0.7:  # drop the rows that ended
                     kept_B = torch.from_numpy(np.flatnonzero(going)).to(device)
                     cache.batch_select_indices(kept_B)
                     token_B, position_B1 = token_B[kept_B], position_B1[kept_B]
                     seen_UT, alive = seen_UT[kept_B], alive[going]
-                inputs = {"input_ids": token_B[:, None], "position_ids": position_B1,
-                          "attention_mask": seen_UT[:, None, None, : T + t + 1]}
+                inputs = {
+                    "input_ids": token_B[:, None],
+                    "position_ids": position_B1,
+                    "attention_mask": seen_UT[:, None, None, : T + t + 1],
+                }
         return cut(tokens_BT, logprobs_BT, model.eos)
 
 

@@ -24,8 +24,9 @@ class PolicyGradient:
     class Config(ObjectiveConfig):
         """Keys of policy_gradient."""
 
-        clip_low: float = key(0.0, "the ratio is cut below 1 - clip_low; 0 with clip_high 0: no clip",
-                              least=0, most=1)
+        clip_low: float = key(
+            0.0, "the ratio is cut below 1 - clip_low; both 0: no clip", least=0, most=1
+        )
         clip_high: float = key(0.0, "the ratio is cut above 1 + clip_high", least=0)
 
     def __init__(self, config) -> None:

@@ -14,8 +14,9 @@ class Model:
         from opdctl.core.models import load
 
         self.ctx = ctx
-        self.model = load(ctx.path_of(reference), dtype=ctx.runtime.dtype, device=ctx.device,
-                          classifier=True)
+        self.model = load(
+            ctx.path_of(reference), dtype=ctx.runtime.dtype, device=ctx.device, classifier=True
+        )
         self.model.net.requires_grad_(False)
 
     def score(self, rollouts) -> None:

@@ -23,8 +23,9 @@ class Outcome:
     class Config(SignalConfig):
         """Keys of outcome."""
 
-        reward: str = key("verifier", "verifier, or the orm stage whose score it is: stage:NAME",
-                          ref=True)
+        reward: str = key(
+            "verifier", "verifier, or the orm stage whose score it is: stage:NAME", ref=True
+        )
         baseline: Literal["group", "none"] = key("group", "group: minus the mean of the group")
         scale_std: bool = key(True, "divide by the standard deviation of the group")
 

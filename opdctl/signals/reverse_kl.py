@@ -22,8 +22,9 @@ class ReverseKl:
     class Config(SignalConfig):
         """Keys of reverse_kl."""
 
-        clip: float = key(0.0, "largest absolute value of a token (MOPD paper: 5); 0 does not clip",
-                          least=0.0)
+        clip: float = key(
+            0.0, "largest absolute value of a token (MOPD paper: 5); 0 does not clip", least=0.0
+        )
 
     def __init__(self, config, ctx) -> None:
         self.config = config

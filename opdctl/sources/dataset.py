@@ -39,8 +39,15 @@ class Dataset:
                 if draws.unit(*name) < self.config.corrupt:
                     answer = corrupted(answer, draws.key(*name, "edit"))
                 rollouts.append(
-                    Rollout(prompt, self.model.render(prompt.text), self.model.encode(answer),
-                            source="dataset", group=group, version=step, text=answer)
+                    Rollout(
+                        prompt,
+                        self.model.render(prompt.text),
+                        self.model.encode(answer),
+                        source="dataset",
+                        group=group,
+                        version=step,
+                        text=answer,
+                    )
                 )
         return rollouts
 
@@ -58,4 +65,4 @@ def corrupted(answer: str, key: int) -> str:
     pool = "0123456789" if old.isdigit() else "abcdefghijklmnopqrstuvwxyz"
     choices = [c for c in pool if c != old.lower()]
     new = choices[(key // 1009) % len(choices)]
-    return answer[:place] + (new.upper() if old.isupper() else new) + answer[place + 1:]
+    return answer[:place] + (new.upper() if old.isupper() else new) + answer[place + 1 :]

@@ -36,8 +36,14 @@ class Teacher:
 
     def draw(self, step: int):
         """The kept samples of a step; fewer than asked for where the verifier refuses some."""
-        rollouts = sample_group(self.ctx, self.model, self.order.at(step), step, "teacher",
-                                sampling=self.config.sampling)
+        rollouts = sample_group(
+            self.ctx,
+            self.model,
+            self.order.at(step),
+            step,
+            "teacher",
+            sampling=self.config.sampling,
+        )
         if self.config.keep == "verified":
             for rollout in rollouts:
                 rollout.reward = self.ctx.data(rollout.prompt.domain).score(

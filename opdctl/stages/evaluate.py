@@ -44,8 +44,13 @@ class Evaluate:
         """What the schema cannot see."""
         if recipe.domains(stage):
             return []
-        return [Problem("prompts.domains", "there is no data to evaluate on",
-                        "data.math.kind=jsonl data.math.path=FILE, or data: in the recipe")]
+        return [
+            Problem(
+                "prompts.domains",
+                "there is no data to evaluate on",
+                "data.math.kind=jsonl data.math.path=FILE, or data: in the recipe",
+            )
+        ]
 
     def run(self, ctx):
         """Evaluate domain by domain; finished domains survive a kill."""

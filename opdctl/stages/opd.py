@@ -34,7 +34,7 @@ class Opd:
     class Config(OnPolicyConfig):
         """Keys of an opd stage."""
 
-        teachers: dict[str, Teacher] = key({}, "NAME: a model reference, or {model, serves, weight}")
+        teachers: dict[str, Teacher] = key({}, "NAME: a reference, or {model, serves, weight}")
         signals: dict[str, Any] = field(
             default_factory=lambda: {"reverse_kl": ReverseKl.Config()},
             metadata={"family": "signals", "doc": "what the advantage is made of"},
@@ -73,14 +73,29 @@ def _routing(config, recipe, stage) -> list[Problem]:
     for domain, names in routes(domains, config.teachers).items():
         if domain not in domains:
             near = did_you_mean(domain, domains, "domains of this stage:")
-            found.append(Problem(f"teachers.{names[0]}", f"no prompt of this stage is of {domain!r}",
-                                 f"{near}; or say what it serves: serves: {{DOMAIN: true}}"))
+            found.append(
+                Problem(
+                    f"teachers.{names[0]}",
+                    f"no prompt here is of {domain!r}",
+                    f"{near}; or say what it serves: serves: {{DOMAIN: true}}",
+                )
+            )
         elif not names:
-            found.append(Problem("teachers", f"no teacher for the domain {domain!r}",
-                                 f"teachers: {{{domain}: REF}}, or policy to keep it as it is"))
+            found.append(
+                Problem(
+                    "teachers",
+                    f"no teacher for the domain {domain!r}",
+                    f"teachers: {{{domain}: REF}}, or policy to keep it as it is",
+                )
+            )
         elif len(names) > 1:
-            found.append(Problem("teachers", f"{' and '.join(names)} both serve {domain!r}",
-                                 "one teacher per domain"))
+            found.append(
+                Problem(
+                    "teachers",
+                    f"{' and '.join(names)} both serve {domain!r}",
+                    "one teacher per domain",
+                )
+            )
     return found
 
 
@@ -95,9 +110,12 @@ def _tokenizers(config) -> list[Problem]:
         if ours and theirs:
             difference = references.first_difference(ours, theirs)
             if difference:
-                found.append(Problem(
-                    f"teachers.{name}",
-                    f"{Path(ref.name)} has another tokenizer than the student: {difference}",
-                    "use a teacher of the same tokenizer, or its texts: "
-                    "opdctl stage sft with sources.teacher"))
+                found.append(
+                    Problem(
+                        f"teachers.{name}",
+                        f"{Path(ref.name)} has another tokenizer than the student: {difference}",
+                        "use a teacher of the same tokenizer, or its texts: "
+                        "opdctl stage sft with sources.teacher",
+                    )
+                )
     return found

@@ -44,11 +44,19 @@ class Orm:
         from opdctl.sources.teacher import Teacher
 
         def parts(ctx, model):
-            config = Teacher.Config(model=ctx.config.policy, keep="all",
-                                    sampling=ctx.config.sampling)
-            return Parts(Teacher(config, ctx, model), terms_of({"outcome": Outcome.Config()}),
-                         rewards=[reward_of(ctx, "verifier")])
+            config = Teacher.Config(
+                model=ctx.config.policy, keep="all", sampling=ctx.config.sampling
+            )
+            return Parts(
+                Teacher(config, ctx, model),
+                terms_of({"outcome": Outcome.Config()}),
+                rewards=[reward_of(ctx, "verifier")],
+            )
 
-        model = load(ctx.path_of(ctx.config.student), dtype=ctx.runtime.dtype, device=ctx.device,
-                     classifier=True)
+        model = load(
+            ctx.path_of(ctx.config.student),
+            dtype=ctx.runtime.dtype,
+            device=ctx.device,
+            classifier=True,
+        )
         return train(ctx, model, parts)

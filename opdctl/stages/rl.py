@@ -33,8 +33,13 @@ def member_problems(config, provided: set[str]) -> list[Problem]:
     """Signals, objectives and weights whose needs nothing in the stage provides."""
     found = []
     active = {n: s for n, s in config.signals.items() if s.coef}
-    provided = provided | {"policy.logprobs", "old.logprobs", "behaviour.logprobs",
-                           "reward", "group"}
+    provided = provided | {
+        "policy.logprobs",
+        "old.logprobs",
+        "behaviour.logprobs",
+        "reward",
+        "group",
+    }
     if active:
         provided.add("advantage")
     from opdctl.registry import member
@@ -42,25 +47,46 @@ def member_problems(config, provided: set[str]) -> list[Problem]:
     wanted = [(f"signals.{n}", member("signals", n)) for n in active]
     for name, objective in config.objectives.items():
         wanted.append((f"objectives.{name}", member("objectives", name)))
-        wanted += [(f"objectives.{name}.weights.{w}", member("weights", w))
-                   for w in objective.weights]
+        wanted += [
+            (f"objectives.{name}.weights.{w}", member("weights", w)) for w in objective.weights
+        ]
     for path, cls in wanted:
         for need in cls.needs:
             if need not in provided:
-                found.append(Problem(path, f"needs {need}, which nothing here provides",
-                                     "add a signal with coef above 0" if need == "advantage"
-                                     else f"remove it, or use a stage that has {need}"))
+                found.append(
+                    Problem(
+                        path,
+                        f"needs {need}, which nothing here provides",
+                        "add a signal with coef above 0"
+                        if need == "advantage"
+                        else f"remove it, or use a stage that has {need}",
+                    )
+                )
     if not any(o.coef for o in config.objectives.values()):
-        found.append(Problem("objectives", "no objective with a coef above 0",
-                             "objectives: {policy_gradient: {}}"))
+        found.append(
+            Problem(
+                "objectives",
+                "no objective with a coef above 0",
+                "objectives: {policy_gradient: {}}",
+            )
+        )
     if any(member("objectives", n).rows == "token" or n == "nll" for n in config.objectives):
-        found.append(Problem("objectives", f"{list(config.objectives)} given",
-                             "objectives: {policy_gradient: {}}"))
+        found.append(
+            Problem(
+                "objectives",
+                f"{list(config.objectives)} given",
+                "objectives: {policy_gradient: {}}",
+            )
+        )
     outcome = active.get("outcome")
     if outcome and outcome.baseline == "group" and config.prompts.samples < 2:
-        found.append(Problem(
-            "prompts.samples", "a group of one has no group baseline: the outcome would be 0",
-            "prompts.samples=4, or signals.outcome.baseline=none, or signals.outcome.coef=0"))
+        found.append(
+            Problem(
+                "prompts.samples",
+                "a group of one has no group baseline: the outcome would be 0",
+                "prompts.samples=4, or signals.outcome.baseline=none, or signals.outcome.coef=0",
+            )
+        )
     return found
 
 

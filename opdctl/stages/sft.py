@@ -23,12 +23,22 @@ def needs_domains(recipe, stage) -> list[Problem]:
     domains = recipe.domains(stage)
     prompts = recipe.stages[stage].prompts
     if not domains:
-        return [Problem("prompts.domains", "there is no data to take prompts from",
-                        "data.math.kind=jsonl data.math.path=FILE, or data: in the recipe")]
+        return [
+            Problem(
+                "prompts.domains",
+                "there is no data to take prompts from",
+                "data.math.kind=jsonl data.math.path=FILE, or data: in the recipe",
+            )
+        ]
     few = [d for d, share in domains.items() if share * prompts.per_step < 1 - 1e-9]
     if few:
-        return [Problem("prompts.per_step", f"{prompts.per_step} prompts a step leave less than one "
-                        f"for {few[0]}", "raise prompts.per_step")]
+        return [
+            Problem(
+                "prompts.per_step",
+                f"{prompts.per_step} prompts a step leave less than one for {few[0]}",
+                "raise prompts.per_step",
+            )
+        ]
     return []
 
 
@@ -56,12 +66,20 @@ class Sft:
         """What the schema cannot see."""
         found = needs_domains(recipe, stage)
         if len(config.sources) != 1 or "student" in config.sources:
-            found.append(Problem("sources", f"{list(config.sources)} given",
-                                 "sft takes one: dataset or teacher"))
+            found.append(
+                Problem(
+                    "sources", f"{list(config.sources)} given", "sft takes one: dataset or teacher"
+                )
+            )
         for name in config.objectives:
             if name != "nll":
-                found.append(Problem(f"objectives.{name}", "sft has no advantage and no reward",
-                                     "objectives: {nll: {}}"))
+                found.append(
+                    Problem(
+                        f"objectives.{name}",
+                        "sft has no advantage and no reward",
+                        "objectives: {nll: {}}",
+                    )
+                )
         return found
 
     def run(self, ctx):
@@ -72,5 +90,10 @@ class Sft:
 
         config = ctx.config
         model = load(ctx.path_of(config.student), dtype=ctx.runtime.dtype, device=ctx.device)
-        return train(ctx, model, lambda ctx, model: Parts(
-            source_of(ctx, model, config.sources), terms_of(config.objectives)))
+        return train(
+            ctx,
+            model,
+            lambda ctx, model: Parts(
+                source_of(ctx, model, config.sources), terms_of(config.objectives)
+            ),
+        )

@@ -21,6 +21,11 @@ class Local:
     def score(self, requests, temperature: float):
         """Log-prob of every target token, flat, in the order of the requests."""
         runtime = self.ctx.runtime
-        return logprobs(self.model, requests, temperature=temperature,
-                        micro_batch=runtime.micro_batch, chunk_mib=runtime.chunk_mib,
-                        check=self.ctx.check)
+        return logprobs(
+            self.model,
+            requests,
+            temperature=temperature,
+            micro_batch=runtime.micro_batch,
+            chunk_mib=runtime.chunk_mib,
+            check=self.ctx.check,
+        )

@@ -1,0 +1,277 @@
+"""The invariants of the update, in float64: nothing that should not matter matters."""
+
+import itertools
+
+import pytest
+import torch
+
+from opdctl.core import update
+from opdctl.core.chunks import chunked_sum
+from opdctl.core.scoring import logprobs
+from opdctl.core.tokens import last_of_each, micro_batches, pack, parts, per_sequence
+from opdctl.objectives.nll import Nll
+from opdctl.objectives.policy_gradient import PolicyGradient
+from opdctl.types import ScoreRequest
+from opdctl.weights.is_gate import IsGate
+from opdctl.weights.pop import Pop
+
+
+def spans_of(seed=0, count=9, vocab=30):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n):
+        return torch.randint(3, vocab, (n,), generator=generator).tolist()
+
+    sizes = [(3, 1), (5, 4), (2, 7), (9, 1), (4, 2), (1, 12), (6, 3), (2, 2), (3, 5)][:count]
+    return [(draw(a + b), a) for a, b in sizes]
+
+
+def tokens_in(spans):
+    return sum(len(ids) - start for ids, start in spans)
+
+
+def gradient(model, spans, columns, terms, **options):
+    model.net.zero_grad(set_to_none=True)
+    options = {"temperature": 1.0, "micro_batch": 0, "chunk_mib": 256, **options}
+    loss, _, _ = update.accumulate(model, spans, columns, terms, **options)
+    return loss, torch.cat([p.grad.flatten() for p in model.net.parameters()])
+
+
+def pg_terms(**keys):
+    return [
+        update.Term(PolicyGradient(PolicyGradient.Config(**keys)), gates=[IsGate(IsGate.Config())])
+    ]
+
+
+def pg_columns(model, spans, seed=0):
+    requests = [ScoreRequest(tuple(ids), start) for ids, start in spans]
+    policy = logprobs(model, requests, temperature=1.0)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(policy), generator=generator, dtype=policy.dtype)
+    return {
+        "advantage": torch.randn(len(policy), generator=generator, dtype=policy.dtype),
+        "behaviour": policy + 0.3 * noise,
+        "policy": policy + 0.1 * noise.flip(0),
+    }
+
+
+@pytest.mark.parametrize("normalise", ["seq_mean", "token_mean"])
+def test_micro_batch_and_chunk_never_change_the_gradient(model64, normalise):
+    spans = spans_of()
+    columns = pg_columns(model64, spans)
+    terms = pg_terms(clip_low=0.2, clip_high=0.28)
+    terms[0].normalise = normalise
+    loss, expected = gradient(model64, spans, columns, terms)
+    for micro, rows in itertools.product((1, 2, 4), (1, 3, 1000)):
+        update.rows_in = lambda *_, rows=rows: rows
+        try:
+            other_loss, other = gradient(model64, spans, columns, terms, micro_batch=micro)
+        finally:
+            from opdctl.core.chunks import rows_in
+
+            update.rows_in = rows_in
+        assert abs(other_loss - loss) < 1e-12
+        assert (other - expected).abs().max() < 1e-12
+
+
+def test_order_of_sequences_never_changes_the_gradient(model64):
+    spans = spans_of()
+    columns = pg_columns(model64, spans)
+    loss, expected = gradient(model64, spans, columns, pg_terms())
+    order = [4, 0, 8, 2, 6, 1, 7, 3, 5]
+    lengths = [len(ids) - start for ids, start in spans]
+    cut = {k: v.split(lengths) for k, v in columns.items()}
+    moved = {k: torch.cat([v[i] for i in order]) for k, v in cut.items()}
+    other_loss, other = gradient(model64, [spans[i] for i in order], moved, pg_terms())
+    assert abs(other_loss - loss) < 1e-12 and (other - expected).abs().max() < 1e-12
+
+
+def test_padding_never_changes_the_gradient(model64):
+    spans = spans_of(count=4)
+    columns = pg_columns(model64, spans)
+    _, expected = gradient(model64, spans, columns, pg_terms())
+    before = model64.pad
+    model64.pad = 7
+    _, other = gradient(model64, spans, columns, pg_terms())
+    model64.pad = before
+    assert (other - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("normalise", ["seq_mean", "token_mean"])
+def test_nll_equals_plain_autograd(model64, normalise):
+    spans = spans_of()
+    terms = [update.Term(Nll(Nll.Config()), normalise=normalise)]
+    _, ours = gradient(model64, spans, {}, terms)
+    model64.net.zero_grad(set_to_none=True)
+    total = 0.0
+    for ids, start in spans:
+        logits = model64.net(torch.tensor([ids])).logits[0].double()
+        nll = torch.nn.functional.cross_entropy(
+            logits[start - 1 : -1], torch.tensor(ids[start:]), reduction="sum"
+        )
+        if normalise == "seq_mean":
+            total = total + nll / (len(ids) - start) / len(spans)
+        else:
+            total = total + nll / tokens_in(spans)
+    total.backward()
+    theirs = torch.cat([p.grad.flatten() for p in model64.net.parameters()])
+    assert (ours - theirs).abs().max() < 1e-12
+
+
+def test_ppo_clip_equals_plain_autograd(model64):
+    spans = spans_of()
+    columns = pg_columns(model64, spans)
+    term = update.Term(PolicyGradient(PolicyGradient.Config(clip_low=0.05, clip_high=0.1)))
+    _, ours = gradient(model64, spans, columns, [term])
+    model64.net.zero_grad(set_to_none=True)
+    total, at = 0.0, 0
+    for ids, start in spans:
+        logp = model64.net(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        n = len(ids) - start
+        logp = logp[start - 1 : -1].gather(-1, torch.tensor(ids[start:])[:, None])[:, 0]
+        ratio = (logp - columns["policy"][at : at + n]).exp()
+        a = columns["advantage"][at : at + n]
+        surrogate = torch.minimum(ratio * a, ratio.clamp(0.95, 1.1) * a)
+        total = total - surrogate.mean() / len(spans)
+        at += n
+    total.backward()
+    theirs = torch.cat([p.grad.flatten() for p in model64.net.parameters()])
+    assert (ours - theirs).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("baseline", [0.0, 1.7])
+def test_expected_policy_gradient_is_the_reverse_kl_gradient(model64, baseline):
+    """At a fixed prefix, summed over every next token with its probability (MiMo Eq. 5 and 6)."""
+    from conftest import make_model
+
+    teacher = make_model(5, dtype="float64")
+    prefix = [4, 9, 12, 7]
+
+    def next_logprobs(model):  # in a sequence one longer, as the update sees it: the norms of a
+        ids = torch.tensor([[*prefix, 3]])  # float64 Qwen3 are fp32 and depend on the shape
+        return model.net(ids).logits[0, -2].double().log_softmax(-1)
+
+    with torch.no_grad():
+        log_s, log_t = next_logprobs(model64), next_logprobs(teacher)
+    model64.net.zero_grad(set_to_none=True)
+    expected = torch.zeros(sum(p.numel() for p in model64.net.parameters()))
+    for v in range(model64.valid_V):
+        columns = {"advantage": (log_t - log_s)[v : v + 1] - baseline}
+        term = update.Term(PolicyGradient(PolicyGradient.Config()))
+        _, one = gradient(model64, [([*prefix, v], len(prefix))], columns, [term])
+        expected += log_s[v].exp() * one
+    model64.net.zero_grad(set_to_none=True)
+    live = next_logprobs(model64)
+    (live.exp() * (live - log_t)).sum().backward()
+    exact = torch.cat([p.grad.flatten() for p in model64.net.parameters()])
+    assert exact.norm() > 1e-3
+    assert (expected - exact).abs().max() < 1e-12
+
+
+def test_teacher_equal_to_student_gives_exactly_zero(model):
+    spans = [*spans_of(), ([5, 6], 1)]  # one-token responses included
+    requests = [ScoreRequest(tuple(ids), start) for ids, start in spans]
+    ours = logprobs(model, requests, temperature=1.0)
+    assert torch.equal(ours, logprobs(model, requests, temperature=1.0))
+    apart = torch.cat([logprobs(model, [r], temperature=1.0) for r in requests])
+    assert (ours - apart).abs().max() < 1e-5
+    rolled = ours.roll(1)
+    assert (rolled - ours).abs().mean() > 0.1  # a shift by one token is loud
+
+
+def test_gates_zero_outside_and_keep_the_count(model64):
+    spans = spans_of()
+    columns = pg_columns(model64, spans)
+    columns["behaviour"] = columns["policy"].clone()
+    columns["behaviour"][3] -= 5.0  # ratio far above 2
+    gate = IsGate(IsGate.Config(low=0.5, high=2.0))
+    term = update.Term(PolicyGradient(PolicyGradient.Config()), gates=[gate])
+    columns["policy"] = columns["behaviour"].clone()
+    (
+        _,
+        _,
+    ) = gradient(model64, spans, columns, [term])
+    model64.net.zero_grad(set_to_none=True)
+    _, table, _ = update.accumulate(
+        model64, spans, columns, [term], temperature=1.0, micro_batch=0, chunk_mib=256
+    )
+    assert table["gate_open"][3] == 0 and table["gate_open"].sum() >= len(table["gate_open"]) - 12
+    pop = update.Term(PolicyGradient(PolicyGradient.Config()), gates=[Pop(Pop.Config(beta=2.0))])
+    columns["behaviour"] = columns["policy"] + 1.0  # rho = 1/e, below 1/2 everywhere
+    loss, zero = gradient(model64, spans, columns, [pop])
+    assert loss == 0 and zero.abs().max() == 0
+
+
+def test_all_masked_runs_backward_and_contributes_zero(model64):
+    class Nothing:
+        def mask(self, columns):
+            return torch.zeros(tokens_in(spans))
+
+    spans = spans_of(count=3)
+    term = update.Term(Nll(Nll.Config()), masks=[Nothing()])
+    loss, zero = gradient(model64, spans, {}, [term])
+    assert loss == 0 and zero.abs().max() == 0
+
+
+def test_memory_of_the_loss_is_bounded(model64):
+    """What autograd keeps for backward holds no tensor of size tokens x vocabulary."""
+    hidden = torch.randn(64, 32, requires_grad=True)
+    head = torch.nn.Parameter(torch.randn(500, 32))
+    kept = []
+
+    def loss_of(rows_CD, part):
+        return -(rows_CD @ head.T).log_softmax(-1)[:, 3]
+
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    ):
+        loss = chunked_sum(loss_of, hidden * 1.0, [head], 8)
+        outside = [n for n in kept if n >= 64 * 500]
+    loss.backward()
+    chunked = hidden.grad.clone(), head.grad.clone()
+    hidden.grad = head.grad = None
+    loss_of(hidden, None).sum().backward()
+    assert not outside and max(kept) <= 500 * 32
+    assert torch.allclose(chunked[0], hidden.grad, atol=1e-12)
+    assert torch.allclose(chunked[1], head.grad, atol=1e-12)
+
+
+def test_frozen_head_gets_no_gradient():
+    hidden = torch.randn(10, 4, requires_grad=True)
+    head = torch.nn.Parameter(torch.randn(20, 4), requires_grad=False)
+    chunked_sum(lambda h, _: (h @ head.T).logsumexp(-1), hidden, [head], 3).backward()
+    assert head.grad is None and hidden.grad.abs().sum() > 0
+
+
+def test_packing_round_trip():
+    spans = spans_of()
+    packed = pack(spans, 0)
+    flat = packed.ids_BT.flatten()
+    assert torch.equal(flat[packed.token_N], packed.target_N)
+    assert torch.equal(packed.prediction_N, packed.token_N - 1)
+    ones = torch.ones(len(packed.target_N))
+    assert per_sequence(ones, packed.sequence_N, len(spans)).tolist() == packed.length_B.tolist()
+    last = last_of_each(packed.target_N.float(), packed.length_B)
+    assert last.tolist() == [float(ids[-1]) for ids, _ in spans]
+    for size in (0, 1, 4):
+        groups = micro_batches(spans, size)
+        assert sorted(i for g, _ in groups for i in g) == list(range(len(spans)))
+        covered = torch.cat([t for _, t in groups])
+        assert sorted(covered.tolist()) == list(range(tokens_in(spans)))
+    assert [s for s, _ in parts([1, 2, 3, 4, 5], 2)] == [slice(0, 3), slice(3, 5)]
+    with pytest.raises(AssertionError):
+        pack([([1, 2], 0)], 0)
+
+
+def test_learning_rate_is_a_pure_function():
+    from opdctl.settings import Optim
+
+    optim = Optim(lr=1.0, schedule="cosine", warmup=10, final=0.1)
+    values = [update.lr_at(s, 100, optim) for s in range(100)]
+    assert values[0] == 0.1 and values[9] == 1.0 and values[10] == 1.0
+    assert 0.1 < values[-1] < 0.11 and values == sorted(values[:10]) + sorted(
+        values[10:], reverse=True
+    )
+    assert update.lr_at(55, 100, Optim(lr=2.0)) == 2.0
+    linear = Optim(lr=1.0, schedule="linear", final=0.0)
+    assert update.lr_at(50, 100, linear) == 0.5
