@@ -51,11 +51,30 @@ def model():
     return make_model()
 
 
+def make_model64(seed=0):
+    """A GPT-2 in float64 throughout: Qwen3's norms and rotations are fp32 whatever its type."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from opdctl.core.corpus import new_tokenizer
+    from opdctl.core.models import Model
+
+    torch.set_num_threads(1)
+    tokenizer = new_tokenizer([ALPHABET])
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=64, n_embd=24, n_layer=2, n_head=2,
+        initializer_range=0.3, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )
+    torch.manual_seed(seed)
+    net = GPT2LMHeadModel(config).to(torch.float64)
+    return Model(net.train(False), tokenizer, f"random gpt2 {seed}")
+
+
 @pytest.fixture
 def model64():
     import torch
 
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    yield make_model(dtype="float64")
+    yield make_model64()
     torch.set_default_dtype(before)
