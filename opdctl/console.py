@@ -193,10 +193,8 @@ class Progress:
         return table(["stage", "status", ""], rows, f"{done}/{len(rows)} stages, {elapsed:.0f} s")
 
     def _doing(self, job, stage: str) -> str:
-        from opdctl.worker import total_steps
-
         row = last_row(job.run.stage(stage) / "metrics.jsonl")
-        step, total = row.get("step", 0), total_steps(job.recipe, stage)
+        step, total = row.get("step", 0), job.recipe.total(stage)
         key = (str(job.run.path), stage)
         first = self.__dict__.setdefault("_first", {}).setdefault(key, (time.monotonic(), step))
         parts = [f"step {step}/{total}"]

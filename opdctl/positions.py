@@ -12,13 +12,17 @@ import yaml
 from opdctl.errors import Problem, UsageError
 
 
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster where it is built
+DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
 def parse(text: str, name: str) -> tuple[dict, dict[str, int], list[Problem]]:
     """The tree, ``{dotted key: line}``, and the duplicate keys.
 
     Raises:
         UsageError: not YAML, or not a mapping at the top.
     """
-    loader = yaml.SafeLoader(text)
+    loader = LOADER(text)
     try:
         node = loader.get_single_node()
     except yaml.YAMLError as error:
@@ -85,4 +89,4 @@ def parse_value(text: str) -> Any:
 
 def dump(tree: Any) -> str:
     """YAML of a plain tree, keys in their order."""
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=False, default_flow_style=False)
+    return yaml.dump(tree, Dumper=DUMPER, sort_keys=False, default_flow_style=False)

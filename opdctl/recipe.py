@@ -49,6 +49,10 @@ class Recipe:
         total = sum(shares.values())
         return {d: s / total for d, s in shares.items() if s > 0} if total else {}
 
+    def total(self, stage: str) -> int:
+        """Rows of metrics the stage will write: its steps, or the domains it evaluates."""
+        return getattr(self.stages[stage], "steps", 0) or len(self.domains(stage))
+
     def upstream(self, stage: str) -> list[str]:
         """Stages whose output this stage reads, without repetition."""
         names = [

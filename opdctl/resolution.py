@@ -130,12 +130,22 @@ def assign_all(tree, pending, where, problems, *, expanded: bool) -> dict:
 
 
 def interpolate(tree: dict, problems: list[Problem]) -> dict:
+    if not _has_interpolation(tree):
+        return tree
     try:
         return OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except OmegaConfBaseException as error:
         message = str(error).split("\n")[0]
         problems.append(Problem(getattr(error, "full_key", "") or "", message))
         return tree
+
+
+def _has_interpolation(tree: Any) -> bool:
+    if isinstance(tree, dict):
+        return any(_has_interpolation(v) for v in tree.values())
+    if isinstance(tree, list):
+        return any(map(_has_interpolation, tree))
+    return isinstance(tree, str) and "${" in tree
 
 
 def expand(tree: dict, where: Where, problems: list[Problem]) -> dict:

@@ -8,7 +8,6 @@ from pathlib import Path
 from opdctl.launch import read_recipe
 from opdctl.plan import fingerprints
 from opdctl.rundir import RunDir, held
-from opdctl.worker import total_steps
 
 
 def status(run: RunDir) -> dict:
@@ -44,7 +43,7 @@ def status(run: RunDir) -> dict:
 def _stage(run: RunDir, recipe, name: str, fingerprint: str) -> dict:
     record = run.record(name)
     found = record.get("status", "pending")
-    total = total_steps(recipe, name)
+    total = recipe.total(name)
     if found == "running" and not held(run.stage(name) / ".lock"):
         found = "interrupted"  # killed: its lock died with it
     elif record and record["fingerprint"] != fingerprint:

@@ -53,7 +53,7 @@ def _attempt(ctx: Context, start: float) -> int:
         "status": "running",
         "fingerprint": fingerprints(ctx.recipe)[ctx.name],
         "attempt": ctx.attempt,
-        "total": total_steps(ctx.recipe, ctx.name),
+        "total": ctx.recipe.total(ctx.name),
         "semantic": semantic(ctx.recipe, ctx.name),
         "revisions": revisions(ctx.recipe, ctx.name),
         "started": time.time(),
@@ -88,11 +88,6 @@ def _attempt(ctx: Context, start: float) -> int:
     record["loop_seconds"] += ctx.loop_seconds
     write_json(path, record)
     return code
-
-
-def total_steps(recipe, stage: str) -> int:
-    """Rows of metrics the stage will write."""
-    return getattr(recipe.stages[stage], "steps", 0) or len(recipe.domains(stage))
 
 
 def versions() -> dict[str, str]:

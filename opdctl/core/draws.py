@@ -7,12 +7,12 @@ of (stage seed, step, prompt, sample, t). SplitMix64 (Steele, Lea, Flood 2014) o
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np  # imported late: reading a recipe needs no arrays
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX2 = np.uint64(0x94D049BB133111EB)
+_GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def key(*parts: object) -> int:
@@ -23,10 +23,12 @@ def key(*parts: object) -> int:
 
 def uniform(keys_B: np.ndarray, t: int) -> np.ndarray:
     """Draw t of each key: float64 in [0, 1), with 53 random bits. Shape [B]."""
+    import numpy as np
+
     with np.errstate(over="ignore"):
-        z = keys_B.astype(np.uint64) + np.uint64(t + 1) * _GOLDEN
-        z = (z ^ (z >> np.uint64(30))) * _MIX1
-        z = (z ^ (z >> np.uint64(27))) * _MIX2
+        z = keys_B.astype(np.uint64) + np.uint64(((t + 1) * _GOLDEN) % 2**64)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX1)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX2)
         z ^= z >> np.uint64(31)
     return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
@@ -38,7 +40,8 @@ def unit(*parts: object) -> float:
 
 def permutation(n: int, *parts: object) -> np.ndarray:
     """An order of n items: sorted by their own draws. Shape [n]."""
-    base = np.uint64(key(*parts))
+    import numpy as np
+
     with np.errstate(over="ignore"):
-        keys = base + np.arange(n, dtype=np.uint64) * _MIX1
+        keys = np.uint64(key(*parts)) + np.arange(n, dtype=np.uint64) * np.uint64(_MIX1)
     return np.argsort(uniform(keys, 0), kind="stable")
