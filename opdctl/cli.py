@@ -140,7 +140,7 @@ def validate(
     if as_json:
         console.emit_json({"valid": True, "problems": []})
     else:
-        console.say(f"{recipe}: {len(found.stages)} stages at size {found.size}, well formed")
+        print(f"{recipe}: {len(found.stages)} stages at size {found.size}, well formed")
 
 
 @app.command()

@@ -11,7 +11,6 @@ import yaml
 
 from opdctl.errors import Problem, UsageError
 
-
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster where it is built
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 

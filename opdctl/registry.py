@@ -51,6 +51,11 @@ def member(family: str, name: str) -> type:
     return getattr(module, class_name(name))
 
 
+def config_of(family: str, name: str, **keys: object) -> object:
+    """A member's Config with some keys set, for a stage that always uses it."""
+    return member(family, name).Config(**keys)
+
+
 def class_name(name: str) -> str:
     """``reverse_kl`` -> ``ReverseKl``."""
     return "".join(part.capitalize() for part in name.split("_"))

@@ -99,7 +99,7 @@ def assign_all(tree, pending, where, problems, *, expanded: bool) -> dict:
         )
         if expanded != (of_expanded or (expanded and unknown_yet)):
             continue
-        if not expanded and unknown_yet:
+        if unknown_yet and (not expanded or parts[1] in where.templates.values()):
             continue
         path = ".".join(parts)
         where.overrides[path] = f"override {text!r}"

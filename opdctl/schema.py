@@ -41,7 +41,7 @@ def key(
         default: the vetted setting, or REQUIRED. A mutable one is copied.
         doc: one line, with unit and range where they are not obvious.
         role: semantic, numeric or operational.
-        family: the value is a mapping ``member name -> that member's Config``.
+        family: the value is a mapping ``member name -> that member's Config``; so is the default.
         ref: the value names a model: an edge of the stage graph.
         least, most: bounds of a number, inclusive.
     """
@@ -106,7 +106,14 @@ def build(
     for name, f in fields.items():
         if name not in raw and base is not None:
             values[name] = getattr(base, name)
-        if name in raw or f.default is not REQUIRED or f.default_factory is not REQUIRED:
+        if name in raw or name in values:
+            continue
+        if f.metadata.get("family") and f.default_factory is not REQUIRED:
+            where = f"{path}.{name}" if path else name
+            family = f.metadata["family"]
+            values[name] = _members(f.default_factory(), where, problems, lookup, family)
+            continue
+        if f.default is not REQUIRED or f.default_factory is not REQUIRED:
             continue
         problems.append(
             Problem(path, f"missing key {name!r}", f"{name}: {f.metadata.get('doc', '')}")

@@ -4,16 +4,20 @@ Imported in the server process alone. One thread, no CUDA call: forking is safe 
 """
 
 import os
+import threading
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import reasoning_gym  # noqa: F401
 import torch
+import tqdm
 import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
 import opdctl.cli
 import opdctl.worker  # noqa: F401
 
+# Forked stages must not share tqdm's process lock: they end without Python's clean-up.
+tqdm.tqdm.set_lock(threading.RLock())
 assert not torch.cuda.is_initialized(), "a forked CUDA context cannot be used"

@@ -65,9 +65,12 @@ def _attempt(ctx: Context, start: float) -> int:
     code, problem = EXIT_FAILED, None
     try:
         import torch
+        from transformers.utils import logging
 
         from opdctl.core.models import pick_device
 
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
         torch.set_num_threads(ctx.runtime.threads)
         torch.set_default_dtype(torch.float64 if ctx.runtime.dtype == "float64" else torch.float32)
         ctx.device = pick_device(ctx.runtime.device)

@@ -62,8 +62,14 @@ def make_model64(seed=0):
     torch.set_num_threads(1)
     tokenizer = new_tokenizer([ALPHABET])
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=64, n_embd=24, n_layer=2, n_head=2,
-        initializer_range=0.3, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        vocab_size=len(tokenizer),
+        n_positions=64,
+        n_embd=24,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
     )
     torch.manual_seed(seed)
     net = GPT2LMHeadModel(config).to(torch.float64)

@@ -10,19 +10,15 @@ off, so KL only and outcome only are this stage too. Leaves out several teachers
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from opdctl import references
 from opdctl.errors import Problem
-from opdctl.objectives.policy_gradient import PolicyGradient
 from opdctl.schema import did_you_mean, key
 from opdctl.settings import Teacher
-from opdctl.signals.reverse_kl import ReverseKl
 from opdctl.stages.rl import OnPolicyConfig, member_problems
 from opdctl.stages.sft import needs_domains
-from opdctl.weights.is_gate import IsGate
 
 
 class Opd:
@@ -35,15 +31,11 @@ class Opd:
         """Keys of an opd stage."""
 
         teachers: dict[str, Teacher] = key({}, "NAME: a reference, or {model, serves, weight}")
-        signals: dict[str, Any] = field(
-            default_factory=lambda: {"reverse_kl": ReverseKl.Config()},
-            metadata={"family": "signals", "doc": "what the advantage is made of"},
-        )
-        objectives: dict[str, Any] = field(
-            default_factory=lambda: {
-                "policy_gradient": PolicyGradient.Config(weights={"is_gate": IsGate.Config()})
-            },
-            metadata={"family": "objectives", "doc": "what is minimised"},
+        signals: dict = key({"reverse_kl": {}}, "what the advantage is made of", family="signals")
+        objectives: dict = key(
+            {"policy_gradient": {"weights": {"is_gate": {}}}},
+            "what is minimised",
+            family="objectives",
         )
 
     @staticmethod

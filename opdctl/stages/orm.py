@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opdctl.registry import config_of
 from opdctl.schema import REQUIRED, key
 from opdctl.settings import Prompts, Sampling, TrainConfig
 from opdctl.stages.sft import needs_domains
@@ -37,19 +38,18 @@ class Orm:
 
     def run(self, ctx):
         """Sample, label, train, write the classifier."""
-        from opdctl.core.assemble import Parts, reward_of, terms_of
+        from opdctl.core.assemble import Parts, reward_of, source_of, terms_of
         from opdctl.core.models import load
         from opdctl.core.train import train
-        from opdctl.objectives.outcome import Outcome
-        from opdctl.sources.teacher import Teacher
 
         def parts(ctx, model):
-            config = Teacher.Config(
-                model=ctx.config.policy, keep="all", sampling=ctx.config.sampling
+            config = ctx.config
+            judged = config_of(
+                "sources", "teacher", model=config.policy, keep="all", sampling=config.sampling
             )
             return Parts(
-                Teacher(config, ctx, model),
-                terms_of({"outcome": Outcome.Config()}),
+                source_of(ctx, model, {"teacher": judged}),
+                terms_of({"outcome": config_of("objectives", "outcome")}),
                 rewards=[reward_of(ctx, "verifier")],
             )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opdctl.registry import config_of
 from opdctl.schema import key
 from opdctl.settings import Optim, TrainConfig
 
@@ -50,15 +51,13 @@ class Pretrain:
 
     def run(self, ctx):
         """Make tokenizer and model, train on prompt and answer, write both."""
-        from opdctl.core.assemble import Parts, terms_of
+        from opdctl.core.assemble import Parts, source_of, terms_of
         from opdctl.core.corpus import Whole, new_model
         from opdctl.core.train import train
-        from opdctl.objectives.nll import Nll
-        from opdctl.sources.dataset import Dataset
 
         def parts(ctx, model):
-            source = Dataset(Dataset.Config(corrupt=ctx.config.corrupt), ctx, model)
-            terms = terms_of({"nll": Nll.Config(normalise="token_mean")})
-            return Parts(Whole(source), terms)
+            corpus = config_of("sources", "dataset", corrupt=ctx.config.corrupt)
+            terms = terms_of({"nll": config_of("objectives", "nll", normalise="token_mean")})
+            return Parts(Whole(source_of(ctx, model, {"dataset": corpus})), terms)
 
         return train(ctx, new_model(ctx), parts)

@@ -8,14 +8,12 @@ Leaves out a critic, a KL term to a reference and dynamic sampling of groups.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from opdctl.errors import Problem
-from opdctl.objectives.policy_gradient import PolicyGradient
+from opdctl.registry import member
 from opdctl.schema import REQUIRED, key
 from opdctl.settings import Prompts, Sampling, TrainConfig
-from opdctl.signals.outcome import Outcome
 from opdctl.stages.sft import needs_domains
 
 
@@ -42,8 +40,6 @@ def member_problems(config, provided: set[str]) -> list[Problem]:
     }
     if active:
         provided.add("advantage")
-    from opdctl.registry import member
-
     wanted = [(f"signals.{n}", member("signals", n)) for n in active]
     for name, objective in config.objectives.items():
         wanted.append((f"objectives.{name}", member("objectives", name)))
@@ -100,15 +96,11 @@ class Rl:
         """Keys of an rl stage."""
 
         prompts: Prompts = key(Prompts(samples=8), "which prompts")
-        signals: dict[str, Any] = field(
-            default_factory=lambda: {"outcome": Outcome.Config()},
-            metadata={"family": "signals", "doc": "what the advantage is made of"},
-        )
-        objectives: dict[str, Any] = field(
-            default_factory=lambda: {
-                "policy_gradient": PolicyGradient.Config(clip_low=0.2, clip_high=0.28)
-            },
-            metadata={"family": "objectives", "doc": "what is minimised"},
+        signals: dict = key({"outcome": {}}, "what the advantage is made of", family="signals")
+        objectives: dict = key(
+            {"policy_gradient": {"clip_low": 0.2, "clip_high": 0.28}},
+            "what is minimised",
+            family="objectives",
         )
 
     @staticmethod

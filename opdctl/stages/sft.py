@@ -8,14 +8,11 @@ The cold start of every lab's pipeline, MiMo's expert-SFT kind of teacher, and o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from opdctl.errors import Problem
-from opdctl.objectives.nll import Nll
 from opdctl.schema import REQUIRED, key
 from opdctl.settings import TrainConfig
-from opdctl.sources.dataset import Dataset
 
 
 def needs_domains(recipe, stage) -> list[Problem]:
@@ -52,13 +49,9 @@ class Sft:
         """Keys of an sft stage."""
 
         student: str = key(REQUIRED, "where it starts", ref=True)
-        sources: dict[str, Any] = field(
-            default_factory=lambda: {"dataset": Dataset.Config()},
-            metadata={"family": "sources", "doc": "dataset or teacher; one of them"},
-        )
-        objectives: dict[str, Any] = field(
-            default_factory=lambda: {"nll": Nll.Config(normalise="token_mean")},
-            metadata={"family": "objectives", "doc": "what is minimised"},
+        sources: dict = key({"dataset": {}}, "dataset or teacher; one of them", family="sources")
+        objectives: dict = key(
+            {"nll": {"normalise": "token_mean"}}, "what is minimised", family="objectives"
         )
 
     @staticmethod

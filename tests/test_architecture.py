@@ -1,0 +1,139 @@
+"""The import rules and the size budget, read from the syntax trees."""
+
+import ast
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "opdctl"
+FILES = sorted(PACKAGE.rglob("*.py"))
+FAMILIES = ("sources", "engines", "rewards", "teachers", "signals", "objectives", "weights", "data")
+
+
+def name_of(path):
+    return str(path.relative_to(PACKAGE))
+
+
+def imports(path, top_only=False):
+    """(module, line) of every import; at module level only if asked."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module, node.lineno
+            yield from ((f"{node.module}.{a.name}", node.lineno) for a in node.names)
+
+
+def offenders(files, forbidden, top_only=False):
+    return [
+        f"{name_of(f)}:{line} imports {module}"
+        for f in files
+        for module, line in imports(f, top_only)
+        if module.split(".")[0] in forbidden or module in forbidden
+    ]
+
+
+def outside(*allowed):
+    return [f for f in FILES if not any(name_of(f).startswith(a) for a in allowed)]
+
+
+def test_heavy_libraries_stay_in_their_place():
+    assert not offenders(outside("console.py"), {"rich"})
+    assert not offenders(outside("cli.py"), {"typer"})
+    assert not offenders(outside("resolution.py"), {"omegaconf"})
+    assert not offenders(outside("data/"), {"datasets", "pyarrow"})
+    assert not offenders(FILES, {"vllm"}, top_only=True)
+
+
+def test_modules_that_declare_a_config_import_no_torch():
+    heavy = {"torch", "transformers", "numpy", "reasoning_gym", "math_verify", "datasets"}
+    declaring = [f for f in FILES if "class Config" in f.read_text()]
+    assert len(declaring) > 10
+    assert not offenders(declaring, heavy, top_only=True)
+    top = [f for f in PACKAGE.glob("*.py") if f.name not in ("warm.py", "judge.py")]
+    assert not offenders(top, heavy, top_only=True)
+
+
+def test_imports_point_down():
+    stages = {f"opdctl.{f}" for f in (*FAMILIES, "stages")}
+
+    def below(files, forbidden):
+        return [
+            f"{name_of(f)}:{line} imports {module}"
+            for f in files
+            for module, line in imports(f)
+            if any(module == p or module.startswith(p + ".") for p in forbidden)
+        ]
+
+    core = [f for f in FILES if name_of(f).startswith("core/")]
+    assert not below(core, stages)
+    for family in FAMILIES:
+        own = [f for f in FILES if name_of(f).startswith(family + "/")]
+        assert not below(own, stages - {f"opdctl.{family}"})
+    stage_files = [f for f in FILES if name_of(f).startswith("stages/")]
+    assert not below(stage_files, stages - {"opdctl.stages"})
+    low = [PACKAGE / n for n in ("errors.py", "types.py", "schema.py", "settings.py")]
+    upper = ("recipe", "plan", "rundir", "console", "report", "judge", "cli", "runner", "worker")
+    assert not below(low, {f"opdctl.{n}" for n in (*upper, "core", "stages")})
+    middle = [PACKAGE / n for n in ("recipe.py", "plan.py", "rundir.py", "registry.py")]
+    assert not below(middle, {f"opdctl.{n}" for n in upper[3:]})
+
+
+def test_each_duty_stands_in_one_place():
+    def using(*words):
+        return {name_of(f) for f in FILES for w in words if w in f.read_text()}
+
+    assert using("index_add_", "prediction_N = ", "prediction_N=") == {"core/tokens.py"}
+    assert using("clamp(min=1)") == {"core/update.py"}  # divides by a count of tokens
+    assert using("save_file(") == {"core/checkpoint.py"}
+    writers = {
+        "rundir.py",
+        "report.py",
+        "catalogue.py",
+        "core/checkpoint.py",
+        "core/loop.py",
+        "core/metrics.py",
+    }
+    assert using(".write_text(", '"w"', '"a+b"', "'w'") <= writers
+
+
+def test_size_budget():
+    sizes = {name_of(f): len(f.read_text().splitlines()) for f in FILES}
+    assert max(sizes.values()) <= 400, max(sizes, key=sizes.get)
+    assert statistics.median(sizes.values()) <= 120
+    assert sum(name.count("/") == 0 or name.startswith("core/") for name in sizes) <= 50
+    assert not [n for n in sizes if Path(n).stem in ("utils", "helpers", "common")]
+    text = "".join(f.read_text() for f in FILES)
+    assert text.isascii()
+
+
+BLOCKED = "import sys; sys.modules['torch'] = None; sys.modules['transformers'] = None; "
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["--help"],
+        ["ls"],
+        ["ls", "recipes"],
+        ["ls", "stages"],
+        ["ls", "methods"],
+        ["show", "opd"],
+        ["show", "mimo"],
+        ["plan", "recipes/mimo.yaml"],
+        ["validate", "recipes/mimo.yaml"],
+        ["plan", "mimo", "--json"],
+        ["run", "mimo", "--dry-run"],
+    ],
+)
+def test_read_commands_run_with_torch_blocked(command):
+    code = BLOCKED + f"sys.argv = {['opdctl', *command]!r}; from opdctl.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()

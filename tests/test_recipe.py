@@ -1,0 +1,237 @@
+"""Reading recipes: every kind of bad input is refused, all at once, with path, line and hint."""
+
+import pytest
+
+from opdctl.errors import RecipeError, UsageError
+from opdctl.launch import parse_seeds
+from opdctl.positions import dump, parse
+from opdctl.recipe import load, resolve, shipped
+
+GOOD = """
+name: demo
+models: {base: "stage:base"}
+data:
+  math: {kind: reasoning_gym, task: gcd}
+  sort: {kind: reasoning_gym, task: number_sorting}
+stages:
+  base: {kind: pretrain, steps: 5}
+  t_{d}:
+    matrix: {d: [math, sort]}
+    kind: rl
+    student: base
+    prompts: {domains: {"{d}": 1}}
+  mopd:
+    kind: opd
+    student: stage:base
+    teachers: {math: "stage:t_math", sort: "stage:t_sort"}
+sizes:
+  small: {models: {base: Qwen/Qwen3-0.6B-Base}, stages: {base: null, mopd: {student: base}}}
+"""
+
+
+def read(text, *overrides, size=""):
+    tree, lines, problems = parse(text, "demo.yaml")
+    return resolve(
+        tree, "demo.yaml", size=size, overrides=overrides, lines=lines, problems=problems
+    )
+
+
+def problems(text, *overrides, size=""):
+    with pytest.raises(RecipeError) as caught:
+        read(text, *overrides, size=size)
+    return caught.value.problems
+
+
+def test_matrix_alias_and_order():
+    recipe = read(GOOD)
+    assert list(recipe.stages) == ["base", "t_math", "t_sort", "mopd"]
+    assert recipe.stages["t_math"].student == "stage:base"
+    assert recipe.domains("t_math") == {"math": 1.0}
+    assert recipe.domains("mopd") == {"math": 0.5, "sort": 0.5}
+    assert recipe.upstream("mopd") == ["base", "t_math", "t_sort"]
+    assert recipe.order()[-1] == "mopd"
+
+
+def test_resolved_recipe_reads_back_the_same():
+    recipe = read(GOOD)
+    again = read(dump(recipe.to_dict()))
+    assert again == recipe
+
+
+def test_size_overlay_removes_and_replaces():
+    recipe = read(GOOD, size="small")
+    assert "base" not in recipe.stages
+    assert recipe.stages["mopd"].student == "Qwen/Qwen3-0.6B-Base"
+
+
+def test_overrides_before_and_after_the_matrix():
+    recipe = read(
+        GOOD,
+        "stages.t_{d}.steps=7",
+        "stages.t_sort.steps=9",
+        "stages.mopd.optim.lr=3e-6",
+        "stages.mopd.teachers.math.weight=2",
+    )
+    assert recipe.stages["t_math"].steps == 7 and recipe.stages["t_sort"].steps == 9
+    assert recipe.stages["mopd"].optim.lr == 3e-6
+    assert recipe.stages["mopd"].teachers["math"].weight == 2.0
+    assert recipe.stages["mopd"].teachers["math"].model == "stage:t_math"
+
+
+def test_a_partial_mapping_keeps_the_other_defaults():
+    recipe = read(GOOD)
+    assert recipe.stages["t_math"].prompts.samples == 8  # the rl default, not the general one
+    assert recipe.stages["t_math"].objectives["policy_gradient"].clip_high == 0.28
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "message", "hint"),
+    [
+        ("stages.mopd.stesp=3", "stages.mopd.stesp", "unknown key", "'steps'"),
+        ("stages.mopd.optim.lrr=3", "stages.mopd.optim.lrr", "unknown key", "'lr'"),
+        ("stages.mpod.steps=3", "stages.mpod.steps", "no stage 'mpod'", "'mopd'"),
+        ("stages.mopd.steps=many", "stages.mopd.steps", "expected an integer", ""),
+        ("stages.mopd.steps=0", "stages.mopd.steps", "0 is below 1", ""),
+        ("stages.mopd.steps=true", "stages.mopd.steps", "expected an integer", ""),
+        ("stages.mopd.optim.lr=.nan", "stages.mopd.optim.lr", "not a finite number", ""),
+        ("stages.mopd.kind=opdd", "stages.mopd.kind", "no member 'opdd'", "'opd'"),
+        ("stages.mopd.student=stage:bse", "stages.mopd.student", "no stage 'bse'", "'base'"),
+        ("stages.mopd.student=mopd", "stages.mopd.student", "not a model reference", "stage:mopd"),
+        ("stages.mopd.student=./nowhere", "stages.mopd.student", "no folder", "config.json"),
+        ("stages.mopd.student=policy", "stages.mopd.student", "a teacher's reference", "stage:"),
+        (
+            "stages.mopd.teachers.math=http://h:1",
+            "stages.mopd.teachers.math.model",
+            "server",
+            "folder",
+        ),
+        (
+            "stages.mopd.teachers={math: 'stage:t_math'}",
+            "stages.mopd.teachers",
+            "no teacher",
+            "policy",
+        ),
+        (
+            "stages.mopd.teachers.code=stage:t_math",
+            "stages.mopd.teachers.code",
+            "no prompt",
+            "serves",
+        ),
+        (
+            "stages.mopd.teachers.x={model: policy, serves: {math: true}}",
+            "stages.mopd.teachers",
+            "both serve",
+            "one teacher",
+        ),
+        ("stages.mopd.signals={outcome: {}}", "stages.mopd.prompts.samples", "group of one", "=4"),
+        (
+            "stages.t_math.prompts.samples=1",
+            "stages.t_math.prompts.samples",
+            "group of one",
+            "none",
+        ),
+        (
+            "stages.t_math.signals={reverse_kl: {}}",
+            "stages.t_math.signals.reverse_kl",
+            "needs teacher.logprobs",
+            "remove it",
+        ),
+        (
+            "stages.mopd.signals={}",
+            "stages.mopd.objectives.policy_gradient",
+            "needs advantage",
+            "coef",
+        ),
+        (
+            "stages.mopd.signals={revers_kl: {}}",
+            "stages.mopd.signals.revers_kl",
+            "no member",
+            "'reve",
+        ),
+        (
+            "stages.mopd.prompts.domains={maths: 1}",
+            "stages.mopd.prompts.domains.maths",
+            "no data",
+            "'math'",
+        ),
+        (
+            "stages.mopd.prompts.per_step=1",
+            "stages.mopd.prompts.per_step",
+            "less than one",
+            "raise",
+        ),
+        ("stages.base=null", "stages.mopd.student", "no stage 'base'", ""),
+        ("data.math.task=null", "data.math.task", "expected text", ""),
+        ("dta.math.task=gcd", "dta.math.task", "unknown key", "'data'"),
+        ("seed=x", "seed", "expected int", ""),
+        ("runtime.device=gpu", "runtime.device", "not allowed", "cpu"),
+    ],
+)
+def test_bad_overrides(override, path, message, hint):
+    found = [p for p in problems(GOOD, override) if p.path == path]
+    assert found, [str(p) for p in problems(GOOD, override)]
+    assert message in found[0].message and hint in found[0].hint
+
+
+def test_all_problems_at_once_with_lines():
+    text = GOOD.replace("steps: 5", "stepz: 5").replace("kind: rl", "kind: rll")
+    found = problems(text, "stages.mopd.optim.lr=fast")
+    assert {p.path for p in found} >= {
+        "stages.base.stepz",
+        "stages.t_math.kind",
+        "stages.t_sort.kind",
+        "stages.mopd.optim.lr",
+    }
+    where = {p.path: p.where for p in found}
+    assert where["stages.base.stepz"] == "demo.yaml:8"
+    assert where["stages.t_math.kind"] == "demo.yaml:11"
+    assert where["stages.mopd.optim.lr"] == "override 'stages.mopd.optim.lr=fast'"
+
+
+def test_duplicate_keys_cycles_and_size():
+    found = problems(GOOD + "\nname: again\n")
+    assert found[0].path == "name" and "twice" in found[0].message
+    found = problems(GOOD, "stages.base={kind: sft, student: 'stage:mopd'}")
+    assert any("a cycle of stages" in p.message for p in found)
+    found = problems(GOOD, size="smal")
+    assert "no size 'smal'" in found[0].message and "small" in found[0].hint
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "just words", "a: !!python/object:os.x {}"])
+def test_not_a_recipe(text):
+    with pytest.raises(UsageError):
+        read(text)
+
+
+def test_missing_file_and_bad_override_form():
+    with pytest.raises(UsageError, match="no recipe"):
+        load("recipes/nimo.yaml")
+    with pytest.raises(UsageError, match="not an override"):
+        read(GOOD, "stages.mopd.steps")
+
+
+def test_seeds():
+    assert parse_seeds("0..2") == [0, 1, 2] and parse_seeds("3,1") == [3, 1]
+    for bad in ("", "a", "2..0", "1,1", "-1"):
+        with pytest.raises(UsageError):
+            parse_seeds(bad)
+
+
+def test_tokenizers_of_folders_are_compared(tmp_path):
+    from conftest import make_model
+
+    from opdctl.core.models import save
+
+    save(make_model(), tmp_path / "ours")
+    save(make_model(alphabet="0123456789abc"), tmp_path / "theirs")
+    found = problems(
+        GOOD, f"stages.mopd.student={tmp_path}/ours", f"stages.mopd.teachers.math={tmp_path}/theirs"
+    )
+    assert found[0].path == "stages.mopd.teachers.math"
+    assert "another tokenizer" in found[0].message and "id " in found[0].message
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+@pytest.mark.parametrize("size", ["tiny", "small", "lab"])
+def test_shipped_recipes_resolve(name, size):
+    assert load(name, size=size).stages
