@@ -84,3 +84,14 @@ def model64():
     torch.set_default_dtype(torch.float64)
     yield make_model64()
     torch.set_default_dtype(before)
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory):
+    """An uninterrupted run of the demo recipe: (folder, what the command printed)."""
+    from runs import DEMO, opdctl
+
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    done = opdctl("run", DEMO, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done

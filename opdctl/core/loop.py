@@ -103,13 +103,13 @@ class Loop:
                     raise
                 done += 1
                 clock.lap("other")
+                metrics.row(done, values, clock.seconds)  # before the checkpoint that covers it
                 if done % runtime.checkpoint_every == 0 and done < self.steps:
                     self._save(done)
                     clock.lap("other")
                 for phase, spent in clock.seconds.items():
                     self.compute.seconds[phase] += spent
                 self.ctx.loop_seconds += clock.last - clock.start
-                metrics.row(done, values, clock.seconds)
         except Interrupted:
             if done:
                 self._save(done)

@@ -1,0 +1,74 @@
+"""Real runs for the tests: the command line in processes of its own, and comparison of runs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from opdctl.rundir import VOLATILE, RunDir, read_rows
+
+HERE = Path(__file__).parent
+DEMO = HERE / "demo.yaml"
+
+
+def opdctl(*arguments, cwd=None, **options):
+    """Run the command; output captured."""
+    command = [sys.executable, "-m", "opdctl.cli", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd or HERE.parent, capture_output=True, text=True, timeout=300, **options
+    )
+
+
+def start(*arguments):
+    """Start the command in a process group of its own."""
+    command = [sys.executable, "-m", "opdctl.cli", *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        cwd=HERE.parent,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def worker(folder, stage, patch=""):
+    """Run one stage's worker after ``patch``, source that may break it on purpose."""
+    code = f"{patch}\nfrom opdctl.worker import run_stage\n"
+    code += f"raise SystemExit(run_stage({str(folder)!r}, {stage!r}))"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        cwd=HERE.parent,
+    )
+
+
+def plain(row):
+    """A metrics row without the fields that time, host or memory determine."""
+    return {k: v for k, v in row.items() if k not in VOLATILE}
+
+
+def assert_same(run_a, run_b, stages):
+    """Outputs byte for byte, metrics row for row, results and ledgers."""
+    a, b = RunDir(run_a), RunDir(run_b)
+    for stage in stages:
+        ours = {p.name: p.read_bytes() for p in sorted(a.output(stage).glob("*"))}
+        theirs = {p.name: p.read_bytes() for p in sorted(b.output(stage).glob("*"))}
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert ours[name] == theirs[name], f"{stage}/output/{name}"
+        rows = [[plain(r) for r in read_rows(run.stage(stage) / "metrics.jsonl")] for run in (a, b)]
+        assert rows[0] and rows[0] == rows[1], stage
+        ledgers = [
+            {k: v for k, v in run.record(stage)["compute"].items() if k != "seconds"}
+            for run in (a, b)
+        ]
+        assert ledgers[0] == ledgers[1], stage
+        results = [run.stage(stage) / "results.json" for run in (a, b)]
+        assert results[0].exists() == results[1].exists()
+        if results[0].exists():
+            assert json.loads(results[0].read_text()) == json.loads(results[1].read_text())

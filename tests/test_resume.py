@@ -1,0 +1,208 @@
+"""Kill a real run anywhere, resume it, and get the same bits."""
+
+import os
+import shutil
+import signal
+import time
+
+import pytest
+from runs import DEMO, assert_same, opdctl, start, worker
+
+from opdctl.rundir import RunDir, read_json
+
+SIGKILL = "import os, signal; die = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
+IN_SAMPLING = (
+    SIGKILL
+    + """
+import opdctl.engines.transformers as engine
+real, seen = engine.draw, []
+def draw(*a):
+    seen.append(1)
+    if len(seen) == {n}:
+        die()
+    return real(*a)
+engine.draw = draw
+"""
+)
+IN_CHECKPOINT = (
+    SIGKILL
+    + """
+import opdctl.core.checkpoint as checkpoint
+real, seen = checkpoint.save_file, []
+def save_file(*a, **k):
+    seen.append(1)
+    if len(seen) == {n}:
+        die()
+    return real(*a, **k)
+checkpoint.save_file = save_file
+"""
+)
+IN_COMMIT = (
+    SIGKILL
+    + """
+import opdctl.core.checkpoint as checkpoint
+real, seen = checkpoint.commit_folder, []
+def commit_folder(*a):
+    real(*a)
+    seen.append(1)
+    if len(seen) == {n}:
+        die()
+checkpoint.commit_folder = commit_folder
+"""
+)
+IN_EXPORT = (
+    SIGKILL
+    + """
+import opdctl.core.models as models
+real = models.save
+def save(model, folder):
+    real(model, folder)
+    die()
+models.save = save
+"""
+)
+
+
+def copy_without(source, target, stage):
+    """The run as it was before a stage: its inputs done, itself not begun."""
+    shutil.copytree(source, target, symlinks=True)
+    folder = RunDir(target).stage(stage)
+    for path in folder.iterdir():
+        if path.name != "config.yaml":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("stage", "patch", "n"),
+    [
+        ("base", IN_CHECKPOINT, 6),
+        ("base", IN_EXPORT, 0),
+        ("sft", IN_COMMIT, 1),
+        ("t_math", IN_SAMPLING, 9),
+        ("t_math", IN_CHECKPOINT, 4),
+        ("orm", IN_SAMPLING, 14),
+        ("mopd", IN_SAMPLING, 20),
+        ("mopd", IN_COMMIT, 2),
+        ("distilled", IN_SAMPLING, 15),
+        ("eval_mopd", IN_SAMPLING, 8),
+    ],
+)
+def test_killed_at_a_chosen_point(demo_run, tmp_path, stage, patch, n):
+    copy_without(demo_run[0], tmp_path / "run", stage)
+    killed = worker(tmp_path / "run", stage, patch.replace("{n}", str(n)))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert RunDir(tmp_path / "run").record(stage)["status"] == "running"
+    assert worker(tmp_path / "run", stage).returncode == 0
+    assert RunDir(tmp_path / "run").record(stage)["attempt"] == 2
+    assert_same(demo_run[0], tmp_path / "run", [stage])
+
+
+def test_a_truncated_checkpoint_falls_back(demo_run, tmp_path):
+    copy_without(demo_run[0], tmp_path / "run", "mopd")
+    worker(tmp_path / "run", "mopd", IN_COMMIT.replace("{n}", "2"))
+    newest = sorted((RunDir(tmp_path / "run").stage("mopd") / "checkpoints").glob("step-*"))[-1]
+    weights = newest / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    done = worker(tmp_path / "run", "mopd")
+    assert done.returncode == 0 and "cannot be read" in done.stdout
+    assert_same(demo_run[0], tmp_path / "run", ["mopd"])
+
+
+def stop_when(process, condition, number, group=False):
+    """Send a signal once ``condition()`` holds; returns the exit code."""
+    deadline = time.time() + 120
+    while not condition() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    assert process.poll() is None, "it ended before it could be stopped"
+    if group:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    return process.wait(60)
+
+
+def test_kill_and_interrupt_the_whole_command(demo_run, tmp_path):
+    """SIGKILL of the process group, SIGTERM and SIGINT of the command, in three stages."""
+    folder = tmp_path / "run"
+    run = RunDir(folder)
+
+    def rows_of(stage, count):
+        path = run.stage(stage) / "metrics.jsonl"
+        return lambda: path.exists() and path.read_text().count("\n") >= count
+
+    assert (
+        stop_when(
+            start("run", DEMO, "--out", folder), rows_of("base", 3), signal.SIGKILL, group=True
+        )
+        == -signal.SIGKILL
+    )
+    found = opdctl("status", folder, "--json")
+    assert '"state": "interrupted"' in found.stdout
+    assert stop_when(start("resume", folder), rows_of("t_math", 2), signal.SIGTERM) == 75
+    assert run.record("t_math")["status"] in ("interrupted", "done")
+    assert stop_when(start("resume", folder), rows_of("mopd", 2), signal.SIGINT) == 75
+    done = opdctl("resume", folder)
+    assert done.returncode == 0, done.stderr
+    stages = list(read_json(folder / "run.json")["fingerprints"])
+    assert_same(demo_run[0], folder, stages)
+
+
+def test_workers_die_with_their_parent(tmp_path):
+    folder = tmp_path / "run"
+    process = start("run", DEMO, "--out", folder, "stages.base.steps=2000")
+    lock = RunDir(folder).stage("base") / ".lock"
+    stop_when(
+        process, lambda: RunDir(folder).record("base").get("status") == "running", signal.SIGKILL
+    )
+    from opdctl.rundir import held
+
+    deadline = time.time() + 20
+    while held(lock) and time.time() < deadline:
+        time.sleep(0.05)
+    assert not held(lock)
+
+
+def test_two_at_once_and_foreign_directories(demo_run, tmp_path):
+    from opdctl.rundir import lock
+
+    with lock(demo_run[0] / ".lock", "test"):
+        busy = opdctl("resume", demo_run[0])
+    assert busy.returncode == 4 and f"pid {os.getpid()}" in busy.stderr
+    again = opdctl("run", DEMO, "--out", demo_run[0])
+    assert again.returncode == 2 and "--from" in again.stderr and "resume" in again.stderr
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").write_text("precious")
+    foreign = opdctl("run", DEMO, "--out", tmp_path / "foreign")
+    assert foreign.returncode == 2 and "not a run directory" in foreign.stderr
+    assert [p.name for p in (tmp_path / "foreign").iterdir()] == ["thesis.txt"]
+    assert opdctl("resume", tmp_path / "foreign").returncode == 2
+    assert opdctl("resume", tmp_path / "nowhere").returncode == 2
+
+
+def test_resume_refuses_semantic_changes(demo_run):
+    before = (demo_run[0] / "resolved.yaml").read_text()
+    refused = opdctl("resume", demo_run[0], "stages.mopd.optim.lr=0.5")
+    assert refused.returncode == 2 and "--from" in refused.stderr
+    assert "mopd: stage.optim.lr: 0.001 -> 0.5" in refused.stderr
+    assert (demo_run[0] / "resolved.yaml").read_text() == before
+    allowed = opdctl("resume", demo_run[0], "runtime.checkpoint_every=3")
+    assert allowed.returncode == 0 and "every stage is done" in allowed.stderr
+
+
+def test_from_reuses_what_stays_the_same(demo_run, tmp_path):
+    planned = opdctl("plan", DEMO, "stages.mopd.optim.lr=0.002", "--from", demo_run[0], "--json")
+    actions = {s["name"]: s for s in __import__("json").loads(planned.stdout)["stages"]}
+    assert actions["sft"]["action"] == "skip" and actions["mopd"]["action"] == "rerun"
+    assert actions["mopd"]["reasons"] == ["stage.optim.lr: 0.001 -> 0.002"]
+    assert actions["eval_mopd"]["action"] == "rerun" and actions["eval_sft"]["action"] == "skip"
+    done = opdctl(
+        "run", DEMO, "stages.mopd.optim.lr=0.002", "--from", demo_run[0], "--out", tmp_path / "new"
+    )
+    assert done.returncode == 0, done.stderr
+    new, old = RunDir(tmp_path / "new"), RunDir(demo_run[0])
+    assert new.record("sft")["reused_from"] == str(old.path)
+    assert "reused_from" not in new.record("mopd")
+    weights = [r.output("mopd") / "model.safetensors" for r in (new, old)]
+    assert weights[0].read_bytes() != weights[1].read_bytes()
+    assert opdctl("plan", tmp_path / "new", "--exit-code").returncode == 0
+    assert opdctl("plan", DEMO, "--exit-code").returncode == 3
