@@ -1,7 +1,7 @@
 """Real runs for the tests: the command line in processes of its own, and comparison of runs."""
 
 import json
-import os
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -33,18 +33,24 @@ def start(*arguments):
 
 
 def worker(folder, stage, patch=""):
-    """Run one stage's worker after ``patch``, source that may break it on purpose."""
-    code = f"{patch}\nfrom opdctl.worker import run_stage\n"
-    code += f"raise SystemExit(run_stage({str(folder)!r}, {stage!r}))"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-        cwd=HERE.parent,
-    )
+    """Run one stage's worker, forked from a warm server, after ``patch``: source that may break
+    it on purpose. Returns its exit code and what it printed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["opdctl.warm"])
+    log = Path(folder) / "logs" / "test.log"
+    log.unlink(missing_ok=True)
+    process = context.Process(target=broken, args=(str(folder), stage, patch, str(log)))
+    process.start()
+    process.join(300)
+    return subprocess.CompletedProcess([], process.exitcode, log.read_text(), "")
+
+
+def broken(folder, stage, patch, log):
+    """Body of that worker."""
+    from opdctl.worker import child
+
+    exec(patch, {})
+    child(folder, stage, log)
 
 
 def plain(row):

@@ -59,6 +59,7 @@ def new_model(ctx) -> Model:
         intermediate_size=shape.intermediate,
         tie_word_embeddings=shape.tied,
         max_position_embeddings=shape.context,
+        initializer_range=shape.init_std,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -31,7 +31,9 @@ class ReasoningGym:
         task: str = key(REQUIRED, "name of the reasoning-gym data set, such as gcd")
         config: dict[str, Any] = key({}, "its own settings, such as max_value")
         prompt: str = key("", "template over metadata, as in 'gcd {numbers}='; empty: question")
-        answer: Literal["text", "list"] = key("text", "list: a JSON list, written space-separated")
+        answer: Literal["text", "list"] = key("text", "list: a JSON list, as the separator says")
+        separator: str = key(" ", "between the items of a list, in prompt and answer")
+        lowercase: bool = key(False, "prompt and answer in lower case")
         items: int = key(4000, "items generated before the split", least=1)
         eval_share: float = key(0.25, "share of questions held out", least=0, most=1)
 
@@ -58,7 +60,8 @@ class ReasoningGym:
         text = item["question"]
         if self.config.prompt:
             try:
-                text = Fields().vformat(self.config.prompt, (), item["metadata"])
+                fields = Fields(self.config.separator)
+                text = fields.vformat(self.config.prompt, (), item["metadata"])
             except KeyError as error:
                 known = ", ".join(k for k in item["metadata"] if not k.startswith("source"))
                 raise UsageError(
@@ -66,14 +69,17 @@ class ReasoningGym:
                 ) from None
         answer = item["answer"]
         if self.config.answer == "list":
-            answer = " ".join(map(str, json.loads(answer.replace("'", '"'))))
+            answer = fields_of(json.loads(answer.replace("'", '"')), self.config.separator)
+        if self.config.lowercase:
+            text, answer = text.lower(), answer.lower()
         return Prompt(digest(self.domain, text), self.domain, text, answer, item)
 
     def score(self, prompt: Prompt, text: str) -> float:
         """1 if reasoning-gym's scorer gives full marks, else 0."""
         answer = text.strip()
         if self.config.answer == "list":
-            answer = json.dumps(answer.split())
+            separator = self.config.separator
+            answer = json.dumps(answer.split(separator) if separator else list(answer))
         try:
             return float(self.dataset.score_answer(answer, entry=prompt.item) == 1.0)
         except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, OverflowError):
@@ -81,12 +87,21 @@ class ReasoningGym:
 
 
 class Fields(string.Formatter):
-    """``{field}`` only: no attributes, no indexing. A list reads space-separated."""
+    """``{field}`` only: no attributes, no indexing. A list is joined by the separator."""
+
+    def __init__(self, separator: str) -> None:
+        self.separator = separator
 
     def get_field(self, name, args, kwargs):
         return kwargs[name], name
 
     def format_field(self, value, spec):
-        if isinstance(value, list | tuple):
-            return " ".join(map(str, value))
-        return format(value, spec)
+        return format(fields_of(value, self.separator), spec)
+
+
+def fields_of(value: Any, separator: str) -> Any:
+    """A list, nested or not, as text; whole numbers without ``.0``; anything else as it is."""
+    if isinstance(value, list | tuple):
+        return separator.join(str(fields_of(v, separator)) for v in value)
+    text = str(value)
+    return text[:-2] if text.endswith(".0") and text[:-2].lstrip("-").isdigit() else value

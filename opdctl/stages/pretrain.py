@@ -26,6 +26,7 @@ class Shape:
     head_dim: int = key(16, "width of a head; even", least=2)
     intermediate: int = key(192, "width of the feed-forward part", least=8)
     tied: bool = key(True, "the head is the embedding")
+    init_std: float = key(0.02, "standard deviation of the initial weights", least=0)
     context: int = key(512, "longest sequence", least=8)
 
 

@@ -1,0 +1,142 @@
+"""Data: the split never overlaps, verifiers score, columns are keys, order is a function."""
+
+import json
+
+import pytest
+
+from opdctl.core import draws
+from opdctl.core.questions import canonical, side
+from opdctl.data.hf import Hf
+from opdctl.data.jsonl import Jsonl
+from opdctl.data.reasoning_gym import ReasoningGym
+from opdctl.errors import UsageError
+
+
+def gym(**keys):
+    return ReasoningGym(ReasoningGym.Config(kind="reasoning_gym", **keys), "d", 5)
+
+
+def test_split_is_a_function_of_the_question():
+    data = gym(task="gcd", prompt="gcd {numbers}=", items=3000, config={"max_value": 60})
+    train, held = data.prompts("train"), data.prompts("eval")
+    ours, theirs = {canonical(p.text) for p in train}, {canonical(p.text) for p in held}
+    assert not ours & theirs and len(ours) == len(train) and len(theirs) == len(held)
+    assert 0.2 < len(held) / (len(train) + len(held)) < 0.3
+    again = ReasoningGym(data.config, "d", 99)
+    assert not {canonical(p.text) for p in again.prompts("train")} & theirs
+    assert side("  A  b ", 0.5) == side("a B", 0.5)
+
+
+def test_reasoning_gym_scores_its_own_answers_and_nothing_else():
+    tasks = [
+        {"task": "gcd", "prompt": "gcd {numbers}="},
+        {"task": "spell_backward", "prompt": "{word}=", "lowercase": True},
+        {"task": "number_sorting", "prompt": "{direction:.1}{original_numbers}=",
+         "answer": "list", "separator": "",
+         "config": {"min_numbers": 3, "max_numbers": 4, "min_value": 0, "max_value": 9,
+                    "min_decimals": 0, "max_decimals": 0}},
+    ]
+    for task in tasks:
+        data = gym(items=60, **task)
+        for prompt in data.prompts("train"):
+            assert data.score(prompt, prompt.answer) == 1.0
+            assert data.score(prompt, f" {prompt.answer} ") == 1.0
+            for wrong in ("", "x", prompt.answer + " 7 7", "[", "gcd"):
+                assert data.score(prompt, wrong) == 0.0
+    sort = data.prompts("train")[0]
+    assert sort.text[0] in "ad" and sort.text[1:-1].isdigit() and sort.answer.isdigit()
+
+
+def test_template_reads_fields_only():
+    with pytest.raises(UsageError, match="no field"):
+        gym(task="gcd", prompt="{numbrs}=").prompts("train")
+    with pytest.raises(UsageError):
+        gym(task="gcd", prompt="{numbers.__class__}").prompts("train")
+    with pytest.raises(UsageError, match="refuses"):
+        gym(task="gcdd")
+
+
+def test_jsonl_parquet_and_hf(tmp_path):
+    import datasets
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"q": f"what is {i} + 1?", "a": str(i + 1)} for i in range(200)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + "\n")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "hf"))
+    keys = {"prompt_column": "q", "answer_column": "a", "eval_share": 0.3}
+    found = [
+        Jsonl(Jsonl.Config(kind="jsonl", path=str(tmp_path / "d.jsonl"), **keys), "d", 0),
+        Jsonl(Jsonl.Config(kind="jsonl", path=str(tmp_path / "d.parquet"), **keys), "d", 0),
+        Hf(Hf.Config(kind="hf", path=str(tmp_path / "hf"), **keys), "d", 0),
+    ]
+    prompts = [d.prompts("train") for d in found]
+    assert prompts[0] == prompts[1] == prompts[2]
+    assert len(prompts[0]) + len(found[0].prompts("eval")) == 200
+    first = prompts[0][0]
+    assert found[0].score(first, first.answer + " ") == 1.0 and found[0].score(first, "no") == 0.0
+
+
+def test_math_verifier(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"prompt": "half?", "answer": "$\\\\frac{1}{2}$"}\n')
+    data = Jsonl(Jsonl.Config(kind="jsonl", path=str(tmp_path / "d.jsonl"), verifier="math",
+                              eval_share=0.0), "d", 0)
+    (prompt,) = data.prompts("train")
+    assert data.score(prompt, "so it is $0.5$") == 1.0 and data.score(prompt, "$2$") == 0.0
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("{oops\n", r"d.jsonl:1: not JSON"), ("[1]\n", "expected an object"),
+    ('{"prompt": "x"}\n', "no column 'answer'"),
+])
+def test_broken_files_are_named(tmp_path, text, message):
+    (tmp_path / "d.jsonl").write_text(text)
+    data = Jsonl(Jsonl.Config(kind="jsonl", path=str(tmp_path / "d.jsonl")), "d", 0)
+    with pytest.raises(UsageError, match=message):
+        data.prompts("train")
+    missing = Jsonl(Jsonl.Config(kind="jsonl", path=str(tmp_path / "no.jsonl")), "d", 0)
+    with pytest.raises(UsageError, match="no file"):
+        missing.prompts("train")
+    (tmp_path / "d.parquet").write_text(text)
+    bad = Jsonl(Jsonl.Config(kind="jsonl", path=str(tmp_path / "d.parquet")), "d", 0)
+    with pytest.raises(UsageError, match="not parquet"):
+        bad.prompts("train")
+
+
+class Fixed:
+    """Just enough of a context for the prompt order."""
+
+    def __init__(self, shares, per_step, count):
+        from types import SimpleNamespace as Bag
+
+        self.config = Bag(prompts=Bag(per_step=per_step, samples=1))
+        self.seed, self.name = 3, "s"
+        self.recipe = Bag(domains=lambda _: shares)
+        pool = [Bag(id=i) for i in range(count)]
+        self.data = lambda domain: Bag(prompts=lambda split: [(domain, p.id) for p in pool])
+
+
+def test_order_is_exact_over_epochs_and_shares():
+    from opdctl.core.prompts import PromptOrder
+
+    order = PromptOrder(Fixed({"a": 0.5, "b": 0.3, "c": 0.2}, 7, 10))
+    taken = [order.at(step) for step in range(100)]
+    assert all(len(t) == 7 for t in taken)
+    flat = [p for t in taken for p in t]
+    counts = {d: sum(p[0] == d for p in flat) for d in "abc"}
+    assert counts == {"a": 350, "b": 210, "c": 140}
+    of_a = [p for p in flat if p[0] == "a"]
+    for epoch in range(35):
+        assert len(set(of_a[10 * epoch : 10 * epoch + 10])) == 10
+    assert of_a[:10] != of_a[10:20]
+    fresh = PromptOrder(Fixed({"a": 0.5, "b": 0.3, "c": 0.2}, 7, 10))
+    assert fresh.at(57) == taken[57]      # no state: a step needs no step before it
+
+
+def test_corruption_is_a_stated_share_and_always_wrong():
+    from opdctl.sources.dataset import corrupted
+
+    for answer in ("7", "42", "abc", "a", "10 2", "-", ""):
+        for i in range(50):
+            assert corrupted(answer, draws.key(i)) != answer
