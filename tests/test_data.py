@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from opdctl.core import draws
 from opdctl.core.questions import canonical, side
 from opdctl.data.hf import Hf
 from opdctl.data.jsonl import Jsonl
 from opdctl.data.reasoning_gym import ReasoningGym
 from opdctl.errors import UsageError
+from opdctl.types import Prompt
 
 
 def gym(**keys):
@@ -31,10 +31,20 @@ def test_reasoning_gym_scores_its_own_answers_and_nothing_else():
     tasks = [
         {"task": "gcd", "prompt": "gcd {numbers}="},
         {"task": "spell_backward", "prompt": "{word}=", "lowercase": True},
-        {"task": "number_sorting", "prompt": "{direction:.1}{original_numbers}=",
-         "answer": "list", "separator": "",
-         "config": {"min_numbers": 3, "max_numbers": 4, "min_value": 0, "max_value": 9,
-                    "min_decimals": 0, "max_decimals": 0}},
+        {
+            "task": "number_sorting",
+            "prompt": "{direction:.1}{original_numbers}=",
+            "answer": "list",
+            "separator": "",
+            "config": {
+                "min_numbers": 3,
+                "max_numbers": 4,
+                "min_value": 0,
+                "max_value": 9,
+                "min_decimals": 0,
+                "max_decimals": 0,
+            },
+        },
     ]
     for task in tasks:
         data = gym(items=60, **task)
@@ -80,16 +90,23 @@ def test_jsonl_parquet_and_hf(tmp_path):
 
 def test_math_verifier(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"prompt": "half?", "answer": "$\\\\frac{1}{2}$"}\n')
-    data = Jsonl(Jsonl.Config(kind="jsonl", path=str(tmp_path / "d.jsonl"), verifier="math",
-                              eval_share=0.0), "d", 0)
+    data = Jsonl(
+        Jsonl.Config(kind="jsonl", path=str(tmp_path / "d.jsonl"), verifier="math", eval_share=0.0),
+        "d",
+        0,
+    )
     (prompt,) = data.prompts("train")
     assert data.score(prompt, "so it is $0.5$") == 1.0 and data.score(prompt, "$2$") == 0.0
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("{oops\n", r"d.jsonl:1: not JSON"), ("[1]\n", "expected an object"),
-    ('{"prompt": "x"}\n', "no column 'answer'"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{oops\n", r"d.jsonl:1: not JSON"),
+        ("[1]\n", "expected an object"),
+        ('{"prompt": "x"}\n', "no column 'answer'"),
+    ],
+)
 def test_broken_files_are_named(tmp_path, text, message):
     (tmp_path / "d.jsonl").write_text(text)
     data = Jsonl(Jsonl.Config(kind="jsonl", path=str(tmp_path / "d.jsonl")), "d", 0)
@@ -114,7 +131,7 @@ class Fixed:
         self.seed, self.name = 3, "s"
         self.recipe = Bag(domains=lambda _: shares)
         pool = [Bag(id=i) for i in range(count)]
-        self.data = lambda domain: Bag(prompts=lambda split: [(domain, p.id) for p in pool])
+        self.prompts = lambda domain, split: [(domain, p.id) for p in pool]
 
 
 def test_order_is_exact_over_epochs_and_shares():
@@ -131,12 +148,14 @@ def test_order_is_exact_over_epochs_and_shares():
         assert len(set(of_a[10 * epoch : 10 * epoch + 10])) == 10
     assert of_a[:10] != of_a[10:20]
     fresh = PromptOrder(Fixed({"a": 0.5, "b": 0.3, "c": 0.2}, 7, 10))
-    assert fresh.at(57) == taken[57]      # no state: a step needs no step before it
+    assert fresh.at(57) == taken[57]  # no state: a step needs no step before it
 
 
 def test_corruption_is_a_stated_share_and_always_wrong():
     from opdctl.sources.dataset import corrupted
 
-    for answer in ("7", "42", "abc", "a", "10 2", "-", ""):
-        for i in range(50):
-            assert corrupted(answer, draws.key(i)) != answer
+    pool = [Prompt("x", "d", "q", a, {}) for a in ("7", "42", "abc", "a", "10 2", "")]
+    for prompt in pool:
+        wrong = {corrupted(prompt.answer, pool, "t", i) for i in range(50)}
+        assert prompt.answer not in wrong and len(wrong) > 3
+    assert corrupted("1", [Prompt("x", "d", "q", "1", {})], "t") != "1"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from opdctl.core import draws
 from opdctl.errors import Interrupted
 from opdctl.recipe import Recipe
 from opdctl.registry import member
-from opdctl.rundir import RunDir
+from opdctl.rundir import RunDir, read_json, write_json
+from opdctl.schema import to_dict
 from opdctl.settings import Runtime
+from opdctl.types import Prompt
 
 
 @dataclass
@@ -81,6 +83,20 @@ class Context:
             config = self.recipe.data[domain]
             self._data[domain] = member("data", config.kind)(config, domain, self.recipe.seed)
         return self._data[domain]
+
+    def prompts(self, domain: str, split: str) -> list[Prompt]:
+        """Prompts of a domain. Procedural ones are generated once a run and kept in ``cache/``."""
+        data = self.data(domain)
+        if not getattr(data, "procedural", False):
+            return data.prompts(split)
+        config = to_dict(data.config)
+        name = f"{domain}-{split}-{draws.key(self.recipe.seed, config, data.revision):016x}.json"
+        kept = read_json(self.run / "cache" / name)
+        if kept is None:
+            found = data.prompts(split)
+            write_json(self.run / "cache" / name, [asdict(p) for p in found])
+            return found
+        return [Prompt(**p) for p in kept]
 
 
 class Clock:

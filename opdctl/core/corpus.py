@@ -44,10 +44,13 @@ def new_model(ctx) -> Model:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    prompts = [p for d in ctx.recipe.domains(ctx.name) for p in ctx.data(d).prompts("train")]
-    alphabet = "".join(sorted({c for p in prompts for c in p.text + p.answer}))
-    digits_and_letters = "0123456789abcdefghijklmnopqrstuvwxyz"  # what corruption may write
-    tokenizer = new_tokenizer([alphabet + digits_and_letters])
+    texts = [
+        p.text + p.answer
+        for domain in ctx.recipe.domains(ctx.name)
+        for split in ("train", "eval")
+        for p in ctx.prompts(domain, split)
+    ]
+    tokenizer = new_tokenizer(["".join(sorted(set("".join(texts))))])
     shape = ctx.config.model
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -69,18 +72,3 @@ def new_model(ctx) -> Model:
         net = Qwen3ForCausalLM(config)
     net = net.to(dtype=getattr(torch, ctx.runtime.dtype), device=ctx.device)
     return Model(net.train(False), tokenizer, f"stage {ctx.name}")
-
-
-class Whole:
-    """Turns demonstrations into plain text: prompt and answer are both supervised."""
-
-    def __init__(self, source) -> None:
-        self.source = source
-
-    def draw(self, step: int):
-        """The source's rollouts with all but their first token in the response."""
-        rollouts = self.source.draw(step)
-        for rollout in rollouts:
-            ids = [*rollout.prompt_ids, *rollout.response_ids]
-            rollout.prompt_ids, rollout.response_ids = ids[:1], ids[1:]
-        return rollouts

@@ -84,7 +84,7 @@ def evaluate(ctx: Context) -> Compute:
 
 def _domain(ctx: Context, model, name: str, domain: str) -> dict:
     config, data = ctx.config, ctx.data(domain)
-    prompts = data.prompts("eval")[: config.prompts.limit]
+    prompts = ctx.prompts(domain, "eval")[: config.prompts.limit]
     if not prompts:
         raise UsageError(f"data.{domain} holds out no prompts", "raise eval_share")
     rollouts = sample_group(ctx, model, prompts, 0, "student")

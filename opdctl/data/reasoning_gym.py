@@ -22,6 +22,7 @@ class ReasoningGym:
     """reasoning-gym tasks: its generators, its verifiers, compact prompts."""
 
     revision = 1
+    procedural = True
 
     @dataclass(kw_only=True)
     class Config:

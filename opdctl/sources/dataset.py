@@ -23,7 +23,7 @@ class Dataset:
     class Config:
         """Keys of a dataset source."""
 
-        corrupt: float = key(0.0, "share of answers made wrong by one edit", least=0, most=1)
+        corrupt: float = key(0.0, "share of answers made wrong", least=0, most=1)
 
     def __init__(self, config, ctx, model) -> None:
         self.config, self.model, self.seed = config, model, ctx.seed
@@ -37,7 +37,7 @@ class Dataset:
                 answer = prompt.answer
                 name = (self.seed, "corrupt", step, group, sample)
                 if draws.unit(*name) < self.config.corrupt:
-                    answer = corrupted(answer, draws.key(*name, "edit"))
+                    answer = corrupted(answer, self.order.pools[prompt.domain], *name)
                 rollouts.append(
                     Rollout(
                         prompt,
@@ -52,17 +52,23 @@ class Dataset:
         return rollouts
 
 
-def corrupted(answer: str, key: int) -> str:
-    """One edit that keeps the look of an answer: a character replaced by another of its class.
+def corrupted(answer: str, pool: list, *name: object) -> str:
+    """A wrong answer that looks like an answer of its domain; never the right one.
 
-    A one-character class (punctuation) is left alone; digits become digits, letters letters.
+    Half the time another prompt's answer, half the time one character replaced by a character of
+    another prompt's answer.
+
+    Args:
+        pool: the domain's prompts.
+        name: what the draws are named after.
     """
-    places = [i for i, c in enumerate(answer) if c.isalnum()]
-    if not places:
-        return answer + "0"
-    place = places[key % len(places)]
-    old = answer[place]
-    pool = "0123456789" if old.isdigit() else "abcdefghijklmnopqrstuvwxyz"
-    choices = [c for c in pool if c != old.lower()]
-    new = choices[(key // 1009) % len(choices)]
-    return answer[:place] + (new.upper() if old.isupper() else new) + answer[place + 1 :]
+    for trial in range(20):
+        other = pool[draws.key(*name, trial, "other") % len(pool)].answer
+        changed = other
+        if answer and other and draws.unit(*name, trial, "edit") < 0.5:
+            place = draws.key(*name, trial, "place") % len(answer)
+            character = other[draws.key(*name, trial, "character") % len(other)]
+            changed = answer[:place] + character + answer[place + 1 :]
+        if changed != answer:
+            return changed
+    return answer + "0"  # a domain with one answer only

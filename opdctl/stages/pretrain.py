@@ -1,7 +1,8 @@
 """Pre-training from scratch: a tokenizer of the corpus's characters and a small Qwen3.
 
 Makes the starting point of a recipe at size tiny, so that nothing has to be downloaded. Leaves
-out everything that a public checkpoint has: no general text, no merges in the vocabulary.
+out everything that a public checkpoint has: no general text, no merges in the vocabulary, and no
+loss on the prompts, which at this size are random digits that cannot be predicted.
 
     opdctl run recipes/mimo.yaml --only base
 """
@@ -51,14 +52,14 @@ class Pretrain:
         return needs_domains(recipe, stage)
 
     def run(self, ctx):
-        """Make tokenizer and model, train on prompt and answer, write both."""
+        """Make tokenizer and model, train on the answers, write both."""
         from opdctl.core.assemble import Parts, source_of, terms_of
-        from opdctl.core.corpus import Whole, new_model
+        from opdctl.core.corpus import new_model
         from opdctl.core.train import train
 
         def parts(ctx, model):
             corpus = config_of("sources", "dataset", corrupt=ctx.config.corrupt)
             terms = terms_of({"nll": config_of("objectives", "nll", normalise="token_mean")})
-            return Parts(Whole(source_of(ctx, model, {"dataset": corpus})), terms)
+            return Parts(source_of(ctx, model, {"dataset": corpus}), terms)
 
         return train(ctx, new_model(ctx), parts)
