@@ -20,7 +20,7 @@ from opdctl.rundir import RunDir, read_json
 
 DELTA = 0.03  # of a score
 DELTA_RECOVERY = 0.05  # of a recovery
-RESAMPLES = 2000
+RESAMPLES = 1000
 
 # two-sided 97.5 % quantiles of Student's t for 1 .. 30 degrees of freedom
 T975 = (
@@ -88,17 +88,25 @@ class Measured:
 
     def resampled(self, seed: int = 0) -> dict:
         """The same on resampled prompts, [RESAMPLES] each; one resample for all models."""
-        rng = np.random.default_rng(seed)
-        counts: dict[tuple[str, int], np.ndarray] = {}
-        out = {}
-        for (model, domain), right in sorted(self.right.items()):
-            shape = (domain, len(right))
-            if shape not in counts:
-                counts[shape] = rng.multinomial(
-                    len(right), [1 / len(right)] * len(right), size=RESAMPLES
-                )
-            out[model, domain] = counts[shape] @ right / (len(right) * self.samples[model, domain])
-        return out
+        return _Resampled(self, seed)
+
+
+class _Resampled(dict):
+    """Scores of the resamples, computed when asked for."""
+
+    def __init__(self, measured: Measured, seed: int) -> None:
+        self.measured, self.seed = measured, seed
+        self.drawn: dict[tuple[str, int], np.ndarray] = {}
+
+    def __missing__(self, key: tuple[str, str]) -> np.ndarray:
+        right, domain = self.measured.right[key], key[1]
+        shape = domain, len(right)
+        if shape not in self.drawn:
+            name = int.from_bytes(domain.encode()[:4], "little")
+            rng = np.random.default_rng([self.seed, name])
+            self.drawn[shape] = rng.integers(0, len(right), (RESAMPLES, len(right)))
+        self[key] = right[self.drawn[shape]].mean(axis=1) / self.measured.samples[key]
+        return self[key]
 
 
 def measured(run: RunDir) -> Measured:

@@ -1,6 +1,7 @@
 """From a recipe's tree to the tree of one run: size overlay, overrides, interpolation, matrix.
 
-sizes:   {small: {...}}                   laid over everything else
+sizes:   {small: {...}}                   laid over everything else; null removes an entry,
+                                          an entry with a kind replaces the one of its name
 a.b=c                                     overrides, before and after the matrix is expanded
 matrix:  {domain: [math, code]}           one stage entry into many: rl_{domain}
 """
@@ -67,6 +68,10 @@ def overlay(tree: dict, size: str, problems: list[Problem]) -> dict:
         known = list(dict.fromkeys(["tiny", *sizes]))
         problems.append(Problem("size", f"no size {size!r}", did_you_mean(size, known, "sizes:")))
     elif sizes.get(size):
+        for part in ("data", "stages"):
+            for name, entry in (sizes[size].get(part) or {}).items():
+                if isinstance(entry, dict) and "kind" in entry:
+                    tree.get(part, {}).pop(name, None)  # another kind has other keys
         try:
             tree = OmegaConf.to_container(OmegaConf.merge(tree, sizes[size]), resolve=False)
         except OmegaConfBaseException as error:

@@ -50,14 +50,10 @@ class Outcome:
     Attributes:
         code: 0, or the exit code of what went wrong first.
         failed: (run, stage) of each failure.
-        wall: seconds from start to end.
-        idle: seconds in which no stage was in its process.
     """
 
     code: int = 0
     failed: list[tuple[RunDir, str]] = field(default_factory=list)
-    wall: float = 0.0
-    idle: float = 0.0
 
 
 def slots(recipe: Recipe) -> int:
@@ -71,7 +67,7 @@ def carry_out(jobs: list[Job], watch: Callable[[list[Job]], None]) -> Outcome:
     Args:
         watch: called about ten times a second with the jobs, to show progress.
     """
-    outcome, start = Outcome(), time.monotonic()
+    outcome = Outcome()
     launcher = _Launcher(jobs[0].recipe)
     running: dict[tuple[int, str], _Process] = {}
     stopping = False
@@ -84,7 +80,6 @@ def carry_out(jobs: list[Job], watch: Callable[[list[Job]], None]) -> Outcome:
 
     before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        last = time.monotonic()
         while True:
             if not stopping:
                 for index, job in enumerate(jobs):
@@ -95,8 +90,6 @@ def carry_out(jobs: list[Job], watch: Callable[[list[Job]], None]) -> Outcome:
             if not running:
                 break
             time.sleep(0.02)
-            outcome.idle += (time.monotonic() - last) if not running else 0.0
-            last = time.monotonic()
             for (index, stage), process in list(running.items()):
                 code = process.poll()
                 if code is None:
@@ -111,7 +104,6 @@ def carry_out(jobs: list[Job], watch: Callable[[list[Job]], None]) -> Outcome:
             signal.signal(number, action)
     if stopping and not outcome.failed:
         outcome.code = EXIT_INTERRUPTED
-    outcome.wall = time.monotonic() - start
     return outcome
 
 

@@ -18,6 +18,8 @@ from opdctl.rundir import RunDir, lock, new_name, write_json
 from opdctl.runner import Job, Outcome, carry_out
 from opdctl.schema import did_you_mean
 
+STARTED = time.time()
+
 
 def run_recipe(
     name: str,
@@ -201,8 +203,6 @@ def _conclude(parent: RunDir, pairs, outcome: Outcome) -> None:
     from opdctl.judge import judge
     from opdctl.report import write
 
-    if outcome.wall > 1:
-        console.say(_time_line(pairs, outcome))
     for run, stage in outcome.failed:
         console.say(f"failed: {stage}: {run.record(stage).get('error', 'it was killed')}", "red")
         console.say(f"log:    {run / 'logs' / 'latest'}")
@@ -215,14 +215,31 @@ def _conclude(parent: RunDir, pairs, outcome: Outcome) -> None:
         console.show(console.claims_table(found))
     if outcome.code == 0:
         console.say(f"report: {write(parent)}")
+    console.say(_time_line(pairs))
 
 
-def _time_line(pairs, outcome: Outcome) -> str:
-    records = [run.record(stage) for run, recipe in pairs for stage in recipe.stages]
-    whole = sum(r.get("seconds", 0.0) for r in records) + outcome.idle
-    outside = whole - sum(r.get("loop_seconds", 0.0) for r in records)
-    share = 100 * outside / whole if whole else 0.0
+def _time_line(pairs: list[tuple[RunDir, Recipe]]) -> str:
+    """Wall time of this command, and how much of its processes' time was outside stage loops.
+
+    Process seconds are those of the stages it ran, and the wall time in which no stage ran.
+    """
+    now = time.time()
+    ran = [
+        attempt
+        for run, recipe in pairs
+        for stage in recipe.stages
+        for attempt in run.record(stage).get("attempts", [])
+        if attempt["started"] >= STARTED
+    ]
+    covered, end = 0.0, STARTED
+    for attempt in sorted(ran, key=lambda a: a["started"]):
+        stop = attempt["started"] + attempt["seconds"]
+        covered += max(0.0, stop - max(end, attempt["started"]))
+        end = max(end, stop)
+    wall = now - STARTED
+    whole = sum(a["seconds"] for a in ran) + wall - covered
+    outside = whole - sum(a["loop_seconds"] for a in ran)
     return (
-        f"{outcome.wall:.1f} s; outside stage loops (start, load, save, plan) {outside:.1f} of "
-        f"{whole:.1f} process seconds, {share:.0f} %"
+        f"{wall:.1f} s; outside stage loops (start, load, save, plan, report) {outside:.1f} of "
+        f"{whole:.1f} process seconds, {100 * outside / whole:.0f} %"
     )

@@ -56,7 +56,7 @@ def _attempt(ctx: Context, start: float) -> int:
         "total": ctx.recipe.total(ctx.name),
         "semantic": semantic(ctx.recipe, ctx.name),
         "revisions": revisions(ctx.recipe, ctx.name),
-        "started": time.time(),
+        "attempts": before.get("attempts", []),
         "seconds": before.get("seconds", 0.0),
         "loop_seconds": before.get("loop_seconds", 0.0),
     }
@@ -87,7 +87,12 @@ def _attempt(ctx: Context, start: float) -> int:
     if problem:
         record |= {"status": "failed", "error": problem}
         print(f"[{ctx.name}] {problem}", file=sys.stderr, flush=True)
-    record["seconds"] += time.perf_counter() - start
+    spent = time.perf_counter() - start
+    record["attempts"] = [
+        *record["attempts"],
+        {"started": time.time() - spent, "seconds": spent, "loop_seconds": ctx.loop_seconds},
+    ]
+    record["seconds"] += spent
     record["loop_seconds"] += ctx.loop_seconds
     write_json(path, record)
     return code
