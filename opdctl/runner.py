@@ -82,11 +82,9 @@ def carry_out(jobs: list[Job], watch: Callable[[list[Job]], None]) -> Outcome:
     try:
         while True:
             if not stopping:
-                for index, job in enumerate(jobs):
-                    for stage in _ready(job):
-                        if len(running) < slots(jobs[0].recipe):
-                            job.status[stage] = "running"
-                            running[index, stage] = launcher.start(job.run, stage)
+                for index, stage in _ready(jobs)[: slots(jobs[0].recipe) - len(running)]:
+                    jobs[index].status[stage] = "running"
+                    running[index, stage] = launcher.start(jobs[index].run, stage)
             if not running:
                 break
             time.sleep(0.02)
@@ -107,11 +105,15 @@ def carry_out(jobs: list[Job], watch: Callable[[list[Job]], None]) -> Outcome:
     return outcome
 
 
-def _ready(job: Job) -> list[str]:
-    done = {s for s, status in job.status.items() if status == "done"}
-    return [
-        p.name for p in job.planned if job.status[p.name] == "pending" and set(p.upstream) <= done
-    ]
+def _ready(jobs: list[Job]) -> list[tuple[int, str]]:
+    """(job, stage) that may start; the earliest in a recipe first, as most may wait for it."""
+    found = []
+    for index, job in enumerate(jobs):
+        done = {s for s, status in job.status.items() if status == "done"}
+        for place, planned in enumerate(job.planned):
+            if job.status[planned.name] == "pending" and set(planned.upstream) <= done:
+                found.append((place, index, planned.name))
+    return [(index, stage) for _, index, stage in sorted(found)]
 
 
 def _note(job: Job, stage: str, code: int, outcome: Outcome) -> None:

@@ -1,0 +1,154 @@
+"""Claims on made-up measurements whose answer is known, and the estimators behind them."""
+
+import itertools
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+
+from opdctl.claims.m1 import M1
+from opdctl.claims.m3 import M3
+from opdctl.claims.m5 import M5
+from opdctl.core.evaluation import half_width, pass_at_k, record
+from opdctl.judge import DELTA, Measured, Part, _decide, verdict
+
+TEACHERS = {"a": "stage:ta", "b": "stage:tb"}
+
+
+def run_with(**scores):
+    """Measurements with exactly these scores: 1000 prompts, 10 samples, keys model_domain."""
+    found = Measured()
+    for name, score in scores.items():
+        model, domain = name.rsplit("_", 1)
+        whole, rest = divmod(round(score * 10_000), 1000)
+        found.right[model, domain] = np.array([whole + (i < rest) for i in range(1000)], float)
+        found.samples[model, domain] = 10
+    return found
+
+
+def base(**more):
+    return run_with(**{"sft_a": 0.4, "sft_b": 0.2, "ta_a": 0.9, "tb_b": 0.9, **more})
+
+
+def judge(claim, roles, runs):
+    parts, note = claim.parts(roles, runs)
+    return _decide(parts, runs), note
+
+
+def test_m1_on_one_seed_and_on_several():
+    roles = M1.Config(student="stage:s", start="stage:sft", teachers=TEACHERS)
+    good = base(s_a=0.88, s_b=0.85)
+    found, _ = judge(M1, roles, [good])
+    assert found["holds"] is True
+    assert found["measured"]["r_a"] == pytest.approx(0.48 / 0.5)
+    assert found["measured"]["Norm"] == pytest.approx((0.96 + 0.65 / 0.7) / 2)
+    bad, _ = judge(M1, roles, [base(s_a=0.88, s_b=0.5)])
+    assert bad["holds"] is False
+    found, _ = judge(M1, roles, [good, base(s_a=0.87, s_b=0.86), base(s_a=0.89, s_b=0.86)])
+    assert found["holds"] is True
+    wild = [base(s_a=0.9, s_b=0.9), base(s_a=0.9, s_b=0.9), base(s_a=0.75, s_b=0.9)]
+    found, _ = judge(M1, roles, wild)
+    assert found["measured"]["Norm"] > 0.9 and found["holds"] is None  # the interval is wide
+
+
+def test_t_interval_over_seeds():
+    runs = [base(s_a=x, s_b=0.9) for x in (0.80, 0.85, 0.90)]
+    found = _decide([Part("s", lambda s: s["s", "a"], least=0.5)], runs)
+    low, high = found["interval"]["s"]
+    half = 4.303 * 0.05 / math.sqrt(3)
+    assert (low, high) == pytest.approx((0.85 - half, 0.85 + half), abs=1e-6)
+
+
+def test_m1_leaves_out_narrow_gaps():
+    roles = M1.Config(student="stage:s", start="stage:sft", teachers={**TEACHERS, "c": "stage:tc"})
+    runs = [base(s_a=0.9, s_b=0.9, sft_c=0.5, tc_c=0.55, s_c=0.1)]
+    parts, note = M1.parts(roles, runs)
+    assert [p.name for p in parts] == ["Norm", "r_a", "r_b"] and "c" in note
+
+
+def test_m3():
+    roles = M3.Config(
+        student="stage:s",
+        start="stage:sft",
+        teachers=TEACHERS,
+        kl_only="stage:k",
+        orm_only="stage:o",
+    )
+    scores = {"s_a": 0.88, "s_b": 0.85, "k_a": 0.87, "k_b": 0.85, "o_a": 0.5, "o_b": 0.2}
+    found, _ = judge(M3, roles, [base(**scores)])
+    assert found["holds"] is True and found["measured"]["Norm(ORM only)"] == pytest.approx(0.1)
+    found, _ = judge(M3, roles, [base(**{**scores, "o_a": 0.9, "o_b": 0.8})])
+    assert found["holds"] is False
+    found, _ = judge(M3, roles, [base(**{**scores, "s_a": 0.7})])
+    assert found["holds"] is False  # the outcome hurts
+
+
+def test_m5():
+    roles = M5.Config(student="stage:s", start="stage:sft", domains={"a": True})
+    assert judge(M5, roles, [base(s_a=0.41)])[0]["holds"] is True
+    assert judge(M5, roles, [base(s_a=0.5)])[0]["holds"] is False
+    assert judge(M5, roles, [base(s_a=0.3)])[0]["holds"] is False
+
+
+def test_missing_measurement_is_a_key_error_with_its_name():
+    roles = M5.Config(student="stage:s", start="stage:sft", domains={"a": True})
+    with pytest.raises(KeyError) as caught:
+        judge(M5, roles, [base()])
+    assert caught.value.args[0] == ("s", "a")
+
+
+@pytest.mark.parametrize(
+    ("estimate", "low", "high", "expected"),
+    [
+        (0.91, 0.89, 0.93, True),
+        (0.91, 0.80, 0.99, None),
+        (0.89, 0.88, 0.95, None),
+        (0.80, 0.75, 0.85, False),
+        (0.9, 0.87, 0.93, True),
+    ],
+)
+def test_verdicts(estimate, low, high, expected):
+    part = Part("x", lambda s: 0, least=0.9, delta=DELTA)
+    assert verdict(part, estimate, low, high) is expected
+
+
+def test_bootstrap_is_paired_and_covers():
+    rng = np.random.default_rng(0)
+    found = Measured()
+    hard = rng.random(800)
+    for model, shift in (("x", 0.0), ("y", 0.05)):
+        found.right[model, "a"] = rng.binomial(8, np.clip(hard * 0.8 + shift, 0, 1)).astype(float)
+        found.samples[model, "a"] = 8
+    draws = found.resampled()
+    single = np.std(draws["x", "a"])
+    paired = np.std(draws["y", "a"] - draws["x", "a"])
+    assert (
+        paired < 0.9 * single
+    )  # unpaired it would be 1.41: prompts and their difficulty are shared
+    half = half_width([v / 8 for v in found.right["x", "a"]])
+    assert 1.96 * single == pytest.approx(half, rel=0.15)
+
+
+def test_pass_at_k_is_unbiased():
+    """Against every subset of k samples, exactly."""
+    for n, right in itertools.product((4, 6), range(7)):
+        if right > n:
+            continue
+        outcomes = [1] * right + [0] * (n - right)
+        for k in range(1, n + 1):
+            subsets = list(itertools.combinations(outcomes, k))
+            exact = sum(any(s) for s in subsets) / len(subsets)
+            assert pass_at_k(n, right, k) == pytest.approx(exact)
+
+
+def test_record_and_interval():
+    random.seed(0)
+    right = [sum(random.random() < 0.7 for _ in range(4)) for _ in range(500)]
+    row = record("m", "d", 4, right, [3] * 2000)
+    assert row["n"] == 2000 and row["pass_at_k"].keys() == {"1", "2", "4"}
+    assert row["pass_at_k"]["1"] == pytest.approx(row["accuracy"])
+    low, high = row["ci95"]
+    assert low < 0.7 < high and (high - low) / 2 == pytest.approx(0.02, abs=0.004)
+    assert json.dumps(row)

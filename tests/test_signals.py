@@ -1,0 +1,114 @@
+"""Signals, the outcome model's objective, and sources, on hand-made steps."""
+
+import pytest
+import torch
+
+from opdctl.core.loop import Step
+from opdctl.objectives.outcome import Outcome as OutcomeLoss
+from opdctl.signals.outcome import Outcome
+from opdctl.signals.reverse_kl import ReverseKl
+from opdctl.types import Prompt, Rollout, ScoreRequest
+
+PROMPT = Prompt("0", "d", "q", "a", {})
+
+
+def step_of(rewards, groups, lengths, **columns):
+    rollouts = [
+        Rollout(PROMPT, [1], [2] * n, reward=r, group=g)
+        for r, g, n in zip(rewards, groups, lengths, strict=True)
+    ]
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return Step(rollouts, columns, sequence)
+
+
+def outcome(**keys):
+    return Outcome(Outcome.Config(**keys), None)
+
+
+def test_group_advantage_by_hand():
+    step = step_of([1.0, 0.0, 1.0, 1.0, 0.5, 0.5], [0, 0, 0, 0, 1, 1], [2, 1, 1, 1, 3, 1])
+    std = (0.75 * 0.25) ** 0.5
+    expected = [0.25 / std] * 2 + [-0.75 / std] + [0.25 / std] * 2 + [0.0] * 4
+    assert outcome().credit(step).tolist() == pytest.approx(expected)
+    plain = outcome(scale_std=False).credit(step).tolist()
+    assert plain == pytest.approx([0.25, 0.25, -0.75, 0.25, 0.25, 0, 0, 0, 0])
+    raw = outcome(baseline="none", scale_std=False).credit(step).tolist()
+    assert raw == [1.0, 1.0, 0.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5]
+
+
+def test_reverse_kl_by_hand():
+    columns = {
+        "teacher": torch.tensor([-1.0, -9.0, -0.5]),
+        "policy": torch.tensor([-2.0, -1.0, -0.5]),
+        "teacher_weight": torch.tensor([1.0, 1.0, 2.0]),
+    }
+    step = step_of([None] * 2, [0, 0], [2, 1], **columns)
+    assert ReverseKl(ReverseKl.Config(), None).credit(step).tolist() == [1.0, -8.0, 0.0]
+    assert ReverseKl(ReverseKl.Config(clip=5.0), None).credit(step).tolist() == [1.0, -5.0, 0.0]
+
+
+def test_outcome_loss_is_cross_entropy_at_every_token():
+    class View:
+        score_C = torch.tensor([0.3, -2.0, 1.0])
+
+        def __getitem__(self, column):
+            return torch.tensor([1.0, 0.0, 0.0])
+
+        def log(self, name, value):
+            assert value.tolist() == [1.0, 1.0, 0.0]
+
+    sigmoid = View.score_C.sigmoid()
+    expected = -torch.stack([sigmoid[0].log(), (1 - sigmoid[1]).log(), (1 - sigmoid[2]).log()])
+    assert torch.allclose(OutcomeLoss(OutcomeLoss.Config()).loss(View()), expected)
+
+
+def test_outcome_model_reads_the_last_token_and_learns():
+    """Trained for a few steps on answers that are right if they end in one letter, it can tell."""
+    from conftest import make_model
+    from torch import nn
+    from transformers import Qwen3ForTokenClassification
+
+    from opdctl.core import update
+    from opdctl.core.models import Model
+    from opdctl.rewards.model import Model as Reward
+
+    seed = make_model()
+    config = seed.net.config
+    config.num_labels = 1
+    torch.manual_seed(0)
+    net = Qwen3ForTokenClassification(config)
+    net.model.load_state_dict(seed.net.model.state_dict())
+    nn.init.zeros_(net.score.weight)
+    model = Model(net.train(False), seed.tokenizer)
+    generator = torch.Generator().manual_seed(1)
+    answers = torch.randint(5, 30, (64, 3), generator=generator).tolist()
+    spans = [([1, 9, 2, *a], 3) for a in answers]
+    right = torch.tensor([float(a[-1] < 17) for a in answers])
+    columns = {"reward": right.repeat_interleave(3)}
+    optim = update.Optim(lr=1e-2)
+    optimizer = update.make_optimizer(model, optim)
+    for _ in range(60):
+        update.accumulate(
+            model,
+            spans,
+            columns,
+            [update.Term(OutcomeLoss(OutcomeLoss.Config()))],
+            temperature=1.0,
+            micro_batch=0,
+            chunk_mib=64,
+        )
+        update.step(model, optimizer, 1e-2, 1.0)
+    reward = Reward.__new__(Reward)
+    reward.model = model
+    reward.ctx = type(
+        "C", (), {"runtime": type("R", (), {"micro_batch": 5}), "check": lambda s: None}
+    )()
+    rollouts = [Rollout(PROMPT, [1, 9, 2], a) for a in answers]
+    reward.score(rollouts)
+    told = sum((r.reward > 0.5) == bool(y) for r, y in zip(rollouts, right, strict=True))
+    assert told >= 60 and all(0 < r.reward < 1 for r in rollouts)
+
+
+def test_a_request_needs_context():
+    with pytest.raises(AssertionError):
+        ScoreRequest((1, 2), 0)
