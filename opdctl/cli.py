@@ -137,9 +137,13 @@ def validate(
             raise
         console.emit_json({"valid": False, "problems": [vars(p) for p in error.problems]})
         sys.exit(error.exit_code)
+    notes = found.notes()
     if as_json:
-        console.emit_json({"valid": True, "problems": []})
+        content = {"valid": True, "problems": [], "notes": [vars(n) for n in notes]}
+        console.emit_json(content)
     else:
+        for note in notes:
+            console.say(f"note: {note}", "yellow")
         print(f"{recipe}: {len(found.stages)} stages at size {found.size}, well formed")
 
 

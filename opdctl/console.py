@@ -101,6 +101,17 @@ def status_table(status: dict, live: dict[str, str] | None = None) -> Table:
     )
 
 
+def scores_table(scores: dict) -> Table:
+    """Accuracy on held-out prompts of each model and domain, with its 95 % half-width."""
+    domains = list(dict.fromkeys(d for row in scores.values() for d in row))
+    rows = []
+    for model, row in scores.items():
+        rows.append(
+            [model, *(f"{row[d][0]:.3f} +-{row[d][1]:.3f}" if d in row else "" for d in domains)]
+        )
+    return table(["accuracy, 95 %", *domains], rows)
+
+
 def claims_table(claims: list[dict]) -> Table:
     """Claim, statement, threshold, what was measured, whether it holds."""
     words = {True: "holds", False: "refuted", None: "undecided"}

@@ -122,6 +122,26 @@ def measured(run: RunDir) -> Measured:
     return found
 
 
+def scores(parent: RunDir) -> dict[str, dict[str, tuple[float, float]]]:
+    """Model -> domain -> (mean accuracy, 95 % half-width): over prompts, or over several seeds."""
+    runs = [measured(r) for r in parent.runs() if (r / "run.json").is_file()]
+    out: dict[str, dict[str, tuple[float, float]]] = {}
+    for key in dict.fromkeys(k for m in runs for k in m.right):
+        each = [m.right[key] / m.samples[key] for m in runs if key in m.right]
+        values = [float(np.mean(v)) for v in each]
+        half = 1.96 * float(np.std(each[0], ddof=1)) / math.sqrt(len(each[0]))
+        if len(values) > 1:
+            half = t_half_width(values)
+        out.setdefault(key[0], {})[key[1]] = (sum(values) / len(values), half)
+    return out
+
+
+def t_half_width(values: list[float]) -> float:
+    """Half the 95 % t-interval of a mean of at least two values."""
+    n = len(values)
+    return T975[min(n - 1, 30) - 1] * float(np.std(values, ddof=1)) / math.sqrt(n)
+
+
 def judge(parent: RunDir) -> list[dict]:
     """One record per claim of the recipe.
 

@@ -53,6 +53,14 @@ class Recipe:
         """Rows of metrics the stage will write: its steps, or the domains it evaluates."""
         return getattr(self.stages[stage], "steps", 0) or len(self.domains(stage))
 
+    def notes(self) -> list[Problem]:
+        """What is allowed and has no effect."""
+        found = []
+        for stage, config in self.stages.items():
+            notes = getattr(registry.member("stages", config.kind), "notes", lambda _: [])
+            found += [replace(n, path=f"stages.{stage}.{n.path}") for n in notes(config)]
+        return found
+
     def upstream(self, stage: str) -> list[str]:
         """Stages whose output this stage reads, without repetition."""
         names = [

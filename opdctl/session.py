@@ -38,6 +38,8 @@ def run_recipe(
         raise UsageError(
             f"--only {only}: no such stage", did_you_mean(only, recipe.stages, "stages:")
         )
+    for note in recipe.notes():
+        console.say(f"note: {note}", "yellow")
     old = RunDir(reuse) if reuse else None
     if dry_run:
         console.show(console.plan_table(plan(recipe, old, only)))
@@ -201,6 +203,7 @@ def _carry_out(parent: RunDir, pairs: list[tuple[RunDir, Recipe]], only: str) ->
 def _conclude(parent: RunDir, pairs, outcome: Outcome) -> None:
     """Time, claims, and after a failure the three lines that matter."""
     from opdctl.judge import judge
+    from opdctl.judge import scores as judge_scores
     from opdctl.report import write
 
     for run, stage in outcome.failed:
@@ -209,6 +212,9 @@ def _conclude(parent: RunDir, pairs, outcome: Outcome) -> None:
         console.say(f"then:   opdctl resume {parent.path}")
     if outcome.code == 75:
         console.say(f"stopped; opdctl resume {parent.path}", "yellow")
+    scores = judge_scores(parent)
+    if outcome.code == 0 and scores:
+        console.show(console.scores_table(scores))
     if outcome.code == 0 and any(recipe.claims for _, recipe in pairs):
         found = judge(parent)
         write_json(parent / "claims.json", {"claims": found})

@@ -283,7 +283,7 @@ class Loop:
 
     def _log_rollouts(self, done: int, step: Step) -> None:
         every = self.ctx.runtime.log_rollouts_every
-        if not every or (done % every and done != 1):
+        if not every or (done % every and done not in (1, self.steps)):
             return
         lengths = [len(r.response_ids) for r in step.rollouts]
         vectors = {k: tokens.split(v, lengths) for k, v in step.columns.items()}

@@ -17,7 +17,7 @@ from opdctl import references
 from opdctl.errors import Problem
 from opdctl.schema import did_you_mean, key
 from opdctl.settings import Teacher
-from opdctl.stages.rl import OnPolicyConfig, member_problems
+from opdctl.stages.rl import OnPolicyConfig, cannot_act, member_problems
 from opdctl.stages.sft import needs_domains
 
 
@@ -44,6 +44,11 @@ class Opd:
         provided = {"teacher.logprobs"} if config.teachers else set()
         found = needs_domains(recipe, stage) + member_problems(config, provided)
         return found + _routing(config, recipe, stage) + _tokenizers(config)
+
+    @staticmethod
+    def notes(config):
+        """What is allowed and has no effect."""
+        return cannot_act(config)
 
     def run(self, ctx):
         """Load the start, train, write the output."""

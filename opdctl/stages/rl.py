@@ -86,6 +86,22 @@ def member_problems(config, provided: set[str]) -> list[Problem]:
     return found
 
 
+def cannot_act(config) -> list[Problem]:
+    """Keys that are well formed and have no effect in this combination."""
+    found = []
+    for name, objective in config.objectives.items():
+        clip = getattr(objective, "clip_low", 0) or getattr(objective, "clip_high", 0)
+        if clip and config.updates_per_rollout * config.minibatches == 1:
+            found.append(
+                Problem(
+                    f"objectives.{name}.clip_high",
+                    "with one update per rollout the ratio is 1 and the clip cannot act",
+                    "minibatches=2, or clip_low=0 and clip_high=0",
+                )
+            )
+    return found
+
+
 class Rl:
     """GRPO: group advantage of the outcome, policy gradient with an asymmetric clip."""
 
@@ -96,6 +112,7 @@ class Rl:
         """Keys of an rl stage."""
 
         prompts: Prompts = key(Prompts(samples=8), "which prompts")
+        minibatches: int = key(2, "optimizer steps in a pass; with one, a clip cannot act", least=1)
         signals: dict = key({"outcome": {}}, "what the advantage is made of", family="signals")
         objectives: dict = key(
             {"policy_gradient": {"clip_low": 0.2, "clip_high": 0.28}},
@@ -107,6 +124,11 @@ class Rl:
     def problems(config, recipe, stage):
         """What the schema cannot see."""
         return needs_domains(recipe, stage) + member_problems(config, set())
+
+    @staticmethod
+    def notes(config):
+        """What is allowed and has no effect."""
+        return cannot_act(config)
 
     def run(self, ctx):
         """Load the start, train, write the output."""
