@@ -18,7 +18,7 @@ from rich.text import Text
 from opdctl.rundir import finite
 from opdctl.status import last_row
 
-out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
 
 STYLES = {
@@ -109,7 +109,7 @@ def scores_table(scores: dict) -> Table:
         rows.append(
             [model, *(f"{row[d][0]:.3f} +-{row[d][1]:.3f}" if d in row else "" for d in domains)]
         )
-    return table(["accuracy, 95 %", *domains], rows)
+    return table(["model", *domains], rows, "Accuracy on held-out prompts, 95 % interval")
 
 
 def claims_table(claims: list[dict]) -> Table:

@@ -185,11 +185,7 @@ def _decide(parts: list[Part], found: list[Measured]) -> dict:
         each = [float(part.value(m.scores())) for m in found]
         estimate = sum(each) / len(each)
         if len(each) > 1:
-            half = (
-                T975[min(len(each) - 1, 30) - 1]
-                * float(np.std(each, ddof=1))
-                / math.sqrt(len(each))
-            )
+            half = t_half_width(each)
             low, high = estimate - half, estimate + half
         else:
             low, high = np.quantile(part.value(found[0].resampled()), [0.025, 0.975])

@@ -101,6 +101,7 @@ def read_recipe(run: RunDir, overrides: tuple[str, ...] = ()) -> Recipe:
         overrides=overrides,
         lines=lines,
         problems=problems,
+        folders=False,
     )
 
 

@@ -126,12 +126,10 @@ def plan(recipe: Recipe, run: RunDir | None = None, only: str = "") -> list[Plan
 
 
 def _action(recipe, stage, prints, record, run, changed) -> tuple[str, list[str]]:
-    missing = [
-        ref.name
-        for _, text in refs_of(recipe.stages[stage])
-        if (ref := references.parse(text)).form == "folder"
-        and not (references.Reference("", ref.name) and _is_model(ref.name))
-    ]
+    folders = [references.parse(text) for _, text in refs_of(recipe.stages[stage])]
+    missing = [r.name for r in folders if r.form == "folder" and not references.is_model(r.name)]
+    if missing and record.get("status") == "done":
+        return "skip", [f"done; the model in {missing[0]} is gone since"]
     if missing:
         return "blocked", [f"no model in {missing[0]}"]
     if not record:
@@ -151,12 +149,6 @@ def _action(recipe, stage, prints, record, run, changed) -> tuple[str, list[str]
     if steps:
         return "resume", [f"{record['status']} in step {max(steps)}"]
     return "run", [f"{record['status']} before its first checkpoint"]
-
-
-def _is_model(folder: str) -> bool:
-    from pathlib import Path
-
-    return (Path(folder) / "config.json").is_file()
 
 
 def needed(recipe: Recipe, stage: str) -> set[str]:

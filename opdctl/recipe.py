@@ -132,8 +132,12 @@ def resolve(
     overrides: tuple[str, ...] = (),
     lines: dict[str, int] | None = None,
     problems: list[Problem] | None = None,
+    folders: bool = True,
 ) -> Recipe:
     """A recipe from a plain tree. See the module for the order.
+
+    Args:
+        folders: whether the model folders it names must exist.
 
     Raises:
         RecipeError: everything that is wrong with it.
@@ -148,7 +152,7 @@ def resolve(
     tree = assign_all(tree, pending, where, problems, expanded=True)
     recipe = _build(tree, problems)
     if recipe and not problems:
-        _check_graph(recipe, problems)
+        _check_graph(recipe, problems, folders)
     if problems:
         raise RecipeError([where.place(p) for p in problems], label)
     return recipe
@@ -227,7 +231,7 @@ def _kinds(family: str, entries: dict, problems: list[Problem]) -> dict:
     return built
 
 
-def _check_graph(recipe: Recipe, problems: list[Problem]) -> None:
+def _check_graph(recipe: Recipe, problems: list[Problem], folders: bool) -> None:
     names, aliases = list(recipe.stages), list(recipe.models)
     for stage, config in recipe.stages.items():
         for dotted, text in refs_of(config):
@@ -235,7 +239,7 @@ def _check_graph(recipe: Recipe, problems: list[Problem]) -> None:
             target = recipe.models.get(text, text)
             reference = references.parse(target)
             _set(config, dotted, str(reference))
-            found = references.complaint(target, names, aliases)
+            found = references.complaint(target, names, aliases, folders)
             if target == "verifier" and dotted.endswith(".reward"):
                 found = None
             elif reference.form == "stage" and reference.name == stage:

@@ -49,8 +49,19 @@ def parse(text: str) -> Reference:
     return Reference("unknown", text)
 
 
-def complaint(text: str, stages: list[str], aliases: list[str]) -> tuple[str, str] | None:
-    """``(message, hint)`` if the reference cannot be followed, else None."""
+def is_model(folder: str) -> bool:
+    """Whether a folder looks like a checkpoint in Hugging Face format."""
+    return (Path(folder) / "config.json").is_file()
+
+
+def complaint(
+    text: str, stages: list[str], aliases: list[str], folders: bool = True
+) -> tuple[str, str] | None:
+    """``(message, hint)`` if the reference cannot be followed, else None.
+
+    Args:
+        folders: whether folders are looked at; a run that is over may have outlived them.
+    """
     ref = parse(text)
     if ref.form == "stage" and ref.name not in stages:
         return f"no stage {ref.name!r}", did_you_mean(ref.name, stages, "stages:")
@@ -59,11 +70,10 @@ def complaint(text: str, stages: list[str], aliases: list[str]) -> tuple[str, st
             f"{text}: a teacher behind a server is not supported yet",
             "use a stage, a folder or a public name",
         )
-    if ref.form == "folder":
-        folder = Path(ref.name)
-        if not folder.is_dir():
+    if ref.form == "folder" and folders:
+        if not Path(ref.name).is_dir():
             return f"no folder {ref.name}", "a model folder holds config.json and model.safetensors"
-        if not (folder / "config.json").is_file():
+        if not is_model(ref.name):
             return (
                 f"{ref.name} has no config.json",
                 "name the folder a stage wrote: .../stages/NAME/output",

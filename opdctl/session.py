@@ -194,6 +194,11 @@ def _carry_out(parent: RunDir, pairs: list[tuple[RunDir, Recipe]], only: str) ->
                 stack.enter_context(lock(run / ".lock", str(run.path)))
             run_launch.new_attempt(run)
         jobs = [Job.of(run, recipe, only) for run, recipe in pairs]
+        for planned in (p for job in jobs for p in job.planned if p.action == "blocked"):
+            raise UsageError(
+                f"stage {planned.name} is blocked: {planned.reasons[0]}",
+                "put the model back where it was",
+            )
         with console.Progress() as progress:
             outcome = carry_out(jobs, progress)
         _conclude(parent, pairs, outcome)

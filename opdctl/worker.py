@@ -20,9 +20,8 @@ from pathlib import Path
 from opdctl import __version__
 from opdctl.core.context import Context
 from opdctl.errors import EXIT_FAILED, Interrupted, OpdctlError
+from opdctl.launch import read_recipe
 from opdctl.plan import fingerprints, revisions, semantic
-from opdctl.positions import parse
-from opdctl.recipe import resolve
 from opdctl.registry import member
 from opdctl.rundir import RunDir, lock, write_json
 
@@ -31,9 +30,7 @@ def run_stage(folder: str, stage: str) -> int:
     """Run a stage to its end, and record how that went. Returns the exit code."""
     run = RunDir(folder)
     start = time.perf_counter()
-    path = run / "resolved.yaml"
-    recipe = resolve(parse(path.read_text(encoding="utf-8"), str(path))[0], str(path))
-    ctx = Context(run, recipe, stage)
+    ctx = Context(run, read_recipe(run), stage)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: setattr(ctx, "stop", True))
     try:
