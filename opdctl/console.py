@@ -117,11 +117,11 @@ def claims_table(claims: list[dict]) -> Table:
     words = {True: "holds", False: "refuted", None: "undecided"}
     rows = []
     for c in claims:
-        measured = "\n".join(
-            f"{name} {_number(value)}"
-            + (f" [{_number(low)}, {_number(high)}]" if low is not None else "")
-            for name, value, low, high in _measures(c)
-        )
+        lines = [
+            f"{name} {_number(value)}" + _interval(c["interval"].get(name))
+            for name, value in c["measured"].items()
+        ]
+        measured = "\n".join([*lines, *([c["note"]] if c["note"] else [])])
         rows.append(
             [
                 c["name"],
@@ -138,10 +138,8 @@ def claims_table(claims: list[dict]) -> Table:
     )
 
 
-def _measures(claim: dict):
-    for name, value in claim["measured"].items():
-        low, high = claim["interval"].get(name) or (None, None)
-        yield name, value, low, high
+def _interval(bounds: list | None) -> str:
+    return f" [{_number(bounds[0])}, {_number(bounds[1])}]" if bounds else ""
 
 
 def _number(value: Any) -> str:
@@ -153,6 +151,8 @@ class Progress:
 
     def __init__(self, every: float = 15.0) -> None:
         self.live = Live(console=err, refresh_per_second=4) if err.is_terminal else None
+        self.jobs: list = []
+        self.first: dict[tuple[str, str], tuple[float, int]] = {}
         self.seen: dict[tuple[str, str], str] = {}
         self.every, self.last, self.drawn = every, time.monotonic(), 0.0
         self.start = time.monotonic()
@@ -164,10 +164,11 @@ class Progress:
 
     def __exit__(self, *_) -> None:
         if self.live:
+            self.live.update(self._table(self.jobs))
             self.live.stop()
 
     def __call__(self, jobs: list) -> None:
-        now = time.monotonic()
+        now, self.jobs = time.monotonic(), jobs
         if self.live and now - self.drawn > 0.25:
             self.drawn = now
             self.live.update(self._table(jobs))
@@ -207,7 +208,7 @@ class Progress:
         row = last_row(job.run.stage(stage) / "metrics.jsonl")
         step, total = row.get("step", 0), job.recipe.total(stage)
         key = (str(job.run.path), stage)
-        first = self.__dict__.setdefault("_first", {}).setdefault(key, (time.monotonic(), step))
+        first = self.first.setdefault(key, (time.monotonic(), step))
         parts = [f"step {step}/{total}"]
         if step > first[1]:
             left = (time.monotonic() - first[0]) / (step - first[1]) * (total - step)
