@@ -69,12 +69,13 @@ def overlay(tree: dict, size: str, problems: list[Problem]) -> dict:
         problems.append(Problem("size", f"no size {size!r}", did_you_mean(size, known, "sizes:")))
     elif sizes.get(size):
         for part in ("data", "stages"):
-            for name, entry in (sizes[size].get(part) or {}).items():
-                if isinstance(entry, dict) and "kind" in entry:
-                    tree.get(part, {}).pop(name, None)  # another kind has other keys
+            entries = sizes[size].get(part) if isinstance(sizes[size], dict) else None
+            if isinstance(entries, dict) and isinstance(tree.get(part), dict):
+                kinds = {k for k, v in entries.items() if isinstance(v, dict) and "kind" in v}
+                tree[part] = {k: v for k, v in tree[part].items() if k not in kinds}
         try:
             tree = OmegaConf.to_container(OmegaConf.merge(tree, sizes[size]), resolve=False)
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, TypeError) as error:  # a list over a mapping, say
             problems.append(Problem(f"sizes.{size}", str(error).split("\n")[0]))
     tree["size"] = size
     for part in ("stages", "data", "claims", "models"):
