@@ -119,7 +119,7 @@ def _ready(jobs: list[Job]) -> list[tuple[int, str]]:
 def _note(job: Job, stage: str, code: int, outcome: Outcome) -> None:
     if code == 0:
         job.status[stage] = "done"
-    elif code == EXIT_INTERRUPTED:
+    elif code in (EXIT_INTERRUPTED, -signal.SIGTERM):  # the latter: asked before it could listen
         job.status[stage] = "interrupted"
     else:
         job.status[stage] = "failed"

@@ -218,14 +218,11 @@ class Loop:
             values[f"{name}_mean"] = float(vector_N.mean())
             values[f"{name}_std"] = float(vector_N.std(correction=0))
             values[f"{name}_share"] = size[name] / whole if whole else 0.0
-        if "reverse_kl" in credit:
-            sums_B = tokens.per_sequence(
-                -credit["reverse_kl"][1], step.sequence_N, len(step.rollouts)
-            ).tolist()
-            owner = {
-                id(r): s / len(r.response_ids) for r, s in zip(step.rollouts, sums_B, strict=True)
-            }
-            values["kl"] = by_domain(step.rollouts, lambda r: owner[id(r)])
+        if {"teacher", "policy"} <= step.columns.keys():
+            gap_N = step.columns["policy"] - step.columns["teacher"]
+            sums_B = tokens.per_sequence(gap_N, step.sequence_N, len(step.rollouts)).tolist()
+            each = [s / len(r.response_ids) for r, s in zip(step.rollouts, sums_B, strict=True)]
+            values["kl"] = by_domain(step.rollouts, each)
         return values
 
     def _train(self, step: Step, done: int) -> dict:
@@ -265,7 +262,7 @@ class Loop:
         }
         if all(r.reward is not None for r in rollouts):
             values["reward"] = mean(r.reward for r in rollouts)
-            values["reward_by_domain"] = by_domain(rollouts, lambda r: r.reward)
+            values["reward_by_domain"] = by_domain(rollouts, [r.reward for r in rollouts])
         for name, parts in logged.items():
             values[name] = float(torch.cat(parts).mean())
         return values

@@ -54,9 +54,9 @@ def mean(values) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def by_domain(rollouts, value_of) -> dict[str, float]:
-    """Mean of ``value_of(rollout)`` for each domain, sorted by name."""
+def by_domain(rollouts, values) -> dict[str, float]:
+    """Mean value of the rollouts of each domain, sorted by name. ``values`` has one a rollout."""
     groups: dict[str, list[float]] = {}
-    for rollout in rollouts:
-        groups.setdefault(rollout.prompt.domain, []).append(value_of(rollout))
+    for rollout, value in zip(rollouts, values, strict=True):
+        groups.setdefault(rollout.prompt.domain, []).append(value)
     return {d: mean(v) for d, v in sorted(groups.items())}

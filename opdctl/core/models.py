@@ -98,8 +98,10 @@ class Model:
         return [*ids, self.eos]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of a response, special tokens left out."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        """Text of a response without its end token. Other special tokens stay: a verifier must not
+        be shown a cleaner answer than was given."""
+        body = ids[:-1] if ids and ids[-1] == self.eos else ids
+        return self.tokenizer.decode(body, skip_special_tokens=False)
 
 
 def pick_device(wanted: str) -> str:

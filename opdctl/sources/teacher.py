@@ -54,6 +54,6 @@ class Teacher:
             for rollout in rollouts:
                 rollout.behaviour_logprobs = None
                 rollout.prompt_ids = self.student.render(rollout.prompt.text)
-                if not rollout.truncated:
-                    rollout.response_ids = self.student.encode(rollout.text)
+                ids = self.student.encode(rollout.text)
+                rollout.response_ids = ids[:-1] if rollout.truncated else ids
         return rollouts
