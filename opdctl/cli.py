@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from opdctl.errors import EXIT_PENDING, OpdctlError, RecipeError
+from opdctl.errors import EXIT_PENDING, EXIT_USAGE, OpdctlError, RecipeError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -244,10 +244,16 @@ def main() -> None:
     try:
         app()
     except OpdctlError as error:
-        from opdctl.console import say
+        _fail(str(error), error.exit_code)
+    except (OSError, UnicodeDecodeError) as error:
+        _fail(f"{type(error).__name__}: {error}", EXIT_USAGE)
 
-        say(f"error: {error}", "red")
-        sys.exit(error.exit_code)
+
+def _fail(message: str, code: int) -> None:
+    from opdctl.console import say
+
+    say(f"error: {message}", "red")
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -73,9 +73,10 @@ def show(grid: Table) -> None:
 
 def plan_table(planned: list) -> Table:
     """What would run, and why."""
-    rows = [
-        [p.name, p.kind, p.action, "; ".join(p.reasons), ", ".join(p.upstream)] for p in planned
-    ]
+    rows = []
+    for p in planned:
+        name = f"{p.run}/{p.name}" if p.run else p.name
+        rows.append([name, p.kind, p.action, "; ".join(p.reasons), ", ".join(p.upstream)])
     return table(["stage", "kind", "action", "why", "reads"], rows)
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from opdctl.core import draws
+from opdctl.errors import UsageError
 from opdctl.launch import read_recipe
 from opdctl.registry import member
 from opdctl.rundir import RunDir, read_json
@@ -102,23 +104,30 @@ class _Resampled(dict):
         right, domain = self.measured.right[key], key[1]
         shape = domain, len(right)
         if shape not in self.drawn:
-            name = int.from_bytes(domain.encode()[:4], "little")
-            rng = np.random.default_rng([self.seed, name])
+            rng = np.random.default_rng(draws.key(self.seed, domain))
             self.drawn[shape] = rng.integers(0, len(right), (RESAMPLES, len(right)))
         self[key] = right[self.drawn[shape]].mean(axis=1) / self.measured.samples[key]
         return self[key]
 
 
 def measured(run: RunDir) -> Measured:
-    """Everything the finished evaluations of a run found."""
-    found = Measured()
+    """What the finished evaluations of a run found at temperature 1: what claims are about."""
+    found, recipe = Measured(), read_recipe(run)
     for path in sorted(run.path.glob("stages/*/results.json")):
         if run.record(path.parent.name).get("status") != "done":
             continue
-        for record in read_json(path) or []:
-            key = record["model"], record["domain"]
-            found.right[key] = np.array(record["right"], float)
-            found.samples[key] = record["samples"]
+        stage = recipe.stages.get(path.parent.name)
+        if stage is None or stage.sampling.temperature != 1.0:
+            continue
+        for record in read_json(path, list) or []:
+            try:
+                key = record["model"], record["domain"]
+                found.right[key] = np.array(record["right"], float)
+                found.samples[key] = int(record["samples"])
+            except (TypeError, KeyError, ValueError):
+                raise UsageError(
+                    f"{path} is damaged", f"delete {path.parent}, then resume"
+                ) from None
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import sys
@@ -14,6 +15,7 @@ from opdctl.plan import differences, fingerprints, semantic
 from opdctl.positions import dump, parse
 from opdctl.recipe import Recipe, resolve
 from opdctl.rundir import RunDir, write_json, write_text
+from opdctl.settings import Runtime
 
 
 def new_run(recipe: Recipe, source: str, path: Path) -> RunDir:
@@ -25,7 +27,7 @@ def new_run(recipe: Recipe, source: str, path: Path) -> RunDir:
     Raises:
         UsageError: the directory exists, or cannot be written.
     """
-    run = rundir.create(path)
+    run = rundir.begin(path)
     write_text(run / "recipe.yaml", source)
     write_text(run / "resolved.yaml", dump(recipe.to_dict()))
     for stage in recipe.stages:
@@ -42,24 +44,26 @@ def new_run(recipe: Recipe, source: str, path: Path) -> RunDir:
             "fingerprints": fingerprints(recipe),
         },
     )
-    return run
+    return rundir.finish(run, path)
 
 
-def new_set(recipe: Recipe, seeds: list[int], path: Path) -> RunDir:
-    """A directory for one run per seed."""
-    run = rundir.create(path)
+def new_set(recipes: list[Recipe], source: str, path: Path) -> RunDir:
+    """A directory with one run per recipe, which differ in their seeds."""
+    parent = rundir.begin(path)
+    for recipe in recipes:
+        new_run(recipe, source, parent / f"seed-{recipe.seed}")
     write_json(
-        run / "run.json",
+        parent / "run.json",
         {
             "opdctl": __version__,
-            "recipe": recipe.name,
-            "size": recipe.size,
-            "seeds": seeds,
+            "recipe": recipes[0].name,
+            "size": recipes[0].size,
+            "seeds": [recipe.seed for recipe in recipes],
             "created": time.time(),
             "command": sys.argv,
         },
     )
-    return run
+    return rundir.finish(parent, path)
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -101,35 +105,41 @@ def read_recipe(run: RunDir, overrides: tuple[str, ...] = ()) -> Recipe:
         overrides=overrides,
         lines=lines,
         problems=problems,
-        folders=False,
+        written=True,
     )
 
 
 def reopen(run: RunDir, overrides: tuple[str, ...] = ()) -> tuple[Recipe, list[str]]:
-    """The recipe to continue a run with, and what was changed about how it is carried out.
+    """The recipe to continue a run with, and what was changed about how it is carried out. Writes
+    nothing: the caller does, once it holds the run's lock.
 
     Raises:
         UsageError: a change that would give other results; names each key and the way out.
     """
-    old = read_recipe(run)
-    new = read_recipe(run, overrides)
+    old, new = read_recipe(run), read_recipe(run, overrides)
     changed = []
-    for stage in dict.fromkeys([*old.stages, *new.stages]):
-        if stage not in old.stages or stage not in new.stages:
-            changed.append(f"stages.{stage}")
-            continue
-        recorded, _, _ = parse((run.stage(stage) / "config.yaml").read_text(), "config.yaml")
-        changed += [f"{stage}: {line}" for line in differences(recorded, semantic(new, stage))]
+    for stage in old.stages:
+        try:
+            text = (run.stage(stage) / "config.yaml").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read {run.stage(stage) / 'config.yaml'}: {error}") from None
+        edited = differences(parse(text, "config.yaml")[0], semantic(old, stage))
+        changed += [f"stages.{stage} (edited in resolved.yaml): {line}" for line in edited]
+    free = {f"runtime.{f.name}": f.metadata["role"] for f in dataclasses.fields(Runtime)}
+    notes = []
+    for line in differences(old.to_dict(), new.to_dict()):
+        role = free.get(line.split(":")[0], "semantic")
+        if role == "semantic":
+            changed.append(line)
+        else:
+            notes.append(line + (" (equal up to rounding)" if role == "numeric" else ""))
     if changed:
         listed = "\n".join(f"  - {line}" for line in dict.fromkeys(changed))
         raise UsageError(
-            f"resume keeps results as they were; this would change them:\n{listed}",
+            f"resume keeps results as they were; this would change the recipe:\n{listed}",
             f"opdctl run RECIPE --from {run.path} key=value    "
             "starts a new run that reuses the stages that stay the same",
         )
-    notes = differences(old.to_dict()["runtime"], new.to_dict()["runtime"])
-    if notes:
-        write_text(run / "resolved.yaml", dump(new.to_dict()))
     return new, notes
 
 
@@ -161,7 +171,8 @@ def new_attempt(run: RunDir) -> Path:
     """A log for this attempt; ``logs/latest`` points at it."""
     folder = run / "logs"
     folder.mkdir(parents=True, exist_ok=True)
-    number = 1 + max((int(p.stem[8:]) for p in folder.glob("attempt-*.log")), default=0)
+    numbers = [p.stem[8:] for p in folder.glob("attempt-*.log")]
+    number = 1 + max((int(n) for n in numbers if n.isdigit()), default=0)
     log = folder / f"attempt-{number:03d}.log"
     log.touch()
     link = folder / f".latest.{os.getpid()}"

@@ -27,6 +27,7 @@ class Planned:
     Attributes:
         action: run, resume, skip, rerun or blocked.
         reasons: why, in words.
+        run: which run of a set; empty for one alone.
     """
 
     name: str
@@ -34,9 +35,11 @@ class Planned:
     action: str
     reasons: list[str]
     upstream: list[str]
+    run: str = ""
 
     def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
+        found = dataclasses.asdict(self)
+        return found if self.run else {k: v for k, v in found.items() if k != "run"}
 
 
 def semantic(recipe: Recipe, stage: str) -> dict[str, Any]:
@@ -52,9 +55,11 @@ def semantic(recipe: Recipe, stage: str) -> dict[str, Any]:
 
 
 def revisions(recipe: Recipe, stage: str) -> dict[str, int]:
-    """Revision of the stage's kind and of every member it names."""
+    """Revision of the stage's kind, of every member it names and of those it always uses."""
     config = recipe.stages[stage]
-    found = {f"stages/{config.kind}": member("stages", config.kind).revision}
+    kind = member("stages", config.kind)
+    found = {f"stages/{config.kind}": kind.revision}
+    found |= {name: member(*name.split("/")).revision for name in kind.uses}
     for domain in recipe.domains(stage):
         kind = recipe.data[domain].kind
         found[f"data/{kind}"] = member("data", kind).revision

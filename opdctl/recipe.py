@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from opdctl import references, registry
+from opdctl import graph, references, registry
 from opdctl.errors import OpdctlError, Problem, RecipeError, UsageError
 from opdctl.positions import parse
 from opdctl.resolution import TOP, Where, assign_all, expand, interpolate, overlay, split
@@ -132,27 +132,30 @@ def resolve(
     overrides: tuple[str, ...] = (),
     lines: dict[str, int] | None = None,
     problems: list[Problem] | None = None,
-    folders: bool = True,
+    written: bool = False,
 ) -> Recipe:
     """A recipe from a plain tree. See the module for the order.
 
     Args:
-        folders: whether the model folders it names must exist.
+        written: it is a run's resolved recipe: its size is in it already, and the folders it names
+            may be gone.
 
     Raises:
         RecipeError: everything that is wrong with it.
     """
     problems = list(problems or [])
     where = Where(label, lines or {})
-    tree = overlay(dict(tree), size, problems)
     pending = [split(text) for text in overrides]
+    sizes = [value for parts, value, _ in pending if parts == ["size"]]
+    if not written:
+        tree = overlay(dict(tree), str(sizes[-1]) if sizes else size, problems)
     tree = assign_all(tree, pending, where, problems, expanded=False)
     tree = interpolate(tree, problems)
     tree = expand(tree, where, problems)
     tree = assign_all(tree, pending, where, problems, expanded=True)
     recipe = _build(tree, problems)
     if recipe and not problems:
-        _check_graph(recipe, problems, folders)
+        problems += graph.check(recipe, folders=not written)
     if problems:
         raise RecipeError([where.place(p) for p in problems], label)
     return recipe
@@ -229,89 +232,3 @@ def _kinds(family: str, entries: dict, problems: list[Problem]) -> dict:
             entry = {**entry, "teachers": short}
         built[name] = build(cls, entry, path, problems, lookup)
     return built
-
-
-def _check_graph(recipe: Recipe, problems: list[Problem], folders: bool) -> None:
-    names, aliases = list(recipe.stages), list(recipe.models)
-    for stage, config in recipe.stages.items():
-        for dotted, text in refs_of(config):
-            path = f"stages.{stage}.{dotted}"
-            target = recipe.models.get(text, text)
-            reference = references.parse(target)
-            _set(config, dotted, str(reference))
-            found = references.complaint(target, names, aliases, folders)
-            if target == "verifier" and dotted.endswith(".reward"):
-                found = None
-            elif reference.form == "stage" and reference.name == stage:
-                found = "a stage cannot read its own output", ""
-            elif reference.form == "policy" and ".teachers." not in f".{dotted}":
-                found = "policy is a teacher's reference", "write stage:NAME"
-            if found:
-                problems.append(Problem(path, *found))
-        for domain in getattr(getattr(config, "prompts", None), "domains", {}):
-            if domain not in recipe.data:
-                problems.append(
-                    Problem(
-                        f"stages.{stage}.prompts.domains.{domain}",
-                        f"no data {domain!r}",
-                        did_you_mean(domain, recipe.data, "data:"),
-                    )
-                )
-    if problems:
-        return
-    cycle = _cycle(recipe)
-    if cycle:
-        problems.append(
-            Problem(
-                f"stages.{cycle[0]}",
-                f"a cycle of stages: {' -> '.join([*cycle, cycle[0]])}",
-                "a stage reads only what comes before it",
-            )
-        )
-        return
-    for stage, config in recipe.stages.items():
-        cls = registry.member("stages", config.kind)
-        for found in cls.problems(config, recipe, stage):
-            problems.append(replace(found, path=f"stages.{stage}.{found.path}"))
-    for claim, roles in recipe.claims.items():
-        for dotted, text in refs_of(roles):
-            found = references.complaint(text, names, [])
-            if found or references.parse(text).form != "stage":
-                found = found or ("a claim names stages", "write stage:NAME")
-                problems.append(Problem(f"claims.{claim}.{dotted}", *found))
-
-
-def _set(config: Any, dotted: str, value: str) -> None:
-    *above, last = dotted.split(".")
-    for part in above:
-        config = config[part] if isinstance(config, dict) else getattr(config, part)
-    if isinstance(config, dict):
-        config[last] = value
-    else:
-        setattr(config, last, value)
-
-
-def _cycle(recipe: Recipe) -> list[str]:
-    state: dict[str, int] = {}
-    trail: list[str] = []
-
-    def visit(stage: str) -> list[str]:
-        state[stage] = 1
-        trail.append(stage)
-        for above in recipe.upstream(stage):
-            if state.get(above) == 1:
-                return trail[trail.index(above) :]
-            if above not in state:
-                found = visit(above)
-                if found:
-                    return found
-        trail.pop()
-        state[stage] = 2
-        return []
-
-    for stage in recipe.stages:
-        if stage not in state:
-            found = visit(stage)
-            if found:
-                return found
-    return []

@@ -54,6 +54,16 @@ def is_model(folder: str) -> bool:
     return (Path(folder) / "config.json").is_file()
 
 
+def written_in(folder: str) -> str:
+    """``model``, ``classifier``, or empty: what the config.json of a folder says is in it."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        names = " ".join(config.get("architectures") or [])
+    except (OSError, ValueError, AttributeError, TypeError):
+        return ""
+    return "classifier" if "Classification" in names else "model"
+
+
 def complaint(
     text: str, stages: list[str], aliases: list[str], folders: bool = True
 ) -> tuple[str, str] | None:

@@ -55,7 +55,7 @@ def _run(run: RunDir, found: dict) -> str:
     ]
     scores: dict[str, dict[str, str]] = {}
     for path in sorted(run.path.glob("stages/*/results.json")):
-        for r in read_json(path) or []:
+        for r in read_json(path, list) or []:
             low, high = r["ci95"]
             scores.setdefault(r["model"], {})[r["domain"]] = (
                 f"{r['accuracy']:.3f} &plusmn; {(high - low) / 2:.3f}"

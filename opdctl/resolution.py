@@ -75,7 +75,11 @@ def overlay(tree: dict, size: str, problems: list[Problem]) -> dict:
                 tree[part] = {k: v for k, v in tree[part].items() if k not in kinds}
         try:
             tree = OmegaConf.to_container(OmegaConf.merge(tree, sizes[size]), resolve=False)
-        except (OmegaConfBaseException, TypeError) as error:  # a list over a mapping, say
+        except (
+            OmegaConfBaseException,
+            TypeError,
+            ValueError,
+        ) as error:  # a list over a mapping, say
             problems.append(Problem(f"sizes.{size}", str(error).split("\n")[0]))
     tree["size"] = size
     for part in ("stages", "data", "claims", "models"):
@@ -113,7 +117,7 @@ def assign_all(tree, pending, where, problems, *, expanded: bool) -> dict:
             hint = did_you_mean(parts[1], tree["stages"], "stages:")
             problems.append(Problem(path, f"no stage {parts[1]!r}", hint))
             continue
-        if parts[0] not in TOP:
+        if parts[0] not in TOP or parts[0] == "sizes":
             problems.append(Problem(path, "unknown key", did_you_mean(parts[0], TOP)))
             continue
         node = tree
@@ -162,10 +166,16 @@ def expand(tree: dict, where: Where, problems: list[Problem]) -> dict:
     out: dict[str, Any] = {}
     for name, entry in stages.items():
         if not (isinstance(entry, dict) and "matrix" in entry):
+            if name in out:
+                problems.append(Problem(f"stages.{name}", "a matrix expands to this name too"))
             out[name] = entry
             continue
         axes = entry["matrix"]
-        good = isinstance(axes, dict) and axes and all(isinstance(v, list) for v in axes.values())
+        good = (
+            isinstance(axes, dict)
+            and axes
+            and all(isinstance(v, list) and v for v in axes.values())
+        )
         missing = [a for a in axes if f"{{{a}}}" not in name] if good else []
         if not good or missing:
             message = "expected axis: [values]"

@@ -50,16 +50,16 @@ class RunDir:
             UsageError: this is not a run directory.
         """
         manifest = read_json(self / "run.json")
-        if manifest is None:
+        if manifest is None or "recipe" not in manifest:
             raise UsageError(
-                f"{self.path} is not a run directory (no run.json)",
+                f"{self.path} is not a run directory (no readable run.json)",
                 "`opdctl ls runs` lists them" if self.path.is_dir() else "no such folder",
             )
         return manifest
 
     def is_set(self) -> bool:
         """Whether it holds one run per seed."""
-        return bool((read_json(self / "run.json") or {}).get("seeds"))
+        return isinstance(self.manifest().get("seeds"), list)
 
     def runs(self) -> list[RunDir]:
         """The runs in it: itself, or one per seed."""
@@ -72,11 +72,11 @@ def new_name(recipe: str) -> str:
     return f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
-def create(path: Path) -> RunDir:
-    """A new, empty run directory.
+def begin(path: Path) -> RunDir:
+    """A new run directory in the making, beside its place; ``finish`` puts it there.
 
     Raises:
-        UsageError: it exists and is not empty, or cannot be written.
+        UsageError: the place is taken, or cannot be written.
     """
     if path.is_dir() and any(path.iterdir()):
         known = (path / "run.json").is_file()
@@ -88,14 +88,34 @@ def create(path: Path) -> RunDir:
             if known
             else "choose another --out",
         )
+    part = path.with_name(f".{path.name}.part")
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".probe"
-        probe.touch()
-        probe.unlink()
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}", "choose another --out") from None
+    return RunDir(part)
+
+
+def finish(run: RunDir, path: Path) -> RunDir:
+    """Rename a complete run directory into its place: a kill leaves all of it or nothing."""
+    try:
+        if path.is_dir():
+            path.rmdir()  # it is empty
+        run.path.rename(path)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}", "choose another --out") from None
     return RunDir(path)
+
+
+def clear_stage(folder: Path) -> None:
+    """Remove what a stage made, its record last; its configuration and its lock stay."""
+    names = ["output", "checkpoints", "parts", "rollouts", "results.json", "metrics.jsonl"]
+    for path in (folder / name for name in [*names, "stage.json"]):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def sync_file(path: Path) -> None:
@@ -149,12 +169,13 @@ def finite(content: Any) -> Any:
     return content
 
 
-def read_json(path: Path) -> Any:
-    """The content; None where there is no readable JSON."""
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The content; None where there is no readable JSON of that kind."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
+    return content if isinstance(content, kind) else None
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -172,7 +193,8 @@ def read_rows(path: Path) -> list[dict]:
             row = json.loads(line)
         except ValueError:
             continue
-        rows[row["step"]] = row
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows[row["step"]] = row
     return [rows[step] for step in sorted(rows)]
 
 

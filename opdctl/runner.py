@@ -57,8 +57,15 @@ class Outcome:
 
 
 def slots(recipe: Recipe) -> int:
-    """Stages to run at once."""
-    return recipe.runtime.jobs or max(1, len(os.sched_getaffinity(0)) // recipe.runtime.threads)
+    """Stages to run at once: as the cores allow on a CPU, one on a GPU, unless ``jobs`` says."""
+    cores = len(os.sched_getaffinity(0)) // recipe.runtime.threads
+    return recipe.runtime.jobs or (max(1, cores) if on_cpu(recipe) else 1)
+
+
+def on_cpu(recipe: Recipe) -> bool:
+    """Whether stages will run on a CPU; found out without importing torch."""
+    device = recipe.runtime.device
+    return device == "cpu" or (device == "auto" and not os.path.exists("/dev/nvidiactl"))
 
 
 def carry_out(jobs: list[Job], watch: Callable[[list[Job]], None]) -> Outcome:
@@ -100,7 +107,8 @@ def carry_out(jobs: list[Job], watch: Callable[[list[Job]], None]) -> Outcome:
             process.kill()
         for number, action in before.items():
             signal.signal(number, action)
-    if stopping and not outcome.failed:
+    interrupted = any("interrupted" in job.status.values() for job in jobs)
+    if (stopping or interrupted) and not outcome.failed:
         outcome.code = EXIT_INTERRUPTED
     return outcome
 
@@ -153,9 +161,7 @@ class _Launcher:
 
     def __init__(self, recipe: Recipe) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(recipe.runtime.threads))
-        self.forking = recipe.runtime.device == "cpu" or (
-            recipe.runtime.device == "auto" and not os.path.exists("/dev/nvidiactl")
-        )
+        self.forking = on_cpu(recipe)
         if self.forking:
             self.context = multiprocessing.get_context("forkserver")
             self.context.set_forkserver_preload(["opdctl.warm"])

@@ -99,6 +99,11 @@ def build(
         below = getattr(base, name, None)
         if below is None and f.default_factory is not REQUIRED:
             below = f.default_factory()
+        if f.metadata.get("family") and isinstance(below, dict) and isinstance(value, dict):
+            value = {  # a member the default names too keeps the default's keys
+                k: {**(below.get(k) or {}), **v} if isinstance(v, dict) else v
+                for k, v in value.items()
+            }
         if dataclasses.is_dataclass(below) and isinstance(value, dict):
             values[name] = build(type(below), value, where, problems, lookup, below)
         else:
@@ -242,11 +247,15 @@ def references(config: Any, path: str = "") -> list[tuple[str, str]]:
         for k, v in config.items():
             found += references(v, f"{path}.{k}" if path else str(k))
     elif dataclasses.is_dataclass(config):
+        if getattr(config, "coef", 1.0) == 0:
+            return []  # turned off: it reads nothing
         for f in dataclasses.fields(config):
             value = getattr(config, f.name)
             where = f"{path}.{f.name}" if path else f.name
             if f.metadata.get("ref") and isinstance(value, str):
                 found.append((where, value))
+            elif f.metadata.get("ref") and isinstance(value, dict):
+                found += [(f"{where}.{k}", v) for k, v in value.items() if isinstance(v, str)]
             else:
                 found += references(value, where)
     return found

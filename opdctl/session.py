@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from opdctl.plan import Planned, plan
 from opdctl.positions import dump
 from opdctl.recipe import Recipe, find, load, resolve
 from opdctl.registry import member
-from opdctl.rundir import RunDir, lock, new_name, write_json
+from opdctl.rundir import RunDir, lock, new_name, write_json, write_text
 from opdctl.runner import Job, Outcome, carry_out
 from opdctl.schema import did_you_mean
 
@@ -41,6 +42,8 @@ def run_recipe(
     for note in recipe.notes():
         console.say(f"note: {note}", "yellow")
     old = RunDir(reuse) if reuse else None
+    if old:
+        old.manifest()
     if dry_run:
         console.show(console.plan_table(plan(recipe, old, only)))
         return 0
@@ -52,9 +55,8 @@ def run_recipe(
     if old:
         raise UsageError("--from with --seeds: seeds reuse nothing from each other or elsewhere")
     recipes = [load(name, size=size, seed=s, overrides=overrides) for s in numbers]
-    parent = run_launch.new_set(recipe, numbers, path)
-    runs = [run_launch.new_run(r, source, parent / f"seed-{r.seed}") for r in recipes]
-    return _carry_out(parent, list(zip(runs, recipes, strict=True)), only)
+    parent = run_launch.new_set(recipes, source, path)
+    return _carry_out(parent, list(zip(parent.runs(), recipes, strict=True)), only)
 
 
 def run_stage(
@@ -91,7 +93,8 @@ def run_stage(
         f"stages.{kind}.{o}" if o.split("=")[0].split(".")[0] in keys else o for o in overrides
     )
     data = _data_of([student, *(r for _, r in named)])
-    if data and not any(o.startswith("data.") for o in full):
+    own = any(o.startswith("data.") and o.split("=")[0].endswith(".kind") for o in full)
+    if data and not own:
         wanted = [n for n, _ in named if n in data]
         tree["data"] = {d: c for d, c in data.items() if not wanted or d in wanted}
         console.say(f"prompts: {', '.join(tree['data'])}, as in the run that wrote the model")
@@ -117,30 +120,16 @@ def _data_of(models: list[str]) -> dict[str, dict]:
 def resume_run(directory: Path, overrides: tuple[str, ...]) -> int:
     """``opdctl resume``. Returns the exit code."""
     parent = RunDir(directory)
-    parent.manifest()
     pairs = []
     for run in parent.runs():
         recipe, notes = run_launch.reopen(run, overrides)
         pairs.append((run, recipe))
         for note in notes:
-            console.say(
-                f"{note}: equal up to rounding"
-                if "jobs" not in note
-                and "every" not in note
-                and "keep" not in note
-                and "log_" not in note
-                else note
-            )
-        for planned in plan(recipe, run):
-            if planned.action != "skip":
-                console.say(
-                    f"{run.path.name}: {planned.name}: {planned.action}, "
-                    f"{'; '.join(planned.reasons)}"
-                )
-                break
-        else:
-            console.say(f"{run.path.name}: every stage is done")
-    return _carry_out(parent, pairs, "")
+            console.say(note)
+        todo = [p for p in plan(recipe, run) if p.action != "skip"]
+        where = f"{todo[0].name}: {todo[0].action}, {'; '.join(todo[0].reasons)}" if todo else ""
+        console.say(f"{run.path.name}: {where or 'every stage is done'}")
+    return _carry_out(parent, pairs, "", rewrite=bool(overrides))
 
 
 def plan_of(
@@ -148,8 +137,11 @@ def plan_of(
 ) -> list[Planned]:
     """``opdctl plan`` of a recipe, or of a run directory as it stands."""
     if (Path(target) / "run.json").is_file():
-        run = RunDir(target)
-        return [p for r in run.runs() for p in plan(run_launch.read_recipe(r, overrides), r)]
+        if size or reuse:
+            raise UsageError("--size and --from belong to a recipe, and this is a run directory")
+        runs = RunDir(target).runs()
+        found = [(r, p) for r in runs for p in plan(run_launch.read_recipe(r, overrides), r)]
+        return [replace(p, run=r.path.name if len(runs) > 1 else "") for r, p in found]
     recipe = load(target, size=size, overrides=overrides)
     return plan(recipe, RunDir(reuse) if reuse else None)
 
@@ -176,8 +168,6 @@ def show_status(directory: Path | None, *, watch: bool, as_json: bool) -> None:
 
 
 def _start(recipe: Recipe, source: str, path: Path, old: RunDir | None, only: str) -> int:
-    if old:
-        old.manifest()
     run = run_launch.new_run(recipe, source, path)
     if old:
         reused = run_launch.reuse(run, recipe, old)
@@ -185,7 +175,9 @@ def _start(recipe: Recipe, source: str, path: Path, old: RunDir | None, only: st
     return _carry_out(run, [(run, recipe)], only)
 
 
-def _carry_out(parent: RunDir, pairs: list[tuple[RunDir, Recipe]], only: str) -> int:
+def _carry_out(
+    parent: RunDir, pairs: list[tuple[RunDir, Recipe]], only: str, rewrite: bool = False
+) -> int:
     console.say(f"run directory: {parent.path}")
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock(parent / ".lock", str(parent.path)))
@@ -193,6 +185,9 @@ def _carry_out(parent: RunDir, pairs: list[tuple[RunDir, Recipe]], only: str) ->
             if run.path != parent.path:
                 stack.enter_context(lock(run / ".lock", str(run.path)))
             run_launch.new_attempt(run)
+        if rewrite:
+            for run, recipe in pairs:
+                write_text(run / "resolved.yaml", dump(recipe.to_dict()))
         jobs = [Job.of(run, recipe, only) for run, recipe in pairs]
         for planned in (p for job in jobs for p in job.planned if p.action == "blocked"):
             raise UsageError(
@@ -212,7 +207,7 @@ def _conclude(parent: RunDir, pairs, outcome: Outcome) -> None:
     from opdctl.report import write
 
     for run, stage in outcome.failed:
-        console.say(f"failed: {stage}: {run.record(stage).get('error', 'it was killed')}", "red")
+        console.say(f"failed: {stage}: {_why(run, stage)}", "red")
         console.say(f"log:    {run / 'logs' / 'latest'}")
         console.say(f"then:   opdctl resume {parent.path}")
     if outcome.code == 75:
@@ -227,6 +222,13 @@ def _conclude(parent: RunDir, pairs, outcome: Outcome) -> None:
     if outcome.code == 0:
         console.say(f"report: {write(parent)}")
     console.say(_time_line(pairs))
+
+
+def _why(run: RunDir, stage: str) -> str:
+    record = run.record(stage)
+    if record.get("status") == "failed":
+        return record.get("error", "see the log")
+    return "it was killed" if record.get("status") == "running" else "it did not begin; see the log"
 
 
 def _time_line(pairs: list[tuple[RunDir, Recipe]]) -> str:

@@ -20,8 +20,8 @@ class Optim:
     warmup: int = key(0, "steps of linear warm-up", least=0)
     final: float = key(0.1, "share of lr left at the last step (linear, cosine)", least=0, most=1)
     weight_decay: float = key(0.0, "decoupled; on matrices only", least=0.0)
-    beta1: float = key(0.9, "decay of the first moment", least=0, most=1)
-    beta2: float = key(0.95, "decay of the second moment", least=0, most=1)
+    beta1: float = key(0.9, "decay of the first moment", least=0, most=0.99999)
+    beta2: float = key(0.95, "decay of the second moment", least=0, most=0.99999)
     eps: float = key(1e-8, "added to the root of the second moment", least=0.0)
     clip_norm: float = key(1.0, "largest gradient norm; 0 does not clip", least=0.0)
 

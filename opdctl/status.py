@@ -17,7 +17,7 @@ def status(run: RunDir) -> dict:
         UsageError: not a run directory.
     """
     if run.is_set():
-        runs = [status(r) for r in run.runs() if (r / "run.json").is_file()]
+        runs = [status(r) for r in run.runs()]
         return {
             "run": str(run.path),
             "recipe": run.manifest()["recipe"],
@@ -28,7 +28,7 @@ def status(run: RunDir) -> dict:
     prints = fingerprints(recipe)
     stages = {name: _stage(run, recipe, name, prints[name]) for name in recipe.order()}
     state = _worst([s["status"] for s in stages.values()])
-    if state not in ("done", "failed") and held(run / ".lock"):
+    if held(run / ".lock"):
         state = "running"
     return {
         "run": str(run.path),
@@ -46,7 +46,7 @@ def _stage(run: RunDir, recipe, name: str, fingerprint: str) -> dict:
     total = recipe.total(name)
     if found == "running" and not held(run.stage(name) / ".lock"):
         found = "interrupted"  # killed: its lock died with it
-    elif record and record["fingerprint"] != fingerprint:
+    elif record and record.get("fingerprint") != fingerprint:
         found = "stale"
     step = total if found == "done" else last_step(run.stage(name) / "metrics.jsonl")
     return {
@@ -80,12 +80,15 @@ def last_row(path: Path) -> dict:
         return {}
     for line in reversed(lines):
         try:
-            return json.loads(line)
+            row = json.loads(line)
         except ValueError:
             continue
+        if isinstance(row, dict):
+            return row
     return {}
 
 
 def last_step(path: Path) -> int:
     """Step of the last row; 0 without one."""
-    return last_row(path).get("step", 0)
+    step = last_row(path).get("step", 0)
+    return step if isinstance(step, int) else 0

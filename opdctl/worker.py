@@ -23,7 +23,7 @@ from opdctl.errors import EXIT_FAILED, Interrupted, OpdctlError
 from opdctl.launch import read_recipe
 from opdctl.plan import fingerprints, revisions, semantic
 from opdctl.registry import member
-from opdctl.rundir import RunDir, lock, write_json
+from opdctl.rundir import RunDir, clear_stage, lock, write_json
 
 
 def run_stage(folder: str, stage: str) -> int:
@@ -43,6 +43,9 @@ def run_stage(folder: str, stage: str) -> int:
 
 def _attempt(ctx: Context, start: float) -> int:
     before = ctx.run.record(ctx.name)
+    if before and before.get("fingerprint") != fingerprints(ctx.recipe)[ctx.name]:
+        clear_stage(ctx.folder)  # made from other inputs: nothing of it may be used
+        before = {}
     ctx.attempt = before.get("attempt", 0) + 1
     record = {
         "name": ctx.name,

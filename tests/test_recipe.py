@@ -79,7 +79,8 @@ def test_overrides_before_and_after_the_matrix():
 
 
 def test_a_partial_mapping_keeps_the_other_defaults():
-    recipe = read(GOOD)
+    recipe = read(GOOD, "stages.mopd.objectives.policy_gradient.coef=2")
+    assert recipe.stages["mopd"].objectives["policy_gradient"].weights.keys() == {"is_gate"}
     assert recipe.stages["t_math"].prompts.samples == 8  # the rl default, not the general one
     assert recipe.stages["t_math"].objectives["policy_gradient"].clip_high == 0.28
 
@@ -164,6 +165,34 @@ def test_a_partial_mapping_keeps_the_other_defaults():
         ("data.math.task=null", "data.math.task", "expected text", ""),
         ("dta.math.task=gcd", "dta.math.task", "unknown key", "'data'"),
         ("seed=x", "seed", "expected int", ""),
+        (
+            "stages.mopd.signals={outcome: {reward: 'stage:base'}}",
+            "stages.mopd.signals.outcome.reward",
+            "writes model",
+            "orm",
+        ),
+        (
+            "stages.mopd.prompts.domains={math: 2, sort: -1}",
+            "stages.mopd.prompts.domains.sort",
+            "0 or more",
+            "",
+        ),
+        (
+            "stages.mopd.teachers.math={model: policy, serves: {math: false}}",
+            "stages.mopd.teachers.math.serves",
+            "serves no domain",
+            "DOMAIN",
+        ),
+        (
+            "stages.mopd.objectives.policy_gradient.clip_high=0.2",
+            "stages.mopd.objectives.policy_gradient.weights.is_gate",
+            "twice",
+            "pop",
+        ),
+        ("stages.base.model.heads=3", "stages.base.model.heads", "multiple", ""),
+        ("sizes.small.seed=3", "sizes.small.seed", "unknown key", ""),
+        ("data.math={kind: jsonl, path: nowhere.jsonl}", "data.math.path", "no file", "jsonl"),
+        ("models.other=stage:nothing", "models.other", "no stage", ""),
         ("runtime.device=gpu", "runtime.device", "not allowed", "cpu"),
     ],
 )
@@ -171,6 +200,13 @@ def test_bad_overrides(override, path, message, hint):
     found = [p for p in problems(GOOD, override) if p.path == path]
     assert found, [str(p) for p in problems(GOOD, override)]
     assert message in found[0].message and hint in found[0].hint
+
+
+def test_a_gate_and_a_clip_do_not_share_a_ratio():
+    gated = "stages.mopd.objectives={policy_gradient: {clip_high: 0.2, weights: {is_gate: {}}}}"
+    assert any("twice" in p.message for p in problems(GOOD, gated))
+    wrong = "stages.mopd.objectives={policy_gradient: {weights: {is_gate: {low: 3.0}}}}"
+    assert any("above high" in p.message for p in problems(GOOD, wrong))
 
 
 def test_all_problems_at_once_with_lines():
@@ -234,4 +270,7 @@ def test_tokenizers_of_folders_are_compared(tmp_path):
 @pytest.mark.parametrize("name", sorted(shipped()))
 @pytest.mark.parametrize("size", ["tiny", "small", "lab"])
 def test_shipped_recipes_resolve(name, size):
-    assert load(name, size=size).stages
+    recipe = load(name, size=size)
+    assert recipe.stages and recipe.size == size
+    tree, _, _ = parse(dump(recipe.to_dict()), "resolved.yaml")
+    assert resolve(tree, "resolved.yaml", written=True) == recipe

@@ -6,9 +6,9 @@ import signal
 import time
 
 import pytest
-from runs import DEMO, assert_same, opdctl, start, worker
 
-from opdctl.rundir import RunDir, read_json
+from opdctl.rundir import RunDir, read_json, write_json
+from runs import DEMO, assert_same, opdctl, start, worker
 
 SIGKILL = "import os, signal; die = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
 IN_SAMPLING = (
@@ -162,6 +162,48 @@ def test_workers_die_with_their_parent(tmp_path):
     assert not held(lock)
 
 
+def test_a_worker_stopped_alone_is_not_success(tmp_path):
+    folder = tmp_path / "run"
+    process = start("run", DEMO, "--out", folder, "stages.base.steps=500")
+    lock, metrics = (RunDir(folder).stage("base") / n for n in (".lock", "metrics.jsonl"))
+    deadline = time.time() + 60
+    while not (metrics.exists() and metrics.stat().st_size) and time.time() < deadline:
+        time.sleep(0.02)
+    os.kill(int(lock.read_text().split()[1]), signal.SIGTERM)
+    assert process.wait(60) == 75
+    assert RunDir(folder).record("base")["status"] == "interrupted"
+
+
+def test_a_changed_input_leaves_nothing_behind(demo_run, tmp_path):
+    """Finished domains and checkpoints of other inputs are not used again."""
+    copy_without(demo_run[0], tmp_path / "run", "eval_mopd")
+    run = RunDir(tmp_path / "run")
+    part = run.stage("eval_mopd") / "parts" / "math.json"
+    write_json(part, {**read_json(demo_run[0] / "stages/eval_mopd/parts/math.json"), "accuracy": 9})
+    write_json(run.stage("eval_mopd") / "stage.json", {"fingerprint": "other", "status": "running"})
+    assert worker(tmp_path / "run", "eval_mopd").returncode == 0
+    assert_same(demo_run[0], tmp_path / "run", ["eval_mopd"])
+
+
+@pytest.mark.parametrize("content", ["[1]", "5", "null", '{"a": 1}', "{", "\xff"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "run.json",
+        "stages/sft/stage.json",
+        "resolved.yaml",
+        "stages/eval_sft/results.json",
+        "stages/sft/metrics.jsonl",
+    ],
+)
+def test_damaged_files_are_named_not_traced(demo_run, tmp_path, name, content):
+    shutil.copytree(demo_run[0], tmp_path / "run", symlinks=True)
+    (tmp_path / "run" / name).write_bytes(content.encode("latin-1"))
+    for command in ("status", "claims", "report", "plan"):
+        done = opdctl(command, tmp_path / "run")
+        assert done.returncode in (0, 2) and "Traceback" not in done.stderr, (command, done.stderr)
+
+
 def test_two_at_once_and_foreign_directories(demo_run, tmp_path):
     from opdctl.rundir import lock
 
@@ -183,7 +225,9 @@ def test_resume_refuses_semantic_changes(demo_run):
     before = (demo_run[0] / "resolved.yaml").read_text()
     refused = opdctl("resume", demo_run[0], "stages.mopd.optim.lr=0.5")
     assert refused.returncode == 2 and "--from" in refused.stderr
-    assert "mopd: stage.optim.lr: 0.001 -> 0.5" in refused.stderr
+    assert "stages.mopd.optim.lr: 0.001 -> 0.5" in refused.stderr
+    named = opdctl("resume", demo_run[0], "claims.M1=null", "runtime.wave=7")
+    assert named.returncode == 2 and "claims.M1" in named.stderr
     assert (demo_run[0] / "resolved.yaml").read_text() == before
     allowed = opdctl("resume", demo_run[0], "runtime.checkpoint_every=3")
     assert allowed.returncode == 0 and "every stage is done" in allowed.stderr

@@ -257,7 +257,8 @@ def test_packing_round_trip():
         assert sorted(i for g, _ in groups for i in g) == list(range(len(spans)))
         covered = torch.cat([t for _, t in groups])
         assert sorted(covered.tolist()) == list(range(tokens_in(spans)))
-    assert [s for s, _ in parts([1, 2, 3, 4, 5], 2)] == [slice(0, 3), slice(3, 5)]
+    assert parts([1, 2, 3, 4, 5], 2) == [(slice(0, 2), slice(0, 3)), (slice(2, 5), slice(3, 15))]
+    assert len(parts([1] * 6, 5)) == 5 and len(parts([1, 1], 5)) == 2
     with pytest.raises(AssertionError):
         pack([([1, 2], 0)], 0)
 

@@ -7,7 +7,6 @@ synced, then renamed: one that has its name is whole. The newest few are kept.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -85,9 +84,3 @@ def restore(folder: Path, model: Model, optimizer: torch.optim.AdamW) -> dict | 
 def drop(folder: Path) -> None:
     """Remove every checkpoint: the stage is complete and its output stands."""
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def free_bytes(folder: Path) -> int:
-    """Bytes left on the disk of a folder."""
-    stat = os.statvfs(folder)
-    return stat.f_bavail * stat.f_frsize

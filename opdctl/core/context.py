@@ -15,7 +15,7 @@ from opdctl.registry import member
 from opdctl.rundir import RunDir, read_json, write_json
 from opdctl.schema import to_dict
 from opdctl.settings import Runtime
-from opdctl.types import Prompt
+from opdctl.types import Prompt, Rollout
 
 
 @dataclass
@@ -84,6 +84,12 @@ class Context:
             self._data[domain] = member("data", config.kind)(config, domain, self.recipe.seed)
         return self._data[domain]
 
+    def verify(self, rollout: Rollout) -> float:
+        """1 if the verifier of its domain passes the answer; one cut at the limit is wrong."""
+        if rollout.truncated:
+            return 0.0
+        return self.data(rollout.prompt.domain).score(rollout.prompt, rollout.text)
+
     def prompts(self, domain: str, split: str) -> list[Prompt]:
         """Prompts of a domain. Procedural ones are generated once a run and kept in ``cache/``."""
         data = self.data(domain)
@@ -91,7 +97,7 @@ class Context:
             return data.prompts(split)
         config = to_dict(data.config)
         name = f"{domain}-{split}-{draws.key(self.recipe.seed, config, data.revision):016x}.json"
-        kept = read_json(self.run / "cache" / name)
+        kept = read_json(self.run / "cache" / name, list)
         if kept is None:
             found = data.prompts(split)
             write_json(self.run / "cache" / name, [asdict(p) for p in found])

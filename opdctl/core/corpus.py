@@ -40,13 +40,13 @@ def new_tokenizer(texts: list[str]) -> Any:
 
 
 def new_model(ctx) -> Model:
-    """Tokenizer of the stage's data and a randomly initialised Qwen3 of the stage's shape."""
+    """Tokenizer of all the recipe's data and a randomly initialised Qwen3 of the stage's shape."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     texts = [
         p.text + p.answer
-        for domain in ctx.recipe.domains(ctx.name)
+        for domain in ctx.recipe.data
         for split in ("train", "eval")
         for p in ctx.prompts(domain, split)
     ]

@@ -83,14 +83,14 @@ def evaluate(ctx: Context) -> Compute:
 
 
 def _domain(ctx: Context, model, name: str, domain: str) -> dict:
-    config, data = ctx.config, ctx.data(domain)
+    config = ctx.config
     prompts = ctx.prompts(domain, "eval")[: config.prompts.limit]
     if not prompts:
         raise UsageError(f"data.{domain} holds out no prompts", "raise eval_share")
     rollouts = sample_group(ctx, model, prompts, 0, "student")
     right = [0] * len(prompts)
     for rollout in rollouts:
-        right[rollout.group] += int(data.score(rollout.prompt, rollout.text) == 1.0)
+        right[rollout.group] += int(ctx.verify(rollout) == 1.0)
     summary = record(
         name, domain, config.prompts.samples, right, [len(r.response_ids) for r in rollouts]
     )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdctl.core import checkpoint, tokens, update
+from opdctl.core import checkpoint, draws, tokens, update
 from opdctl.core.context import Clock, Context
 from opdctl.core.metrics import Metrics, by_domain, mean
 from opdctl.core.models import Model
@@ -29,7 +29,8 @@ class Parts:
     """What a stage puts into the loop.
 
     Attributes:
-        source: ``draw(step) -> [Rollout]``; may have ``forward_passes`` for the ledger.
+        source: ``draw(step) -> [Rollout]``; for the ledger ``sampled`` (tokens of the last draw),
+            ``parameters`` of the sampler and ``samples_from`` (student, teacher, dataset).
         terms: the objectives.
         signals: ``{name: (coef, member)}``; their weighted sum is the advantage.
         rewards: called on all rollouts of a step.
@@ -134,10 +135,14 @@ class Loop:
             assert 0 <= done - rollout.version <= 0, "rollouts are of the current weights"
         if not rollouts:
             raise StageFailed("no rollouts in this step", "the source kept none of its samples")
-        self._count_rollouts(rollouts)
+        if self.parts.minibatches > 1:
+            rollouts = self._shuffled(rollouts, done)
+        self._count_rollouts()
         clock.lap("rollout")
         for reward in self.parts.rewards:
             reward.score(rollouts)
+            forwarded = sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
+            self.compute.flops["teacher"] += 2.0 * reward.parameters * forwarded
         step = self._columns(rollouts)
         values = self._advantage(step)
         clock.lap("score")
@@ -267,15 +272,22 @@ class Loop:
             values[name] = float(torch.cat(parts).mean())
         return values
 
-    def _count_rollouts(self, rollouts: list[Rollout]) -> None:
-        sampled = [r for r in rollouts if r.source != "dataset"]
-        count = sum(len(r.prompt_ids) + len(r.response_ids) for r in sampled)
-        flops = 2.0 * getattr(self.parts.source, "parameters", 0) * count
-        if sampled and sampled[0].source == "teacher":
-            self.compute.teacher_sampled_tokens += count
+    def _shuffled(self, rollouts: list[Rollout], done: int) -> list[Rollout]:
+        """Groups in an order of the step's own, so that no minibatch is of one domain alone."""
+        groups = list(dict.fromkeys(r.group for r in rollouts))
+        order = draws.permutation(len(groups), self.ctx.seed, "minibatches", done)
+        place = {groups[g]: i for i, g in enumerate(order)}
+        return sorted(rollouts, key=lambda r: place[r.group])
+
+    def _count_rollouts(self) -> None:
+        """Everything the source sampled, what it then refused included."""
+        source = self.parts.source
+        flops = 2.0 * source.parameters * source.sampled
+        if source.samples_from == "teacher":
+            self.compute.teacher_sampled_tokens += source.sampled
             self.compute.flops["teacher_sampling"] += flops
         else:
-            self.compute.rollout_tokens += count
+            self.compute.rollout_tokens += source.sampled
             self.compute.flops["rollout"] += flops
 
     def _log_rollouts(self, done: int, step: Step) -> None:

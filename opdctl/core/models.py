@@ -37,6 +37,7 @@ class Model:
 
     def __post_init__(self) -> None:
         self.rendered: dict[str, list[int]] = {}
+        self.readable: set[str] = set()
         self.valid_V = min(len(self.tokenizer), self.net.config.get_text_config().vocab_size)
         config = self.net.config.get_text_config()
         self.softcap = getattr(config, "final_logit_softcapping", None)
@@ -79,6 +80,7 @@ class Model:
     def render(self, text: str) -> list[int]:
         """Ids of a user turn, up to where the response starts."""
         if text not in self.rendered:
+            self.require_readable(text)
             self.rendered[text] = self._render(text)
         return self.rendered[text]
 
@@ -94,8 +96,27 @@ class Model:
 
     def encode(self, answer: str) -> list[int]:
         """Ids of a response, with the end token."""
+        self.require_readable(answer)
         ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
         return [*ids, self.eos]
+
+    def require_readable(self, text: str) -> None:
+        """Every character must reach the model: some tokenizers drop what they do not know.
+
+        Raises:
+            UsageError: one would be dropped; says which.
+        """
+        if not self.tokenizer.is_fast or text in self.readable:
+            return
+        spans = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        covered = {i for start, stop in spans["offset_mapping"] for i in range(start, stop)}
+        lost = [c for i, c in enumerate(text) if i not in covered and not c.isspace()]
+        if lost:
+            raise UsageError(
+                f"{self.name}: its tokenizer has no token for {lost[0]!r}, as in {text[:60]!r}",
+                "train the tokenizer on this data too, or use a public one",
+            )
+        self.readable.add(text)
 
     def decode(self, ids: list[int]) -> str:
         """Text of a response without its end token. Other special tokens stay: a verifier must not

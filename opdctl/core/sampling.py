@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from opdctl.core import draws
 from opdctl.registry import member
 from opdctl.types import Prompt, Rollout
@@ -26,7 +28,12 @@ def sample_group(
     engine = member("engines", "transformers")(model, ctx.runtime.wave, ctx.check)
     rendered = [model.render(p.text) for p in prompts]
     where = [(g, s) for g in range(len(prompts)) for s in range(samples)]
-    keys = [draws.key(ctx.seed, step, prompts[g].id, s) for g, s in where]
+    times: Counter[str] = Counter()  # a small pool may give a prompt twice in one step
+    first = []
+    for prompt in prompts:
+        first.append(times[prompt.id] * samples)
+        times[prompt.id] += 1
+    keys = [draws.key(ctx.seed, step, prompts[g].id, first[g] + s) for g, s in where]
     drawn = engine.generate(
         [rendered[g] for g, _ in where],
         keys,

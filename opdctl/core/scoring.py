@@ -37,7 +37,7 @@ def logprobs(
     count = sum(len(ids) - start for ids, start in spans)
     out_N = torch.zeros(count, dtype=torch.get_default_dtype(), device=model.device)
     rows = rows_in(chunk_mib, model.head.weight.shape[0])
-    for group, tokens_N in micro_batches(spans, micro_batch):
+    for group, tokens_N in micro_batches(spans, micro_batch, model.device):
         check()
         packed = pack([spans[i] for i in group], model.pad, model.device)
         hidden = model.trunk(packed.ids_BT).last_hidden_state

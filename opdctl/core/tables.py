@@ -51,6 +51,8 @@ class TableData:
                     f"data.{self.domain}: no column {name!r}",
                     did_you_mean(name, map(str, row), "columns:"),
                 )
+            if row[name] is None:
+                raise UsageError(f"data.{self.domain}: a row has no value in column {name!r}")
         text = str(row[self.config.prompt_column])
         answer = str(row[self.config.answer_column])
         return Prompt(digest(self.domain, text), self.domain, text, answer, {"answer": answer})

@@ -90,18 +90,19 @@ def last_of_each(values_N: Tensor, length_B: Tensor) -> Tensor:
 
 
 def parts(lengths: Sequence[int], count: int) -> list[tuple[slice, slice]]:
-    """``count`` contiguous parts: slices over sequences and over their supervised tokens."""
-    size = -(-len(lengths) // count) or 1
+    """``count`` contiguous parts, as even as can be: slices over sequences and their tokens."""
     out, token = [], 0
-    for start in range(0, len(lengths), size):
-        part = lengths[start : start + size]
-        out.append((slice(start, start + len(part)), slice(token, token + sum(part))))
-        token += sum(part)
+    for k in range(count):
+        start, stop = k * len(lengths) // count, (k + 1) * len(lengths) // count
+        size = sum(lengths[start:stop])
+        if stop > start:
+            out.append((slice(start, stop), slice(token, token + size)))
+        token += size
     return out
 
 
 def micro_batches(
-    spans: Sequence[tuple[Sequence[int], int]], size: int
+    spans: Sequence[tuple[Sequence[int], int]], size: int, device="cpu"
 ) -> list[tuple[list[int], Tensor]]:
     """Sequences of like length together, so that little of a rectangle is padding.
 
@@ -124,12 +125,8 @@ def micro_batches(
             groups.append([i])
         else:
             group.append(i)
+    index = [[t for i in group for t in range(first[i], first[i + 1])] for group in groups]
     return [
-        (
-            group,
-            torch.tensor(
-                [t for i in group for t in range(first[i], first[i + 1])], dtype=torch.long
-            ),
-        )
-        for group in groups
+        (group, torch.tensor(tokens, dtype=torch.long, device=device))
+        for group, tokens in zip(groups, index, strict=True)
     ]

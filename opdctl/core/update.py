@@ -151,7 +151,7 @@ def accumulate(
     head = [p for p in model.head.parameters() if p is not None]
     table: dict[str, Tensor] = {}
     total, processed = 0.0, 0
-    for group, tokens_N in micro_batches(spans, micro_batch):
+    for group, tokens_N in micro_batches(spans, micro_batch, model.device):
         packed = pack([spans[i] for i in group], model.pad, model.device)
         hidden = model.trunk(packed.ids_BT).last_hidden_state.flatten(0, 1)
         index_N = packed.prediction_N if "prediction" in rows else packed.token_N

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from opdctl.core.questions import Split
 from opdctl.core.tables import ColumnKeys, TableData
-from opdctl.errors import UsageError
+from opdctl.errors import Problem, UsageError
 from opdctl.schema import REQUIRED, key
 
 
@@ -24,6 +24,13 @@ class Jsonl(TableData):
 
         path: str = key(REQUIRED, "file; .parquet is read as parquet, anything else as JSON lines")
 
+    @staticmethod
+    def problems(config) -> list[Problem]:
+        """What the schema cannot see."""
+        if Path(config.path).is_file():
+            return []
+        return [Problem("path", f"no file {config.path}", "a .jsonl or .parquet file")]
+
     def rows(self, split: Split) -> Iterator[dict]:
         """Rows of the file.
 
@@ -36,13 +43,13 @@ class Jsonl(TableData):
         if path.suffix == ".parquet":
             yield from parquet_rows(path, self.domain)
             return
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except ValueError as error:  # not UTF-8 is one too
                     raise UsageError(f"{path}:{number}: not JSON: {error}") from None
                 if not isinstance(row, dict):
                     raise UsageError(f"{path}:{number}: expected an object")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from opdctl.core.questions import Split, digest, distinct
-from opdctl.errors import UsageError
+from opdctl.errors import Problem, UsageError
 from opdctl.schema import REQUIRED, key
 from opdctl.types import Prompt
 
@@ -42,6 +42,7 @@ class ReasoningGym:
         import reasoning_gym
 
         self.config, self.domain = config, domain
+        self.entries: dict[int, dict] = {}  # by index: what the scorer needs, made when asked for
         try:
             self.dataset = reasoning_gym.create_dataset(
                 config.task, size=config.items, seed=seed, **config.config
@@ -49,20 +50,32 @@ class ReasoningGym:
         except (TypeError, ValueError, AssertionError) as error:
             raise UsageError(f"data.{domain}: reasoning-gym refuses it: {error}") from error
 
+    @staticmethod
+    def problems(config) -> list[Problem]:
+        """What the schema cannot see."""
+        try:
+            list(string.Formatter().parse(config.prompt))
+        except ValueError as error:
+            return [Problem("prompt", f"not a template: {error}", "write {field}")]
+        return []
+
     def prompts(self, split: Split) -> list[Prompt]:
         """Distinct prompts of one side of the split."""
         return distinct(
-            (self._prompt(self.dataset[i]) for i in range(self.config.items)),
+            (self._prompt(i) for i in range(self.config.items)),
             split,
             self.config.eval_share,
         )
 
-    def _prompt(self, item: dict) -> Prompt:
+    def _prompt(self, index: int) -> Prompt:
+        item = self.dataset[index]
         text = item["question"]
         if self.config.prompt:
             try:
                 fields = Fields(self.config.separator)
                 text = fields.vformat(self.config.prompt, (), item["metadata"])
+            except (ValueError, TypeError) as error:
+                raise UsageError(f"data.{self.domain}.prompt: {error}") from None
             except KeyError as error:
                 known = ", ".join(k for k in item["metadata"] if not k.startswith("source"))
                 raise UsageError(
@@ -73,7 +86,7 @@ class ReasoningGym:
             answer = fields_of(json.loads(answer.replace("'", '"')), self.config.separator)
         if self.config.lowercase:
             text, answer = text.lower(), answer.lower()
-        return Prompt(digest(self.domain, text), self.domain, text, answer, item)
+        return Prompt(digest(self.domain, text), self.domain, text, answer, {"index": index})
 
     def score(self, prompt: Prompt, text: str) -> float:
         """1 if reasoning-gym's scorer gives full marks, else 0."""
@@ -81,10 +94,13 @@ class ReasoningGym:
         if self.config.answer == "list":
             separator = self.config.separator
             answer = json.dumps(answer.split(separator) if separator else list(answer))
+        index = prompt.item["index"]
+        if index not in self.entries:
+            self.entries[index] = self.dataset[index]
         try:
-            return float(self.dataset.score_answer(answer, entry=prompt.item) == 1.0)
-        except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, OverflowError):
-            return 0.0  # some scorers raise on an answer they cannot read
+            return float(self.dataset.score_answer(answer, entry=self.entries[index]) == 1.0)
+        except Exception:  # some scorers raise, anything, on an answer they cannot read
+            return 0.0
 
 
 class Fields(string.Formatter):

@@ -33,6 +33,8 @@ class Sample:
 class Transformers:
     """Sampling in this process with the weights as they stand; nothing to publish."""
 
+    revision = 1
+
     def __init__(self, model, wave: int, check: Callable[[], None] = lambda: None) -> None:
         self.model, self.wave, self.check = model, wave, check
 
@@ -73,9 +75,16 @@ class Transformers:
         seen_UT = torch.arange(T + max_tokens, device=device) >= pad_U[:, None]
         causal_TT = torch.ones(T, T, dtype=torch.bool, device=device).tril()
         self_TT = torch.eye(T, dtype=torch.bool, device=device)  # padding attends to itself
+        dtype = next(model.net.parameters()).dtype
+
+        def additive(allowed):
+            """0 where allowed, else the lowest number: every attention reads that alike."""
+            zeros = torch.zeros(allowed.shape, dtype=dtype, device=device)
+            return zeros.masked_fill(~allowed, torch.finfo(dtype).min)
+
         inputs = {
             "input_ids": ids_UT.to(device),
-            "attention_mask": (seen_UT[:, None, None, :T] & causal_TT) | self_TT,
+            "attention_mask": additive((seen_UT[:, None, None, :T] & causal_TT) | self_TT),
             "position_ids": (torch.arange(T, device=device) - pad_U[:, None]).clamp(min=0),
         }
         cache = DynamicCache(config=model.net.config)
@@ -110,7 +119,7 @@ class Transformers:
                 inputs = {
                     "input_ids": token_B[:, None],
                     "position_ids": position_B1,
-                    "attention_mask": seen_UT[:, None, None, : T + t + 1],
+                    "attention_mask": additive(seen_UT[:, None, None, : T + t + 1]),
                 }
         return cut(tokens_BT, logprobs_BT, model.eos)
 

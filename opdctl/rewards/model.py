@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from opdctl.core.tokens import last_of_each, micro_batches, pack
-
 
 class Model:
     """The probability an outcome reward model (stage kind orm) gives the whole answer."""
@@ -18,10 +16,13 @@ class Model:
             ctx.path_of(reference), dtype=ctx.runtime.dtype, device=ctx.device, classifier=True
         )
         self.model.net.requires_grad_(False)
+        self.parameters = self.model.parameters
 
     def score(self, rollouts) -> None:
         """Sets ``reward`` of every rollout to a probability in (0, 1)."""
         import torch
+
+        from opdctl.core.tokens import last_of_each, micro_batches, pack
 
         spans = [((*r.prompt_ids, *r.response_ids), len(r.prompt_ids)) for r in rollouts]
         with torch.no_grad():

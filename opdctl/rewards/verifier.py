@@ -7,6 +7,7 @@ class Verifier:
     """1 if the verifier of the prompt's domain passes the answer, else 0."""
 
     revision = 1
+    parameters = 0
 
     def __init__(self, ctx) -> None:
         self.ctx = ctx
@@ -14,5 +15,4 @@ class Verifier:
     def score(self, rollouts) -> None:
         """Sets ``reward`` of every rollout."""
         for rollout in rollouts:
-            data = self.ctx.data(rollout.prompt.domain)
-            rollout.reward = data.score(rollout.prompt, rollout.text)
+            rollout.reward = self.ctx.verify(rollout)

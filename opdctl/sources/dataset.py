@@ -18,6 +18,7 @@ class Dataset:
     """The reference answers of the data, a stated share of them corrupted."""
 
     revision = 1
+    samples_from, parameters, sampled = "dataset", 0, 0
 
     @dataclass(kw_only=True)
     class Config:
@@ -71,4 +72,4 @@ def corrupted(answer: str, pool: list, *name: object) -> str:
             changed = answer[:place] + character + answer[place + 1 :]
         if changed != answer:
             return changed
-    return answer + "0"  # a domain with one answer only
+    return answer + (answer[-1:] or "0")  # a domain with one answer only

@@ -12,6 +12,7 @@ class Student:
     """Responses of the model being trained, at its current weights."""
 
     revision = 1
+    samples_from = "student"
 
     @dataclass(kw_only=True)
     class Config:
@@ -24,4 +25,6 @@ class Student:
 
     def draw(self, step: int):
         """All rollouts of a step: ``per_step`` prompts x ``samples``."""
-        return sample_group(self.ctx, self.model, self.order.at(step), step, "student")
+        rollouts = sample_group(self.ctx, self.model, self.order.at(step), step, "student")
+        self.sampled = sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
+        return rollouts

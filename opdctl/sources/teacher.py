@@ -19,6 +19,7 @@ class Teacher:
     """Responses of a frozen model, all of them or the verified ones."""
 
     revision = 1
+    samples_from = "teacher"
 
     @dataclass(kw_only=True)
     class Config:
@@ -44,16 +45,14 @@ class Teacher:
             "teacher",
             sampling=self.config.sampling,
         )
+        self.sampled = sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
         if self.config.keep == "verified":
             for rollout in rollouts:
-                rollout.reward = self.ctx.data(rollout.prompt.domain).score(
-                    rollout.prompt, rollout.text
-                )
-            rollouts = [r for r in rollouts if r.reward == 1.0 and not r.truncated]
-        if self.model is not self.student:
-            for rollout in rollouts:
-                rollout.behaviour_logprobs = None
-                rollout.prompt_ids = self.student.render(rollout.prompt.text)
-                ids = self.student.encode(rollout.text)
-                rollout.response_ids = ids[:-1] if rollout.truncated else ids
+                rollout.reward = self.ctx.verify(rollout)
+            rollouts = [r for r in rollouts if r.reward == 1.0]
+        for rollout in rollouts:
+            rollout.behaviour_logprobs = None
+            rollout.prompt_ids = self.student.render(rollout.prompt.text)
+            ids = self.student.encode(rollout.text)
+            rollout.response_ids = ids[:-1] if rollout.truncated else ids
         return rollouts

@@ -29,6 +29,8 @@ class Evaluate:
     """mean@n, pass@k, 95 % interval and length of a model on every domain."""
 
     revision = 1
+    writes = ""
+    uses = ("engines/transformers",)
 
     @dataclass(kw_only=True)
     class Config(StageConfig):

@@ -25,6 +25,14 @@ class Opd:
     """The student samples, a teacher per domain scores every token."""
 
     revision = 1
+    writes = "model"
+    uses = (
+        "sources/student",
+        "engines/transformers",
+        "teachers/local",
+        "rewards/verifier",
+        "rewards/model",
+    )
 
     @dataclass(kw_only=True)
     class Config(OnPolicyConfig):
@@ -64,7 +72,11 @@ def _routing(config, recipe, stage) -> list[Problem]:
     from opdctl.core.routing import routes
 
     domains = recipe.domains(stage)
-    found = []
+    found = [
+        Problem(f"teachers.{name}.serves", "it serves no domain", "serves: {DOMAIN: true}")
+        for name, teacher in config.teachers.items()
+        if teacher.serves and not any(teacher.serves.values())
+    ]
     if not config.teachers:
         return found
     for domain, names in routes(domains, config.teachers).items():

@@ -21,6 +21,8 @@ class Orm:
     """A model that predicts the verifier's verdict on a rollout."""
 
     revision = 1
+    writes = "classifier"
+    uses = ("sources/teacher", "engines/transformers", "rewards/verifier", "objectives/outcome")
 
     @dataclass(kw_only=True)
     class Config(TrainConfig):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opdctl.errors import Problem
 from opdctl.registry import config_of
 from opdctl.schema import key
 from opdctl.settings import Optim, TrainConfig
@@ -35,6 +36,8 @@ class Pretrain:
     """From scratch on the data's own texts; trains the tokenizer first."""
 
     revision = 1
+    writes = "model"
+    uses = ("sources/dataset", "objectives/nll")
 
     @dataclass(kw_only=True)
     class Config(TrainConfig):
@@ -49,7 +52,12 @@ class Pretrain:
         """What the schema cannot see."""
         from opdctl.stages.sft import needs_domains
 
-        return needs_domains(recipe, stage)
+        found, shape = needs_domains(recipe, stage), config.model
+        if shape.heads % shape.kv_heads:
+            found.append(Problem("model.heads", f"not a multiple of kv_heads ({shape.kv_heads})"))
+        if shape.head_dim % 2:
+            found.append(Problem("model.head_dim", "rotary positions need an even width"))
+        return found
 
     def run(self, ctx):
         """Make tokenizer and model, train on the answers, write both."""

@@ -74,6 +74,21 @@ def member_problems(config, provided: set[str]) -> list[Problem]:
                 "objectives: {policy_gradient: {}}",
             )
         )
+    for name, objective in config.objectives.items():
+        gate = objective.weights.get("is_gate")
+        if gate and gate.low > gate.high:
+            path = f"objectives.{name}.weights.is_gate.low"
+            found.append(Problem(path, f"{gate.low} is above high, {gate.high}"))
+        if gate and (getattr(objective, "clip_low", 0) or getattr(objective, "clip_high", 0)):
+            found.append(
+                Problem(
+                    f"objectives.{name}.weights.is_gate",
+                    "with a clip the ratio to the sampler would be applied twice",
+                    "weights: {pop: {}} beside a clip, or no clip",
+                )
+            )
+    if config.minibatches > config.prompts.per_step * config.prompts.samples:
+        found.append(Problem("minibatches", "more of them than responses in a step"))
     outcome = active.get("outcome")
     if outcome and outcome.baseline == "group" and config.prompts.samples < 2:
         found.append(
@@ -106,6 +121,8 @@ class Rl:
     """GRPO: group advantage of the outcome, policy gradient with an asymmetric clip."""
 
     revision = 1
+    writes = "model"
+    uses = ("sources/student", "engines/transformers", "rewards/verifier", "rewards/model")
 
     @dataclass(kw_only=True)
     class Config(OnPolicyConfig):

@@ -43,6 +43,8 @@ class Sft:
     """On demonstrations, or on a teacher's verified samples."""
 
     revision = 1
+    writes = "model"
+    uses = ("engines/transformers",)
 
     @dataclass(kw_only=True)
     class Config(TrainConfig):
@@ -64,15 +66,17 @@ class Sft:
                     "sources", f"{list(config.sources)} given", "sft takes one: dataset or teacher"
                 )
             )
-        for name in config.objectives:
-            if name != "nll":
+        for name, objective in config.objectives.items():
+            if name != "nll" or objective.weights:
                 found.append(
                     Problem(
                         f"objectives.{name}",
-                        "sft has no advantage and no reward",
+                        "a demonstration has no advantage, no reward and no sampler's log-probs",
                         "objectives: {nll: {}}",
                     )
                 )
+        if not any(o.coef for o in config.objectives.values()):
+            found.append(Problem("objectives", "nothing to minimise", "objectives: {nll: {}}"))
         return found
 
     def run(self, ctx):

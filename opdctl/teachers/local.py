@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from opdctl.core.models import require_same_tokens
-from opdctl.core.scoring import logprobs
-
 
 class Local:
     """A frozen model in this process; scores the exact token ids."""
@@ -13,6 +10,8 @@ class Local:
     provides = ("teacher.logprobs",)
 
     def __init__(self, ctx, student, name: str, reference: str) -> None:
+        from opdctl.core.models import require_same_tokens
+
         self.ctx = ctx
         self.model = ctx.frozen(reference)
         self.parameters = self.model.parameters
@@ -20,6 +19,8 @@ class Local:
 
     def score(self, requests, temperature: float):
         """Log-prob of every target token, flat, in the order of the requests."""
+        from opdctl.core.scoring import logprobs
+
         runtime = self.ctx.runtime
         return logprobs(
             self.model,

@@ -1,0 +1,133 @@
+"""Is the graph of a recipe possible? References, cycles, domains, kinds; all problems collected.
+
+The schema has passed. Nothing is loaded: of a model folder only config.json and the tokenizer's
+vocabulary are read.
+"""
+
+from __future__ import annotations
+
+import graphlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from opdctl import references, registry
+from opdctl.errors import Problem
+from opdctl.schema import did_you_mean
+from opdctl.schema import references as refs_of
+
+
+def check(recipe: Any, folders: bool) -> list[Problem]:
+    """Every problem of the graph. References are replaced by what their aliases mean.
+
+    Args:
+        folders: whether the folders and files it names must exist; a run may outlive them.
+    """
+    found = _aliases(recipe, folders)
+    for stage in recipe.stages:
+        found += _references(recipe, stage, folders)
+    found += _data(recipe, folders)
+    if found:
+        return found
+    try:
+        graphlib.TopologicalSorter({s: recipe.upstream(s) for s in recipe.stages}).prepare()
+    except graphlib.CycleError as error:
+        trail = " -> ".join(reversed(error.args[1]))
+        hint = "a stage reads only what comes before it"
+        return [Problem(f"stages.{error.args[1][0]}", f"a cycle of stages: {trail}", hint)]
+    for stage, config in recipe.stages.items():
+        cls = registry.member("stages", config.kind)
+        for problem in cls.problems(config, recipe, stage):
+            found.append(replace(problem, path=f"stages.{stage}.{problem.path}"))
+    for claim, roles in recipe.claims.items():
+        found += _claim(recipe, claim, roles)
+    return found
+
+
+def _aliases(recipe, folders: bool) -> list[Problem]:
+    found = []
+    for alias, text in recipe.models.items():
+        wrong = references.complaint(text, list(recipe.stages), [], folders)
+        if wrong:
+            found.append(Problem(f"models.{alias}", *wrong))
+    return found
+
+
+def _references(recipe, stage: str, folders: bool) -> list[Problem]:
+    config, found = recipe.stages[stage], []
+    names, aliases = list(recipe.stages), list(recipe.models)
+    for dotted, text in refs_of(config):
+        target = recipe.models.get(text, text)
+        reference = references.parse(target)
+        _set(config, dotted, str(reference))
+        rewarding = dotted.endswith(".reward")
+        if rewarding and target == "verifier":
+            continue
+        wrong = references.complaint(target, names, aliases, folders)
+        if wrong is None and reference.form == "stage" and reference.name == stage:
+            wrong = "a stage cannot read its own output", ""
+        if wrong is None and reference.form == "policy" and ".teachers." not in f".{dotted}":
+            wrong = "policy is a teacher's reference", "write stage:NAME"
+        if wrong is None:
+            wrong = _kind(recipe, reference, "classifier" if rewarding else "model", folders)
+        if wrong:
+            found.append(Problem(f"stages.{stage}.{dotted}", *wrong))
+    for domain, share in getattr(getattr(config, "prompts", None), "domains", {}).items():
+        path = f"stages.{stage}.prompts.domains.{domain}"
+        if domain not in recipe.data:
+            near = did_you_mean(domain, recipe.data, "data:")
+            found.append(Problem(path, f"no data {domain!r}", near))
+        if isinstance(share, float) and not 0 <= share < float("inf"):
+            found.append(Problem(path, f"a share is 0 or more, not {share}"))
+    return found
+
+
+def _kind(recipe, reference, wanted: str, folders: bool) -> tuple[str, str] | None:
+    """Whether a reference names a language model where one is read, a classifier where not."""
+    hint = "an orm stage writes a classifier; pretrain, sft, rl and opd write a language model"
+    written = wanted
+    if reference.form == "stage":
+        written = registry.member("stages", recipe.stages[reference.name].kind).writes
+    elif reference.form == "folder" and folders:
+        written = references.written_in(reference.name)
+    if written == wanted:
+        return None
+    return f"{reference} writes {written or 'no model'}, and a {wanted} is read here", hint
+
+
+def _data(recipe, folders: bool) -> list[Problem]:
+    found = []
+    for domain, config in recipe.data.items():
+        path = getattr(config, "path", "")
+        if path and (config.kind == "jsonl" or Path(path).expanduser().exists()):
+            config.path = str(Path(path).expanduser().absolute())
+        check = getattr(registry.member("data", config.kind), "problems", lambda _: [])
+        if folders:
+            found += [replace(p, path=f"data.{domain}.{p.path}") for p in check(config)]
+    return found
+
+
+def _claim(recipe, claim: str, roles) -> list[Problem]:
+    found = []
+    for dotted, text in refs_of(roles):
+        wrong = references.complaint(text, list(recipe.stages), [])
+        if wrong is None and references.parse(text).form != "stage":
+            wrong = "a claim names stages", "write stage:NAME"
+        if wrong:
+            found.append(Problem(f"claims.{claim}.{dotted}", *wrong))
+    for name in ("teachers", "domains"):
+        for domain in getattr(roles, name, {}):
+            if domain not in recipe.data:
+                near = did_you_mean(domain, recipe.data, "data:")
+                found.append(Problem(f"claims.{claim}.{name}.{domain}", "no such domain", near))
+    return found
+
+
+def _set(config: Any, dotted: str, value: str) -> None:
+    *above, last = dotted.split(".")
+    for part in above:
+        config = config[part] if isinstance(config, dict) else getattr(config, part)
+    if isinstance(config, dict):
+        config[last] = value
+    else:
+        setattr(config, last, value)
