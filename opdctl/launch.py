@@ -18,11 +18,12 @@ from opdctl.rundir import RunDir, write_json, write_text
 from opdctl.settings import Runtime
 
 
-def new_run(recipe: Recipe, source: str, path: Path) -> RunDir:
+def new_run(recipe: Recipe, source: str, path: Path, only: str = "") -> RunDir:
     """Create a run directory for a recipe.
 
     Args:
         source: text of the recipe file, kept beside the resolved one.
+        only: the stage it was made for, if not for all.
 
     Raises:
         UsageError: the directory exists, or cannot be written.
@@ -39,6 +40,7 @@ def new_run(recipe: Recipe, source: str, path: Path) -> RunDir:
             "recipe": recipe.name,
             "size": recipe.size,
             "seed": recipe.seed,
+            "only": only,
             "created": time.time(),
             "command": sys.argv,
             "fingerprints": fingerprints(recipe),

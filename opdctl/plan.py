@@ -92,7 +92,7 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
                 inputs[dotted] = (references.origin(ref.name) or {}).get("fingerprint", ref.name)
         name = getattr(recipe.stages[stage], "seed_group", "") or stage
         content = [semantic(recipe, stage), revisions(recipe, stage), inputs, name]
-        text = json.dumps(content, sort_keys=True)
+        text = json.dumps(content)  # in order: that of domains decides the order of rollouts
         found[stage] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     return found
 

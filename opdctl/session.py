@@ -168,7 +168,7 @@ def show_status(directory: Path | None, *, watch: bool, as_json: bool) -> None:
 
 
 def _start(recipe: Recipe, source: str, path: Path, old: RunDir | None, only: str) -> int:
-    run = run_launch.new_run(recipe, source, path)
+    run = run_launch.new_run(recipe, source, path, only)
     if old:
         reused = run_launch.reuse(run, recipe, old)
         console.say(f"reused from {old.path}: {', '.join(reused) or 'nothing'}")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from opdctl.launch import read_recipe
-from opdctl.plan import fingerprints
+from opdctl.plan import fingerprints, needed
 from opdctl.rundir import RunDir, held
 
 
@@ -27,7 +27,9 @@ def status(run: RunDir) -> dict:
     manifest, recipe = run.manifest(), read_recipe(run)
     prints = fingerprints(recipe)
     stages = {name: _stage(run, recipe, name, prints[name]) for name in recipe.order()}
-    state = _worst([s["status"] for s in stages.values()])
+    only = manifest.get("only")
+    wanted = needed(recipe, only) if only in stages else set(stages)
+    state = _worst([s["status"] for name, s in stages.items() if name in wanted])
     if held(run / ".lock"):
         state = "running"
     return {
