@@ -117,6 +117,10 @@ class Loop:
             raise
         finally:
             metrics.close()
+        if not self.compute.train_tokens:
+            raise StageFailed(
+                "no step had anything to train on", "the source refused all of its samples"
+            )
         return self.compute
 
     def _save(self, done: int) -> None:
@@ -133,12 +137,12 @@ class Loop:
         rollouts = [r for r in self.parts.source.draw(done) if r.response_ids]
         for rollout in rollouts:
             assert 0 <= done - rollout.version <= 0, "rollouts are of the current weights"
-        if not rollouts:
-            raise StageFailed("no rollouts in this step", "the source kept none of its samples")
-        if self.parts.minibatches > 1:
-            rollouts = self._shuffled(rollouts, done)
         self._count_rollouts()
         clock.lap("rollout")
+        if not rollouts:
+            return {"rollouts": 0, "tokens": 0}  # the source refused all of its samples
+        if self.parts.minibatches > 1:
+            rollouts = self._shuffled(rollouts, done)
         for reward in self.parts.rewards:
             reward.score(rollouts)
             forwarded = sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
@@ -299,7 +303,8 @@ class Loop:
         folder = self.ctx.folder / "rollouts"
         folder.mkdir(exist_ok=True)
         with open(folder / f"step-{done:06d}.jsonl", "w", encoding="utf-8") as file:
-            for i, r in enumerate(step.rollouts[: self.ctx.runtime.log_rollouts]):
+            apart = -(-len(step.rollouts) // self.ctx.runtime.log_rollouts)
+            for i, r in list(enumerate(step.rollouts))[::apart]:  # some of each domain
                 row = {
                     "domain": r.prompt.domain,
                     "prompt": r.prompt.text,
