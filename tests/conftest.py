@@ -89,7 +89,7 @@ def model64():
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory):
     """An uninterrupted run of the demo recipe: (folder, what the command printed)."""
-    from runs import DEMO, opdctl
+    from running import DEMO, opdctl
 
     folder = tmp_path_factory.mktemp("runs") / "demo"
     done = opdctl("run", DEMO, "--out", folder)

@@ -2,8 +2,8 @@
 
 import numpy as np
 import torch
-from conftest import make_model
 
+from conftest import make_model
 from opdctl.core import draws
 from opdctl.core.scoring import logprobs
 from opdctl.engines.transformers import Transformers, draw

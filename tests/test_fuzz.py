@@ -5,11 +5,11 @@ import random
 
 import pytest
 import yaml
-from runs import DEMO
 
 from opdctl.errors import OpdctlError
 from opdctl.positions import parse
 from opdctl.recipe import resolve, shipped
+from running import DEMO
 
 JUNK = [
     None,

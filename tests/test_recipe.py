@@ -255,7 +255,6 @@ def test_seeds():
 
 def test_tokenizers_of_folders_are_compared(tmp_path):
     from conftest import make_model
-
     from opdctl.core.models import save
 
     save(make_model(), tmp_path / "ours")

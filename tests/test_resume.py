@@ -8,7 +8,7 @@ import time
 import pytest
 
 from opdctl.rundir import RunDir, read_json, write_json
-from runs import DEMO, assert_same, opdctl, start, worker
+from running import DEMO, assert_same, opdctl, start, worker
 
 SIGKILL = "import os, signal; die = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
 IN_SAMPLING = (

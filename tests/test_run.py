@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from opdctl.rundir import RunDir, read_json, read_rows
-from runs import DEMO, opdctl, worker
+from running import DEMO, opdctl, worker
 
 STAGE_KEYS = {"kind", "status", "step", "total", "attempt", "seconds", "fingerprint"}
 

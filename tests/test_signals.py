@@ -64,10 +64,10 @@ def test_outcome_loss_is_cross_entropy_at_every_token():
 
 def test_outcome_model_reads_the_last_token_and_learns():
     """Trained for a few steps on answers that are right if they end in one letter, it can tell."""
-    from conftest import make_model
     from torch import nn
     from transformers import Qwen3ForTokenClassification
 
+    from conftest import make_model
     from opdctl.core import update
     from opdctl.core.models import Model
     from opdctl.rewards.model import Model as Reward
