@@ -51,7 +51,7 @@ def model():
     return make_model()
 
 
-def make_model64(seed=0):
+def make_model64(seed=0, width=24):
     """A GPT-2 in float64 throughout: Qwen3's norms and rotations are fp32 whatever its type."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -64,7 +64,7 @@ def make_model64(seed=0):
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=64,
-        n_embd=24,
+        n_embd=width,
         n_layer=2,
         n_head=2,
         initializer_range=0.3,

@@ -209,6 +209,15 @@ def test_a_gate_and_a_clip_do_not_share_a_ratio():
     assert any("above high" in p.message for p in problems(GOOD, wrong))
 
 
+def test_an_advantage_that_nothing_uses_is_refused():
+    found = problems(GOOD, "stages.mopd.objectives={divergence: {}}")
+    assert any("no objective uses the advantage of reverse_kl" in p.message for p in found)
+    both = read(GOOD, "stages.mopd.objectives={divergence: {}}", "stages.mopd.signals={}")
+    assert both.stages["mopd"].objectives["divergence"].direction == "reverse"
+    alone = problems(GOOD, "stages.t_math.objectives={divergence: {}}")
+    assert any("needs teacher.hidden" in p.message for p in alone)
+
+
 def test_all_problems_at_once_with_lines():
     text = GOOD.replace("steps: 5", "stepz: 5").replace("kind: rl", "kind: rll")
     found = problems(text, "stages.mopd.optim.lr=fast")

@@ -83,6 +83,7 @@ def copy_without(source, target, stage):
         ("orm", IN_SAMPLING, 14),
         ("mopd", IN_SAMPLING, 20),
         ("mopd", IN_COMMIT, 2),
+        ("full", IN_SAMPLING, 12),
         ("distilled", IN_SAMPLING, 15),
         ("eval_mopd", IN_SAMPLING, 8),
     ],

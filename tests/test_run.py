@@ -68,6 +68,14 @@ def test_metrics_say_what_happened(demo_run):
         assert len(row["advantage"]) == len(row["ids"]) == len(row["behaviour"])
 
 
+def test_full_vocabulary_distillation_in_a_run(demo_run):
+    rows = read_rows(RunDir(demo_run[0]).stage("full") / "metrics.jsonl")
+    first = rows[0]["divergence_by_domain"]
+    assert first["math"] > 1e-6 and abs(first["spell"]) < 1e-6  # its teacher is its own start
+    assert all(r["divergence"] >= 0 and r["teacher_entropy"] > 0 for r in rows)
+    assert "reverse_kl_mean" not in rows[0]
+
+
 def test_output_loads_in_plain_transformers(demo_run):
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer

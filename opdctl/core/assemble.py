@@ -58,7 +58,8 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
         if c.coef and hasattr(c, "reward")
     ]
     local, route = {}, {}
-    if "teacher.logprobs" in needs:
+    wanted = {n.removeprefix("teacher.") for n in needs if n.startswith("teacher.")}
+    if wanted:
         local = {
             n: (member("teachers", "local")(ctx, model, n, t.model), t.weight)
             for n, t in teachers.items()
@@ -72,6 +73,7 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
         rewards=rewards,
         teachers=local,
         route=route,
+        teacher_wants=tuple(sorted(wanted)),
         policy_logprobs="policy.logprobs" in needs or ("old.logprobs" in needs and several),
         temperature=config.sampling.temperature,
         updates=config.updates_per_rollout,

@@ -36,6 +36,7 @@ class Parts:
         rewards: called on all rollouts of a step.
         teachers: ``{name: (member, weight)}``; scores come back as the column ``teacher``.
         route: domain -> teacher name.
+        teacher_wants: what is asked of them: logprobs, hidden.
         policy_logprobs: a no-grad pass of the student before the update.
         temperature: the one sampled with.
         updates: passes over the step's rollouts.
@@ -48,6 +49,7 @@ class Parts:
     rewards: list[Any] = field(default_factory=list)
     teachers: dict[str, tuple[Any, float]] = field(default_factory=dict)
     route: dict[str, str] = field(default_factory=dict)
+    teacher_wants: tuple[str, ...] = ("logprobs",)
     policy_logprobs: bool = False
     temperature: float = 1.0
     updates: int = 1
@@ -56,11 +58,16 @@ class Parts:
 
 @dataclass
 class Step:
-    """All rollouts of one step and their per-token columns, flat and in their order."""
+    """All rollouts of one step and their per-token columns, flat and in their order.
+
+    ``teachers`` holds, for each teacher asked, its model and its hidden rows; the columns
+    ``teacher_index`` and ``teacher_row`` say which row of which teacher belongs to a token.
+    """
 
     rollouts: list[Rollout]
     columns: dict[str, Tensor]
     sequence_N: Tensor
+    teachers: list[tuple[Model, Tensor]] = field(default_factory=list)
 
     def spread(self, value_B: list[float]) -> Tensor:
         """One number per rollout -> one per token. Shape [N]."""
@@ -183,12 +190,18 @@ class Loop:
             forwarded = sum(len(q.ids) for q in requests)
             self.compute.flops["train"] += 2.0 * self.model.parameters * forwarded
         if self.parts.teachers:
-            step.columns["teacher"] = self._teach(step, requests)
+            self._teach(step, requests)
         return step
 
-    def _teach(self, step: Step, requests: list[ScoreRequest]) -> Tensor:
-        """Scores of each rollout's teacher, in the order of the rollouts. Checked on arrival."""
-        parts: list[Tensor | None] = [None] * len(requests)
+    def _teach(self, step: Step, requests: list[ScoreRequest]) -> None:
+        """Ask each rollout's teacher; put what it says in the rollouts' order, checked.
+
+        Raises:
+            StageFailed: a teacher answered short or with something that is not finite.
+        """
+        lengths = [len(q.ids) - q.start for q in requests]
+        token_N = torch.arange(sum(lengths), device=self.model.device).split(lengths)
+        columns, wants = step.columns, self.parts.teacher_wants
         weights = [1.0] * len(requests)
         for name, (teacher, weight) in self.parts.teachers.items():
             mine = [
@@ -196,23 +209,38 @@ class Loop:
             ]
             if not mine:
                 continue
-            scores_N = teacher.score([requests[i] for i in mine], self.parts.temperature)
-            expected = sum(len(requests[i].ids) - requests[i].start for i in mine)
-            if len(scores_N) != expected:
-                raise StageFailed(f"teacher {name} scored {len(scores_N)} of {expected} tokens")
-            lengths = [len(requests[i].ids) - requests[i].start for i in mine]
-            for i, part in zip(mine, scores_N.split(lengths), strict=True):
-                if not torch.isfinite(part).all():
-                    raise StageFailed(
-                        f"teacher {name} gave a non-finite score for {step.rollouts[i].prompt.id}"
-                    )
-                parts[i], weights[i] = part, weight
-                step.rollouts[i].teacher = name
+            at_N = torch.cat([token_N[i] for i in mine])
+            found = teacher.score([requests[i] for i in mine], self.parts.temperature, wants)
+            for value_N in (found.logprobs_N, found.hidden_ND):
+                if value_N is None:
+                    continue
+                first = f"from prompt {step.rollouts[mine[0]].prompt.id} on"
+                if len(value_N) != len(at_N):
+                    count = f"{len(value_N)} of {len(at_N)}"
+                    raise StageFailed(f"teacher {name} scored {count} tokens, {first}")
+                if not torch.isfinite(value_N).all():
+                    raise StageFailed(f"teacher {name} gave a score that is not finite, {first}")
+            if found.logprobs_N is not None:
+                self._column(columns, "teacher", found.logprobs_N, at_N, token_N)
+            if found.hidden_ND is not None:
+                index_N = torch.full_like(at_N, len(step.teachers))
+                self._column(columns, "teacher_index", index_N, at_N, token_N)
+                row_N = torch.arange(len(at_N), device=at_N.device)
+                self._column(columns, "teacher_row", row_N, at_N, token_N)
+                step.teachers.append((teacher.model, found.hidden_ND))
+            for i in mine:
+                weights[i], step.rollouts[i].teacher = weight, name
             forwarded = sum(len(requests[i].ids) for i in mine)
             self.compute.teacher_tokens += forwarded
             self.compute.flops["teacher"] += 2.0 * teacher.parameters * forwarded
-        step.columns["teacher_weight"] = step.spread(weights)
-        return torch.cat([p for p in parts if p is not None])
+        columns["teacher_weight"] = step.spread(weights)
+
+    @staticmethod
+    def _column(columns: dict, name: str, value_N: Tensor, at_N: Tensor, token_N) -> None:
+        """Write one teacher's values into a column over all tokens of the step."""
+        if name not in columns:
+            columns[name] = value_N.new_zeros(sum(map(len, token_N)))
+        columns[name][at_N] = value_N
 
     def _advantage(self, step: Step) -> dict:
         """Sum of coef x signal; logs each signal's mean, spread and share."""
@@ -253,6 +281,7 @@ class Loop:
                     temperature=self.parts.temperature,
                     micro_batch=runtime.micro_batch,
                     chunk_mib=runtime.chunk_mib,
+                    teachers=step.teachers,
                 )
                 norms.append(update.step(model, self.optimizer, lr, self.optim.clip_norm))
                 losses.append(loss)
@@ -274,6 +303,11 @@ class Loop:
             values["reward_by_domain"] = by_domain(rollouts, [r.reward for r in rollouts])
         for name, parts in logged.items():
             values[name] = float(torch.cat(parts).mean())
+        if "divergence" in logged and self.parts.updates == 1:
+            vector_N = torch.cat(logged["divergence"])
+            sums_B = tokens.per_sequence(vector_N, step.sequence_N, len(rollouts)).tolist()
+            each = [s / n for s, n in zip(sums_B, lengths, strict=True)]
+            values["divergence_by_domain"] = by_domain(rollouts, each)
         return values
 
     def _shuffled(self, rollouts: list[Rollout], done: int) -> list[Rollout]:

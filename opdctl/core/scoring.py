@@ -5,7 +5,9 @@ So a teacher that equals the student gives exactly zero signal in the same packi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,37 +18,69 @@ from opdctl.core.tokens import micro_batches, pack
 from opdctl.types import ScoreRequest
 
 
+@dataclass
+class Scores:
+    """What a model says about the target tokens of some requests, flat and in their order.
+
+    Attributes:
+        logprobs_N: log p(target | all before it), at least fp32; None if not asked for.
+        hidden_ND: the trunk's rows that predict the targets, from which a head rebuilds the logits
+            (DeepSeek-V4, arXiv 2606.19348); None if not asked for.
+    """
+
+    logprobs_N: Tensor | None = None
+    hidden_ND: Tensor | None = None
+
+
 @torch.no_grad()
-def logprobs(
+def score(
     model: Model,
     requests: Sequence[ScoreRequest],
     *,
     temperature: float,
+    want: Collection[str] = ("logprobs",),
     micro_batch: int = 0,
     chunk_mib: int = 256,
     check: Callable[[], None] = lambda: None,
-) -> Tensor:
-    """log p(target | all before it), at a temperature. Flat, [N], in at least fp32.
+) -> Scores:
+    """Run the trunk once over the requests and return what is wanted.
 
     Args:
-        micro_batch: sequences per forward pass; 0 is all.
+        want: logprobs, hidden, or both.
+        micro_batch: sequences per forward pass; 0 is as many as are alike in length.
         chunk_mib: memory for the logits of one chunk.
         check: called before each forward pass; may raise to stop.
     """
     spans = [(request.ids, request.start) for request in requests]
     count = sum(len(ids) - start for ids, start in spans)
-    out_N = torch.zeros(count, dtype=torch.get_default_dtype(), device=model.device)
-    rows = rows_in(chunk_mib, model.head.weight.shape[0])
+    weight = model.head.weight
+    found = Scores()
+    if "logprobs" in want:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        found.logprobs_N = torch.zeros(count, dtype=wide, device=model.device)
+    if "hidden" in want:
+        found.hidden_ND = torch.zeros(
+            count, weight.shape[1], dtype=weight.dtype, device=model.device
+        )
+    rows = rows_in(chunk_mib, weight.shape[0])
     for group, tokens_N in micro_batches(spans, micro_batch, model.device):
         check()
         packed = pack([spans[i] for i in group], model.pad, model.device)
         hidden = model.trunk(packed.ids_BT).last_hidden_state
         hidden_ND = hidden.flatten(0, 1)[packed.prediction_N]
-        for start in range(0, len(hidden_ND), rows):
+        if found.hidden_ND is not None:
+            found.hidden_ND[tokens_N] = hidden_ND
+        for start in range(0, len(hidden_ND) if found.logprobs_N is not None else 0, rows):
             chunk = slice(start, start + rows)
             logits_CV = model.logits(hidden_ND[chunk], temperature)
-            out_N[tokens_N[chunk]] = target_logprob(logits_CV, packed.target_N[chunk])
-    return out_N
+            target_C = packed.target_N[chunk]
+            found.logprobs_N[tokens_N[chunk]] = target_logprob(logits_CV, target_C)
+    return found
+
+
+def logprobs(model: Model, requests: Sequence[ScoreRequest], **options: Any) -> Tensor:
+    """The log-probs alone, [N]; options as in ``score``."""
+    return score(model, requests, **options).logprobs_N
 
 
 def target_logprob(logits_CV: Tensor, target_C: Tensor) -> Tensor:

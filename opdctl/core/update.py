@@ -8,6 +8,7 @@ objective changes it. Masks enter the count; gates and ratios do not.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -46,10 +47,16 @@ class View:
     """What an objective or a gate sees of one chunk of C tokens."""
 
     def __init__(
-        self, model: Model, hidden_CD: Tensor, target_C: Tensor, columns: dict, temperature: float
+        self,
+        model: Model,
+        hidden_CD: Tensor,
+        target_C: Tensor,
+        columns: dict,
+        temperature: float,
+        teachers: Sequence[tuple[Model, Tensor]] = (),
     ) -> None:
         self.model, self.hidden_CD, self.target_C = model, hidden_CD, target_C
-        self.columns, self.temperature = columns, temperature
+        self.columns, self.temperature, self.teachers = columns, temperature, teachers
         self.logged: dict[str, Tensor] = {}
 
     @cached_property
@@ -61,6 +68,22 @@ class View:
     def logprob_C(self) -> Tensor:
         """Differentiable log-prob of the target under the policy being trained."""
         return target_logprob(self.logits_CV, self.target_C)
+
+    @cached_property
+    def teacher_logits_CV(self) -> Tensor:
+        """Logits of each token's own teacher, rebuilt through its head; no gradient.
+
+        Rows come ordered by teacher, so a chunk reads few heads. Cut to the valid vocabulary.
+        """
+        index_C, row_C = self.columns["teacher_index"], self.columns["teacher_row"]
+        parts = []
+        with torch.no_grad():
+            for index in index_C.unique_consecutive().tolist():
+                teacher, hidden_ND = self.teachers[index]
+                hidden_CD = hidden_ND[row_C[index_C == index]]
+                logits_CV = teacher.logits(hidden_CD, self.temperature)
+                parts.append(logits_CV[:, : self.model.valid_V])
+        return torch.cat(parts)
 
     @cached_property
     def score_C(self) -> Tensor:
@@ -131,12 +154,14 @@ def accumulate(
     temperature: float,
     micro_batch: int,
     chunk_mib: int,
+    teachers: Sequence[tuple[Model, Tensor]] = (),
 ) -> tuple[float, dict, int]:
     """Gradient of the loss over ``spans``, added to ``.grad``.
 
     Args:
         spans: ``(ids, start)``; ``ids[start:]`` is supervised.
         columns: per-token vectors, [N], in the order of the spans.
+        teachers: model and hidden rows of each, for the columns teacher_index and teacher_row.
 
     Returns:
         The loss, the per-token table of what was logged ([N] each), tokens processed.
@@ -156,6 +181,8 @@ def accumulate(
         hidden = model.trunk(packed.ids_BT).last_hidden_state.flatten(0, 1)
         index_N = packed.prediction_N if "prediction" in rows else packed.token_N
         kept_N = weight_N[tokens_N].nonzero()[:, 0]
+        if "teacher_index" in columns:  # one teacher's rows together
+            kept_N = kept_N[columns["teacher_index"][tokens_N[kept_N]].argsort(stable=True)]
         where_N = tokens_N[kept_N]
         hidden_ND = hidden[index_N[kept_N]]
 
@@ -163,7 +190,7 @@ def accumulate(
             at_C = where_N[part]
             cut = {name: column[at_C] for name, column in columns.items()}
             target_C = packed.target_N[kept_N[part]]
-            view = View(model, hidden_CD, target_C, cut, temperature)
+            view = View(model, hidden_CD, target_C, cut, temperature, teachers)
             loss_C = 0.0
             for term, f in zip(terms, factor, strict=True):
                 part_C = f[at_C] * term.objective.loss(view)

@@ -49,7 +49,7 @@ class Opd:
     @staticmethod
     def problems(config, recipe, stage):
         """What the schema cannot see."""
-        provided = {"teacher.logprobs"} if config.teachers else set()
+        provided = {"teacher.logprobs", "teacher.hidden"} if config.teachers else set()
         found = needs_domains(recipe, stage) + member_problems(config, provided)
         return found + _routing(config, recipe, stage) + _tokenizers(config)
 

@@ -74,6 +74,15 @@ def member_problems(config, provided: set[str]) -> list[Problem]:
                 "objectives: {policy_gradient: {}}",
             )
         )
+    used = [n for n, o in config.objectives.items() if o.coef]
+    if active and not any("advantage" in member("objectives", n).needs for n in used):
+        found.append(
+            Problem(
+                "signals",
+                f"no objective uses the advantage of {', '.join(active)}",
+                "signals: {}, or objectives: {policy_gradient: {}}",
+            )
+        )
     for name, objective in config.objectives.items():
         gate = objective.weights.get("is_gate")
         if gate and gate.low > gate.high:

@@ -7,7 +7,7 @@ class Local:
     """A frozen model in this process; scores the exact token ids."""
 
     revision = 1
-    provides = ("teacher.logprobs",)
+    provides = ("teacher.logprobs", "teacher.hidden")
 
     def __init__(self, ctx, student, name: str, reference: str) -> None:
         from opdctl.core.models import require_same_tokens
@@ -17,15 +17,16 @@ class Local:
         self.parameters = self.model.parameters
         require_same_tokens(student, self.model, f"stages.{ctx.name}.teachers.{name}")
 
-    def score(self, requests, temperature: float):
-        """Log-prob of every target token, flat, in the order of the requests."""
-        from opdctl.core.scoring import logprobs
+    def score(self, requests, temperature: float, want):
+        """Scores of every target token, in the order of the requests; ``want`` says which."""
+        from opdctl.core.scoring import score
 
         runtime = self.ctx.runtime
-        return logprobs(
+        return score(
             self.model,
             requests,
             temperature=temperature,
+            want=want,
             micro_batch=runtime.micro_batch,
             chunk_mib=runtime.chunk_mib,
             check=self.ctx.check,
