@@ -37,6 +37,7 @@ def members(family: str) -> tuple[str, ...]:
     return tuple(sorted(n[:-3] for n in names if n.endswith(".py") and not n.startswith("_")))
 
 
+@lru_cache
 def member(family: str, name: str) -> type:
     """The class of a member.
 

@@ -17,6 +17,7 @@ import difflib
 import types
 import typing
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any, Literal
 
 from opdctl.errors import Problem
@@ -75,6 +76,11 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = "known:") -> 
     return f"{otherwise} {', '.join(known)}" if known else ""
 
 
+@lru_cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def build(
     cls: type, raw: Any, path: str, problems: list[Problem], lookup: Lookup, base: Any = None
 ) -> Any:
@@ -87,7 +93,7 @@ def build(
     if not isinstance(raw, dict):
         problems.append(Problem(path, f"expected a mapping, got {_shown(raw)}"))
         return None
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     values = {}
     for name, value in raw.items():
@@ -274,7 +280,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 def describe(cls: type, lookup: Lookup, prefix: str = "") -> list[dict[str, str]]:
     """One row per key: name, type, default, role, doc. For ``opdctl show``."""
     rows = []
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     for f in dataclasses.fields(cls):
         name = f"{prefix}{f.name}"
         hint = hints[f.name]

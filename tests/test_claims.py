@@ -12,7 +12,8 @@ from opdctl.claims.m1 import M1
 from opdctl.claims.m3 import M3
 from opdctl.claims.m5 import M5
 from opdctl.core.evaluation import half_width, pass_at_k, record
-from opdctl.judge import DELTA, Measured, Part, _decide, verdict
+from opdctl.judge import Measured, _decide
+from opdctl.verdict import DELTA, Part, verdict
 
 TEACHERS = {"a": "stage:ta", "b": "stage:tb"}
 

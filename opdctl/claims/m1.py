@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opdctl.judge import DELTA_RECOVERY, Part, norm, recovery, wide_gaps
 from opdctl.schema import REQUIRED, key
+from opdctl.verdict import DELTA_RECOVERY, Part, norm, recovery, wide_gaps
 
 
 @dataclass(kw_only=True)

@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.claims.m1 import Roles, names
-from opdctl.judge import DELTA_RECOVERY, Part, norm, wide_gaps
 from opdctl.schema import REQUIRED, key
+from opdctl.verdict import DELTA_RECOVERY, Part, norm, wide_gaps
 
 
 @dataclass(kw_only=True)

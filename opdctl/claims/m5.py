@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opdctl.judge import DELTA, Part
 from opdctl.schema import REQUIRED, key
+from opdctl.verdict import DELTA, Part
 
 
 class M5:

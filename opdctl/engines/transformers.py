@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from opdctl.core import draws
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass
@@ -50,6 +52,8 @@ class Transformers:
         Raises:
             Interrupted: the stop flag was seen, at any token.
         """
+        import numpy as np
+
         samples: list[Sample] = []
         for start in range(0, len(prompts), self.wave):
             part = slice(start, start + self.wave)
@@ -59,6 +63,7 @@ class Transformers:
         return samples
 
     def _wave(self, prompts, keys_B, temperature, max_tokens) -> list[Sample]:
+        import numpy as np
         import torch
         from transformers import DynamicCache
 

@@ -1,0 +1,76 @@
+"""What a claim is made of: numbers with thresholds, and the verdict on them. Pure, no arrays.
+
+A part *holds* if its estimate meets the threshold and its interval stays within delta of it or
+beyond; it is *refuted* if the whole interval misses; else it is undecided.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from opdctl.judge import Measured
+
+DELTA = 0.03  # of a score
+DELTA_RECOVERY = 0.05  # of a recovery
+
+
+@dataclass
+class Part:
+    """One number of a claim and what it must be.
+
+    Attributes:
+        value: from scores ``{(model, domain): array}`` to a number or an array; the scores of
+            all resamples come as arrays of equal length.
+        least, most: the threshold, on one side or both; None on a side that is free.
+        delta: how far beyond the threshold the interval may reach.
+    """
+
+    name: str
+    value: Callable[[dict], np.ndarray]
+    least: float | None = None
+    most: float | None = None
+    delta: float = DELTA
+
+
+def verdict(part: Part, estimate: float, low: float, high: float) -> bool | None:
+    """True holds, False refuted, None undecided. See the module."""
+    least = -math.inf if part.least is None else part.least
+    most = math.inf if part.most is None else part.most
+    if high < least or low > most:
+        return False
+    within = low >= least - part.delta and high <= most + part.delta
+    return True if least <= estimate <= most and within else None
+
+
+def recovery(student: str, start: str, teacher: str, domain: str) -> Callable[[dict], np.ndarray]:
+    """r_d = (s_d - start_d) / (T_d - start_d)."""
+
+    def value(scores: dict) -> np.ndarray:
+        gap = scores[teacher, domain] - scores[start, domain]
+        return (scores[student, domain] - scores[start, domain]) / gap
+
+    return value
+
+
+def norm(student: str, start: str, teachers: dict[str, str]) -> Callable[[dict], np.ndarray]:
+    """Mean recovery over domains."""
+    each = [recovery(student, start, t, d) for d, t in teachers.items()]
+    return lambda scores: sum(value(scores) for value in each) / len(each)
+
+
+def wide_gaps(start: str, teachers: dict[str, str], found: list[Measured]):
+    """The teachers whose mean gap over the start is at least .10, and the domains left out."""
+    kept, left = {}, []
+    for domain, teacher in teachers.items():
+        gaps = [m.scores()[teacher, domain] - m.scores()[start, domain] for m in found]
+        if sum(gaps) / len(gaps) >= 0.10:
+            kept[domain] = teacher
+        else:
+            left.append(domain)
+    return kept, left
