@@ -1,5 +1,6 @@
 """The invariants of the update, in float64: nothing that should not matter matters."""
 
+import copy
 import itertools
 
 import pytest
@@ -171,7 +172,8 @@ def test_teacher_equal_to_student_gives_exactly_zero(model):
     spans = [*spans_of(), ([5, 6], 1)]  # one-token responses included
     requests = [ScoreRequest(tuple(ids), start) for ids, start in spans]
     ours = logprobs(model, requests, temperature=1.0)
-    assert torch.equal(ours, logprobs(model, requests, temperature=1.0))
+    teacher = copy.deepcopy(model)
+    assert torch.equal(ours, logprobs(teacher, requests, temperature=1.0))
     apart = torch.cat([logprobs(model, [r], temperature=1.0) for r in requests])
     assert (ours - apart).abs().max() < 1e-5
     rolled = ours.roll(1)
@@ -185,16 +187,20 @@ def test_gates_zero_outside_and_keep_the_count(model64):
     columns["behaviour"][3] -= 5.0  # ratio far above 2
     gate = IsGate(IsGate.Config(low=0.5, high=2.0))
     term = update.Term(PolicyGradient(PolicyGradient.Config()), gates=[gate])
-    columns["policy"] = columns["behaviour"].clone()
-    (
-        _,
-        _,
-    ) = gradient(model64, spans, columns, [term])
-    model64.net.zero_grad(set_to_none=True)
+    requests = [ScoreRequest(tuple(ids), start) for ids, start in spans]
+    live = logprobs(model64, requests, temperature=1.0)
+    ratio = (live - columns["behaviour"]).exp()
+    inside = (ratio >= 0.5) & (ratio <= 2.0)
+    assert not inside[3] and inside.sum() > 20
     _, table, _ = update.accumulate(
         model64, spans, columns, [term], temperature=1.0, micro_batch=0, chunk_mib=256
     )
-    assert table["gate_open"][3] == 0 and table["gate_open"].sum() >= len(table["gate_open"]) - 12
+    assert torch.equal(table["gate_open"].bool(), inside)
+    assert torch.allclose(table["ratio"], ratio, atol=1e-12)
+    _, gated = gradient(model64, spans, columns, [term])
+    weighted = {"advantage": columns["advantage"] * ratio * inside}  # the same by hand
+    _, expected = gradient(model64, spans, weighted, [update.Term(term.objective)])
+    assert (gated - expected).abs().max() < 1e-12  # the gate does not change the count
     pop = update.Term(PolicyGradient(PolicyGradient.Config()), gates=[Pop(Pop.Config(beta=2.0))])
     columns["behaviour"] = columns["policy"] + 1.0  # rho = 1/e, below 1/2 everywhere
     loss, zero = gradient(model64, spans, columns, [pop])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -24,15 +25,15 @@ class ColumnKeys:
     limit: int = key(0, "distinct prompts kept of each side; 0 is all", least=0)
 
 
-class TableData:
+class TableData(ABC):
     """Prompts from rows; a subclass says where the rows come from."""
 
     def __init__(self, config, domain: str, seed: int) -> None:
         self.config, self.domain = config, domain
 
+    @abstractmethod
     def rows(self, split: Split) -> Iterator[dict]:
         """Rows of the table."""
-        raise NotImplementedError
 
     def prompts(self, split: Split) -> list[Prompt]:
         """Distinct prompts of one side of the split.
