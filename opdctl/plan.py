@@ -27,6 +27,7 @@ class Planned:
     Attributes:
         action: run, resume, skip, rerun or blocked.
         reasons: why, in words.
+        fingerprint: what its result would be made from.
         run: which run of a set; empty for one alone.
     """
 
@@ -35,6 +36,7 @@ class Planned:
     action: str
     reasons: list[str]
     upstream: list[str]
+    fingerprint: str = ""
     run: str = ""
 
     def to_dict(self) -> dict:
@@ -126,7 +128,8 @@ def plan(recipe: Recipe, run: RunDir | None = None, only: str = "") -> list[Plan
         action, reasons = _action(recipe, stage, prints, record, run, changed & set(above))
         if action in ("run", "rerun", "resume"):
             changed.add(stage)
-        out.append(Planned(stage, recipe.stages[stage].kind, action, reasons, above))
+        kind = recipe.stages[stage].kind
+        out.append(Planned(stage, kind, action, reasons, above, prints[stage]))
     return out
 
 

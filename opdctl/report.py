@@ -22,15 +22,18 @@ svg { background: #fafafa; border: 1px solid #ddd }
 CURVES = ("loss", "reward", "entropy", "length", "nll", "guessed")
 
 
-def write(run: RunDir) -> Path:
+def write(run: RunDir, claims: list[dict] | None = None) -> Path:
     """Write ``report.html`` into a run directory, or one for a set of seeds. Returns its path.
+
+    Args:
+        claims: as ``judge`` gives them, where they are known already.
 
     Raises:
         UsageError: not a run directory.
     """
     found = status(run)
     body = [f"<h1>{_e(found['recipe'])}</h1><p>{_e(found['run'])}: {_e(found['state'])}</p>"]
-    claims = judge(run)
+    claims = judge(run) if claims is None else claims
     if claims:
         body.append("<h2>Claims</h2>" + _claims(claims))
     for one in found.get("runs", [found]):

@@ -118,6 +118,11 @@ def clear_stage(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def drop_checkpoints(folder: Path) -> None:
+    """Remove a stage's checkpoints, once its record says that it is done."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
 def sync_file(path: Path) -> None:
     """Force a file, or the entries of a folder, to disk."""
     fd = os.open(path, os.O_RDONLY)

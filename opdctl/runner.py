@@ -72,7 +72,7 @@ def carry_out(jobs: list[Job], watch: Callable[[list[Job]], None]) -> Outcome:
     """Run every pending stage of every job, ``slots`` at a time.
 
     Args:
-        watch: called about ten times a second with the jobs, to show progress.
+        watch: called with the jobs many times a second, to show progress.
     """
     outcome = Outcome()
     launcher = _Launcher(jobs[0].recipe)

@@ -212,15 +212,14 @@ def _conclude(parent: RunDir, pairs, outcome: Outcome) -> None:
         console.say(f"then:   opdctl resume {parent.path}")
     if outcome.code == 75:
         console.say(f"stopped; opdctl resume {parent.path}", "yellow")
-    scores = judge_scores(parent)
-    if outcome.code == 0 and scores:
-        console.show(console.scores_table(scores))
-    if outcome.code == 0 and any(recipe.claims for _, recipe in pairs):
-        found = judge(parent)
-        write_json(parent / "claims.json", {"claims": found})
-        console.show(console.claims_table(found))
     if outcome.code == 0:
-        console.say(f"report: {write(parent)}")
+        scores, found = judge_scores(parent), judge(parent)
+        if scores:
+            console.show(console.scores_table(scores))
+        if found:
+            write_json(parent / "claims.json", {"claims": found})
+            console.show(console.claims_table(found))
+        console.say(f"report: {write(parent, found)}")
     console.say(_time_line(pairs))
 
 

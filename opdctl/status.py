@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from opdctl.launch import read_recipe
-from opdctl.plan import fingerprints, needed
+from opdctl.plan import Planned, needed, plan
 from opdctl.rundir import RunDir, held
 
 
@@ -25,8 +25,7 @@ def status(run: RunDir) -> dict:
             "state": _worst([r["state"] for r in runs]),
         }
     manifest, recipe = run.manifest(), read_recipe(run)
-    prints = fingerprints(recipe)
-    stages = {name: _stage(run, recipe, name, prints[name]) for name in recipe.order()}
+    stages = {planned.name: _stage(run, recipe, planned) for planned in plan(recipe, run)}
     only = manifest.get("only")
     wanted = needed(recipe, only) if only in stages else set(stages)
     state = _worst([s["status"] for name, s in stages.items() if name in wanted])
@@ -42,13 +41,14 @@ def status(run: RunDir) -> dict:
     }
 
 
-def _stage(run: RunDir, recipe, name: str, fingerprint: str) -> dict:
+def _stage(run: RunDir, recipe, planned: Planned) -> dict:
+    name = planned.name
     record = run.record(name)
     found = record.get("status", "pending")
     total = recipe.total(name)
     if found == "running" and not held(run.stage(name) / ".lock"):
         found = "interrupted"  # killed: its lock died with it
-    elif record and record.get("fingerprint") != fingerprint:
+    elif planned.action == "rerun":
         found = "stale"
     step = total if found == "done" else last_step(run.stage(name) / "metrics.jsonl")
     return {
@@ -59,7 +59,7 @@ def _stage(run: RunDir, recipe, name: str, fingerprint: str) -> dict:
         "attempt": record.get("attempt", 0),
         "seconds": round(record.get("seconds", 0.0), 2),
         "loop_seconds": round(record.get("loop_seconds", 0.0), 2),
-        "fingerprint": record.get("fingerprint", fingerprint),
+        "fingerprint": record.get("fingerprint", planned.fingerprint),
         "error": record.get("error", ""),
     }
 

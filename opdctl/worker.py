@@ -23,7 +23,7 @@ from opdctl.errors import EXIT_FAILED, Interrupted, OpdctlError
 from opdctl.launch import read_recipe
 from opdctl.plan import fingerprints, revisions, semantic
 from opdctl.registry import member
-from opdctl.rundir import RunDir, clear_stage, lock, write_json
+from opdctl.rundir import RunDir, clear_stage, drop_checkpoints, lock, write_json
 
 
 def run_stage(folder: str, stage: str) -> int:
@@ -43,7 +43,8 @@ def run_stage(folder: str, stage: str) -> int:
 
 def _attempt(ctx: Context, start: float) -> int:
     before = ctx.run.record(ctx.name)
-    if before and before.get("fingerprint") != fingerprints(ctx.recipe)[ctx.name]:
+    fingerprint = fingerprints(ctx.recipe)[ctx.name]
+    if before and before.get("fingerprint") != fingerprint:
         clear_stage(ctx.folder)  # made from other inputs: nothing of it may be used
         before = {}
     ctx.attempt = before.get("attempt", 0) + 1
@@ -51,7 +52,7 @@ def _attempt(ctx: Context, start: float) -> int:
         "name": ctx.name,
         "kind": ctx.config.kind,
         "status": "running",
-        "fingerprint": fingerprints(ctx.recipe)[ctx.name],
+        "fingerprint": fingerprint,
         "attempt": ctx.attempt,
         "total": ctx.recipe.total(ctx.name),
         "semantic": semantic(ctx.recipe, ctx.name),
@@ -95,6 +96,8 @@ def _attempt(ctx: Context, start: float) -> int:
     record["seconds"] += spent
     record["loop_seconds"] += ctx.loop_seconds
     write_json(path, record)
+    if code == 0:
+        drop_checkpoints(ctx.folder)  # not before: a kill in between would begin the stage again
     return code
 
 

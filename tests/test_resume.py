@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from opdctl.rundir import RunDir, read_json, write_json
+from opdctl.rundir import RunDir, read_json, read_rows, write_json
 from running import DEMO, assert_same, opdctl, start, worker
 
 SIGKILL = "import os, signal; die = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -63,6 +63,20 @@ models.save = save
 )
 
 
+BEFORE_RECORD = (
+    SIGKILL
+    + """
+import opdctl.worker as worker
+real = worker.write_json
+def write_json(path, record):
+    if record["status"] == "done":
+        die()
+    real(path, record)
+worker.write_json = write_json
+"""
+)
+
+
 def copy_without(source, target, stage):
     """The run as it was before a stage: its inputs done, itself not begun."""
     shutil.copytree(source, target, symlinks=True)
@@ -96,6 +110,17 @@ def test_killed_at_a_chosen_point(demo_run, tmp_path, stage, patch, n):
     assert worker(tmp_path / "run", stage).returncode == 0
     assert RunDir(tmp_path / "run").record(stage)["attempt"] == 2
     assert_same(demo_run[0], tmp_path / "run", [stage])
+
+
+def test_killed_before_it_is_recorded_as_done(demo_run, tmp_path):
+    """The output stands and the record does not: the stage goes on from its checkpoint."""
+    copy_without(demo_run[0], tmp_path / "run", "base")
+    assert worker(tmp_path / "run", "base", BEFORE_RECORD).returncode == -signal.SIGKILL
+    assert worker(tmp_path / "run", "base").returncode == 0
+    assert_same(demo_run[0], tmp_path / "run", ["base"])
+    rows = read_rows(RunDir(tmp_path / "run").stage("base") / "metrics.jsonl")
+    assert [r["attempt"] for r in rows] == [1] * 10 + [2] * 2
+    assert not (RunDir(tmp_path / "run").stage("base") / "checkpoints").exists()
 
 
 def test_a_truncated_checkpoint_falls_back(demo_run, tmp_path):

@@ -17,10 +17,13 @@ class Roles:
     teachers: dict[str, str] = key(REQUIRED, "domain: its RL-made teacher", ref=True)
 
 
-def names(roles) -> tuple[str, str, dict[str, str]]:
-    """Student, start and teachers as evaluation records name them."""
+def cast(roles, found) -> tuple[str, str, dict[str, str], str]:
+    """Student, start, teachers whose gap is wide enough as records name them, and a note."""
     plain = {d: t.removeprefix("stage:") for d, t in roles.teachers.items()}
-    return roles.student.removeprefix("stage:"), roles.start.removeprefix("stage:"), plain
+    start = roles.start.removeprefix("stage:")
+    kept, left = wide_gaps(start, plain, found)
+    note = f"left out, gap below .10: {', '.join(left)}" if left else ""
+    return roles.student.removeprefix("stage:"), start, kept, note
 
 
 class M1:
@@ -35,13 +38,11 @@ class M1:
     @staticmethod
     def parts(roles, found) -> tuple[list[Part], str]:
         """Norm and the recovery of each domain whose gap is wide enough."""
-        student, start, teachers = names(roles)
-        kept, left = wide_gaps(start, teachers, found)
+        student, start, kept, note = cast(roles, found)
         if not kept:
-            return [], f"no gap of .10 in {', '.join(left)}"
+            return [], note
         parts = [Part("Norm", norm(student, start, kept), least=0.9, delta=DELTA_RECOVERY)]
-        parts += [
-            Part(f"r_{d}", recovery(student, start, t, d), least=0.85, delta=DELTA_RECOVERY)
-            for d, t in kept.items()
-        ]
-        return parts, f"left out, gap below .10: {', '.join(left)}" if left else ""
+        for d, t in kept.items():
+            value = recovery(student, start, t, d)
+            parts.append(Part(f"r_{d}", value, least=0.85, delta=DELTA_RECOVERY))
+        return parts, note

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opdctl.claims.m1 import Roles, names
+from opdctl.claims.m1 import Roles, cast
 from opdctl.schema import REQUIRED, key
-from opdctl.verdict import DELTA_RECOVERY, Part, norm, wide_gaps
+from opdctl.verdict import DELTA_RECOVERY, Part, norm
 
 
 @dataclass(kw_only=True)
@@ -30,10 +30,9 @@ class M3:
     @staticmethod
     def parts(roles, found) -> tuple[list[Part], str]:
         """Norm of two arms, and the difference of the third to one of them."""
-        student, start, teachers = names(roles)
-        kept, left = wide_gaps(start, teachers, found)
+        student, start, kept, note = cast(roles, found)
         if not kept:
-            return [], f"no gap of .10 in {', '.join(left)}"
+            return [], note
         orm = norm(roles.orm_only.removeprefix("stage:"), start, kept)
         kl = norm(roles.kl_only.removeprefix("stage:"), start, kept)
         both = norm(student, start, kept)
@@ -46,4 +45,4 @@ class M3:
                 least=-0.05,
                 delta=DELTA_RECOVERY,
             ),
-        ], f"left out, gap below .10: {', '.join(left)}" if left else ""
+        ], note

@@ -79,8 +79,3 @@ def restore(folder: Path, model: Model, optimizer: torch.optim.AdamW) -> dict | 
             optimizer.state[names[name]][slot] = value.to(device)
         return state
     return None
-
-
-def drop(folder: Path) -> None:
-    """Remove every checkpoint: the stage is complete and its output stands."""
-    shutil.rmtree(folder, ignore_errors=True)

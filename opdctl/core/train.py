@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
-from opdctl.core import checkpoint, models
+from opdctl.core import models
 from opdctl.core.context import Context
 from opdctl.core.loop import Loop, Parts
 from opdctl.rundir import commit_folder
@@ -28,5 +28,4 @@ def train(ctx: Context, model: Any, parts_of: Callable[[Context, Any], Parts]) -
     shutil.rmtree(part, ignore_errors=True)
     models.save(model, part)
     commit_folder(part, ctx.folder / "output")
-    checkpoint.drop(ctx.folder / "checkpoints")
     return compute

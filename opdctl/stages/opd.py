@@ -15,6 +15,7 @@ from pathlib import Path
 
 from opdctl import references
 from opdctl.errors import Problem
+from opdctl.registry import member
 from opdctl.schema import did_you_mean, key
 from opdctl.settings import Teacher
 from opdctl.stages.rl import OnPolicyConfig, cannot_act, member_problems
@@ -49,7 +50,7 @@ class Opd:
     @staticmethod
     def problems(config, recipe, stage):
         """What the schema cannot see."""
-        provided = {"teacher.logprobs", "teacher.hidden"} if config.teachers else set()
+        provided = set(member("teachers", "local").provides) if config.teachers else set()
         found = needs_domains(recipe, stage) + member_problems(config, provided)
         return found + _routing(config, recipe, stage) + _tokenizers(config)
 
