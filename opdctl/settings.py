@@ -101,7 +101,16 @@ class Runtime:
     micro_batch: int = key(
         0, "sequences per forward pass in an update; 0 is all", role="numeric", least=0
     )
-    chunk_mib: int = key(256, "memory for the logits of one chunk, MiB", role="numeric", least=1)
+    chunk_mib: int = key(
+        0,
+        "memory for the logits of one chunk, MiB; 0 is 256, on CUDA 3072",
+        role="numeric",
+        least=0,
+    )
+    kernel: Literal["auto", "reference", "chunked", "triton"] = key(
+        "auto", "row pass of the loss; auto is triton on CUDA, else chunked", role="numeric"
+    )
+    rounded_logits: bool = key(False, "round logits to bfloat16 in the loss, to compare")
     checkpoint_every: int = key(20, "steps between checkpoints", role="operational", least=1)
     keep_checkpoints: int = key(2, "newest ones kept", role="operational", least=1)
     log_rollouts_every: int = key(

@@ -10,7 +10,9 @@ from test_update import gradient, spans_of
 from conftest import make_model, make_model64
 from opdctl.core import update
 from opdctl.core.scoring import score
-from opdctl.objectives.divergence import Divergence, kl
+from opdctl.core.taught import Held, Taught
+from opdctl.kernels.reference import kl
+from opdctl.objectives.divergence import Divergence
 from opdctl.types import ScoreRequest
 
 
@@ -37,8 +39,8 @@ def taught(spans, teachers, weights=(1.0, 1.0), temperature=1.0):
         columns["teacher_index"][at] = t
         columns["teacher_row"][at] = torch.arange(len(at))
         columns["teacher_weight"][at] = weights[t]
-        held.append((teacher, found.hidden_ND))
-    return columns, held
+        held.append(Held(teacher.projection(temperature), found.hidden_ND))
+    return columns, Taught(held, torch.device("cpu"))
 
 
 def exact(student, spans, teachers, weights, temperature, direction, beta):
@@ -73,7 +75,7 @@ def test_equals_plain_autograd(model64, direction, beta, temperature):
     teachers = [make_model64(5), make_model64(6, width=40)]  # unequal hidden sizes
     columns, held = taught(spans, teachers, weights, temperature)
     terms = objective(direction=direction, beta=beta)
-    loss, ours = gradient(model64, spans, columns, terms, temperature=temperature, teachers=held)
+    loss, ours = gradient(model64, spans, columns, terms, temperature=temperature, taught=held)
     model64.net.zero_grad(set_to_none=True)
     expected = exact(model64, spans, teachers, weights, temperature, direction, beta)
     expected.backward()
@@ -85,11 +87,11 @@ def test_equals_plain_autograd(model64, direction, beta, temperature):
 def test_chunks_and_micro_batches_never_change_it(model64, monkeypatch):
     spans = spans_of()
     columns, held = taught(spans, [make_model64(5), make_model64(6, width=40)])
-    loss, expected = gradient(model64, spans, columns, objective(), teachers=held)
+    loss, expected = gradient(model64, spans, columns, objective(), taught=held)
     for micro, rows in itertools.product((1, 4), (1, 3)):
         monkeypatch.setattr(update, "rows_in", lambda *_, rows=rows: rows)
         other_loss, other = gradient(
-            model64, spans, columns, objective(), teachers=held, micro_batch=micro
+            model64, spans, columns, objective(), taught=held, micro_batch=micro
         )
         assert abs(other_loss - loss) < 1e-12 and (other - expected).abs().max() < 1e-12
 
@@ -99,8 +101,7 @@ def test_rebuilt_logits_are_the_logits(model):
     teacher = make_model(9)
     spans = spans_of()
     columns, held = taught(spans, [teacher])
-    view = update.View(model, torch.zeros(1, 32), None, columns, 1.0, held)
-    rebuilt = view.teacher_logits_CV
+    rebuilt = held.logits(columns["teacher_index"], columns["teacher_row"])
     at = 0
     for ids, start in spans:
         with torch.no_grad():
@@ -122,7 +123,7 @@ def test_padded_vocabularies_of_unequal_size():
     results = []
     for teacher in (plain, padded):
         columns, held = taught(spans, [teacher])
-        results.append(gradient(student, spans, columns, objective(), teachers=held))
+        results.append(gradient(student, spans, columns, objective(), taught=held))
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-6)
     assert torch.allclose(results[0][1], results[1][1], atol=1e-6)
 
@@ -139,5 +140,5 @@ def test_never_negative_and_zero_at_the_teacher(model):
     assert float(golden) == pytest.approx(0.6 * math.log(3.0) - 0.1 * math.log(5.0), abs=1e-6)
     spans = spans_of()
     columns, held = taught(spans, [model])
-    loss, zero = gradient(model, spans, columns, objective(), teachers=held)
+    loss, zero = gradient(model, spans, columns, objective(), taught=held)
     assert abs(loss) < 1e-6 and zero.abs().max() < 1e-5

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from opdctl.core import update
-from opdctl.core.chunks import chunked_sum
 from opdctl.core.scoring import logprobs
 from opdctl.core.tokens import last_of_each, micro_batches, pack, parts, per_sequence
 from opdctl.objectives.nll import Nll
@@ -216,36 +215,6 @@ def test_all_masked_runs_backward_and_contributes_zero(model64):
     term = update.Term(Nll(Nll.Config()), masks=[Nothing()])
     loss, zero = gradient(model64, spans, {}, [term])
     assert loss == 0 and zero.abs().max() == 0
-
-
-def test_memory_of_the_loss_is_bounded(model64):
-    """What autograd keeps for backward holds no tensor of size tokens x vocabulary."""
-    hidden = torch.randn(64, 32, requires_grad=True)
-    head = torch.nn.Parameter(torch.randn(500, 32))
-    kept = []
-
-    def loss_of(rows_CD, part):
-        return -(rows_CD @ head.T).log_softmax(-1)[:, 3]
-
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept.append(t.numel()) or t, lambda t: t
-    ):
-        loss = chunked_sum(loss_of, hidden * 1.0, [head], 8)
-        outside = [n for n in kept if n >= 64 * 500]
-    loss.backward()
-    chunked = hidden.grad.clone(), head.grad.clone()
-    hidden.grad = head.grad = None
-    loss_of(hidden, None).sum().backward()
-    assert not outside and max(kept) <= 500 * 32
-    assert torch.allclose(chunked[0], hidden.grad, atol=1e-12)
-    assert torch.allclose(chunked[1], head.grad, atol=1e-12)
-
-
-def test_frozen_head_gets_no_gradient():
-    hidden = torch.randn(10, 4, requires_grad=True)
-    head = torch.nn.Parameter(torch.randn(20, 4), requires_grad=False)
-    chunked_sum(lambda h, _: (h @ head.T).logsumexp(-1), hidden, [head], 3).backward()
-    assert head.grad is None and hidden.grad.abs().sum() > 0
 
 
 def test_packing_round_trip():

@@ -1,9 +1,9 @@
 """The head and the loss, a chunk of tokens at a time, in bounded memory.
 
-The gradient of a chunk is formed in the forward pass and its logits are freed before the next
-chunk's are made, so no tensor of size tokens x vocabulary outlives a chunk. What backward needs
-is the gradient of the hidden rows and of the head, both complete by then. Any objective runs in
-it: it sees logits and returns one loss per token.
+The gradient of a chunk is formed in the forward pass and its logits are overwritten by the next
+chunk's, so no tensor of size tokens x vocabulary ever exists. What backward needs is the gradient
+of the hidden rows and of the head, both complete by then. Any objective runs in it: it sees
+per-token numbers of a chunk (kernels/chunked.py) and returns one loss per token.
 """
 
 from __future__ import annotations
@@ -13,60 +13,90 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-ChunkLoss = Callable[[Tensor, slice], Tensor]
+from opdctl.kernels.head import Head
+
+ChunkLoss = Callable[["object", slice], Tensor]
+
+
+class Raw:
+    """Logits as they are, one leaf: for a head that scores and has no vocabulary."""
+
+    name = "raw"
+
+    def __init__(self, logits_CV: Tensor) -> None:
+        self.score_C = logits_CV[:, 0].clone().requires_grad_()
+        self.leaves = [self.score_C]
+
+    def gradient(self, grads: list[Tensor | None]) -> Tensor:
+        return grads[0][:, None]
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss_of, size, hidden_ND, *head):
-        grad_ND = torch.zeros_like(hidden_ND)
-        wide = [torch.promote_types(p.dtype, torch.float32) for p in head]
-        grads = [
-            torch.zeros(p.shape, dtype=w, device=p.device) if p.requires_grad else None
-            for p, w in zip(head, wide, strict=True)
-        ]
-        trained = [p for p in head if p.requires_grad]
-        total = hidden_ND.new_zeros((), dtype=torch.promote_types(hidden_ND.dtype, torch.float32))
-        for start in range(0, hidden_ND.shape[0], size):
-            rows = slice(start, min(start + size, hidden_ND.shape[0]))
+    def forward(ctx, loss_of, head, rows_of, size, hidden_ND, *parameters):
+        count = -(-len(hidden_ND) // size)
+        size = -(-len(hidden_ND) // max(1, count))  # as even as can be
+        grad_ND, grad = torch.empty_like(hidden_ND), head.new_grad()
+        total = hidden_ND.new_zeros((), dtype=head.wide)
+        buffer_CV = hidden_ND.new_empty(size, head.valid_V, dtype=head.wide)
+        for start in range(0, len(hidden_ND), max(1, size)):
+            part = slice(start, min(start + size, len(hidden_ND)))
+            hidden_CD = hidden_ND[part]
+            logits_CV = head.logits(hidden_CD, buffer_CV[: len(hidden_CD)])
+            slope_CV = head.slope(logits_CV)
+            rows = rows_of(logits_CV)
             with torch.enable_grad():
-                chunk_CD = hidden_ND[rows].detach().requires_grad_()
-                loss = loss_of(chunk_CD, rows).sum()
-                found = torch.autograd.grad(loss, [chunk_CD, *trained], allow_unused=True)
+                loss = loss_of(rows, part).sum()
+            if loss.requires_grad:
+                grads = torch.autograd.grad(loss, rows.leaves, allow_unused=True)
+                dlogits_CV = rows.gradient(list(grads))
+                head.adjoint(dlogits_CV, slope_CV, hidden_CD, grad_ND[part], grad)
+            else:
+                grad_ND[part] = 0
             total += loss.detach()
-            grad_ND[rows] = found[0] if found[0] is not None else 0
-            parts = iter(found[1:])
-            for i, p in enumerate(head):
-                part = next(parts) if p.requires_grad else None
-                if part is not None:
-                    grads[i] += part
         ctx.save_for_backward(grad_ND)
-        ctx.head = [None if g is None else g.to(p.dtype) for g, p in zip(grads, head, strict=True)]
+        ctx.head = [grad.weight_VD, grad.bias_V][: len(parameters)]
+        ctx.types = [p.dtype for p in parameters]
         return total
 
     @staticmethod
     def backward(ctx, upstream):
+        if ctx.head is None:
+            raise RuntimeError("the gradient of a chunked loss can be taken once")
         (grad_ND,) = ctx.saved_tensors
-        head = [None if g is None else g * upstream.to(g.dtype) for g in ctx.head]
-        return None, None, grad_ND * upstream.to(grad_ND.dtype), *head
+        head, ctx.head = ctx.head, None
+        for g in head:
+            if g is not None and upstream != 1:
+                g.mul_(upstream)
+        head = [None if g is None else g.to(t) for g, t in zip(head, ctx.types, strict=True)]
+        return None, None, None, None, grad_ND * upstream.to(grad_ND.dtype), *head
 
 
-def chunked_sum(loss_of: ChunkLoss, hidden_ND: Tensor, head: list[Tensor], size: int) -> Tensor:
-    """Sum of ``loss_of(hidden rows, slice)`` over chunks of ``size`` rows.
+def chunked_sum(
+    loss_of: ChunkLoss, hidden_ND: Tensor, head: Head, rows_of: type, size: int
+) -> Tensor:
+    """Sum of ``loss_of(rows, slice)`` over chunks of at most ``size`` rows.
 
     Args:
-        loss_of: differentiable in the hidden rows it is given and in ``head``; returns the loss
-            of each row, [C].
+        loss_of: given the row pass of a chunk; returns the loss of each row, [C], a function of
+            its leaves.
         hidden_ND: rows of the trunk.
-        head: every parameter ``loss_of`` reads.
-        size: rows a chunk.
+        head: makes the logits; its parameters that require a gradient get one.
+        rows_of: the level of the row pass, see kernels/select.py.
 
     Returns:
-        The sum, a scalar in at least fp32; its backward costs no second pass over the vocabulary.
+        The sum, a scalar in at least fp32; its backward costs no second pass over the vocabulary
+        and can be run once.
     """
-    return _Chunked.apply(loss_of, size, hidden_ND, *head)
+    parameters = [p for p in (head.weight_VD, head.bias_V) if p is not None]
+    return _Chunked.apply(loss_of, head, rows_of, size, hidden_ND, *parameters)
 
 
-def rows_in(mebibytes: int, vocab: int, itemsize: int = 4) -> int:
-    """Rows whose logits, softmax and gradient fit the memory given."""
-    return max(1, (mebibytes << 20) // (vocab * itemsize * 3))
+def rows_in(mebibytes: int, head: Head) -> int:
+    """Rows whose two buffers of logits and what a level needs beside them fit the memory given.
+
+    0 is 256 MiB on a CPU, whose cache likes small chunks, and 3 GiB on a GPU, where every chunk
+    costs a pass over the head's gradient.
+    """
+    mebibytes = mebibytes or (3072 if head.weight_VD.is_cuda else 256)
+    return max(1, (mebibytes << 20) // (head.valid_V * head.wide.itemsize * 3))

@@ -20,6 +20,7 @@ from opdctl.core.context import Clock, Context
 from opdctl.core.metrics import Metrics, by_domain, mean
 from opdctl.core.models import Model
 from opdctl.core.scoring import logprobs
+from opdctl.core.taught import Held, Taught
 from opdctl.errors import Interrupted, StageFailed
 from opdctl.types import Compute, Rollout, ScoreRequest
 
@@ -60,14 +61,14 @@ class Parts:
 class Step:
     """All rollouts of one step and their per-token columns, flat and in their order.
 
-    ``teachers`` holds, for each teacher asked, its model and its hidden rows; the columns
-    ``teacher_index`` and ``teacher_row`` say which row of which teacher belongs to a token.
+    ``taught`` holds a head and hidden rows of each teacher asked; the columns ``teacher_index`` and
+    ``teacher_row`` say which row of which teacher belongs to a token.
     """
 
     rollouts: list[Rollout]
     columns: dict[str, Tensor]
     sequence_N: Tensor
-    teachers: list[tuple[Model, Tensor]] = field(default_factory=list)
+    taught: Taught | None = None
 
     def spread(self, value_B: list[float]) -> Tensor:
         """One number per rollout -> one per token. Shape [N]."""
@@ -201,7 +202,8 @@ class Loop:
         """
         lengths = [len(q.ids) - q.start for q in requests]
         token_N = torch.arange(sum(lengths), device=self.model.device).split(lengths)
-        columns, wants = step.columns, self.parts.teacher_wants
+        columns, wants, runtime = step.columns, self.parts.teacher_wants, self.ctx.runtime
+        held: list[Held] = []
         weights = [1.0] * len(requests)
         for name, (teacher, weight) in self.parts.teachers.items():
             mine = [
@@ -223,17 +225,20 @@ class Loop:
             if found.logprobs_N is not None:
                 self._column(columns, "teacher", found.logprobs_N, at_N, token_N)
             if found.hidden_ND is not None:
-                index_N = torch.full_like(at_N, len(step.teachers))
+                index_N = torch.full_like(at_N, len(held))
                 self._column(columns, "teacher_index", index_N, at_N, token_N)
                 row_N = torch.arange(len(at_N), device=at_N.device)
                 self._column(columns, "teacher_row", row_N, at_N, token_N)
-                step.teachers.append((teacher.model, found.hidden_ND))
+                head = teacher.model.projection(self.parts.temperature, runtime.rounded_logits)
+                head.valid_V = self.model.valid_V
+                held.append(Held(head, found.hidden_ND))
             for i in mine:
                 weights[i], step.rollouts[i].teacher = weight, name
             forwarded = sum(len(requests[i].ids) for i in mine)
             self.compute.teacher_tokens += forwarded
             self.compute.flops["teacher"] += 2.0 * teacher.parameters * forwarded
         columns["teacher_weight"] = step.spread(weights)
+        step.taught = Taught(held, self.model.device) if held else None
 
     @staticmethod
     def _column(columns: dict, name: str, value_N: Tensor, at_N: Tensor, token_N) -> None:
@@ -281,7 +286,9 @@ class Loop:
                     temperature=self.parts.temperature,
                     micro_batch=runtime.micro_batch,
                     chunk_mib=runtime.chunk_mib,
-                    teachers=step.teachers,
+                    kernel=runtime.kernel,
+                    rounded=runtime.rounded_logits,
+                    taught=step.taught,
                 )
                 norms.append(update.step(model, self.optimizer, lr, self.optim.clip_norm))
                 losses.append(loss)

@@ -1,7 +1,7 @@
 """A transformers model as trunk and head, with the few guarantees the mathematics needs.
 
 Logits are fp32 (fp64 for an fp64 model), softcapped as the model says, and -inf on the ids
-beyond the tokenizer's real length: padded rows of the embedding change nothing, anywhere.
+beyond the tokenizer's own: padded rows of the embedding change nothing, anywhere.
 Loading runs no code from a checkpoint and reads no pickle.
 """
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from opdctl.errors import UsageError
+from opdctl.kernels.head import Head
 from opdctl.references import first_difference
 
 _OPTIONS = {"trust_remote_code": False}
@@ -38,7 +39,8 @@ class Model:
     def __post_init__(self) -> None:
         self.rendered: dict[str, list[int]] = {}
         self.readable: set[str] = set()
-        self.valid_V = min(len(self.tokenizer), self.net.config.get_text_config().vocab_size)
+        ids = 1 + max(self.tokenizer.get_vocab().values())  # len() would miss ids after a hole
+        self.valid_V = min(ids, self.net.config.get_text_config().vocab_size)
         config = self.net.config.get_text_config()
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self.parameters = sum(p.numel() for p in self.net.parameters())
@@ -62,20 +64,29 @@ class Model:
         """The transformer without its head; causal, padding on the right. Hidden is [B, T, D]."""
         return self.net.base_model(input_ids=ids_BT, **options)
 
+    def projection(self, temperature: float = 1.0, rounded: bool = False) -> Head:
+        """The head as a linear map, with the guarantees the mathematics needs.
+
+        Raises:
+            UsageError: it is not one plain linear layer (LoRA, quantised); names its type.
+        """
+        layer = self.head
+        if type(layer) is not nn.Linear:
+            raise UsageError(
+                f"{self.name}: its head is a {type(layer).__name__}, not one plain linear layer",
+                "leave the head out of the adapter's target_modules, or train it in full",
+            )
+        valid_V = min(self.valid_V, layer.out_features)
+        softcap = None if hasattr(self.net, "score") else self.softcap
+        return Head(layer.weight, valid_V, layer.bias, softcap, temperature, rounded)
+
     def logits(self, hidden_ND: Tensor, temperature: float = 1.0) -> Tensor:
         """Next-token logits [N, V] at a temperature, in at least fp32, invalid ids at -inf."""
-        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
-        head = self.head
-        bias = None if head.bias is None else head.bias.to(wide)
-        logits_NV = nn.functional.linear(hidden_ND.to(wide), head.weight.to(wide), bias)
-        if self.softcap:
-            logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
-        if temperature != 1.0:
-            logits_NV = logits_NV / temperature
-        if logits_NV.shape[-1] > self.valid_V:
-            invalid_V = torch.arange(logits_NV.shape[-1], device=logits_NV.device) >= self.valid_V
-            logits_NV = logits_NV.masked_fill(invalid_V, float("-inf"))
-        return logits_NV
+        logits_NV = self.projection(temperature).logits(hidden_ND)
+        missing = self.head.out_features - logits_NV.shape[-1]
+        return (
+            nn.functional.pad(logits_NV, (0, missing), value=-torch.inf) if missing else logits_NV
+        )
 
     def render(self, text: str) -> list[int]:
         """Ids of a user turn, up to where the response starts."""

@@ -40,7 +40,7 @@ def score(
     temperature: float,
     want: Collection[str] = ("logprobs",),
     micro_batch: int = 0,
-    chunk_mib: int = 256,
+    chunk_mib: int = 0,
     check: Callable[[], None] = lambda: None,
 ) -> Scores:
     """Run the trunk once over the requests and return what is wanted.
@@ -48,21 +48,19 @@ def score(
     Args:
         want: logprobs, hidden, or both.
         micro_batch: sequences per forward pass; 0 is as many as are alike in length.
-        chunk_mib: memory for the logits of one chunk.
+        chunk_mib: memory for the logits of one chunk; 0 as in ``rows_in``.
         check: called before each forward pass; may raise to stop.
     """
     spans = [(request.ids, request.start) for request in requests]
     count = sum(len(ids) - start for ids, start in spans)
-    weight = model.head.weight
+    head = model.projection(temperature)
+    weight_VD = head.weight_VD
     found = Scores()
     if "logprobs" in want:
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        found.logprobs_N = torch.zeros(count, dtype=wide, device=model.device)
+        found.logprobs_N = weight_VD.new_zeros(count, dtype=head.wide)
     if "hidden" in want:
-        found.hidden_ND = torch.zeros(
-            count, weight.shape[1], dtype=weight.dtype, device=model.device
-        )
-    rows = rows_in(chunk_mib, weight.shape[0])
+        found.hidden_ND = weight_VD.new_zeros(count, weight_VD.shape[1])
+    rows = rows_in(chunk_mib, head)
     for group, tokens_N in micro_batches(spans, micro_batch, model.device):
         check()
         packed = pack([spans[i] for i in group], model.pad, model.device)
@@ -72,7 +70,7 @@ def score(
             found.hidden_ND[tokens_N] = hidden_ND
         for start in range(0, len(hidden_ND) if found.logprobs_N is not None else 0, rows):
             chunk = slice(start, start + rows)
-            logits_CV = model.logits(hidden_ND[chunk], temperature)
+            logits_CV = head.logits(hidden_ND[chunk])
             target_C = packed.target_N[chunk]
             found.logprobs_N[tokens_N[chunk]] = target_logprob(logits_CV, target_C)
     return found

@@ -102,30 +102,38 @@ def parts(lengths: Sequence[int], count: int) -> list[tuple[slice, slice]]:
 
 
 def micro_batches(
-    spans: Sequence[tuple[Sequence[int], int]], size: int, device="cpu"
+    spans: Sequence[tuple[Sequence[int], int]],
+    size: int,
+    device="cpu",
+    first: Sequence[int] | None = None,
 ) -> list[tuple[list[int], Tensor]]:
     """Sequences of like length together, so that little of a rectangle is padding.
 
     Args:
         size: most sequences in one; 0 is as many as differ by less than a third in length.
+        first: a key per sequence to order by before its length (its teacher).
 
     Returns:
         For each, the indices of its sequences and those of their supervised tokens, [N'].
     """
     total = [len(ids) for ids, _ in spans]
-    first = [0]
+    offset = [0]
     for ids, start in spans:
-        first.append(first[-1] + len(ids) - start)
+        offset.append(offset[-1] + len(ids) - start)
+    key = first if first is not None else [0] * len(spans)
     groups: list[list[int]] = []
-    for i in sorted(range(len(spans)), key=lambda i: (-total[i], i)):
+    for i in sorted(range(len(spans)), key=lambda i: (key[i], -total[i], i)):
         group = groups[-1] if groups else []
-        full = size and len(group) >= size
-        much_shorter = not size and len(group) >= 16 and 3 * total[i] < 2 * total[group[0]]
-        if not groups or full or much_shorter:
+        if size:
+            full = len(group) >= size
+        else:
+            short, long = sorted((total[i], total[group[0]] if group else total[i]))
+            full = len(group) >= 16 and 3 * short < 2 * long
+        if not groups or full:
             groups.append([i])
         else:
             group.append(i)
-    index = [[t for i in group for t in range(first[i], first[i + 1])] for group in groups]
+    index = [[t for i in group for t in range(offset[i], offset[i + 1])] for group in groups]
     return [
         (group, torch.tensor(tokens, dtype=torch.long, device=device))
         for group, tokens in zip(groups, index, strict=True)

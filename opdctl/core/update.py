@@ -8,102 +8,18 @@ objective changes it. Masks enter the count; gates and ratios do not.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from opdctl.core.chunks import chunked_sum, rows_in
+from opdctl.core.chunks import Raw, rows_in
 from opdctl.core.models import Model
-from opdctl.core.scoring import target_logprob
-from opdctl.core.tokens import micro_batches, pack, per_sequence
+from opdctl.core.taught import Taught
+from opdctl.core.tokens import last_of_each, micro_batches, pack, per_sequence
+from opdctl.core.view import Term, weighted_sum
 from opdctl.errors import StageFailed
+from opdctl.kernels.select import rows_class
 from opdctl.settings import Optim
-
-
-@dataclass
-class Term:
-    """One objective of the loss, with what scales it.
-
-    Attributes:
-        objective: has ``rows`` (prediction or token) and ``loss(view) -> [C]``.
-        coef: factor in the loss.
-        normalise: seq_mean or token_mean.
-        masks: members of ``weights/`` with ``mask(columns) -> [N]``; they enter the count.
-        gates: members of ``weights/`` with ``gate(view) -> [C]``; they do not.
-    """
-
-    objective: Any
-    coef: float = 1.0
-    normalise: str = "seq_mean"
-    masks: list = field(default_factory=list)
-    gates: list = field(default_factory=list)
-
-
-class View:
-    """What an objective or a gate sees of one chunk of C tokens."""
-
-    def __init__(
-        self,
-        model: Model,
-        hidden_CD: Tensor,
-        target_C: Tensor,
-        columns: dict,
-        temperature: float,
-        teachers: Sequence[tuple[Model, Tensor]] = (),
-    ) -> None:
-        self.model, self.hidden_CD, self.target_C = model, hidden_CD, target_C
-        self.columns, self.temperature, self.teachers = columns, temperature, teachers
-        self.logged: dict[str, Tensor] = {}
-
-    @cached_property
-    def logits_CV(self) -> Tensor:
-        """Differentiable logits of the policy being trained."""
-        return self.model.logits(self.hidden_CD, self.temperature)
-
-    @cached_property
-    def logprob_C(self) -> Tensor:
-        """Differentiable log-prob of the target under the policy being trained."""
-        return target_logprob(self.logits_CV, self.target_C)
-
-    @cached_property
-    def teacher_logits_CV(self) -> Tensor:
-        """Logits of each token's own teacher, rebuilt through its head; no gradient.
-
-        Rows come ordered by teacher, so a chunk reads few heads. Cut to the valid vocabulary.
-        """
-        index_C, row_C = self.columns["teacher_index"], self.columns["teacher_row"]
-        parts = []
-        with torch.no_grad():
-            for index in index_C.unique_consecutive().tolist():
-                teacher, hidden_ND = self.teachers[index]
-                hidden_CD = hidden_ND[row_C[index_C == index]]
-                logits_CV = teacher.logits(hidden_CD, self.temperature)
-                parts.append(logits_CV[:, : self.model.valid_V])
-        return torch.cat(parts)
-
-    @cached_property
-    def score_C(self) -> Tensor:
-        """Differentiable score of a classifier, one per token."""
-        return self.model.head(self.hidden_CD)[:, 0]
-
-    @property
-    def old_C(self) -> Tensor:
-        """Log-prob of the target under the policy as it was when the rollouts were made.
-
-        With one update per rollout that is the policy being trained, and no pass is spent on it.
-        """
-        return self.columns["policy"] if "policy" in self.columns else self.logprob_C.detach()
-
-    def __getitem__(self, column: str) -> Tensor:
-        return self.columns[column]
-
-    def log(self, name: str, value_C: Tensor) -> None:
-        """Keep a per-token value; metrics report its mean."""
-        self.logged[name] = value_C.detach()
 
 
 def lr_at(step: int, steps: int, optim: Optim) -> float:
@@ -154,14 +70,18 @@ def accumulate(
     temperature: float,
     micro_batch: int,
     chunk_mib: int,
-    teachers: Sequence[tuple[Model, Tensor]] = (),
+    kernel: str = "auto",
+    rounded: bool = False,
+    taught: Taught | None = None,
 ) -> tuple[float, dict, int]:
     """Gradient of the loss over ``spans``, added to ``.grad``.
 
     Args:
         spans: ``(ids, start)``; ``ids[start:]`` is supervised.
         columns: per-token vectors, [N], in the order of the spans.
-        teachers: model and hidden rows of each, for the columns teacher_index and teacher_row.
+        kernel: level of the row pass, see kernels/select.py.
+        rounded: logits rounded to bfloat16.
+        taught: teachers for the columns teacher_index and teacher_row.
 
     Returns:
         The loss, the per-token table of what was logged ([N] each), tokens processed.
@@ -171,40 +91,38 @@ def accumulate(
     owner_N = owner.to(model.device)
     factor = [t.coef * normalisers(t, owner_N, len(spans), columns) for t in terms]
     weight_N = sum(f.abs() for f in factor)
-    rows = {t.objective.rows for t in terms}
-    assert len(rows) == 1, "objectives of one stage read the same rows"
-    head = [p for p in model.head.parameters() if p is not None]
+    which = {t.objective.rows for t in terms}
+    assert len(which) == 1, "objectives of one stage read the same rows"
+    head = model.projection(temperature, rounded)
+    options = {
+        "rows_of": Raw if "token" in which else rows_class(kernel, model.device),
+        "size": rows_in(chunk_mib, head),
+        "taught": taught,
+    }
     table: dict[str, Tensor] = {}
     total, processed = 0.0, 0
-    for group, tokens_N in micro_batches(spans, micro_batch, model.device):
+    teacher_N = columns.get("teacher_index")
+    order = None if teacher_N is None else last_of_each(teacher_N, torch.tensor(lengths)).tolist()
+    for group, tokens_N in micro_batches(spans, micro_batch, model.device, order):
         packed = pack([spans[i] for i in group], model.pad, model.device)
         hidden = model.trunk(packed.ids_BT).last_hidden_state.flatten(0, 1)
-        index_N = packed.prediction_N if "prediction" in rows else packed.token_N
+        index_N = packed.prediction_N if "prediction" in which else packed.token_N
         kept_N = weight_N[tokens_N].nonzero()[:, 0]
-        if "teacher_index" in columns:  # one teacher's rows together
-            kept_N = kept_N[columns["teacher_index"][tokens_N[kept_N]].argsort(stable=True)]
+        if teacher_N is not None:  # one teacher's rows together
+            kept_N = kept_N[teacher_N[tokens_N[kept_N]].argsort(stable=True)]
         where_N = tokens_N[kept_N]
-        hidden_ND = hidden[index_N[kept_N]]
-
-        def loss_of(hidden_CD, part, packed=packed, kept_N=kept_N, where_N=where_N):
-            at_C = where_N[part]
-            cut = {name: column[at_C] for name, column in columns.items()}
-            target_C = packed.target_N[kept_N[part]]
-            view = View(model, hidden_CD, target_C, cut, temperature, teachers)
-            loss_C = 0.0
-            for term, f in zip(terms, factor, strict=True):
-                part_C = f[at_C] * term.objective.loss(view)
-                for gate in term.gates:
-                    part_C = part_C * gate.gate(view)
-                loss_C = loss_C + part_C
-            for name, value_C in view.logged.items():
-                if name not in table:
-                    table[name] = torch.zeros(len(owner_N), device=model.device)
-                table[name][at_C] = value_C.to(table[name].dtype)
-            return loss_C
-
-        size = rows_in(chunk_mib, model.head.weight.shape[0])
-        loss = chunked_sum(loss_of, hidden_ND, head, size)
+        loss, found = weighted_sum(
+            hidden[index_N[kept_N]],
+            head,
+            packed.target_N[kept_N],
+            {name: column[where_N] for name, column in columns.items()},
+            [(term, f[where_N]) for term, f in zip(terms, factor, strict=True)],
+            **options,
+        )
+        for name, value_N in found.items():
+            if name not in table:
+                table[name] = torch.zeros(len(owner_N), device=model.device)
+            table[name][where_N] = value_N.to(table[name].dtype)
         loss.backward()
         total += float(loss.detach())
         processed += packed.positions

@@ -34,35 +34,13 @@ class Divergence:
 
         direction: Literal["reverse", "forward", "jsd"] = key("reverse", "student first is reverse")
         beta: float = key(0.5, "weight of the teacher in jsd's mixture", least=0, most=1)
+        overlap: int = key(16, "k of the top-k overlap that is logged; 0 logs none", least=0)
 
     def __init__(self, config) -> None:
         self.config = config
 
     def loss(self, view):
         """Shape [C]."""
-        import torch
-
-        log_p_CV = view.logits_CV[:, : view.model.valid_V].log_softmax(-1)
-        log_q_CV = view.teacher_logits_CV.log_softmax(-1)
-        direction, beta = self.config.direction, self.config.beta
-        if direction == "jsd":
-            direction = {0.0: "forward", 1.0: "reverse"}.get(beta, "jsd")
-        if direction == "reverse":
-            value_C = kl(log_p_CV, log_q_CV)
-        elif direction == "forward":
-            value_C = kl(log_q_CV, log_p_CV)
-        else:
-            weights = torch.tensor([1 - beta, beta], dtype=log_p_CV.dtype).log().tolist()
-            log_m_CV = torch.logaddexp(log_p_CV + weights[0], log_q_CV + weights[1])
-            value_C = beta * kl(log_q_CV, log_m_CV) + (1 - beta) * kl(log_p_CV, log_m_CV)
-        view.log("divergence", value_C)
-        with torch.no_grad():
-            view.log("entropy", -(log_p_CV.exp() * log_p_CV).sum(-1))
-            view.log("teacher_entropy", -(log_q_CV.exp() * log_q_CV).sum(-1))
+        config = self.config
+        value_C = view.divergence(config.direction, config.beta, config.overlap)
         return value_C * view["teacher_weight"]
-
-
-def kl(log_a_CV, log_b_CV):
-    """sum a (log a - log b) - a + b: KL(a || b) of normalised a and b, non-negative. Shape [C]."""
-    a_CV = log_a_CV.exp()
-    return (a_CV * (log_a_CV - log_b_CV) - a_CV + log_b_CV.exp()).sum(-1)

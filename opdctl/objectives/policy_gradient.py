@@ -36,9 +36,7 @@ class PolicyGradient:
         """Shape [C]."""
         import torch
 
-        log_policy_CV = view.logits_CV.detach().log_softmax(-1)
-        plogp_CV = torch.where(log_policy_CV > -torch.inf, log_policy_CV.exp() * log_policy_CV, 0.0)
-        view.log("entropy", -plogp_CV.sum(-1))
+        view.log("entropy", view.entropy_C)
         if not (self.config.clip_low or self.config.clip_high):
             return -view["advantage"] * view.logprob_C
         ratio_C = (view.logprob_C - view.old_C).exp()

@@ -1,0 +1,288 @@
+"""The divergence of one student and its teacher, from hidden states: ours beside its peers.
+
+Each loss runs in a process of its own on identical inputs, forward and backward, head trained:
+
+    python benchmarks/divergence.py [--swift gkd_loss.py] [--json] [--only cost,memory,error]
+
+Prints CPU seconds (median of repeats, one thread), peak resident memory beyond the inputs, and
+the relative norm error of both gradients against float64. Peers are those that are installed:
+TRL's ChunkedDivergenceFunction (pip install trl==1.16.0), Liger's LigerFusedLinearJSDLoss (pip
+install liger-kernel==0.8.5), and ms-swift's gkd_loss, which depends on torch alone while its
+package wants an old trl: pip download --no-deps ms-swift==4.6.0, unzip, and name the file. On a
+GPU (--device cuda) the shapes, ceilings and targets are those of docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+NOISE = 0.05  # teacher = student's hidden states + this share of noise: late in distillation
+
+
+def inputs(tokens, hidden, vocab, dtype, near, device, teacher_hidden=None):
+    """Hidden states and heads of a student and a teacher, and a mask over half of the tokens."""
+    import torch
+
+    g = torch.Generator().manual_seed(0)
+    scale = 4 * hidden**-0.5  # logits with the spread of a language model's
+    student = torch.randn(tokens, hidden, generator=g)
+    head = torch.randn(vocab, hidden, generator=g) * scale
+    if near:
+        teacher = student + NOISE * torch.randn(tokens, hidden, generator=g)
+        teacher_head = head.clone()
+    else:
+        wide = teacher_hidden or hidden
+        teacher = torch.randn(tokens, wide, generator=g)
+        teacher_head = torch.randn(vocab, wide, generator=g) * 4 * wide**-0.5
+    mask = torch.arange(tokens) % 2 == 0
+    kind = getattr(torch, dtype)
+    found = [t.to(kind).to(device) for t in (student, head, teacher, teacher_head)]
+    return [found[0].requires_grad_(), found[1].requires_grad_(), *found[2:], mask.to(device)]
+
+
+def ours(beta, chunk_mib=0, kernel="auto", teachers=1, overlap=0):
+    import torch
+
+    from opdctl.core.chunks import rows_in
+    from opdctl.core.taught import Held, Taught
+    from opdctl.core.view import Term, weighted_sum
+    from opdctl.kernels.head import Head
+    from opdctl.kernels.select import rows_class
+    from opdctl.objectives.divergence import Divergence
+
+    config = Divergence.Config(direction="jsd", beta=beta, overlap=overlap)
+
+    def loss(student, head, teacher, teacher_head, mask):
+        kept = mask.nonzero()[:, 0]
+        n = len(kept)
+        held = [Held(Head(teacher_head, len(head)), h) for h in teacher[kept].chunk(teachers)]
+        index = torch.cat([torch.full((len(h.hidden_ND),), i) for i, h in enumerate(held)])
+        row = torch.cat([torch.arange(len(h.hidden_ND)) for h in held])
+        columns = {
+            "teacher_index": index.to(head.device),
+            "teacher_row": row.to(head.device),
+            "teacher_weight": torch.ones(n, device=head.device),
+        }
+        mine = Head(head, len(head))
+        total, _ = weighted_sum(
+            student[kept],
+            mine,
+            torch.zeros(n, dtype=torch.long, device=head.device),
+            columns,
+            [(Term(Divergence(config)), torch.full((n,), 1 / n, device=head.device))],
+            rows_of=rows_class(kernel, head.device),
+            size=rows_in(chunk_mib, mine),
+            taught=Taught(held, head.device),
+        )
+        return total
+
+    return loss
+
+
+def dense(beta, compact=False):
+    """Logits in full, upcast after the product; of the masked tokens too unless compacted."""
+    import torch
+
+    from opdctl.kernels.reference import endpoint
+
+    def loss(student, head, teacher, teacher_head, mask):
+        if compact:
+            student, teacher, mask = student[mask], teacher[mask], mask[mask]
+        s = (student @ head.T)[mask].float().log_softmax(-1)
+        with torch.no_grad():
+            t = (teacher @ teacher_head.T)[mask].float().log_softmax(-1)
+        way = endpoint("jsd", beta)
+        if way == "reverse":
+            value = (s.exp() * (s - t)).sum(-1)
+        elif way == "forward":
+            value = (t.exp() * (t - s)).sum(-1)
+        else:
+            m = torch.log(beta * t.exp() + (1 - beta) * s.exp())
+            value = beta * (t.exp() * (t - m)).sum(-1) + (1 - beta) * (s.exp() * (s - m)).sum(-1)
+        return value.mean()
+
+    return loss
+
+
+def trl(beta):
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    def loss(student, head, teacher, teacher_head, mask):
+        if student.is_cuda:  # as its trainer does: it compacts on Triton devices only
+            student, teacher, mask = student[mask], teacher[mask], mask[mask]
+        value, _ = ChunkedDivergenceFunction.apply(
+            student, head, None, teacher, teacher_head, None, beta
+        )
+        return value.masked_fill(~mask, 0).sum() / mask.sum()
+
+    return loss
+
+
+def liger(beta):
+    import torch
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    def loss(student, head, teacher, teacher_head, mask):
+        form = LigerFusedLinearJSDLoss(
+            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=student.is_cuda
+        )
+        labels = torch.where(mask, 0, -100)
+        return form(student, head, teacher, teacher_head, labels)
+
+    return loss
+
+
+def swift(beta, path=""):
+    import torch
+
+    spec = importlib.util.spec_from_file_location("gkd_loss", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gkd_loss"] = module
+    spec.loader.exec_module(module)
+
+    def loss(student, head, teacher, teacher_head, mask):
+        labels = torch.where(mask, 0, -100)[None]
+        with torch.no_grad():
+            full = module.TeacherOutput(full_logits=(teacher @ teacher_head.T)[None])
+        total, count = module.gkd_loss((student @ head.T)[None], full, labels, beta, 1.0)
+        return total / count
+
+    return loss
+
+
+LOSSES = {
+    "ours": ours,
+    "trl": trl,
+    "liger": liger,
+    "swift": swift,
+    "dense": dense,
+    "compact": lambda beta: dense(beta, compact=True),
+}
+
+
+def resident(field):
+    """A field of /proc/self/status, MiB."""
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(f"{field}:")[1].split()[0]) / 1024
+
+
+def measure(case):
+    """What a child process does: one loss, one case."""
+    import torch
+
+    torch.set_num_threads(1)
+    device = torch.device(case["device"])
+    loss_of = LOSSES[case["loss"]](case["beta"], **case.get("options", {}))
+    data = inputs(*(case[k] for k in ("tokens", "hidden", "vocab", "dtype", "near")), device)
+    leaves = [t for t in data if t.requires_grad]
+    seconds, found = [], {}
+    for repeat in range(case["repeats"] + 1):
+        for leaf in leaves:
+            leaf.grad = None
+        Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark again
+        before = resident("VmRSS")
+        start = time.process_time()
+        value = loss_of(*data)
+        value.backward()
+        spent = time.process_time() - start
+        if repeat:
+            seconds.append(spent)
+        found["peak_mib"] = resident("VmHWM") - before
+    found["seconds"] = statistics.median(seconds) if seconds else spent
+    found["value"] = float(value)
+    if case.get("exact"):
+        exact = [t.detach().double().requires_grad_(t.requires_grad) for t in data[:4]]
+        reference = dense64(case["beta"])(*exact, data[4])
+        reference.backward()
+        found["value_error"] = abs(float(value) - float(reference)) / abs(float(reference))
+        for name, leaf, true in zip(("hidden", "head"), leaves, exact, strict=False):
+            gap = leaf.grad.double() - true.grad
+            found[f"{name}_error"] = float(gap.norm() / true.grad.norm())
+    return found
+
+
+def dense64(beta):
+    """float64 throughout, by the definition."""
+    from opdctl.kernels.reference import divergence
+
+    def loss(student, head, teacher, teacher_head, mask):
+        p = (student[mask] @ head.T).log_softmax(-1)
+        q = (teacher[mask] @ teacher_head.T).log_softmax(-1)
+        return divergence(p, q, "jsd", beta).mean()
+
+    return loss
+
+
+KEYS = ("tokens", "hidden", "vocab", "dtype", "near", "repeats", "exact")
+SHAPES = {
+    "cost": (512, 512, 32768, "float32", False, 5, False),
+    "memory": (512, 1024, 151936, "float32", False, 0, False),
+    "error": (256, 256, 32000, "bfloat16", True, 0, True),
+    "far": (256, 256, 32000, "bfloat16", False, 0, True),
+    "teachers": (8192, 128, 8192, "float32", False, 5, False),
+}
+SHAPES = {kind: dict(zip(KEYS, shape, strict=True)) for kind, shape in SHAPES.items()}
+
+
+def child(case):
+    """Run one case in a fresh process."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--case", json.dumps(case)], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--swift", default="", help="path of ms-swift's gkd_loss.py")
+    parser.add_argument("--only", default="cost,memory,error,far,teachers")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        print(json.dumps(measure(json.loads(args.case))))
+        return
+    there = ["ours", "dense", "compact"]
+    modules = {"trl": "trl", "liger": "liger_kernel"}
+    there += [name for name, module in modules.items() if importlib.util.find_spec(module)]
+    there += ["swift"] if args.swift else []
+    rows = []
+    for kind in args.only.split(","):
+        if kind == "teachers":
+            for count in (1, 4, 12):
+                case = dict(SHAPES[kind], loss="ours", beta=1.0, device="cpu")
+                found = child({**case, "options": {"teachers": count}})
+                rows.append({"kind": kind, "loss": f"ours x{count}", "beta": 1.0, **found})
+                if not args.json:
+                    print(line(rows[-1]), flush=True)
+            continue
+        for beta in (0.0, 0.5, 1.0):
+            for name in there:
+                case = dict(SHAPES[kind], loss=name, beta=beta, device="cpu")
+                if name == "swift":
+                    case["options"] = {"path": args.swift}
+                rows.append({"kind": kind, "loss": name, "beta": beta, **child(case)})
+                if not args.json:
+                    print(line(rows[-1]), flush=True)
+    if args.json:
+        print(json.dumps(rows))
+
+
+def line(row):
+    names = [name for name in ("value_error", "hidden_error", "head_error") if name in row]
+    errors = [f"{name} {row[name]:.2%}" for name in names]
+    head = f"{row['kind']:8} {row['loss']:8} beta {row['beta']:<4}"
+    return f"{head} {row['seconds']:7.3f} s {row['peak_mib']:7.0f} MiB  {'  '.join(errors)}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What the teachers of a step leave behind, and their logits when they are needed.
+
+Of each teacher only the last hidden rows of its tokens are kept; its logits are rebuilt through
+its head, a chunk at a time (DeepSeek-V4, arXiv 2606.19348). Rows come ordered by teacher. On a GPU
+one head is resident and the next is copied meanwhile; ``loads`` counts how often the resident head
+changed, which is once per teacher and mini-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from opdctl.kernels.head import Head
+
+
+@dataclass
+class Held:
+    """One teacher: its head (on any device) and a hidden row for each token it scored."""
+
+    head: Head
+    hidden_ND: Tensor
+
+
+class Taught:
+    """The teachers of one step, by index."""
+
+    def __init__(self, held: list[Held], device: torch.device) -> None:
+        self.held, self.device, self.loads = held, device, 0
+        self._resident: tuple[int, Head] | None = None
+        self._coming: tuple[int, Head] | None = None
+        self._buffer: Tensor | None = None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def logits(self, index_C: Tensor, row_C: Tensor) -> Tensor:
+        """Logits of each token's own teacher, [C, V], in a buffer that the next call overwrites.
+
+        Args:
+            index_C: which teacher, ascending.
+            row_C: which of its hidden rows.
+        """
+        head = self.held[0].head
+        shape = (len(index_C), head.valid_V)
+        if self._buffer is None or len(self._buffer) < shape[0]:
+            self._buffer = torch.empty(shape, dtype=head.wide, device=self.device)
+        out_CV = self._buffer[: shape[0]]
+        indices, counts = index_C.unique_consecutive(return_counts=True)
+        start = 0
+        for index, count in zip(indices.tolist(), counts.tolist(), strict=True):
+            part = slice(start, start + count)
+            hidden_CD = self.held[index].hidden_ND[row_C[part]]
+            self._head(index).logits(hidden_CD, out_CV[part])
+            start += count
+        return out_CV
+
+    def _head(self, index: int) -> Head:
+        """The head of a teacher, on the device; the next one's copy is started."""
+        if self._resident is None or self._resident[0] != index:
+            self.loads += 1
+            coming, self._coming, self._resident = self._coming, None, None  # two heads at most
+            head = coming[1] if coming and coming[0] == index else self._copy(index)
+            if self._stream is not None:
+                torch.cuda.current_stream(self.device).wait_stream(self._stream)
+            self._resident = (index, head)
+            following = (index + 1) % len(self.held)
+            if following != index:
+                self._coming = (following, self._copy(following))
+        return self._resident[1]
+
+    def _copy(self, index: int) -> Head:
+        """A head on the device; on its own stream if it has to be copied there."""
+        head = self.held[index].head
+        if head.weight_VD.device == self.device or self._stream is None:
+            return head
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            bias_V = head.bias_V
+            return replace(
+                head,
+                weight_VD=head.weight_VD.to(self.device, non_blocking=True),
+                bias_V=None if bias_V is None else bias_V.to(self.device, non_blocking=True),
+            )

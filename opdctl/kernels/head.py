@@ -1,0 +1,138 @@
+"""A language-model head as a linear map and its adjoint, on the valid vocabulary only.
+
+Ids beyond the tokenizer's are cut off, not masked: no logit of theirs is ever made, so they have
+probability zero and a gradient of zero on every side, and 0 x -inf does not arise. Logits are fp32
+whatever the operands are (float64 for float64). On a GPU the matrix products read low-precision
+operands and write fp32; on a CPU, which has no such product, the weights are widened a tile of the
+vocabulary at a time. Leaves out LoRA heads and heads that are not one linear layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TILE = 8192  # vocabulary rows widened at once, where they have to be
+
+
+@dataclass
+class HeadGrad:
+    """Gradient of a head's parameters in at least fp32; None for a frozen one."""
+
+    weight_VD: Tensor | None
+    bias_V: Tensor | None
+
+
+@dataclass
+class Head:
+    """Hidden rows -> logits of the valid ids at a temperature.
+
+    Attributes:
+        weight_VD: its matrix; V may exceed ``valid_V``.
+        valid_V: ids the tokenizer has.
+        bias_V: its bias, if any.
+        softcap: ``c tanh(z / c)`` on the logits (Gemma 2, arXiv 2408.00118), if any.
+        temperature: divides the logits, after the softcap.
+        rounded: round the logits to bfloat16, as most frameworks do; for comparison only.
+    """
+
+    weight_VD: Tensor
+    valid_V: int
+    bias_V: Tensor | None = None
+    softcap: float | None = None
+    temperature: float = 1.0
+    rounded: bool = False
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The type of logits and of gradients that are summed over chunks."""
+        return torch.promote_types(self.weight_VD.dtype, torch.float32)
+
+    def logits(self, hidden_CD: Tensor, out_CV: Tensor | None = None) -> Tensor:
+        """Logits [C, valid V] in at least fp32, into ``out_CV`` if given."""
+        C = hidden_CD.shape[0]
+        if out_CV is None:
+            out_CV = torch.empty(C, self.valid_V, dtype=self.wide, device=hidden_CD.device)
+        for part, weight_TD in self._tiles():
+            _product(hidden_CD, weight_TD.T, out_CV[:, part])
+        if self.bias_V is not None:
+            out_CV += self.bias_V.detach()[: self.valid_V]
+        if self.softcap:
+            out_CV.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.temperature != 1.0:
+            out_CV /= self.temperature
+        if self.rounded:
+            out_CV.copy_(out_CV.to(torch.bfloat16))
+        return out_CV
+
+    def slope(self, logits_CV: Tensor) -> Tensor | None:
+        """d logits / d (hidden x weight), where it is not the constant 1 / temperature."""
+        if not self.softcap:
+            return None
+        uncapped_CV = logits_CV * (self.temperature / self.softcap)
+        return (1 - uncapped_CV.square_()).div_(self.temperature)
+
+    def new_grad(self) -> HeadGrad:
+        """Zeros where a parameter is trained; a frozen head allocates nothing."""
+        return HeadGrad(
+            *(
+                torch.zeros_like(p, dtype=self.wide) if p is not None and p.requires_grad else None
+                for p in (self.weight_VD, self.bias_V)
+            )
+        )
+
+    def adjoint(
+        self,
+        grad_CV: Tensor,
+        slope_CV: Tensor | None,
+        hidden_CD: Tensor,
+        out_CD: Tensor,
+        grad: HeadGrad,
+    ) -> None:
+        """Gradient of the logits -> of the hidden rows (written) and the head (added).
+
+        Args:
+            grad_CV: gradient of what ``logits`` returned; overwritten.
+            slope_CV: what ``slope`` returned for it.
+        """
+        if slope_CV is not None:
+            grad_CV *= slope_CV
+        elif self.temperature != 1.0:
+            grad_CV /= self.temperature
+        if self.bias_V is not None and grad.bias_V is not None:
+            grad.bias_V[: self.valid_V] += grad_CV.sum(0)
+        if grad_CV.is_cuda and hidden_CD.dtype != grad_CV.dtype:
+            grad_CV = grad_CV.to(hidden_CD.dtype)  # operands of one type for the matrix product
+        wide_CD = out_CD if out_CD.dtype == self.wide else torch.empty_like(out_CD, dtype=self.wide)
+        for i, (part, weight_TD) in enumerate(self._tiles()):
+            _product(grad_CV[:, part], weight_TD, wide_CD, add=i > 0)
+            if grad.weight_VD is not None:
+                _product(grad_CV[:, part].T, hidden_CD, grad.weight_VD[part], add=True)
+        if wide_CD is not out_CD:
+            out_CD.copy_(wide_CD)
+
+    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Parts of the valid vocabulary and their weights, in a type a product can read."""
+        weight_VD = self.weight_VD.detach()
+        if weight_VD.dtype == self.wide or weight_VD.is_cuda:
+            yield slice(0, self.valid_V), weight_VD[: self.valid_V]
+            return
+        for start in range(0, self.valid_V, TILE):
+            part = slice(start, min(start + TILE, self.valid_V))
+            yield part, weight_VD[part].to(self.wide)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """``out = a b`` (plus ``out``), accumulated in the type of ``out``, at least fp32."""
+    if a.is_cuda and a.dtype != out.dtype:
+        if add:
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif add:
+        out.addmm_(a.to(out.dtype), b.to(out.dtype))
+    else:
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)

@@ -1,0 +1,37 @@
+"""Which level of the row pass runs. Automatic, logged with every stage, and can be forced.
+
+opdctl run RECIPE runtime.kernel=reference
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from opdctl.errors import UsageError
+
+
+def rows_class(kernel: str, device: torch.device) -> type:
+    """The class of a level: reference, chunked, triton; auto is triton on CUDA, else chunked.
+
+    Raises:
+        UsageError: triton asked for where it cannot run.
+    """
+    able = find_spec("triton") is not None and (device.type == "cuda" or _interpreted())
+    if kernel == "triton" and not able:
+        raise UsageError("runtime.kernel is triton and there is none here", "runtime.kernel=auto")
+    if kernel == "triton" or (kernel == "auto" and able and device.type == "cuda"):
+        from opdctl.kernels.triton_rows import Rows
+    elif kernel == "reference":
+        from opdctl.kernels.reference import Rows
+    else:
+        from opdctl.kernels.chunked import Rows
+    return Rows
+
+
+def _interpreted() -> bool:
+    """Triton's interpreter runs the same source on a CPU: for tests, a thousand times slower."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
