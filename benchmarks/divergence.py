@@ -47,7 +47,7 @@ def inputs(tokens, hidden, vocab, dtype, near, device, teacher_hidden=None):
     return [found[0].requires_grad_(), found[1].requires_grad_(), *found[2:], mask.to(device)]
 
 
-def ours(beta, chunk_mib=0, kernel="auto", teachers=1, overlap=0):
+def ours(beta, chunk_mib=0, kernel="auto", teachers=1, overlap=False):
     import torch
 
     from opdctl.core.chunks import rows_in

@@ -39,7 +39,7 @@ def columns_of(index, weight=None):
 
 
 def divergence(hidden, head, taught, columns, weight, *, level="chunked", size=3, **keys):
-    config = Divergence.Config(**{"overlap": 0, **keys})
+    config = Divergence.Config(**{"overlap": False, **keys})
     target = torch.arange(len(hidden)) % head.valid_V
     return weighted_sum(
         hidden,
@@ -126,7 +126,14 @@ def test_the_table_of_a_token(level):
     taught = Taught([Held(other, rows)], CPU)
     columns = columns_of(torch.zeros(5, dtype=torch.long))
     _, table = divergence(
-        hidden.requires_grad_(), head, taught, columns, torch.ones(5), level=level, overlap=4
+        hidden.requires_grad_(),
+        head,
+        taught,
+        columns,
+        torch.ones(5),
+        level=level,
+        overlap=True,
+        k=4,
     )
     p, q = (plain_logits(*pair).softmax(-1).detach() for pair in ((hidden, head), (rows, other)))
     for name, mass in (("entropy", p), ("teacher_entropy", q)):

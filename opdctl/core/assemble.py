@@ -74,6 +74,7 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
         teachers=local,
         route=route,
         teacher_wants=tuple(sorted(wanted)),
+        teacher_top=max((getattr(t.objective.config, "k", 0) for t in terms), default=0),
         policy_logprobs="policy.logprobs" in needs or ("old.logprobs" in needs and several),
         temperature=config.sampling.temperature,
         updates=config.updates_per_rollout,

@@ -37,7 +37,8 @@ class Parts:
         rewards: called on all rollouts of a step.
         teachers: ``{name: (member, weight)}``; scores come back as the column ``teacher``.
         route: domain -> teacher name.
-        teacher_wants: what is asked of them: logprobs, hidden.
+        teacher_wants: what is asked of them: logprobs, hidden, lse, topk, entropy.
+        teacher_top: k of topk.
         policy_logprobs: a no-grad pass of the student before the update.
         temperature: the one sampled with.
         updates: passes over the step's rollouts.
@@ -51,6 +52,7 @@ class Parts:
     teachers: dict[str, tuple[Any, float]] = field(default_factory=dict)
     route: dict[str, str] = field(default_factory=dict)
     teacher_wants: tuple[str, ...] = ("logprobs",)
+    teacher_top: int = 16
     policy_logprobs: bool = False
     temperature: float = 1.0
     updates: int = 1
@@ -212,7 +214,9 @@ class Loop:
             if not mine:
                 continue
             at_N = torch.cat([token_N[i] for i in mine])
-            found = teacher.score([requests[i] for i in mine], self.parts.temperature, wants)
+            found = teacher.score(
+                [requests[i] for i in mine], self.parts.temperature, wants, self.parts.teacher_top
+            )
             for value_N in (found.logprobs_N, found.hidden_ND):
                 if value_N is None:
                     continue
@@ -231,7 +235,8 @@ class Loop:
                 self._column(columns, "teacher_row", row_N, at_N, token_N)
                 head = teacher.model.projection(self.parts.temperature, runtime.rounded_logits)
                 head.valid_V = self.model.valid_V
-                held.append(Held(head, found.hidden_ND))
+                rows = (found.hidden_ND, found.lse_N, found.top_NK, found.entropy_N)
+                held.append(Held(head, *rows))
             for i in mine:
                 weights[i], step.rollouts[i].teacher = weight, name
             forwarded = sum(len(requests[i].ids) for i in mine)

@@ -15,6 +15,7 @@ from torch import Tensor
 from opdctl.core.chunks import rows_in
 from opdctl.core.models import Model
 from opdctl.core.tokens import micro_batches, pack
+from opdctl.kernels import chunked
 from opdctl.types import ScoreRequest
 
 
@@ -26,10 +27,16 @@ class Scores:
         logprobs_N: log p(target | all before it), at least fp32; None if not asked for.
         hidden_ND: the trunk's rows that predict the targets, from which a head rebuilds the logits
             (DeepSeek-V4, arXiv 2606.19348); None if not asked for.
+        lse_N: log-normaliser at the temperature; None if not asked for.
+        top_NK: most probable ids; None if not asked for.
+        entropy_N: None if not asked for.
     """
 
     logprobs_N: Tensor | None = None
     hidden_ND: Tensor | None = None
+    lse_N: Tensor | None = None
+    top_NK: Tensor | None = None
+    entropy_N: Tensor | None = None
 
 
 @torch.no_grad()
@@ -39,6 +46,7 @@ def score(
     *,
     temperature: float,
     want: Collection[str] = ("logprobs",),
+    top: int = 16,
     micro_batch: int = 0,
     chunk_mib: int = 0,
     check: Callable[[], None] = lambda: None,
@@ -46,7 +54,8 @@ def score(
     """Run the trunk once over the requests and return what is wanted.
 
     Args:
-        want: logprobs, hidden, or both.
+        want: any of logprobs, hidden, lse, topk, entropy.
+        top: k of topk.
         micro_batch: sequences per forward pass; 0 is as many as are alike in length.
         chunk_mib: memory for the logits of one chunk; 0 as in ``rows_in``.
         check: called before each forward pass; may raise to stop.
@@ -56,10 +65,13 @@ def score(
     head = model.projection(temperature)
     weight_VD = head.weight_VD
     found = Scores()
-    if "logprobs" in want:
-        found.logprobs_N = weight_VD.new_zeros(count, dtype=head.wide)
+    for name in {"logprobs", "lse", "entropy"} & set(want):
+        setattr(found, f"{name}_N", weight_VD.new_zeros(count, dtype=head.wide))
     if "hidden" in want:
         found.hidden_ND = weight_VD.new_zeros(count, weight_VD.shape[1])
+    if "topk" in want:
+        shape = (count, min(top, head.valid_V))
+        found.top_NK = weight_VD.new_zeros(shape, dtype=torch.long)
     rows = rows_in(chunk_mib, head)
     for group, tokens_N in micro_batches(spans, micro_batch, model.device):
         check()
@@ -68,12 +80,23 @@ def score(
         hidden_ND = hidden.flatten(0, 1)[packed.prediction_N]
         if found.hidden_ND is not None:
             found.hidden_ND[tokens_N] = hidden_ND
-        for start in range(0, len(hidden_ND) if found.logprobs_N is not None else 0, rows):
+        for start in range(0, len(hidden_ND) if set(want) - {"hidden"} else 0, rows):
             chunk = slice(start, start + rows)
             logits_CV = head.logits(hidden_ND[chunk])
-            target_C = packed.target_N[chunk]
-            found.logprobs_N[tokens_N[chunk]] = target_logprob(logits_CV, target_C)
+            _read(logits_CV, packed.target_N[chunk], tokens_N[chunk], found)
     return found
+
+
+def _read(logits_CV: Tensor, target_C: Tensor, at_C: Tensor, found: Scores) -> None:
+    """Put what is wanted of a chunk's logits in its place; overwrites them."""
+    if found.top_NK is not None:
+        found.top_NK[at_C] = logits_CV.topk(found.top_NK.shape[1], dim=-1).indices
+    if found.logprobs_N is not None:
+        found.logprobs_N[at_C] = target_logprob(logits_CV, target_C)
+    if found.lse_N is not None:
+        found.lse_N[at_C] = logits_CV.logsumexp(-1)
+    if found.entropy_N is not None:
+        found.entropy_N[at_C] = chunked.Rows(logits_CV).entropy()
 
 
 def logprobs(model: Model, requests: Sequence[ScoreRequest], **options: Any) -> Tensor:

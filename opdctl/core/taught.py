@@ -18,10 +18,21 @@ from opdctl.kernels.head import Head
 
 @dataclass
 class Held:
-    """One teacher: its head (on any device) and a hidden row for each token it scored."""
+    """One teacher: its head (on any device) and a row for each token it scored.
+
+    Attributes:
+        hidden_ND: last hidden rows; from them the head rebuilds every logit.
+        lse_N: log-normaliser, [N]: with it a log-prob at some id needs one row of the head. Kept
+            for top-k supports; on the whole vocabulary it would cost a product and save none.
+        top_NK: its most probable ids.
+        entropy_N: its entropy.
+    """
 
     head: Head
     hidden_ND: Tensor
+    lse_N: Tensor | None = None
+    top_NK: Tensor | None = None
+    entropy_N: Tensor | None = None
 
 
 class Taught:
@@ -46,14 +57,31 @@ class Taught:
         if self._buffer is None or len(self._buffer) < shape[0]:
             self._buffer = torch.empty(shape, dtype=head.wide, device=self.device)
         out_CV = self._buffer[: shape[0]]
-        indices, counts = index_C.unique_consecutive(return_counts=True)
-        start = 0
-        for index, count in zip(indices.tolist(), counts.tolist(), strict=True):
-            part = slice(start, start + count)
+        for part, index in segments(index_C):
             hidden_CD = self.held[index].hidden_ND[row_C[part]]
             self._head(index).logits(hidden_CD, out_CV[part])
-            start += count
         return out_CV
+
+    def logprobs_at(self, index_C: Tensor, row_C: Tensor, ids_CK: Tensor) -> Tensor:
+        """Log-probs of each token's own teacher at some ids, [C, K], by the cached normaliser.
+
+        Few ids are read from their rows of the head; many cost less as one product with all.
+        """
+        D = max(held.hidden_ND.shape[1] for held in self.held)
+        head = self.held[0].head
+        if ids_CK.shape[1] * D >= head.valid_V:
+            logits_CK = self.logits(index_C, row_C).gather(-1, ids_CK)
+        else:
+            logits_CK = torch.empty(ids_CK.shape, dtype=head.wide, device=self.device)
+            for part, index in segments(index_C):
+                hidden_CD = self.held[index].hidden_ND[row_C[part]]
+                logits_CK[part] = self._head(index).at(hidden_CD, ids_CK[part])
+        return logits_CK - self.kept("lse_N", index_C, row_C)[:, None]
+
+    def kept(self, name: str, index_C: Tensor, row_C: Tensor) -> Tensor:
+        """Rows of something kept of each token's own teacher: lse_N, top_NK, entropy_N."""
+        parts = [getattr(self.held[i], name)[row_C[part]] for part, i in segments(index_C)]
+        return torch.cat(parts)
 
     def _head(self, index: int) -> Head:
         """The head of a teacher, on the device; the next one's copy is started."""
@@ -82,3 +110,11 @@ class Taught:
                 weight_VD=head.weight_VD.to(self.device, non_blocking=True),
                 bias_V=None if bias_V is None else bias_V.to(self.device, non_blocking=True),
             )
+
+
+def segments(index_C: Tensor) -> list[tuple[slice, int]]:
+    """Runs of equal values: where, and which value."""
+    indices, counts = index_C.unique_consecutive(return_counts=True)
+    stops = counts.cumsum(0)
+    bounds = zip((stops - counts).tolist(), stops.tolist(), indices.tolist(), strict=True)
+    return [(slice(start, stop), index) for start, stop, index in bounds]

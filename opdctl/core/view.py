@@ -16,6 +16,7 @@ from torch import Tensor
 from opdctl.core.chunks import chunked_sum
 from opdctl.core.taught import Taught
 from opdctl.kernels.head import Head
+from opdctl.kernels.topk import union
 
 
 @dataclass
@@ -35,6 +36,25 @@ class Term:
     normalise: str = "seq_mean"
     masks: list = field(default_factory=list)
     gates: list = field(default_factory=list)
+
+
+@dataclass
+class Top:
+    """A chunk on the k most probable ids of a side.
+
+    Attributes:
+        logp_CK: the student's log-probs there; differentiable.
+        logq_CK: the teacher's.
+        keep_CK: False for an id that stands there twice (union: K is 2k).
+        holds_C: the target is one of them.
+        teacher_C: the teacher's log-prob of the target.
+    """
+
+    logp_CK: Tensor
+    logq_CK: Tensor
+    keep_CK: Tensor
+    holds_C: Tensor
+    teacher_C: Tensor
 
 
 class View:
@@ -71,9 +91,10 @@ class View:
         """
         return self.columns["policy"] if "policy" in self.columns else self.logprob_C.detach()
 
-    def teacher_logits(self) -> Tensor:
-        """Logits of each token's own teacher, [C, V]; the next call overwrites them."""
-        return self.taught.logits(self.columns["teacher_index"], self.columns["teacher_row"])
+    @property
+    def _asked(self) -> tuple[Tensor, Tensor]:
+        """Which teacher of each token, and which of its rows."""
+        return self.columns["teacher_index"], self.columns["teacher_row"]
 
     def divergence(self, direction: str, beta: float, overlap: int) -> Tensor:
         """Divergence to the token's own teacher over the whole vocabulary, [C], never negative.
@@ -82,26 +103,54 @@ class View:
         the teacher's ``overlap`` most probable tokens that are among the student's, with the mass
         of those under both.
         """
-        teacher_CV = self.teacher_logits()
-        ids_CK, both_CK = self.target_C[:, None], None
+        teacher_CV = self.taught.logits(*self._asked)
+        ids_CK = self.target_C[:, None]
         if overlap:
-            k = min(overlap, teacher_CV.shape[-1])
-            top_CK = teacher_CV.topk(k, dim=-1).indices
-            both_CK = (top_CK[:, :, None] == self.rows.top(k)[:, None, :]).any(-1)
+            top_CK = teacher_CV.topk(min(overlap, teacher_CV.shape[-1]), dim=-1).indices
             ids_CK = torch.cat([ids_CK, top_CK], -1)
-        with torch.no_grad():
-            logp_CK = self.rows.at(ids_CK, leaf=False)
+        logp_CK = self.rows.at(ids_CK, leaf=False)
+        ours_CK = self.rows.top(ids_CK.shape[1] - 1) if overlap else None
         value_C, entropy_C, logq_CK = self.rows.divergence(teacher_CV, direction, beta, ids_CK)
         self.log("divergence", value_C)
+        self._log_both(ids_CK, logp_CK, logq_CK, ours_CK, entropy_C)
+        return value_C
+
+    def on_top(self, support: str, k: int) -> Top:
+        """Both sides at the k most probable ids of a side. Logs what ``divergence`` does.
+
+        Args:
+            support: topk_student, topk_teacher or topk_union.
+        """
+        theirs_CK = self.taught.kept("top_NK", *self._asked)[:, :k]
+        k = theirs_CK.shape[1]
+        ours_CK = self.rows.top(k)
+        ids_CK, keep_CK = union(ours_CK, theirs_CK)
+        logp_CK = self.rows.at(ids_CK)
+        all_CK = torch.cat([self.target_C[:, None], ids_CK], -1)
+        logq_CK = self.taught.logprobs_at(*self._asked, all_CK)
+        seen_CK = torch.cat([self.target_C[:, None], theirs_CK], -1)
+        seen_logq_CK = torch.cat([logq_CK[:, :1], logq_CK[:, 1 + k :]], -1)
+        entropy_C = self.taught.kept("entropy_N", *self._asked)
+        seen_logp_CK = self.rows.at(seen_CK, leaf=False)
+        self._log_both(seen_CK, seen_logp_CK, seen_logq_CK, ours_CK, entropy_C)
+        starts = {"topk_student": (0, k), "topk_teacher": (k, 2 * k), "topk_union": (0, 2 * k)}
+        part = slice(*starts[support])
+        if support != "topk_union":
+            keep_CK = torch.ones_like(keep_CK[:, part])
+        holds_C = (ids_CK[:, part] == self.target_C[:, None]).any(-1)
+        return Top(logp_CK[:, part], logq_CK[:, 1:][:, part], keep_CK, holds_C, logq_CK[:, 0])
+
+    def _log_both(self, ids_CK, logp_CK, logq_CK, ours_CK, entropy_C) -> None:
+        """Entropies, log-probs of the target (first id), overlap of the rest with the student's."""
         self.log("entropy", self.entropy_C)
         self.log("teacher_entropy", entropy_C)
         self.log("student_logprob", logp_CK[:, 0])
         self.log("teacher_logprob", logq_CK[:, 0])
-        if both_CK is not None:
+        if ours_CK is not None:
+            both_CK = (ids_CK[:, 1:, None] == ours_CK[:, None, :]).any(-1)
             self.log("overlap", both_CK.to(logp_CK.dtype).mean(-1))
             self.log("overlap_mass", (logp_CK[:, 1:].exp() * both_CK).sum(-1))
             self.log("overlap_teacher_mass", (logq_CK[:, 1:].exp() * both_CK).sum(-1))
-        return value_C
 
     def __getitem__(self, column: str) -> Tensor:
         return self.columns[column]

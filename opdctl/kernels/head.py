@@ -58,15 +58,26 @@ class Head:
             out_CV = torch.empty(C, self.valid_V, dtype=self.wide, device=hidden_CD.device)
         for part, weight_TD in self._tiles():
             _product(hidden_CD, weight_TD.T, out_CV[:, part])
-        if self.bias_V is not None:
-            out_CV += self.bias_V.detach()[: self.valid_V]
+        bias_V = None if self.bias_V is None else self.bias_V.detach()[: self.valid_V]
+        return self._shape(out_CV, bias_V)
+
+    def _shape(self, logits: Tensor, bias: Tensor | None) -> Tensor:
+        """Bias, softcap, temperature and rounding, in place."""
+        if bias is not None:
+            logits += bias
         if self.softcap:
-            out_CV.div_(self.softcap).tanh_().mul_(self.softcap)
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
         if self.temperature != 1.0:
-            out_CV /= self.temperature
+            logits /= self.temperature
         if self.rounded:
-            out_CV.copy_(out_CV.to(torch.bfloat16))
-        return out_CV
+            logits.copy_(logits.to(torch.bfloat16))
+        return logits
+
+    def at(self, hidden_CD: Tensor, ids_CK: Tensor) -> Tensor:
+        """Logits at some ids of each row, [C, K]: a product with those rows of the head alone."""
+        weight_CKD = self.weight_VD.detach()[ids_CK].to(self.wide)
+        logits_CK = torch.einsum("cd,ckd->ck", hidden_CD.to(self.wide), weight_CKD)
+        return self._shape(logits_CK, None if self.bias_V is None else self.bias_V.detach()[ids_CK])
 
     def slope(self, logits_CV: Tensor) -> Tensor | None:
         """d logits / d (hidden x weight), where it is not the constant 1 / temperature."""

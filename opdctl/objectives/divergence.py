@@ -1,13 +1,14 @@
-"""Exact divergence over the whole vocabulary between the student and the token's own teacher.
+"""Exact divergence between the student and the token's own teacher, or its top-k forms.
 
     reverse   KL(p || q), gradient p (log p - log q - KL): DeepSeek-V4 (arXiv 2606.19348) Eq. 29
     forward   KL(q || p), gradient p - q
     jsd       beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p: GKD (2306.13649)
 
 p is the student, q the teacher, both at the sampling temperature. The jsd of beta 0 or 1 is 0 by
-its formula; as in TRL those two mean forward and reverse KL, a jump that is theirs and kept.
-Each is summed as p r - p + q, which is never negative term by term, so a divergence is reported
-non-negative by construction. Leaves out top-k supports.
+its formula; as in TRL those two mean forward and reverse KL, a jump that is theirs and kept. On a
+top-k support (the student's, the teacher's, or both) there are three forms, see kernels/topk.py:
+tail and generalised are lower bounds of the full divergence, renormalised is neither bound nor
+unbiased. Every form is reported non-negative by construction.
 
     opdctl stage opd --student DIR --teacher math=DIR 'objectives={divergence: {}}' 'signals={}'
 """
@@ -22,7 +23,7 @@ from opdctl.settings import ObjectiveConfig
 
 
 class Divergence:
-    """Full-vocabulary reverse KL, forward KL or JSD to the teacher of each token."""
+    """Reverse KL, forward KL or JSD to each token's teacher, exact or on a top-k support."""
 
     revision = 1
     needs = ("teacher.hidden",)
@@ -34,13 +35,31 @@ class Divergence:
 
         direction: Literal["reverse", "forward", "jsd"] = key("reverse", "student first is reverse")
         beta: float = key(0.5, "weight of the teacher in jsd's mixture", least=0, most=1)
-        overlap: int = key(16, "k of the top-k overlap that is logged; 0 logs none", least=0)
+        support: Literal["full", "topk_student", "topk_teacher", "topk_union"] = key(
+            "full", "the whole vocabulary, or the k most probable ids of a side"
+        )
+        k: int = key(16, "ids of a top-k support, and of the top-k overlap that is logged", least=1)
+        form: Literal["tail", "generalised", "renormalised"] = key(
+            "tail", "on a top-k support: one bucket for the rest, none, or none and renormalised"
+        )
+        overlap: bool = key(True, "log how much of the teacher's top k the student's holds")
 
     def __init__(self, config) -> None:
         self.config = config
+        if config.support != "full":
+            self.needs = (*self.needs, "teacher.lse", "teacher.topk", "teacher.entropy")
 
     def loss(self, view):
         """Shape [C]."""
         config = self.config
-        value_C = view.divergence(config.direction, config.beta, config.overlap)
+        if config.support == "full":
+            overlap = config.k if config.overlap else 0
+            value_C = view.divergence(config.direction, config.beta, overlap)
+        else:
+            from opdctl.kernels.topk import divergence_on
+
+            top = view.on_top(config.support, config.k)
+            both = (top.logp_CK, top.logq_CK, top.keep_CK)
+            value_C = divergence_on(*both, config.form, config.direction, config.beta)
+            view.log("divergence", value_C)
         return value_C * view["teacher_weight"]

@@ -7,7 +7,13 @@ class Local:
     """A frozen model in this process; scores the exact token ids."""
 
     revision = 1
-    provides = ("teacher.logprobs", "teacher.hidden")
+    provides = (
+        "teacher.logprobs",
+        "teacher.hidden",
+        "teacher.lse",
+        "teacher.topk",
+        "teacher.entropy",
+    )
 
     def __init__(self, ctx, student, name: str, reference: str) -> None:
         from opdctl.core.models import require_same_tokens
@@ -17,7 +23,7 @@ class Local:
         self.parameters = self.model.parameters
         require_same_tokens(student, self.model, f"stages.{ctx.name}.teachers.{name}")
 
-    def score(self, requests, temperature: float, want):
+    def score(self, requests, temperature: float, want, top: int = 16):
         """Scores of every target token, in the order of the requests; ``want`` says which."""
         from opdctl.core.scoring import score
 
@@ -27,6 +33,7 @@ class Local:
             requests,
             temperature=temperature,
             want=want,
+            top=top,
             micro_batch=runtime.micro_batch,
             chunk_mib=runtime.chunk_mib,
             check=self.ctx.check,
