@@ -1,15 +1,14 @@
-"""A step of on-policy distillation, sampling to update, on one CPU thread: ours beside TRL.
+"""A step of on-policy distillation, sampling to update, on one CPU thread: ours beside TRL's.
 
-    pip install trl==1.16.0
     python benchmarks/opd_step.py [--json] [--rounds 3] [--only 0.1M,0.85M,5M]
 
-Both sides load one pair of random Qwen3 models of the same shape, answer the same prompts with
-equally many tokens, and take the exact reverse KL over the whole vocabulary and AdamW with the
-same settings. Ours is an opd stage as its worker runs it, TRL's is its DistillationTrainer; each
-runs in a fresh process, in turn, and its first steps are left out. A step ends where the next
-begins, so logging is in it and start, load and save are not. Prints the medians of CPU and wall
-seconds of a step and of its phases. Update is what is neither sampling nor the teacher's forward
-pass. Leaves out vLLM, GPUs, threads, several updates per batch, checkpoints.
+Needs trl (pip install trl==1.16.0). Both sides load one pair of random Qwen3 models of one shape,
+answer the same prompts with equally many tokens, and take the exact reverse KL over the whole
+vocabulary and AdamW with the same settings. Ours is an opd stage as its worker runs it, TRL's is
+its DistillationTrainer; each runs in fresh processes, in turn. A step ends where the next begins,
+so logs are in it; start, load and save are not. Prints medians over the rounds of each process's
+median step and phases, and the fastest step, which other load on the machine moves least. Update
+is what is neither sampling nor the teacher's pass. Leaves out GPUs, vLLM, threads, checkpoints.
 """
 
 from __future__ import annotations
@@ -25,118 +24,67 @@ from pathlib import Path
 from statistics import median
 
 BATCH, NEW_TOKENS, LR = 32, 32, 1e-3
-WARM, STEPS = 2, 7  # steps a process takes before those that count, and with them
-SHAPES = {  # hidden, layers, heads, kv heads, intermediate; heads are 32 wide
-    "0.1M": (64, 2, 2, 1, 128),
-    "0.85M": (128, 4, 4, 2, 400),
-    "5M": (256, 6, 8, 4, 800),
-}
-TEMPLATE = (
-    "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
+WARM, STEPS = 2, 7  # steps of a process that are timed, and how many of them do not count
+KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SHAPES = {"0.1M": (64, 2, 2, 1), "0.85M": (128, 4, 4, 2), "5M": (256, 6, 8, 4)}
+PHASES = ("step", "rollout", "score", "update")
 
 
-def make_models(folder, shape):
-    """Write a student, a teacher and their prompts; returns the parameters of each."""
+def prepare(folder, shape):
+    """Write a student, a teacher and prompts; returns the parameters of each model."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytewise = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
-    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytewise.decoder = decoders.ByteLevel()
-    bytewise.add_special_tokens(["<|user|>", "<|assistant|>", "<|pad|>", "<|end|>"])
+    characters = Tokenizer(models.BPE({chr(i): i for i in range(256)}, []))
+    characters.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytewise,
-        pad_token="<|pad|>",
-        eos_token="<|end|>",
-        chat_template=TEMPLATE,
-        padding_side="left",
+        tokenizer_object=characters, pad_token=chr(0), eos_token="<end>", padding_side="left"
     )
-    hidden, layers, heads, kv_heads, intermediate = shape
     config = Qwen3Config(
-        vocab_size=tokenizer.eos_token_id,  # its end has no row: no response can sample it
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
+        vocab_size=256,  # no row for the end token: on both sides no response can end early
         head_dim=32,
-        intermediate_size=intermediate,
-        initializer_range=hidden**-0.5,  # logits of variance one, not nearly uniform
+        intermediate_size=3 * shape[0],
+        initializer_range=shape[0] ** -0.5,  # logits of variance one: at 0.02 all models are alike
         tie_word_embeddings=True,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
+        **dict(zip(KEYS, shape, strict=True)),
     )
     for seed, name in enumerate(("student", "teacher")):
         torch.manual_seed(seed)
         net = Qwen3ForCausalLM(config)
         net.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    rows = [f"sum of {i} and {i * i} =" for i in range(BATCH * (STEPS + 1))]
-    lines = [json.dumps({"prompt": text, "answer": ""}) + "\n" for text in rows]
-    (folder / "prompts.jsonl").write_text("".join(lines))
-    return sum(p.numel() for p in net.parameters())
+    texts = [f"sum of {i} and {i * i} =" for i in range(BATCH * (STEPS + 1))]
+    rows = [json.dumps({"prompt": text, "answer": ""}) for text in texts]
+    (folder / "prompts.jsonl").write_text("\n".join(rows))
+    return net.num_parameters()
 
 
 def now():
-    """Wall and CPU seconds."""
     import numpy as np
 
-    return np.array([time.perf_counter(), time.process_time()])
+    return np.array([time.process_time(), time.perf_counter()])
 
 
-class Watch:
-    """Seconds of each step and of its phases."""
-
-    def __init__(self):
-        self.begun = []
-        self.phases = {"rollout": [], "score": []}
-
-    def begin(self):
-        self.begun.append(now())
-
-    def add(self, phase, since):
-        self.phases[phase].append(now() - since)
-
-    def medians(self):
-        """{clock: {phase: median seconds of the steps that count}}."""
-        import numpy as np
-
-        seconds = {name: np.stack(spent)[WARM:-1] for name, spent in self.phases.items()}
-        seconds["step"] = np.diff(self.begun, axis=0)[WARM:]
-        seconds["update"] = seconds["step"] - seconds["rollout"] - seconds["score"]
-        return {
-            clock: {name: float(np.median(spent[:, i])) for name, spent in seconds.items()}
-            for i, clock in enumerate(("wall", "cpu"))
-        }
-
-
-def ours(folder):
+def ours(folder, marks):
+    """First divergence and tokens of each step of an opd stage."""
     from opdctl import worker
     from opdctl.core import context, loop
     from opdctl.launch import new_run
     from opdctl.recipe import resolve
     from opdctl.rundir import read_rows
 
-    watch = Watch()
-
-    class Clock(context.Clock):
-        """The loop's own, which has no CPU seconds, and beside it those."""
-
+    class Clock(context.Clock):  # the loop's own has no CPU seconds
         def __init__(self):
-            watch.begin()
-            self.since = watch.begun[-1]
+            self.since = now()
+            marks["step"].append(self.since)
             super().__init__()
 
         def lap(self, phase):
             super().lap(phase)
-            if phase in watch.phases:
-                watch.add(phase, self.since)
-            self.since = now()
+            since, self.since = self.since, now()
+            if phase in marks:
+                marks[phase].append(self.since - since)
 
     loop.Clock = Clock
     stage = {
@@ -151,102 +99,108 @@ def ours(folder):
         "steps": STEPS + 1,
     }
     data = {"kind": "jsonl", "path": str(folder / "prompts.jsonl"), "eval_share": 0}
-    runtime = {"device": "cpu", "checkpoint_every": STEPS + 2}
-    tree = {"name": "step", "data": {"own": data}, "stages": {"opd": stage}, "runtime": runtime}
+    tree = {"name": "step", "data": {"own": data}, "stages": {"opd": stage}}
     with tempfile.TemporaryDirectory() as out:
-        run = new_run(resolve(tree, "benchmark"), "", Path(out) / "run")
+        recipe = resolve(tree, "opd_step.py", overrides=("runtime.device=cpu",))
+        run = new_run(recipe, "", Path(out) / "run")
         if worker.run_stage(run.path, "opd"):
             raise SystemExit("the stage failed")
         rows = read_rows(run.stage("opd") / "metrics.jsonl")
-    return watch, rows[0]["divergence"], [row["tokens"] for row in rows]
+    return rows[0]["divergence"], [row["tokens"] for row in rows]
 
 
-def trl(folder):
+def trl(folder, marks):
+    """First divergence and tokens of each step of a DistillationTrainer."""
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import TrainerCallback
     from trl import DistillationConfig, DistillationTrainer
 
-    watch, tokens = Watch(), []
+    tokens = []
 
     class Timed(DistillationTrainer):
-        def _generate_and_score_completions(self, inputs):  # its teacher is asked in the loss
+        def _generate_and_score_completions(self, inputs):  # it only generates
             since = now()
             out = super()._generate_and_score_completions(inputs)
-            watch.add("rollout", since)
+            marks["rollout"].append(now() - since)
             tokens.append(int(out["num_items_in_batch"]))
             return out
 
         def _get_last_hidden_state(self, net, *args, **options):
             since = now()
             out = super()._get_last_hidden_state(net, *args, **options)
-            if net is teacher:
-                watch.add("score", since)
+            if net is self.teacher_model:
+                marks["score"].append(now() - since)
             return out
 
     class Begin(TrainerCallback):
         def on_step_begin(self, *args, **options):
-            watch.begin()
+            marks["step"].append(now())
 
-    load = AutoModelForCausalLM.from_pretrained
-    student, teacher = (load(folder / name) for name in ("student", "teacher"))
-    rows = map(json.loads, (folder / "prompts.jsonl").read_text().splitlines())
-    prompts = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+    lines = (folder / "prompts.jsonl").read_text().splitlines()
+    prompts = Dataset.from_list([{"prompt": json.loads(line)["prompt"]} for line in lines])
     with tempfile.TemporaryDirectory() as out:
         config = DistillationConfig(
-            output_dir=out,
+            out,
             use_cpu=True,
-            bf16=False,  # this and checkpointing are its defaults: other numbers, and slower here
+            bf16=False,  # its default, as is checkpointing: ours does neither
             gradient_checkpointing=False,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            logging_first_step=True,
             per_device_train_batch_size=BATCH,
             max_completion_length=NEW_TOKENS,
             max_steps=STEPS + 1,
-            beta=1.0,
             learning_rate=LR,
             lr_scheduler_type="constant",
             adam_beta2=0.95,
+            logging_first_step=True,
+            save_strategy="no",
         )
-        trainer = Timed(
-            student,
-            teacher,
-            config,
-            Dataset.from_list(prompts),
-            processing_class=AutoTokenizer.from_pretrained(folder / "student"),
-            callbacks=[Begin()],
-        )
+        pair = (str(folder / name) for name in ("student", "teacher"))
+        trainer = Timed(*pair, config, prompts, callbacks=[Begin()])
         trainer.train()
-    return watch, trainer.state.log_history[0]["loss"], tokens
-
-
-SIDES = {"ours": ours, "trl": trl}
+    return trainer.state.log_history[0]["loss"], tokens
 
 
 def measure(side, folder):
     """What a child process does: some steps of one side."""
+    import numpy as np
     import torch
 
     torch.set_num_threads(1)
-    watch, divergence, tokens = SIDES[side](folder)
-    if set(tokens) != {BATCH * NEW_TOKENS}:
-        raise SystemExit(f"{side}: steps of {sorted(set(tokens))} tokens")
-    return {"divergence": divergence, "steps": len(watch.begun) - WARM - 1, **watch.medians()}
+    marks = {"step": [], "rollout": [], "score": []}
+    divergence, tokens = {"ours": ours, "trl": trl}[side](folder, marks)
+    if tokens != [BATCH * NEW_TOKENS] * (STEPS + 1):
+        raise SystemExit(f"{side} took steps of {tokens} tokens")
+    spent = {phase: np.array(each)[WARM:STEPS] for phase, each in marks.items()}
+    spent["step"] = np.diff(marks["step"], axis=0)[WARM:]
+    spent["update"] = spent["step"] - spent["rollout"] - spent["score"]
+    found = {"divergence": divergence, "fastest": spent["step"][:, 0].min()}
+    for i, clock in enumerate(("cpu", "wall")):
+        found[clock] = {phase: np.median(spent[phase][:, i]) for phase in PHASES}
+    return found
 
 
 def child(side, folder):
-    """Measure one side in a fresh process."""
-    single = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__, "--case", side, str(folder)],
-        capture_output=True,
-        text=True,
-        env=os.environ | single,
-    )
+    """Run one side in a fresh process."""
+    limits = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, __file__, "--case", side, folder]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | limits)
     if done.returncode:
         raise SystemExit(done.stderr)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return {"side": side, **json.loads(done.stdout.strip().splitlines()[-1])}
+
+
+def show(rows):
+    """Print the table of one size."""
+    table = {}
+    for side in ("ours", "trl"):
+        mine = [row for row in rows if row["side"] == side]
+        values = [median(row["cpu"][phase] for row in mine) for phase in PHASES]
+        values += [median(row["wall"]["step"] for row in mine), min(r["fastest"] for r in mine)]
+        table[side] = [*values, mine[0]["divergence"]]
+    table["trl/ours"] = [t / o for t, o in zip(table["trl"], table["ours"], strict=True)]
+    names = (*PHASES, "wall step", "fastest", "first KL")
+    print(f"{rows[0]['size']:9}" + "".join(f"{name:>11}" for name in names))
+    for side, values in table.items():
+        print(f"{side:9}" + "".join(f"{value:11.3f}" for value in values), flush=True)
 
 
 def main():
@@ -260,39 +214,16 @@ def main():
         print(json.dumps(measure(args.case[0], Path(args.case[1]))))
         return
     rows = []
-    for name in args.only.split(","):
+    for size in args.only.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            count = make_models(Path(folder), SHAPES[name])
-            for number in range(args.rounds):
-                for side in sorted(SIDES, reverse=number % 2):
-                    found = {"round": number, **child(side, folder)}
-                    rows.append({"size": name, "parameters": count, "side": side, **found})
+            kind = {"size": size, "parameters": prepare(Path(folder), SHAPES[size])}
+            turns = [("ours", "trl") if i % 2 else ("trl", "ours") for i in range(args.rounds)]
+            found = [kind | child(side, folder) for turn in turns for side in turn]
+        rows += found
         if not args.json:
-            show([row for row in rows if row["size"] == name])
+            show(found)
     if args.json:
         print(json.dumps(rows))
-
-
-def show(rows):
-    """The table of one size: CPU seconds, medians over the rounds."""
-    step = {side: [r["cpu"]["step"] for r in rows if r["side"] == side] for side in SIDES}
-    each = sorted(t / o for t, o in zip(step["trl"], step["ours"], strict=True))
-    print(f"{rows[0]['size']}, {rows[0]['parameters']} parameters")
-    print("         CPU: step  rollout    score   update   wall: step   first divergence")
-    table = {}
-    for side in SIDES:
-        mine = [r for r in rows if r["side"] == side]
-        cpu = [median(r["cpu"][k] for r in mine) for k in ("step", "rollout", "score", "update")]
-        table[side] = [*cpu, median(r["wall"]["step"] for r in mine)]
-        print(line(side, table[side], f"{mine[0]['divergence']:19.3f}"))
-    ratios = [t / o for t, o in zip(table["trl"], table["ours"], strict=True)]
-    print(line("trl/ours", ratios, f"  steps of a round: {each[0]:.2f} to {each[-1]:.2f}"))
-    print(flush=True)
-
-
-def line(name, values, last):
-    step, rollout, score, update, wall = values
-    return f"{name:8} {step:10.3f} {rollout:8.3f} {score:8.3f} {update:8.3f} {wall:12.3f} {last}"
 
 
 if __name__ == "__main__":

@@ -228,6 +228,21 @@ def test_never_negative_and_exact_near_convergence(level, noise, beta):
         assert ((value.double() - exact).abs() < 2e-3 * exact + 1e-12).all()
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_that_share_no_mass(level, dtype):
+    """Probabilities that underflow add nothing and nothing is NaN; a jsd reaches its maximum."""
+    logits = torch.full((2, 50), -300.0, dtype=dtype)
+    other = logits.clone()
+    logits[:, 3] = other[:, 7] = 300.0
+    for beta, most in ((0.0, 600.0), (1.0, 600.0), (0.5, 0.693147), (0.3, 0.610864)):
+        rows, ids = LEVELS[level](logits.clone()), torch.tensor([[3], [7]])
+        value, _, _ = rows.divergence(other.clone(), "jsd", beta, ids)
+        assert value.tolist() == pytest.approx([most] * 2, rel=1e-5)
+        grads = torch.autograd.grad(value.sum(), rows.leaves, allow_unused=True)
+        assert torch.isfinite(rows.gradient(list(grads))[0]).all()
+
+
 def test_low_precision_operands_keep_fp32_logits():
     """bf16 operands near convergence: .4 % with bf16 gradients, .2 % with fp32 ones; with logits
     rounded to bf16, as most frameworks have them, ten times worse."""

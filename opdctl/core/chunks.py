@@ -23,12 +23,12 @@ class Raw:
 
     name = "raw"
 
-    def __init__(self, logits_CV: Tensor) -> None:
+    def __init__(self, logits_CV: Tensor, operand: torch.dtype | None = None) -> None:
         self.score_C = logits_CV[:, 0].clone().requires_grad_()
         self.leaves = [self.score_C]
 
-    def gradient(self, grads: list[Tensor | None]) -> Tensor:
-        return grads[0][:, None]
+    def gradient(self, grads: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        return grads[0][:, None], None
 
 
 class _Chunked(torch.autograd.Function):
@@ -44,13 +44,13 @@ class _Chunked(torch.autograd.Function):
             hidden_CD = hidden_ND[part]
             logits_CV = head.logits(hidden_CD, buffer_CV[: len(hidden_CD)])
             slope_CV = head.slope(logits_CV)
-            rows = rows_of(logits_CV)
+            rows = rows_of(logits_CV, head.operand)
             with torch.enable_grad():
                 loss = loss_of(rows, part).sum()
             if loss.requires_grad:
                 grads = torch.autograd.grad(loss, rows.leaves, allow_unused=True)
-                dlogits_CV = rows.gradient(list(grads))
-                head.adjoint(dlogits_CV, slope_CV, hidden_CD, grad_ND[part], grad)
+                dlogits_CV, factor_C = rows.gradient(list(grads))
+                head.adjoint(dlogits_CV, factor_C, slope_CV, hidden_CD, grad_ND[part], grad)
             else:
                 grad_ND[part] = 0
             total += loss.detach()

@@ -95,7 +95,7 @@ def accumulate(
     assert len(which) == 1, "objectives of one stage read the same rows"
     head = model.projection(temperature, rounded)
     options = {
-        "rows_of": Raw if "token" in which else rows_class(kernel, model.device),
+        "rows_of": Raw if "token" in which else rows_class(kernel, model.device, head.wide),
         "size": rows_in(chunk_mib, head),
         "taught": taught,
     }

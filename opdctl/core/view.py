@@ -108,9 +108,9 @@ class View:
         if overlap:
             top_CK = teacher_CV.topk(min(overlap, teacher_CV.shape[-1]), dim=-1).indices
             ids_CK = torch.cat([ids_CK, top_CK], -1)
+        value_C, entropy_C, logq_CK = self.rows.divergence(teacher_CV, direction, beta, ids_CK)
         logp_CK = self.rows.at(ids_CK, leaf=False)
         ours_CK = self.rows.top(ids_CK.shape[1] - 1) if overlap else None
-        value_C, entropy_C, logq_CK = self.rows.divergence(teacher_CV, direction, beta, ids_CK)
         self.log("divergence", value_C)
         self._log_both(ids_CK, logp_CK, logq_CK, ours_CK, entropy_C)
         return value_C

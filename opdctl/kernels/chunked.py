@@ -31,13 +31,16 @@ BLOCK = 1 << 16  # elements of a block: with its scratch it stays in a core's ca
 class Rows:
     """A chunk of the student's logits, [C, V]; the buffer is overwritten.
 
+    Args:
+        operand: the type in which the gradient enters its products, if the level makes use of it.
+
     Attributes:
         leaves: what objectives were given; gradients with respect to them go to ``gradient``.
     """
 
     name = "chunked"
 
-    def __init__(self, logits_CV: Tensor) -> None:
+    def __init__(self, logits_CV: Tensor, operand: torch.dtype | None = None) -> None:
         self.logp_CV = torch.log_softmax(logits_CV, -1, out=logits_CV)
         self.leaves: list[Tensor] = []
         self._ids: list[Tensor | None] = []  # of each leaf; None is the divergence
@@ -93,8 +96,12 @@ class Rows:
                 self._mean_C[rows] += vecdot(p_BV, r_BV)
         return self._leaf(value_C, None), teacher_C, logq_CK
 
-    def gradient(self, grads: list[Tensor | None]) -> Tensor:
-        """Gradient of the logits, [C, V], from those of the leaves; overwrites both buffers."""
+    def gradient(self, grads: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        """Gradient of the logits, [C, V], from those of the leaves; overwrites both buffers.
+
+        Returns:
+            It, and a factor of its rows that is left to the products, [C], or None.
+        """
         out_CV = self.logp_CV
         picked_C, weight_C = out_CV.new_zeros(len(out_CV)), None
         for ids_CK, grad in zip(self._ids, grads, strict=True):
@@ -111,7 +118,7 @@ class Rows:
         for ids_CK, grad in zip(self._ids, grads, strict=True):
             if ids_CK is not None and grad is not None:
                 out_CV.scatter_add_(-1, ids_CK, grad)
-        return out_CV
+        return out_CV, None
 
     def _full(self, out_CV: Tensor, weight_C: Tensor, picked_C: Tensor) -> None:
         """p x (weight x (r - mean) + picked), or weight x (p - q) + picked x p, in place."""
@@ -132,7 +139,7 @@ class Rows:
         b = self._beta
         r_BV.clamp_(min=-80.0)  # where q is e^80 times p, p adds nothing to any sum
         mixed_BV = torch.neg(r_BV, out=self._scratch_like(r_BV, 4)).expm1_().mul_(b)  # m / p - 1
-        m_BV = torch.addcmul(p_BV, p_BV, mixed_BV, out=self._scratch_like(r_BV, 5))
+        m_BV = torch.lerp(p_BV, q_BV, b, out=self._scratch_like(r_BV, 5))
         a_BV = mixed_BV.log1p_().neg_()
         value_B = b * self._kl(q_BV, m_BV, torch.sub(a_BV, r_BV, out=r_BV))
         value_B += (1 - b) * self._kl(p_BV, m_BV, a_BV)

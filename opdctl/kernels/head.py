@@ -51,6 +51,11 @@ class Head:
         """The type of logits and of gradients that are summed over chunks."""
         return torch.promote_types(self.weight_VD.dtype, torch.float32)
 
+    @property
+    def operand(self) -> torch.dtype:
+        """The type in which a gradient of the logits enters its two products."""
+        return self.weight_VD.dtype if self.weight_VD.is_cuda else self.wide
+
     def logits(self, hidden_CD: Tensor, out_CV: Tensor | None = None) -> Tensor:
         """Logits [C, valid V] in at least fp32, into ``out_CV`` if given."""
         C = hidden_CD.shape[0]
@@ -98,6 +103,7 @@ class Head:
     def adjoint(
         self,
         grad_CV: Tensor,
+        factor_C: Tensor | None,
         slope_CV: Tensor | None,
         hidden_CD: Tensor,
         out_CD: Tensor,
@@ -107,21 +113,27 @@ class Head:
 
         Args:
             grad_CV: gradient of what ``logits`` returned; overwritten.
+            factor_C: factor of its rows, if it is not in them: it scales rows of width D instead.
             slope_CV: what ``slope`` returned for it.
         """
         if slope_CV is not None:
             grad_CV *= slope_CV
         elif self.temperature != 1.0:
             grad_CV /= self.temperature
-        if self.bias_V is not None and grad.bias_V is not None:
-            grad.bias_V[: self.valid_V] += grad_CV.sum(0)
-        if grad_CV.is_cuda and hidden_CD.dtype != grad_CV.dtype:
-            grad_CV = grad_CV.to(hidden_CD.dtype)  # operands of one type for the matrix product
+        grad_CV = grad_CV.to(self.operand)
+        scaled_CD = hidden_CD
+        if factor_C is not None:
+            scaled_CD = (hidden_CD * factor_C[:, None]).to(hidden_CD.dtype)
+        if grad.bias_V is not None:
+            ones_C = torch.ones_like(grad_CV[:, 0]) if factor_C is None else factor_C
+            grad.bias_V[: self.valid_V] += grad_CV.T.to(self.wide) @ ones_C.to(self.wide)
         wide_CD = out_CD if out_CD.dtype == self.wide else torch.empty_like(out_CD, dtype=self.wide)
         for i, (part, weight_TD) in enumerate(self._tiles()):
             _product(grad_CV[:, part], weight_TD, wide_CD, add=i > 0)
             if grad.weight_VD is not None:
-                _product(grad_CV[:, part].T, hidden_CD, grad.weight_VD[part], add=True)
+                _product(grad_CV[:, part].T, scaled_CD, grad.weight_VD[part], add=True)
+        if factor_C is not None:
+            wide_CD *= factor_C[:, None]
         if wide_CD is not out_CD:
             out_CD.copy_(wide_CD)
 

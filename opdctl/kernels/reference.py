@@ -56,8 +56,8 @@ def divergence(log_p_CV: Tensor, log_q_CV: Tensor, direction: str, beta: float =
         return kl(log_q_CV, log_p_CV)
     p_CV, q_CV = log_p_CV.exp(), log_q_CV.exp()
     r_CV = (log_p_CV - log_q_CV).clamp(min=-80.0)  # where q is e^80 times p, p adds nothing
-    mixed_CV = beta * torch.expm1(-r_CV)  # m / p - 1
-    a_CV, m_CV = -torch.log1p(mixed_CV), p_CV + p_CV * mixed_CV  # a = log p - log m
+    a_CV = -torch.log1p(beta * torch.expm1(-r_CV))  # log p - log m
+    m_CV = torch.lerp(p_CV, q_CV, beta)
     return beta * _kl(q_CV, m_CV, a_CV - r_CV) + (1 - beta) * _kl(p_CV, m_CV, a_CV)
 
 
@@ -66,7 +66,7 @@ class Rows:
 
     name = "reference"
 
-    def __init__(self, logits_CV: Tensor) -> None:
+    def __init__(self, logits_CV: Tensor, operand: torch.dtype | None = None) -> None:
         self.logits_CV = logits_CV.requires_grad_()
         with torch.enable_grad():
             self.logp_CV = self.logits_CV.log_softmax(-1)
@@ -87,6 +87,5 @@ class Rows:
         value_C = divergence(self.logp_CV, log_q_CV, direction, beta)
         return value_C, -(log_q_CV.exp() * log_q_CV).sum(-1), log_q_CV.gather(-1, ids_CK)
 
-    def gradient(self, grads: list[Tensor | None]) -> Tensor:
-        """Gradient of the logits, [C, V]."""
-        return torch.zeros_like(self.logits_CV) if grads[0] is None else grads[0]
+    def gradient(self, grads: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        return grads[0], None

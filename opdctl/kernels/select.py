@@ -12,15 +12,22 @@ import torch
 from opdctl.errors import UsageError
 
 
-def rows_class(kernel: str, device: torch.device) -> type:
+def rows_class(kernel: str, device: torch.device, dtype: torch.dtype = torch.float32) -> type:
     """The class of a level: reference, chunked, triton; auto is triton on CUDA, else chunked.
+
+    Args:
+        dtype: of the logits; Triton's level has fp32 alone.
 
     Raises:
         UsageError: triton asked for where it cannot run.
     """
-    able = find_spec("triton") is not None and (device.type == "cuda" or _interpreted())
+    able = find_spec("triton") is not None and dtype == torch.float32
+    able = able and (device.type == "cuda" or _interpreted())
     if kernel == "triton" and not able:
-        raise UsageError("runtime.kernel is triton and there is none here", "runtime.kernel=auto")
+        raise UsageError(
+            f"runtime.kernel is triton, which cannot run here: {device.type}, {dtype} logits",
+            "runtime.kernel=auto",
+        )
     if kernel == "triton" or (kernel == "auto" and able and device.type == "cuda"):
         from opdctl.kernels.triton_rows import Rows
     elif kernel == "reference":

@@ -1,0 +1,240 @@
+"""The row pass as Triton kernels, between the vendor's matrix products.
+
+One program a row. ``_compare`` sweeps the two rows of logits once for the statistics (a running
+maximum, sum and weighted sum of each side) and once more for the divergence, summed term by term
+as in kernels/reference.py, and its gradient p (r - K), which it writes in the type the products
+read; a jsd needs a third sweep. The per-token factor of the gradient, known only later, scales
+rows of the products instead: no further sweep. ``_affine`` writes a p (plus the former), which
+with k added entries is the gradient of any function of log-probs at k ids. fp32 logits only. The
+same source runs on a CPU under TRITON_INTERPRET=1, which is how it is tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from opdctl.kernels.reference import endpoint
+
+BLOCK = 4096  # elements of a row read at once: 32 KiB of two rows in registers
+
+
+@triton.jit
+def _kl_term(a, b, r):
+    """a r - a + b for r = log a - log b, as a series near r = 0: never negative."""
+    series = a * r * r * (0.5 + r * (-1 / 6 + r * (1 / 24 - r / 120)))
+    return tl.where(tl.abs(r) < 0.125, series, a * (r - 1) + b)
+
+
+@triton.jit
+def _log_mix(r, beta):
+    """log p - log m = -log(1 + beta (e^-r - 1)), accurate where r is small."""
+    x = tl.minimum(-r, 80.0)
+    series = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x / 120))))
+    y = beta * tl.where(tl.abs(x) < 0.125, series, tl.exp(x) - 1)
+    u = 1 + y
+    exact = u == 1
+    return -tl.where(exact, y, tl.log(u) * (y / tl.where(exact, 1.0, u - 1)))
+
+
+@triton.jit
+def _grow(m, n, h, z, valid):
+    """Running maximum m, sum n of e^(z - m) and h of e^(z - m) (z - m), with a block of logits."""
+    top = tl.maximum(m, tl.max(tl.where(valid, z, -1e30), 0))
+    scale = tl.exp(m - top)
+    e = tl.where(valid, tl.exp(z - top), 0.0)
+    h = scale * (h + (m - top) * n) + tl.sum(tl.where(valid, e * (z - top), 0.0), 0)
+    return top, scale * n + tl.sum(e, 0), h, e, scale
+
+
+@triton.jit
+def _normalise(z_ptr, lse_ptr, entropy_ptr, stride, V, BLOCK: tl.constexpr):
+    """Log-normaliser and entropy of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    m, n, h = -1e30, 0.0, 0.0
+    for start in range(0, V, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        z = tl.load(z_ptr + row * stride + at, mask=at < V, other=0.0)
+        m, n, h, _, _ = _grow(m, n, h, z, at < V)
+    tl.store(lse_ptr + row, m + tl.log(n))
+    tl.store(entropy_ptr + row, tl.log(n) - h / n)
+
+
+@triton.jit
+def _compare(
+    s_ptr,
+    t_ptr,
+    out_ptr,
+    table_ptr,
+    stride,
+    V,
+    C,
+    beta,
+    DIRECTION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Table [5, C]: divergence, both normalisers, both entropies; and the unit gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    ms, ns, hs, mt, nt, ht, cross = -1e30, 0.0, 0.0, -1e30, 0.0, 0.0, 0.0
+    for start in range(0, V, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        s = tl.load(s_ptr + row * stride + at, mask=at < V, other=0.0)
+        t = tl.load(t_ptr + row * stride + at, mask=at < V, other=0.0)
+        old_ms, old_mt, old_ns = ms, mt, ns
+        ms, ns, hs, e, scale = _grow(ms, ns, hs, s, at < V)
+        mt, nt, ht, _, _ = _grow(mt, nt, ht, t, at < V)
+        # sum of e^(s - ms) ((s - ms) - (t - mt)): its shifts follow both maxima
+        cross = scale * (cross + ((old_ms - ms) - (old_mt - mt)) * old_ns)
+        cross += tl.sum(tl.where(at < V, e * ((s - ms) - (t - mt)), 0.0), 0)
+    lse_s, lse_t = ms + tl.log(ns), mt + tl.log(nt)
+    mean = cross / ns - tl.log(ns) + tl.log(nt)  # sum of p r
+    value = 0.0
+    if DIRECTION == "jsd":
+        mean = 0.0
+        for start in range(0, V, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            s = tl.load(s_ptr + row * stride + at, mask=at < V, other=0.0) - lse_s
+            t = tl.load(t_ptr + row * stride + at, mask=at < V, other=0.0) - lse_t
+            p, q = tl.where(at < V, tl.exp(s), 0.0), tl.where(at < V, tl.exp(t), 0.0)
+            r = tl.maximum(s - t, -80.0)
+            a = _log_mix(r, beta)
+            m = p + beta * (q - p)
+            mean += tl.sum(p * a, 0)
+            term = beta * _kl_term(q, m, a - r) + (1 - beta) * _kl_term(p, m, a)
+            value += tl.sum(tl.where(at < V, term, 0.0), 0)
+    for start in range(0, V, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        s = tl.load(s_ptr + row * stride + at, mask=at < V, other=0.0) - lse_s
+        t = tl.load(t_ptr + row * stride + at, mask=at < V, other=0.0) - lse_t
+        p, q, r = tl.exp(s), tl.exp(t), s - t
+        if DIRECTION == "reverse":
+            value += tl.sum(tl.where(at < V, _kl_term(p, q, r), 0.0), 0)
+            out = p * (r - mean)
+        elif DIRECTION == "forward":
+            value += tl.sum(tl.where(at < V, _kl_term(q, p, -r), 0.0), 0)
+            out = p - q
+        else:
+            out = (1 - beta) * p * (_log_mix(tl.maximum(r, -80.0), beta) - mean)
+        tl.store(out_ptr + row * V + at, out.to(out_ptr.dtype.element_ty), mask=at < V)
+    tl.store(table_ptr + row, value)
+    tl.store(table_ptr + C + row, lse_s)
+    tl.store(table_ptr + 2 * C + row, lse_t)
+    tl.store(table_ptr + 3 * C + row, tl.log(ns) - hs / ns)
+    tl.store(table_ptr + 4 * C + row, tl.log(nt) - ht / nt)
+
+
+@triton.jit
+def _affine(
+    z_ptr,
+    lse_ptr,
+    a_ptr,
+    weight_ptr,
+    out_ptr,
+    stride,
+    V,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = a p, plus weight x out where there is a divergence."""
+    row = tl.program_id(0).to(tl.int64)
+    lse, a = tl.load(lse_ptr + row), tl.load(a_ptr + row)
+    for start in range(0, V, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        z = tl.load(z_ptr + row * stride + at, mask=at < V, other=0.0)
+        out = a * tl.exp(z - lse)
+        if ADD:
+            before = tl.load(out_ptr + row * V + at, mask=at < V, other=0.0).to(tl.float32)
+            out += tl.load(weight_ptr + row) * before
+        tl.store(out_ptr + row * V + at, out.to(out_ptr.dtype.element_ty), mask=at < V)
+
+
+class Rows:
+    """A chunk of the student's logits; see kernels/chunked.py for what each method means."""
+
+    name = "triton"
+
+    def __init__(self, logits_CV: Tensor, operand: torch.dtype) -> None:
+        self.logits_CV, self.operand = logits_CV, operand
+        self.leaves: list[Tensor] = []
+        self._ids: list[Tensor | None] = []
+        self._lse_C: Tensor | None = None
+        self._unit_CV: Tensor | None = None
+
+    def _normalised(self) -> None:
+        if self._lse_C is None:
+            z_CV = self.logits_CV
+            self._lse_C, self._entropy_C = z_CV.new_empty(2, len(z_CV))
+            options = {"BLOCK": _block(z_CV.shape[1])}
+            _normalise[(len(z_CV),)](
+                z_CV, self._lse_C, self._entropy_C, z_CV.stride(0), z_CV.shape[1], **options
+            )
+
+    def at(self, ids_CK: Tensor, leaf: bool = True) -> Tensor:
+        self._normalised()
+        logp_CK = self.logits_CV.gather(-1, ids_CK) - self._lse_C[:, None]
+        return self._leaf(logp_CK, ids_CK) if leaf else logp_CK
+
+    def top(self, k: int) -> Tensor:
+        return self.logits_CV.topk(k, dim=-1).indices
+
+    def entropy(self) -> Tensor:
+        self._normalised()
+        return self._entropy_C
+
+    def divergence(self, teacher_CV: Tensor, direction: str, beta: float, ids_CK: Tensor):
+        z_CV = self.logits_CV
+        C, V = z_CV.shape
+        table_5C = z_CV.new_empty(5, C)
+        self._unit_CV = torch.empty(C, V, dtype=self.operand, device=z_CV.device)
+        _compare[(C,)](
+            z_CV,
+            teacher_CV,
+            self._unit_CV,
+            table_5C,
+            z_CV.stride(0),
+            V,
+            C,
+            beta,
+            DIRECTION=endpoint(direction, beta),
+            BLOCK=_block(V),
+        )
+        value_C, self._lse_C, lse_C, self._entropy_C, entropy_C = table_5C
+        logq_CK = teacher_CV.gather(-1, ids_CK) - lse_C[:, None]
+        return self._leaf(value_C, None), entropy_C, logq_CK
+
+    def gradient(self, grads: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        given = [(i, g) for i, g in zip(self._ids, grads, strict=True) if g is not None]
+        weight_C = next((g for ids, g in given if ids is None), None)
+        picked = [(ids, g) for ids, g in given if ids is not None]
+        if not picked:
+            return self._unit_CV, weight_C
+        z_CV = self.logits_CV
+        out_CV = self._unit_CV
+        if weight_C is None:
+            out_CV = torch.empty(z_CV.shape, dtype=self.operand, device=z_CV.device)
+        picked_C = -sum(g.sum(-1) for _, g in picked)
+        _affine[(len(z_CV),)](
+            z_CV,
+            self._lse_C,
+            picked_C,
+            picked_C if weight_C is None else weight_C.contiguous(),
+            out_CV,
+            z_CV.stride(0),
+            z_CV.shape[1],
+            ADD=weight_C is not None,
+            BLOCK=_block(z_CV.shape[1]),
+        )
+        for ids_CK, g_CK in picked:
+            out_CV.scatter_add_(-1, ids_CK, g_CK.to(out_CV.dtype))
+        return out_CV, None
+
+    def _leaf(self, value: Tensor, ids_CK: Tensor | None) -> Tensor:
+        self.leaves.append(value.requires_grad_())
+        self._ids.append(ids_CK)
+        return value
+
+
+def _block(V: int) -> int:
+    return min(BLOCK, triton.next_power_of_2(V))
