@@ -5,10 +5,10 @@
 Needs trl (pip install trl==1.16.0). Both sides load one pair of random Qwen3 models of one shape,
 answer the same prompts with equally many tokens, and take the exact reverse KL over the whole
 vocabulary and AdamW with the same settings. Ours is an opd stage as its worker runs it, TRL's is
-its DistillationTrainer; each runs in fresh processes, in turn. A step ends where the next begins,
-so logs are in it; start, load and save are not. Prints medians over the rounds of each process's
-median step and phases, and the fastest step, which other load on the machine moves least. Update
-is what is neither sampling nor the teacher's pass. Leaves out GPUs, vLLM, threads, checkpoints.
+its DistillationTrainer, in fresh processes that take turns. A step ends where the next begins:
+logs are in it; start, load and save are not. Prints CPU seconds of a step and its phases (medians
+over processes of their medians), wall seconds, and the fastest step, which other load moves least.
+Update is all but sampling and the teacher's pass. Leaves out GPUs, vLLM, threads, checkpoints.
 """
 
 from __future__ import annotations
@@ -23,24 +23,26 @@ import time
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+
 BATCH, NEW_TOKENS, LR = 32, 32, 1e-3
-WARM, STEPS = 2, 7  # steps of a process that are timed, and how many of them do not count
+STEPS, WARM = 7, 2  # steps timed in a process, and how many of them do not count
 KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SHAPES = {"0.1M": (64, 2, 2, 1), "0.85M": (128, 4, 4, 2), "5M": (256, 6, 8, 4)}
 PHASES = ("step", "rollout", "score", "update")
+SIDES = ("ours", "trl")
+COLUMNS = (*PHASES, "wall step", "fastest", "first KL")
 
 
 def prepare(folder, shape):
     """Write a student, a teacher and prompts; returns the parameters of each model."""
     import torch
-    from tokenizers import Tokenizer, decoders, models
+    from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-    characters = Tokenizer(models.BPE({chr(i): i for i in range(256)}, []))
-    characters.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=characters, pad_token=chr(0), eos_token="<end>", padding_side="left"
-    )
+    letters = Tokenizer(models.BPE({chr(i): i for i in range(256)}, []))
+    special = {"pad_token": chr(0), "eos_token": "<end>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, **special)
     config = Qwen3Config(
         vocab_size=256,  # no row for the end token: on both sides no response can end early
         head_dim=32,
@@ -54,27 +56,25 @@ def prepare(folder, shape):
         net = Qwen3ForCausalLM(config)
         net.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    texts = [f"sum of {i} and {i * i} =" for i in range(BATCH * (STEPS + 1))]
-    rows = [json.dumps({"prompt": text, "answer": ""}) for text in texts]
-    (folder / "prompts.jsonl").write_text("\n".join(rows))
+    numbers = range(BATCH * (STEPS + 1))
+    rows = [{"prompt": f"What is {i} squared?", "answer": i * i} for i in numbers]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return net.num_parameters()
 
 
 def now():
-    import numpy as np
-
     return np.array([time.process_time(), time.perf_counter()])
 
 
 def ours(folder, marks):
     """First divergence and tokens of each step of an opd stage."""
     from opdctl import worker
-    from opdctl.core import context, loop
+    from opdctl.core import loop
     from opdctl.launch import new_run
     from opdctl.recipe import resolve
     from opdctl.rundir import read_rows
 
-    class Clock(context.Clock):  # the loop's own has no CPU seconds
+    class Clock(loop.Clock):  # the loop's own has no CPU seconds
         def __init__(self):
             self.since = now()
             marks["step"].append(self.since)
@@ -82,44 +82,33 @@ def ours(folder, marks):
 
         def lap(self, phase):
             super().lap(phase)
-            since, self.since = self.since, now()
-            if phase in marks:
-                marks[phase].append(self.since - since)
+            marks.get(phase, []).append(now() - self.since)
+            self.since = now()
 
     loop.Clock = Clock
-    stage = {
-        "kind": "opd",
-        "student": str(folder / "student"),
-        "teachers": {"teacher": str(folder / "teacher")},
-        "signals": {},
-        "objectives": {"divergence": {"direction": "reverse", "normalise": "token_mean"}},
-        "prompts": {"per_step": BATCH, "samples": 1},
-        "sampling": {"max_tokens": NEW_TOKENS},
-        "optim": {"lr": LR},
-        "steps": STEPS + 1,
-    }
-    data = {"kind": "jsonl", "path": str(folder / "prompts.jsonl"), "eval_share": 0}
-    tree = {"name": "step", "data": {"own": data}, "stages": {"opd": stage}}
-    with tempfile.TemporaryDirectory() as out:
-        recipe = resolve(tree, "opd_step.py", overrides=("runtime.device=cpu",))
-        run = new_run(recipe, "", Path(out) / "run")
-        if worker.run_stage(run.path, "opd"):
-            raise SystemExit("the stage failed")
-        rows = read_rows(run.stage("opd") / "metrics.jsonl")
+    models = {"student": f"{folder}/student", "teachers": {"teacher": f"{folder}/teacher"}}
+    size = {"prompts": {"per_step": BATCH}, "sampling": {"max_tokens": NEW_TOKENS}}
+    loss = {"divergence": {"direction": "reverse", "normalise": "token_mean"}}
+    train = {"signals": {}, "objectives": loss, "optim": {"lr": LR}, "steps": STEPS + 1}
+    data = {"kind": "jsonl", "path": f"{folder}/prompts.jsonl", "eval_share": 0}
+    stages = {"opd": {"kind": "opd", **models, **size, **train}}
+    tree = {"name": "step", "data": {"own": data}, "stages": stages, "runtime": {"device": "cpu"}}
+    run = new_run(resolve(tree, "opd_step.py"), "", folder / f"run-{os.getpid()}")
+    assert worker.run_stage(run.path, "opd") == 0, "the stage failed"
+    rows = read_rows(run.stage("opd") / "metrics.jsonl")
     return rows[0]["divergence"], [row["tokens"] for row in rows]
 
 
 def trl(folder, marks):
     """First divergence and tokens of each step of a DistillationTrainer."""
     from datasets import Dataset
-    from transformers import TrainerCallback
     from trl import DistillationConfig, DistillationTrainer
 
     tokens = []
 
     class Timed(DistillationTrainer):
-        def _generate_and_score_completions(self, inputs):  # it only generates
-            since = now()
+        def _generate_and_score_completions(self, inputs):  # a step's first act; only generates
+            marks["step"].append(since := now())
             out = super()._generate_and_score_completions(inputs)
             marks["rollout"].append(now() - since)
             tokens.append(int(out["num_items_in_batch"]))
@@ -132,75 +121,56 @@ def trl(folder, marks):
                 marks["score"].append(now() - since)
             return out
 
-    class Begin(TrainerCallback):
-        def on_step_begin(self, *args, **options):
-            marks["step"].append(now())
-
-    lines = (folder / "prompts.jsonl").read_text().splitlines()
-    prompts = Dataset.from_list([{"prompt": json.loads(line)["prompt"]} for line in lines])
-    with tempfile.TemporaryDirectory() as out:
-        config = DistillationConfig(
-            out,
-            use_cpu=True,
-            bf16=False,  # its default, as is checkpointing: ours does neither
-            gradient_checkpointing=False,
-            per_device_train_batch_size=BATCH,
-            max_completion_length=NEW_TOKENS,
-            max_steps=STEPS + 1,
-            learning_rate=LR,
-            lr_scheduler_type="constant",
-            adam_beta2=0.95,
-            logging_first_step=True,
-            save_strategy="no",
-        )
-        pair = (str(folder / name) for name in ("student", "teacher"))
-        trainer = Timed(*pair, config, prompts, callbacks=[Begin()])
-        trainer.train()
+    rows = map(json.loads, (folder / "prompts.jsonl").read_text().splitlines())
+    size = {"per_device_train_batch_size": BATCH, "max_completion_length": NEW_TOKENS}
+    optim = {"learning_rate": LR, "lr_scheduler_type": "constant", "adam_beta2": 0.95}
+    off = {"bf16": False, "gradient_checkpointing": False, "save_strategy": "no"}  # as in ours
+    log = {"max_steps": STEPS + 1, "logging_first_step": True}
+    config = DistillationConfig(f"{folder}/trl", use_cpu=True, **size, **optim, **off, **log)
+    trainer = Timed(f"{folder}/student", f"{folder}/teacher", config, Dataset.from_list(list(rows)))
+    trainer.train()
     return trainer.state.log_history[0]["loss"], tokens
 
 
 def measure(side, folder):
     """What a child process does: some steps of one side."""
-    import numpy as np
     import torch
 
     torch.set_num_threads(1)
     marks = {"step": [], "rollout": [], "score": []}
-    divergence, tokens = {"ours": ours, "trl": trl}[side](folder, marks)
-    if tokens != [BATCH * NEW_TOKENS] * (STEPS + 1):
-        raise SystemExit(f"{side} took steps of {tokens} tokens")
-    spent = {phase: np.array(each)[WARM:STEPS] for phase, each in marks.items()}
-    spent["step"] = np.diff(marks["step"], axis=0)[WARM:]
-    spent["update"] = spent["step"] - spent["rollout"] - spent["score"]
-    found = {"divergence": divergence, "fastest": spent["step"][:, 0].min()}
+    divergence, tokens = (ours if side == "ours" else trl)(folder, marks)
+    assert tokens == [BATCH * NEW_TOKENS] * (STEPS + 1), tokens
+    step = np.diff(marks["step"], axis=0)[WARM:]
+    rollout, score = (np.array(marks[phase])[WARM:STEPS] for phase in ("rollout", "score"))
+    found = {"divergence": divergence, "fastest": step[:, 0].min()}
     for i, clock in enumerate(("cpu", "wall")):
-        found[clock] = {phase: np.median(spent[phase][:, i]) for phase in PHASES}
-    return found
+        medians = np.median([step, rollout, score, step - rollout - score], axis=1)[:, i]
+        found[clock] = dict(zip(PHASES, medians, strict=True))
+    return {"side": side, **found}
 
 
 def child(side, folder):
-    """Run one side in a fresh process."""
+    """Measure one side in a fresh process."""
     limits = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, __file__, "--case", side, folder]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | limits)
     if done.returncode:
         raise SystemExit(done.stderr)
-    return {"side": side, **json.loads(done.stdout.strip().splitlines()[-1])}
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def show(rows):
     """Print the table of one size."""
+    print(f"{rows[0]['size']:9}", *(f"{name:>10}" for name in COLUMNS))
     table = {}
-    for side in ("ours", "trl"):
+    for side in SIDES:
         mine = [row for row in rows if row["side"] == side]
-        values = [median(row["cpu"][phase] for row in mine) for phase in PHASES]
-        values += [median(row["wall"]["step"] for row in mine), min(r["fastest"] for r in mine)]
-        table[side] = [*values, mine[0]["divergence"]]
+        table[side] = [median(row["cpu"][phase] for row in mine) for phase in PHASES]
+        wall, least = median(r["wall"]["step"] for r in mine), min(r["fastest"] for r in mine)
+        table[side] += [wall, least, mine[0]["divergence"]]
     table["trl/ours"] = [t / o for t, o in zip(table["trl"], table["ours"], strict=True)]
-    names = (*PHASES, "wall step", "fastest", "first KL")
-    print(f"{rows[0]['size']:9}" + "".join(f"{name:>11}" for name in names))
-    for side, values in table.items():
-        print(f"{side:9}" + "".join(f"{value:11.3f}" for value in values), flush=True)
+    for name, cells in table.items():
+        print(f"{name:9}", *(f"{cell:10.3f}" for cell in cells), flush=True)
 
 
 def main():
@@ -217,8 +187,7 @@ def main():
     for size in args.only.split(","):
         with tempfile.TemporaryDirectory() as folder:
             kind = {"size": size, "parameters": prepare(Path(folder), SHAPES[size])}
-            turns = [("ours", "trl") if i % 2 else ("trl", "ours") for i in range(args.rounds)]
-            found = [kind | child(side, folder) for turn in turns for side in turn]
+            found = [kind | child(side, folder) for _ in range(args.rounds) for side in SIDES]
         rows += found
         if not args.json:
             show(found)

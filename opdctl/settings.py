@@ -64,8 +64,10 @@ class ObjectiveConfig:
     """Keys of every objective."""
 
     coef: float = key(1.0, "factor of this objective in the loss; 0 turns it off")
-    normalise: Literal["seq_mean", "token_mean"] = key(
-        "seq_mean", "seq_mean: 1/|y| per response, then the mean over responses"
+    normalise: Literal["seq_mean", "token_mean", "domain_mean"] = key(
+        "seq_mean",
+        "seq_mean: 1/|y| per response, then their mean; domain_mean: a domain's tokens together "
+        "weigh as its share of the responses",
     )
     weights: dict = key({}, "per-token factors", family="weights")
 
@@ -111,6 +113,9 @@ class Runtime:
         "auto", "row pass of the loss; auto is triton on CUDA, else chunked", role="numeric"
     )
     rounded_logits: bool = key(False, "round logits to bfloat16 in the loss, to compare")
+    resident_teachers: int = key(
+        0, "frozen models kept loaded; others are read again; 0 is all", role="operational", least=0
+    )
     checkpoint_every: int = key(20, "steps between checkpoints", role="operational", least=1)
     keep_checkpoints: int = key(2, "newest ones kept", role="operational", least=1)
     log_rollouts_every: int = key(

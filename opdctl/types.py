@@ -58,6 +58,11 @@ class Rollout:
     reward: float | None = None
     teacher: str | None = None
 
+    @property
+    def name(self) -> str:
+        """How messages name it: its prompt's id, and its place among the samples of the step."""
+        return f"the rollout of prompt {self.prompt.id} ({self.prompt.domain}), group {self.group}"
+
 
 @dataclass(frozen=True)
 class ScoreRequest:

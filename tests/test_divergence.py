@@ -25,9 +25,9 @@ def taught(spans, teachers, weights=(1.0, 1.0), temperature=1.0):
     lengths = [len(ids) - start for ids, start in spans]
     total = sum(lengths)
     columns = {
-        "teacher_index": torch.zeros(total, dtype=torch.long),
-        "teacher_row": torch.zeros(total, dtype=torch.long),
-        "teacher_weight": torch.ones(total),
+        "teacher_index": torch.zeros(total, 1, dtype=torch.long),
+        "teacher_row": torch.zeros(total, 1, dtype=torch.long),
+        "pair_weight": torch.ones(total, 1),
     }
     place = torch.arange(total).split(lengths)
     held = []
@@ -36,9 +36,9 @@ def taught(spans, teachers, weights=(1.0, 1.0), temperature=1.0):
         requests = [ScoreRequest(tuple(spans[i][0]), spans[i][1]) for i in mine]
         found = score(teacher, requests, temperature=temperature, want=("hidden",))
         at = torch.cat([place[i] for i in mine])
-        columns["teacher_index"][at] = t
-        columns["teacher_row"][at] = torch.arange(len(at))
-        columns["teacher_weight"][at] = weights[t]
+        columns["teacher_index"][at, 0] = t
+        columns["teacher_row"][at, 0] = torch.arange(len(at))
+        columns["pair_weight"][at, 0] = weights[t]
         held.append(Held(teacher.projection(temperature), found.hidden_ND))
     return columns, Taught(held, torch.device("cpu"))
 
@@ -101,7 +101,7 @@ def test_rebuilt_logits_are_the_logits(model):
     teacher = make_model(9)
     spans = spans_of()
     columns, held = taught(spans, [teacher])
-    rebuilt = held.logits(columns["teacher_index"], columns["teacher_row"])
+    rebuilt = held.logits(columns["teacher_index"][:, 0], columns["teacher_row"][:, 0])
     at = 0
     for ids, start in spans:
         with torch.no_grad():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opdctl.core.loop import Step
+from opdctl.core.scored import Step
 from opdctl.objectives.outcome import Outcome as OutcomeLoss
 from opdctl.signals.outcome import Outcome
 from opdctl.signals.reverse_kl import ReverseKl

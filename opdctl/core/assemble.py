@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from opdctl.core.context import Context
-from opdctl.core.loop import Parts
 from opdctl.core.routing import routes
-from opdctl.core.update import Term
+from opdctl.core.scored import Parts
+from opdctl.core.view import Term
 from opdctl.registry import member
 from opdctl.settings import Teacher
 
@@ -64,8 +64,13 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
             n: (member("teachers", "local")(ctx, model, n, t.model), t.weight)
             for n, t in teachers.items()
         }
-        route = {d: names[0] for d, names in routes(ctx.recipe.domains(ctx.name), teachers).items()}
+        route = routes(ctx.recipe.domains(ctx.name), teachers)
     several = config.updates_per_rollout * config.minibatches > 1
+    policy = [n.removeprefix("policy.") for n in sorted(needs) if n.startswith("policy.")]
+    if "old.logprobs" in needs and several and "logprobs" not in policy:
+        policy.append("logprobs")
+    baseline = next((s.config for _, s in signals.values() if "policy.kl" in s.needs), None)
+    top = baseline.k if baseline and baseline.support != "full" else 0
     return Parts(
         source=member("sources", "student")(None, ctx, model),
         terms=terms,
@@ -75,7 +80,8 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
         route=route,
         teacher_wants=tuple(sorted(wanted)),
         teacher_top=max((getattr(t.objective.config, "k", 0) for t in terms), default=0),
-        policy_logprobs="policy.logprobs" in needs or ("old.logprobs" in needs and several),
+        policy_wants=tuple(policy),
+        policy_top=top,
         temperature=config.sampling.temperature,
         updates=config.updates_per_rollout,
         minibatches=config.minibatches,

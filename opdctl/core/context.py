@@ -25,6 +25,7 @@ class Context:
     Attributes:
         stop: set by a signal; looked at inside sampling, scoring and updates.
         loop_seconds: time spent in the stage's loop, for the record.
+        loads: frozen models loaded so far.
     """
 
     run: RunDir
@@ -34,6 +35,7 @@ class Context:
     device: str = "cpu"
     stop: bool = False
     loop_seconds: float = 0.0
+    loads: int = 0
     _data: dict[str, Any] = field(default_factory=dict)
     _models: dict[str, Any] = field(default_factory=dict)
 
@@ -67,14 +69,21 @@ class Context:
         return str(self.run.output(parsed.name)) if parsed.form == "stage" else parsed.name
 
     def frozen(self, reference: str) -> Any:
-        """A frozen model; the ones that name the same place share their weights."""
+        """A frozen model, loaded on demand; the ones that name the same place share their weights.
+
+        With ``runtime.resident_teachers`` the one that was used longest ago makes room.
+        """
         from opdctl.core.models import load
 
-        path = self.path_of(reference)
+        path, most = self.path_of(reference), self.runtime.resident_teachers
         if path not in self._models:
+            while most and len(self._models) >= most:
+                self._models.pop(next(iter(self._models)))
             model = load(path, dtype=self.runtime.dtype, device=self.device)
             model.net.requires_grad_(False)
+            self.loads += 1
             self._models[path] = model
+        self._models[path] = self._models.pop(path)  # the newest stands last
         return self._models[path]
 
     def data(self, domain: str) -> Any:

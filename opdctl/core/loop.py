@@ -9,73 +9,19 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from opdctl.core import checkpoint, draws, tokens, update
 from opdctl.core.context import Clock, Context
 from opdctl.core.metrics import Metrics, by_domain, mean
 from opdctl.core.models import Model
-from opdctl.core.scoring import logprobs
-from opdctl.core.taught import Held, Taught
+from opdctl.core.scored import Parts, Step, scored
 from opdctl.errors import Interrupted, StageFailed
-from opdctl.types import Compute, Rollout, ScoreRequest
-
-
-@dataclass
-class Parts:
-    """What a stage puts into the loop.
-
-    Attributes:
-        source: ``draw(step) -> [Rollout]``; for the ledger ``sampled`` (tokens of the last draw),
-            ``parameters`` of the sampler and ``samples_from`` (student, teacher, dataset).
-        terms: the objectives.
-        signals: ``{name: (coef, member)}``; their weighted sum is the advantage.
-        rewards: called on all rollouts of a step.
-        teachers: ``{name: (member, weight)}``; scores come back as the column ``teacher``.
-        route: domain -> teacher name.
-        teacher_wants: what is asked of them: logprobs, hidden, lse, topk, entropy.
-        teacher_top: k of topk.
-        policy_logprobs: a no-grad pass of the student before the update.
-        temperature: the one sampled with.
-        updates: passes over the step's rollouts.
-        minibatches: optimizer steps in each.
-    """
-
-    source: Any
-    terms: list[update.Term]
-    signals: dict[str, tuple[float, Any]] = field(default_factory=dict)
-    rewards: list[Any] = field(default_factory=list)
-    teachers: dict[str, tuple[Any, float]] = field(default_factory=dict)
-    route: dict[str, str] = field(default_factory=dict)
-    teacher_wants: tuple[str, ...] = ("logprobs",)
-    teacher_top: int = 16
-    policy_logprobs: bool = False
-    temperature: float = 1.0
-    updates: int = 1
-    minibatches: int = 1
-
-
-@dataclass
-class Step:
-    """All rollouts of one step and their per-token columns, flat and in their order.
-
-    ``taught`` holds a head and hidden rows of each teacher asked; the columns ``teacher_index`` and
-    ``teacher_row`` say which row of which teacher belongs to a token.
-    """
-
-    rollouts: list[Rollout]
-    columns: dict[str, Tensor]
-    sequence_N: Tensor
-    taught: Taught | None = None
-
-    def spread(self, value_B: list[float]) -> Tensor:
-        """One number per rollout -> one per token. Shape [N]."""
-        like = torch.tensor(value_B, dtype=torch.get_default_dtype())
-        return like.to(self.sequence_N.device)[self.sequence_N]
+from opdctl.kernels.select import rows_class
+from opdctl.types import Compute, Rollout
 
 
 class Loop:
@@ -102,6 +48,8 @@ class Loop:
             self.compute = Compute(**state["compute"])
         metrics = Metrics(self.ctx.folder, self.ctx.attempt)
         runtime = self.ctx.runtime
+        self.kernel = rows_class(runtime.kernel, self.model.device, self.model.wide).name
+        print(f"{self.ctx.name}: row pass {self.kernel} on {self.model.device}", flush=True)
         try:
             while done < self.steps:
                 self.ctx.check()
@@ -157,100 +105,16 @@ class Loop:
             reward.score(rollouts)
             forwarded = sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
             self.compute.flops["teacher"] += 2.0 * reward.parameters * forwarded
-        step = self._columns(rollouts)
+        before = self.ctx.loads
+        step = scored(rollouts, self.model, self.parts, self.ctx, self.compute)
         values = self._advantage(step)
         clock.lap("score")
         values = {**self._train(step, done), **values}
+        if step.taught is not None:
+            values |= {"head_loads": step.taught.loads, "teacher_loads": self.ctx.loads - before}
         clock.lap("train")
         self._log_rollouts(done + 1, step)
         return values
-
-    def _columns(self, rollouts: list[Rollout]) -> Step:
-        lengths = torch.tensor([len(r.response_ids) for r in rollouts])
-        device = self.model.device
-        sequence_N = torch.repeat_interleave(torch.arange(len(rollouts)), lengths).to(device)
-        step = Step(rollouts, {}, sequence_N)
-        if all(r.behaviour_logprobs is not None for r in rollouts):
-            flat = [v for r in rollouts for v in r.behaviour_logprobs]
-            step.columns["behaviour"] = torch.tensor(
-                flat, dtype=torch.get_default_dtype(), device=device
-            )
-        if all(r.reward is not None for r in rollouts):
-            step.columns["reward"] = step.spread([r.reward for r in rollouts])
-        requests = [
-            ScoreRequest((*r.prompt_ids, *r.response_ids), len(r.prompt_ids)) for r in rollouts
-        ]
-        runtime = self.ctx.runtime
-        if self.parts.policy_logprobs:
-            step.columns["policy"] = logprobs(
-                self.model,
-                requests,
-                temperature=self.parts.temperature,
-                micro_batch=runtime.micro_batch,
-                chunk_mib=runtime.chunk_mib,
-                check=self.ctx.check,
-            )
-            forwarded = sum(len(q.ids) for q in requests)
-            self.compute.flops["train"] += 2.0 * self.model.parameters * forwarded
-        if self.parts.teachers:
-            self._teach(step, requests)
-        return step
-
-    def _teach(self, step: Step, requests: list[ScoreRequest]) -> None:
-        """Ask each rollout's teacher; put what it says in the rollouts' order, checked.
-
-        Raises:
-            StageFailed: a teacher answered short or with something that is not finite.
-        """
-        lengths = [len(q.ids) - q.start for q in requests]
-        token_N = torch.arange(sum(lengths), device=self.model.device).split(lengths)
-        columns, wants, runtime = step.columns, self.parts.teacher_wants, self.ctx.runtime
-        held: list[Held] = []
-        weights = [1.0] * len(requests)
-        for name, (teacher, weight) in self.parts.teachers.items():
-            mine = [
-                i for i, r in enumerate(step.rollouts) if self.parts.route[r.prompt.domain] == name
-            ]
-            if not mine:
-                continue
-            at_N = torch.cat([token_N[i] for i in mine])
-            found = teacher.score(
-                [requests[i] for i in mine], self.parts.temperature, wants, self.parts.teacher_top
-            )
-            for value_N in (found.logprobs_N, found.hidden_ND):
-                if value_N is None:
-                    continue
-                first = f"from prompt {step.rollouts[mine[0]].prompt.id} on"
-                if len(value_N) != len(at_N):
-                    count = f"{len(value_N)} of {len(at_N)}"
-                    raise StageFailed(f"teacher {name} scored {count} tokens, {first}")
-                if not torch.isfinite(value_N).all():
-                    raise StageFailed(f"teacher {name} gave a score that is not finite, {first}")
-            if found.logprobs_N is not None:
-                self._column(columns, "teacher", found.logprobs_N, at_N, token_N)
-            if found.hidden_ND is not None:
-                index_N = torch.full_like(at_N, len(held))
-                self._column(columns, "teacher_index", index_N, at_N, token_N)
-                row_N = torch.arange(len(at_N), device=at_N.device)
-                self._column(columns, "teacher_row", row_N, at_N, token_N)
-                head = teacher.model.projection(self.parts.temperature, runtime.rounded_logits)
-                head.valid_V = self.model.valid_V
-                rows = (found.hidden_ND, found.lse_N, found.top_NK, found.entropy_N)
-                held.append(Held(head, *rows))
-            for i in mine:
-                weights[i], step.rollouts[i].teacher = weight, name
-            forwarded = sum(len(requests[i].ids) for i in mine)
-            self.compute.teacher_tokens += forwarded
-            self.compute.flops["teacher"] += 2.0 * teacher.parameters * forwarded
-        columns["teacher_weight"] = step.spread(weights)
-        step.taught = Taught(held, self.model.device) if held else None
-
-    @staticmethod
-    def _column(columns: dict, name: str, value_N: Tensor, at_N: Tensor, token_N) -> None:
-        """Write one teacher's values into a column over all tokens of the step."""
-        if name not in columns:
-            columns[name] = value_N.new_zeros(sum(map(len, token_N)))
-        columns[name][at_N] = value_N
 
     def _advantage(self, step: Step) -> dict:
         """Sum of coef x signal; logs each signal's mean, spread and share."""
@@ -305,6 +169,7 @@ class Loop:
             "loss": mean(losses),
             "grad_norm": mean(norms),
             "lr": lr,
+            "kernel": self.kernel,
             "rollouts": len(rollouts),
             "tokens": sum(lengths),
             "length": mean(lengths),
@@ -345,7 +210,8 @@ class Loop:
         if not every or (done % every and done not in (1, self.steps)):
             return
         lengths = [len(r.response_ids) for r in step.rollouts]
-        vectors = {k: tokens.split(v, lengths) for k, v in step.columns.items()}
+        flat = {k: v for k, v in step.columns.items() if v.ndim == 1 and k != "domain"}
+        vectors = {k: tokens.split(v, lengths) for k, v in flat.items()}
         folder = self.ctx.folder / "rollouts"
         folder.mkdir(exist_ok=True)
         with open(folder / f"step-{done:06d}.jsonl", "w", encoding="utf-8") as file:

@@ -56,6 +56,11 @@ class Model:
         return next(self.net.parameters()).device
 
     @property
+    def wide(self) -> torch.dtype:
+        """The type of logits, log-probs and everything per token."""
+        return torch.promote_types(next(self.net.parameters()).dtype, torch.float32)
+
+    @property
     def head(self) -> nn.Linear:
         """The language-model head, or the score head of a classifier."""
         return self.net.score if hasattr(self.net, "score") else self.net.get_output_embeddings()

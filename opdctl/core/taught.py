@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from opdctl.kernels.head import Head
+from opdctl.kernels.topk import divergence_on
 
 
 @dataclass
@@ -110,6 +111,45 @@ class Taught:
                 weight_VD=head.weight_VD.to(self.device, non_blocking=True),
                 bias_V=None if bias_V is None else bias_V.to(self.device, non_blocking=True),
             )
+
+
+@torch.no_grad()
+def reverse_kl(
+    hidden_ND: Tensor,
+    head: Head,
+    taught: Taught,
+    columns: dict[str, Tensor],
+    *,
+    rows_of: type,
+    size: int,
+    top: int = 0,
+) -> Tensor:
+    """KL(p || q) to each token's own teacher, without a gradient. Shape [N], never negative.
+
+    Args:
+        hidden_ND: rows of the student's trunk, in the order of the columns.
+        columns: ``teacher_index``, ``teacher_row`` and ``pair_weight``, [N, M]; with several
+            teachers it is their weighted mean.
+        top: on the student's ``top`` most probable ids, both renormalised; 0 is on all.
+    """
+    index_NM, row_NM, weight_NM = (
+        columns[k] for k in ("teacher_index", "teacher_row", "pair_weight")
+    )
+    value_NM = torch.zeros_like(weight_NM)
+    for place in range(index_NM.shape[1]):
+        index_N, row_N = index_NM[:, place], row_NM[:, place]
+        for at_C in index_N.argsort(stable=True).split(size):
+            rows = rows_of(head.logits(hidden_ND[at_C]), head.operand)
+            teacher_CV = taught.logits(index_N[at_C], row_N[at_C])
+            ids_CK = rows.top(min(top, head.valid_V) or 1)
+            if top:
+                pair = (rows.at(ids_CK, leaf=False), teacher_CV.gather(-1, ids_CK))
+                value_C = divergence_on(*pair, ids_CK >= 0, "renormalised", "reverse", 0.5)
+            else:
+                value_C = rows.divergence(teacher_CV, "reverse", 0.5, ids_CK)[0]
+            value_NM[at_C, place] = value_C
+    total_N = weight_NM.sum(1)
+    return (weight_NM * value_NM).sum(1) / torch.where(total_N > 0, total_N, 1.0)
 
 
 def segments(index_C: Tensor) -> list[tuple[slice, int]]:

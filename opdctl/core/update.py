@@ -14,6 +14,7 @@ from torch import Tensor
 
 from opdctl.core.chunks import Raw, rows_in
 from opdctl.core.models import Model
+from opdctl.core.pairs import by_teacher, pairs, pooled_mean, share
 from opdctl.core.taught import Taught
 from opdctl.core.tokens import last_of_each, micro_batches, pack, per_sequence
 from opdctl.core.view import Term, weighted_sum
@@ -49,7 +50,10 @@ def make_optimizer(model: Model, optim: Optim) -> torch.optim.AdamW:
 def normalisers(term: Term, sequence_N: Tensor, count: int, columns: dict) -> Tensor:
     """Per-token factor of a term: its mask over its own count. Shape [N].
 
-    seq_mean gives 1 / (|y| x responses), token_mean 1 / tokens; all over unmasked tokens.
+    seq_mean gives 1 / (|y| x responses), token_mean 1 / tokens; domain_mean 1 / tokens of the
+    domain, times its share of the responses: long answers of one domain do not drown another's
+    (Open-MOPD, arXiv 2608.19098, found 20 % of the prompts with .9 % of the gradient). All over
+    unmasked tokens.
     """
     mask_N = torch.ones(len(sequence_N), device=sequence_N.device, dtype=torch.get_default_dtype())
     for member in term.masks:
@@ -57,6 +61,12 @@ def normalisers(term: Term, sequence_N: Tensor, count: int, columns: dict) -> Te
     if term.normalise == "token_mean":
         return mask_N / mask_N.sum().clamp(min=1)
     length_B = per_sequence(mask_N, sequence_N, count)
+    if term.normalise == "domain_mean":
+        domain_N = columns["domain"]
+        tokens_D = per_sequence(mask_N, domain_N, int(domain_N.max()) + 1)
+        each_N = mask_N / length_B.clamp(min=1)[sequence_N]  # adds up to one per response
+        share_D = per_sequence(each_N, domain_N, len(tokens_D)) / each_N.sum().clamp(min=1)
+        return mask_N * (share_D / tokens_D.clamp(min=1))[domain_N]
     responses = (length_B > 0).sum().clamp(min=1)
     return mask_N / (length_B.clamp(min=1)[sequence_N] * responses)
 
@@ -101,28 +111,35 @@ def accumulate(
     }
     table: dict[str, Tensor] = {}
     total, processed = 0.0, 0
-    teacher_N = columns.get("teacher_index")
-    order = None if teacher_N is None else last_of_each(teacher_N, torch.tensor(lengths)).tolist()
+    teacher_NM = columns.get("teacher_index")
+    order = None
+    if teacher_NM is not None:  # sequences of one teacher together, so that its head is read once
+        order = last_of_each(teacher_NM[:, 0], torch.tensor(lengths)).tolist()
     for group, tokens_N in micro_batches(spans, micro_batch, model.device, order):
         packed = pack([spans[i] for i in group], model.pad, model.device)
         hidden = model.trunk(packed.ids_BT).last_hidden_state.flatten(0, 1)
         index_N = packed.prediction_N if "prediction" in which else packed.token_N
         kept_N = weight_N[tokens_N].nonzero()[:, 0]
-        if teacher_N is not None:  # one teacher's rows together
-            kept_N = kept_N[teacher_N[tokens_N[kept_N]].argsort(stable=True)]
+        place_N = torch.zeros_like(kept_N)
+        if teacher_NM is not None:
+            kept_N, place_N = by_teacher(kept_N, tokens_N, columns)
         where_N = tokens_N[kept_N]
         loss, found = weighted_sum(
             hidden[index_N[kept_N]],
             head,
             packed.target_N[kept_N],
-            {name: column[where_N] for name, column in columns.items()},
-            [(term, f[where_N]) for term, f in zip(terms, factor, strict=True)],
+            pairs(columns, where_N, place_N),
+            [(t, share(t, f[where_N], place_N)) for t, f in zip(terms, factor, strict=True)],
             **options,
         )
         for name, value_N in found.items():
             if name not in table:
                 table[name] = torch.zeros(len(owner_N), device=model.device)
-            table[name][where_N] = value_N.to(table[name].dtype)
+            value_N = value_N.to(table[name].dtype)
+            if teacher_NM is not None and teacher_NM.shape[1] > 1:
+                table[name] += pooled_mean(value_N, where_N, len(owner_N))
+            else:
+                table[name][where_N] = value_N
         loss.backward()
         total += float(loss.detach())
         processed += packed.positions

@@ -26,7 +26,7 @@ class Term:
     Attributes:
         objective: has ``rows`` (prediction or token) and ``loss(view) -> [C]``.
         coef: factor in the loss.
-        normalise: seq_mean or token_mean.
+        normalise: seq_mean, token_mean or domain_mean.
         masks: members of ``weights/`` with ``mask(columns) -> [N]``; they enter the count.
         gates: members of ``weights/`` with ``gate(view) -> [C]``; they do not.
     """

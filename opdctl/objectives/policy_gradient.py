@@ -28,6 +28,9 @@ class PolicyGradient:
             0.0, "the ratio is cut below 1 - clip_low; both 0: no clip", least=0, most=1
         )
         clip_high: float = key(0.0, "the ratio is cut above 1 + clip_high", least=0)
+        advantage_clip: float = key(
+            0.0, "largest absolute advantage of a token; 0 does not clip", least=0
+        )
 
     def __init__(self, config) -> None:
         self.config = config
@@ -37,9 +40,14 @@ class PolicyGradient:
         import torch
 
         view.log("entropy", view.entropy_C)
+        advantage_C = view["advantage"]
+        if self.config.advantage_clip:
+            bound = self.config.advantage_clip
+            view.log("advantage_clipped", (advantage_C.abs() > bound).float())
+            advantage_C = advantage_C.clamp(-bound, bound)
         if not (self.config.clip_low or self.config.clip_high):
-            return -view["advantage"] * view.logprob_C
+            return -advantage_C * view.logprob_C
         ratio_C = (view.logprob_C - view.old_C).exp()
         bounded_C = ratio_C.clamp(1 - self.config.clip_low, 1 + self.config.clip_high)
         view.log("clipped", (bounded_C != ratio_C).float())
-        return -torch.minimum(ratio_C * view["advantage"], bounded_C * view["advantage"])
+        return -torch.minimum(ratio_C * advantage_C, bounded_C * advantage_C)

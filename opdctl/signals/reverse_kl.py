@@ -1,13 +1,17 @@
 """Sampled-token reverse KL as credit: sg[log T - log S] at the token that was sampled.
 
 MiMo-V2-Flash (arXiv 2601.02780) Eq. 8, GLM-5 (arXiv 2602.15763) Eq. 2. Its expectation over the
-student's own next token is -KL(S || T), so as an advantage it gives the reverse-KL gradient.
+student's own next token is -KL(S || T), so as an advantage it gives the reverse-KL gradient. Of
+the three estimators of a KL only this one, k1, does: the credit -k2 has another gradient, and that
+of -k3 is the reverse KL's minus the forward KL's.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+from opdctl.errors import Problem
 from opdctl.schema import key
 from opdctl.settings import SignalConfig
 
@@ -25,6 +29,15 @@ class ReverseKl:
         clip: float = key(
             0.0, "largest absolute value of a token (MOPD paper: 5); 0 does not clip", least=0.0
         )
+        estimator: Literal["k1", "k2", "k3"] = key("k1", "as a credit only k1 is that of a KL")
+
+    @staticmethod
+    def problems(config, stage) -> list[Problem]:
+        """Estimators whose policy gradient is not that of the reverse KL."""
+        if config.estimator == "k1":
+            return []
+        what = f"as a credit {config.estimator} does not give the gradient of the reverse KL"
+        return [Problem("estimator", what, "estimator=k1, or the objective sampled_kl")]
 
     def __init__(self, config, ctx) -> None:
         self.config = config

@@ -3,7 +3,8 @@ token, and the score is the token's advantage. With one teacher per domain it is
 
 MiMo-V2-Flash (arXiv 2601.02780) Eq. 7-9: advantage = sg[log T - log S] + alpha x outcome,
 importance weight zeroed outside [low, high], 1/|y| per response. With coefficient 0 a signal is
-off, so KL only and outcome only are this stage too. Leaves out several teachers on one sample.
+off, so KL only and outcome only are this stage too. With ``pooled`` every teacher of a domain
+teaches each of its samples, and the objective is the weighted sum over them.
 
     opdctl stage opd --student FOLDER --teacher math=FOLDER --teacher sort=FOLDER
 """
@@ -40,6 +41,9 @@ class Opd:
         """Keys of an opd stage."""
 
         teachers: dict[str, Teacher] = key({}, "NAME: a reference, or {model, serves, weight}")
+        pooled: bool = key(
+            False, "all teachers of a domain on every sample, summed by weight; else one each"
+        )
         signals: dict = key({"reverse_kl": {}}, "what the advantage is made of", family="signals")
         objectives: dict = key(
             {"policy_gradient": {"weights": {"is_gate": {}}}},
@@ -98,12 +102,12 @@ def _routing(config, recipe, stage) -> list[Problem]:
                     f"teachers: {{{domain}: REF}}, or policy to keep it as it is",
                 )
             )
-        elif len(names) > 1:
+        elif len(names) > 1 and not config.pooled:
             found.append(
                 Problem(
                     "teachers",
                     f"{' and '.join(names)} both serve {domain!r}",
-                    "one teacher per domain",
+                    "one teacher per domain, or pooled: true",
                 )
             )
     return found

@@ -8,7 +8,7 @@ Leaves out a critic, a KL term to a reference and dynamic sampling of groups.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from opdctl.errors import Problem
 from opdctl.registry import member
@@ -40,6 +40,8 @@ def member_problems(config, provided: set[str]) -> list[Problem]:
     }
     if active:
         provided.add("advantage")
+    if "teacher.hidden" in provided:
+        provided.add("policy.kl")
     wanted = [(f"signals.{n}", member("signals", n)) for n in active]
     for name, objective in config.objectives.items():
         wanted.append((f"objectives.{name}", member("objectives", name)))
@@ -58,6 +60,13 @@ def member_problems(config, provided: set[str]) -> list[Problem]:
                         else f"remove it, or use a stage that has {need}",
                     )
                 )
+    settings = {f"signals.{n}": s for n, s in active.items()}
+    settings |= {f"objectives.{n}": o for n, o in config.objectives.items() if o.coef}
+    for path, keys in settings.items():
+        cls = member(*path.split("."))
+        for problem in cls.problems(keys, config) if hasattr(cls, "problems") else []:
+            whole = ".".join(filter(None, (path, problem.path)))
+            found.append(replace(problem, path=whole))
     if not any(o.coef for o in config.objectives.values()):
         found.append(
             Problem(

@@ -16,12 +16,28 @@ class Local:
     )
 
     def __init__(self, ctx, student, name: str, reference: str) -> None:
+        self.ctx, self.student, self.reference = ctx, student, reference
+        self.where = f"stages.{ctx.name}.teachers.{name}"
+        self.parameters = 0
+
+    @property
+    def model(self):
+        """Loaded when first asked for; with runtime.resident_teachers, again after eviction."""
         from opdctl.core.models import require_same_tokens
 
-        self.ctx = ctx
-        self.model = ctx.frozen(reference)
-        self.parameters = self.model.parameters
-        require_same_tokens(student, self.model, f"stages.{ctx.name}.teachers.{name}")
+        model = self.ctx.frozen(self.reference)
+        if not self.parameters:
+            require_same_tokens(self.student, model, self.where)
+            self.parameters = model.parameters
+        return model
+
+    def head(self, temperature: float, rounded: bool):
+        """Its head; in host memory if its weights may be evicted from a GPU."""
+        head = self.model.projection(temperature, rounded)
+        if self.ctx.runtime.resident_teachers and head.weight_VD.is_cuda:
+            head.weight_VD = head.weight_VD.detach().cpu().pin_memory()
+            head.bias_V = None if head.bias_V is None else head.bias_V.detach().cpu().pin_memory()
+        return head
 
     def score(self, requests, temperature: float, want, top: int = 16):
         """Scores of every target token, in the order of the requests; ``want`` says which."""

@@ -1,0 +1,203 @@
+"""Everything a step knows of its rollouts before the update: flat per-token columns.
+
+The policy's own scores, the teachers' scores checked on arrival, rewards: one number per response
+token each, in the order of the rollouts. What a teacher column has two axes for, [N, M], is one
+entry for each of the M teachers of a token (M > 1 where teachers are pooled).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdctl.core.chunks import rows_in
+from opdctl.core.context import Context
+from opdctl.core.models import Model
+from opdctl.core.scoring import Scores, score
+from opdctl.core.taught import Held, Taught, reverse_kl
+from opdctl.core.view import Term
+from opdctl.errors import StageFailed
+from opdctl.kernels.select import rows_class
+from opdctl.types import Compute, Rollout, ScoreRequest
+
+
+@dataclass
+class Parts:
+    """What a stage puts into the loop.
+
+    Attributes:
+        source: ``draw(step) -> [Rollout]``; for the ledger ``sampled`` (tokens of the last draw),
+            ``parameters`` of the sampler and ``samples_from`` (student, teacher, dataset).
+        terms: the objectives.
+        signals: ``{name: (coef, member)}``; their weighted sum is the advantage.
+        rewards: called on all rollouts of a step.
+        teachers: ``{name: (member, weight)}``; scores come back as the column ``teacher``.
+        route: domain -> names of its teachers; several where they are pooled.
+        teacher_wants: what is asked of them: logprobs, hidden, lse, topk, entropy.
+        teacher_top: k of topk.
+        policy_wants: what a no-grad pass of the student before the update is for: logprobs, and
+            kl, its divergence to the teacher (the column ``policy_kl``).
+        policy_top: k of that kl; 0 is the whole vocabulary.
+        temperature: the one sampled with.
+        updates: passes over the step's rollouts.
+        minibatches: optimizer steps in each.
+    """
+
+    source: Any
+    terms: list[Term]
+    signals: dict[str, tuple[float, Any]] = field(default_factory=dict)
+    rewards: list[Any] = field(default_factory=list)
+    teachers: dict[str, tuple[Any, float]] = field(default_factory=dict)
+    route: dict[str, list[str]] = field(default_factory=dict)
+    teacher_wants: tuple[str, ...] = ("logprobs",)
+    teacher_top: int = 16
+    policy_wants: tuple[str, ...] = ()
+    policy_top: int = 0
+    temperature: float = 1.0
+    updates: int = 1
+    minibatches: int = 1
+
+
+@dataclass
+class Step:
+    """All rollouts of one step and their per-token columns, flat and in their order.
+
+    ``taught`` holds a head and hidden rows of each teacher asked; the columns ``teacher_index`` and
+    ``teacher_row``, [N, M], say which rows of which teachers belong to a token.
+    """
+
+    rollouts: list[Rollout]
+    columns: dict[str, Tensor]
+    sequence_N: Tensor
+    taught: Taught | None = None
+
+    def spread(self, value_B: list[float]) -> Tensor:
+        """One number per rollout -> one per token. Shape [N]."""
+        like = torch.tensor(value_B, dtype=torch.get_default_dtype())
+        return like.to(self.sequence_N.device)[self.sequence_N]
+
+
+def scored(
+    rollouts: list[Rollout], model: Model, parts: Parts, ctx: Context, compute: Compute
+) -> Step:
+    """Score the rollouts with the policy and their teachers; count what it cost.
+
+    Raises:
+        StageFailed: a teacher answered short or with something that is not finite; names the
+            rollout.
+    """
+    device, runtime = model.device, ctx.runtime
+    lengths = torch.tensor([len(r.response_ids) for r in rollouts])
+    sequence_N = torch.repeat_interleave(torch.arange(len(rollouts)), lengths).to(device)
+    step = Step(rollouts, {}, sequence_N)
+    if all(r.behaviour_logprobs is not None for r in rollouts):
+        flat = [v for r in rollouts for v in r.behaviour_logprobs]
+        step.columns["behaviour"] = torch.tensor(flat, device=device, dtype=model.wide)
+    if all(r.reward is not None for r in rollouts):
+        step.columns["reward"] = step.spread([r.reward for r in rollouts])
+    domains = sorted({r.prompt.domain for r in rollouts})
+    step.columns["domain"] = step.spread([domains.index(r.prompt.domain) for r in rollouts]).long()
+    requests = [ScoreRequest((*r.prompt_ids, *r.response_ids), len(r.prompt_ids)) for r in rollouts]
+    policy = _policy(step, requests, model, parts, ctx, compute) if parts.policy_wants else None
+    if parts.teachers:
+        _teach(step, requests, model, parts, ctx, compute)
+    if "kl" in parts.policy_wants:
+        head = model.projection(parts.temperature, runtime.rounded_logits)
+        step.columns["policy_kl"] = reverse_kl(
+            policy.hidden_ND,
+            head,
+            step.taught,
+            step.columns,
+            rows_of=rows_class(runtime.kernel, device, head.wide),
+            size=rows_in(runtime.chunk_mib, head),
+            top=parts.policy_top,
+        )
+    return step
+
+
+def _policy(step, requests, model, parts, ctx, compute) -> Scores:
+    """The student's own scores of its rollouts, before the update."""
+    wants = {"kl": "hidden", "logprobs": "logprobs"}
+    found = score(
+        model,
+        requests,
+        temperature=parts.temperature,
+        want=[wants[w] for w in parts.policy_wants],
+        micro_batch=ctx.runtime.micro_batch,
+        chunk_mib=ctx.runtime.chunk_mib,
+        check=ctx.check,
+    )
+    if found.logprobs_N is not None:
+        step.columns["policy"] = found.logprobs_N
+    compute.flops["train"] += 2.0 * model.parameters * sum(len(q.ids) for q in requests)
+    return found
+
+
+def _teach(step, requests, model, parts, ctx, compute) -> None:
+    """Ask each rollout's teachers; put what they say in the rollouts' order, checked."""
+    lengths = [len(q.ids) - q.start for q in requests]
+    token_N = torch.arange(sum(lengths), device=model.device).split(lengths)
+    columns, N = step.columns, sum(lengths)
+    routes = [parts.route[r.prompt.domain] for r in step.rollouts]
+    M = max(len(names) for names in routes)
+    index_NM, row_NM = torch.zeros(2, N, M, dtype=torch.long, device=model.device)
+    weight_NM = torch.zeros(N, M, dtype=model.wide, device=model.device)
+    logprob_NM = torch.zeros_like(weight_NM)
+    held: list[Held] = []
+    for name, (teacher, weight) in parts.teachers.items():
+        mine = [i for i, names in enumerate(routes) if name in names]
+        if not mine:
+            continue
+        asked = [requests[i] for i in mine]
+        found = teacher.score(asked, parts.temperature, parts.teacher_wants, parts.teacher_top)
+        _check(name, found, [step.rollouts[i] for i in mine])
+        at_N = torch.cat([token_N[i] for i in mine])
+        place_N = torch.cat([torch.full_like(token_N[i], routes[i].index(name)) for i in mine])
+        weight_NM[at_N, place_N] = weight
+        if found.logprobs_N is not None:
+            logprob_NM[at_N, place_N] = found.logprobs_N
+        if found.hidden_ND is not None:
+            index_NM[at_N, place_N] = len(held)
+            row_NM[at_N, place_N] = torch.arange(len(at_N), device=at_N.device)
+            head = teacher.head(parts.temperature, ctx.runtime.rounded_logits)
+            head.valid_V = model.valid_V
+            held.append(Held(head, found.hidden_ND, found.lse_N, found.top_NK, found.entropy_N))
+        for i in mine:
+            step.rollouts[i].teacher = "+".join(routes[i])
+        forwarded = sum(len(q.ids) for q in asked)
+        compute.teacher_tokens += forwarded
+        compute.flops["teacher"] += 2.0 * teacher.parameters * forwarded
+    total_N = weight_NM.sum(1)
+    columns["teacher_weight"] = total_N
+    if "logprobs" in parts.teacher_wants:
+        # sum of w (log T - log S) is their total times (weighted mean of log T, minus log S)
+        mean_N = (weight_NM * logprob_NM).sum(1) / torch.where(total_N > 0, total_N, 1.0)
+        columns["teacher"] = torch.where(total_N > 0, mean_N, logprob_NM[:, 0])
+    if held:
+        columns |= {"teacher_index": index_NM, "teacher_row": row_NM, "pair_weight": weight_NM}
+        step.taught = Taught(held, model.device)
+
+
+def _check(name: str, found: Scores, rollouts: list[Rollout]) -> None:
+    """Length and finiteness of what a teacher said."""
+    owner = [r for r in rollouts for _ in r.response_ids]
+    for what in ("logprobs_N", "hidden_ND", "lse_N", "entropy_N"):
+        value_N = getattr(found, what)
+        if value_N is None:
+            continue
+        if len(value_N) != len(owner):
+            raise StageFailed(
+                f"teacher {name} scored {len(value_N)} of {len(owner)} tokens, "
+                f"from {rollouts[0].name} on",
+                "it must score every token of a response it is sent",
+            )
+        bad_N = ~torch.isfinite(value_N.view(len(owner), -1)).all(1)
+        if bad_N.any():
+            first = int(bad_N.nonzero()[0, 0])
+            raise StageFailed(
+                f"teacher {name} gave a score that is not finite in {owner[first].name}",
+                "its weights or its precision: try runtime.dtype=float32",
+            )
