@@ -20,8 +20,8 @@ def objective(**keys):
     return [update.Term(Divergence(Divergence.Config(**keys)), normalise="token_mean")]
 
 
-def taught(spans, teachers, weights=(1.0, 1.0), temperature=1.0):
-    """Columns and teachers of spans that are taught in turn by two teachers."""
+def taught(spans, teachers, weights=(1.0, 1.0, 1.0), temperature=1.0):
+    """Columns and teachers of spans that are taught in turn by its teachers."""
     lengths = [len(ids) - start for ids, start in spans]
     total = sum(lengths)
     columns = {
