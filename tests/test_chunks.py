@@ -12,6 +12,7 @@ from opdctl.core.view import Term, weighted_sum
 from opdctl.kernels import chunked, reference
 from opdctl.kernels.head import Head
 from opdctl.objectives.divergence import Divergence
+from opdctl.objectives.hidden import Hidden
 from opdctl.objectives.nll import Nll
 from opdctl.objectives.policy_gradient import PolicyGradient
 
@@ -165,7 +166,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("objective", ["divergence", "nll", "policy_gradient"])
+@pytest.mark.parametrize("objective", ["divergence", "nll", "policy_gradient", "hidden"])
 @pytest.mark.parametrize("trained", [True, False])
 def test_no_tensor_grows_with_tokens_times_vocabulary(objective, trained):
     """Neither saved for backward nor made on the way; a frozen head has no gradient either."""
@@ -174,7 +175,12 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(objective, trained):
     head = head_of(V, D, 2, trained=trained)
     columns = columns_of(torch.zeros(N, dtype=torch.long)) | {"advantage": tensor(N, seed=9)}
     taught = Taught([Held(head_of(V, D, 4), tensor(N, D, seed=3))], CPU)
-    made = {"divergence": Divergence, "nll": Nll, "policy_gradient": PolicyGradient}[objective]
+    made = {
+        "divergence": Divergence,
+        "nll": Nll,
+        "policy_gradient": PolicyGradient,
+        "hidden": Hidden,
+    }[objective]
     terms = [(Term(made(made.Config())), torch.ones(N))]
     target, kept = torch.arange(N), []
     hooks = torch.autograd.graph.saved_tensors_hooks(
@@ -190,6 +196,38 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(objective, trained):
     assert 3 * largest.numel < N * V or largest.numel == chunked.BLOCK
     assert (head.weight_VD.grad is not None) == trained
     assert hidden.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("unit", [False, True])
+def test_hidden_rows_alone_and_beside_the_head(unit):
+    """The distance of hidden rows by autograd; with nll in the same chunks, the sum of both."""
+    rows, weight = tensor(9, 8, seed=3), tensor(9, seed=4).abs()
+    taught = Taught([Held(head_of(20, 8, 4), rows)], CPU)
+    for beside in (False, True):
+        hidden, head = tensor(9, 8, seed=1).requires_grad_(), head_of(20, 8, 2, trained=True)
+        terms = [(Term(Hidden(Hidden.Config(unit=unit))), weight)]
+        terms += [(Term(Nll(Nll.Config())), weight)] if beside else []
+        columns, target = columns_of(torch.zeros(9, dtype=torch.long)), torch.arange(9)
+        total, _ = weighted_sum(
+            hidden, head, target, columns, terms, rows_of=chunked.Rows, size=4, taught=taught
+        )
+        total.backward()
+        ours = hidden.grad, head.weight_VD.grad
+        a, b = hidden, rows
+        if unit:
+            a, b = a / a.norm(dim=-1, keepdim=True), b / b.norm(dim=-1, keepdim=True)
+        expected = (weight * (a - b).square().mean(-1)).sum()
+        if beside:
+            log_p = (hidden @ head.weight_VD.T).log_softmax(-1)
+            expected = expected - (weight * log_p[target, target]).sum()
+        hidden.grad = head.weight_VD.grad = None
+        expected.backward()
+        assert torch.allclose(ours[0], hidden.grad, atol=1e-12)
+        assert float(total.detach()) == pytest.approx(float(expected.detach()), abs=1e-12)
+        if beside:
+            assert torch.allclose(ours[1], head.weight_VD.grad, atol=1e-12)
+        else:
+            assert ours[1].abs().max() == 0
 
 
 def test_the_gradient_can_be_taken_once():

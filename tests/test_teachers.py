@@ -14,7 +14,7 @@ from opdctl.core.pairs import by_teacher, pairs
 from opdctl.core.scored import _check
 from opdctl.core.scoring import Scores, score
 from opdctl.core.taught import Held, Taught
-from opdctl.errors import StageFailed
+from opdctl.errors import StageFailed, UsageError
 from opdctl.kernels.reference import divergence
 from opdctl.objectives.nll import Nll
 from opdctl.rundir import RunDir, read_rows
@@ -201,6 +201,7 @@ COMPOSED = {
     "union": {"objectives": {"divergence": {"support": "topk_union", "k": 3, "direction": "jsd"}}},
     "tail": {"objectives": {"topk_tail": {"k": 3}}},
     "candidates": {"objectives": {"topk_pg": {"k": 3, "support": "topk_teacher"}}},
+    "hidden": {"objectives": {"hidden": {"unit": True}}},
     "k2": {"objectives": {"sampled_kl": {"normalise": "domain_mean"}}},
     "reference": {"objectives": {"divergence": {}, "policy_gradient": {"coef": 0.1}}},
 }
@@ -249,3 +250,28 @@ def test_two_teachers_of_a_domain_have_to_be_pooled(folders):
         cwd=folders,
     )
     assert done.returncode == 2 and "pooled: true" in done.stderr
+
+
+def test_another_tokenizer_is_refused_by_its_first_token(folders):
+    """Same size, other content: the error names the token and what to use instead."""
+    (folders / "other").mkdir(exist_ok=True)
+    alphabet = "0123456789abcdefghijklmnopqrstuvwxyz =+;"
+    save(make_model(1, alphabet=alphabet), folders / "other")
+    done = opdctl(
+        *("stage", "opd", "--student", "./m0", "--teacher", "./other", "--out", "refused"),
+        *("data.sums.kind=jsonl", "data.sums.path=sums.jsonl", "--dry-run"),
+        cwd=folders,
+    )
+    assert done.returncode == 2
+    assert "','" in done.stderr and "sources.teacher" in done.stderr
+
+
+def test_a_head_that_is_not_one_linear_layer_is_refused_by_name(model):
+    """A LoRA head would get the gradient of a dense one."""
+
+    class LoraLinear(torch.nn.Linear):
+        pass
+
+    model.net.lm_head.__class__ = LoraLinear
+    with pytest.raises(UsageError, match=r"head is a LoraLinear.*"):
+        model.projection()

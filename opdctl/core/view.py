@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdctl.core.chunks import chunked_sum
+from opdctl.core.chunks import Chunk, chunked_sum
 from opdctl.core.taught import Taught
 from opdctl.kernels.head import Head
 from opdctl.kernels.topk import union
@@ -58,15 +58,32 @@ class Top:
 
 
 class View:
-    """What an objective or a gate sees of one chunk of C tokens: numbers per token, no logits.
+    """What an objective or a gate sees of one chunk of C tokens: never its logits.
 
     Everything but ``entropy_C`` and the columns is differentiable.
     """
 
-    def __init__(self, rows: Any, target_C: Tensor, columns: dict, taught: Taught | None) -> None:
-        self.rows, self.target_C = rows, target_C
+    def __init__(
+        self, chunk: Chunk, target_C: Tensor, columns: dict, taught: Taught | None
+    ) -> None:
+        self.chunk, self.target_C = chunk, target_C
         self.columns, self.taught = columns, taught
         self.logged: dict[str, Tensor] = {}
+
+    @property
+    def rows(self) -> Any:
+        """The row pass of the chunk's logits."""
+        return self.chunk.rows
+
+    @property
+    def hidden_CD(self) -> Tensor:
+        """The policy's last hidden rows."""
+        return self.chunk.hidden_CD
+
+    @property
+    def teacher_hidden_CD(self) -> Tensor:
+        """The teacher's last hidden rows."""
+        return self.taught.kept("hidden_ND", *self._asked)
 
     @cached_property
     def logprob_C(self) -> Tensor:
@@ -186,9 +203,9 @@ def weighted_sum(
     """
     table: dict[str, Tensor] = {}
 
-    def loss_of(rows: Any, part: slice) -> Tensor:
+    def loss_of(chunk: Chunk, part: slice) -> Tensor:
         cut = {name: column[part] for name, column in columns.items()}
-        view = View(rows, target_N[part], cut, taught)
+        view = View(chunk, target_N[part], cut, taught)
         loss_C = 0.0
         for term, weight_N in terms:
             part_C = weight_N[part] * term.objective.loss(view)
