@@ -84,7 +84,9 @@ def _references(recipe, stage: str, folders: bool) -> list[Problem]:
 
 def _kind(recipe, reference, wanted: str, folders: bool) -> tuple[str, str] | None:
     """Whether a reference names a language model where one is read, a classifier where not."""
-    hint = "an orm stage writes a classifier; pretrain, sft, rl and opd write a language model"
+    hint = (
+        "an orm stage writes a classifier; pretrain, sft, rl, opd and merge write a language model"
+    )
     written = wanted
     if reference.form == "stage":
         written = registry.member("stages", recipe.stages[reference.name].kind).writes

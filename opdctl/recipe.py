@@ -225,10 +225,5 @@ def _kinds(family: str, entries: dict, problems: list[Problem]) -> dict:
         except OpdctlError as error:
             problems.append(Problem(f"{path}.kind", error.message, error.hint))
             continue
-        if isinstance(entry.get("teachers"), dict):
-            short = {
-                k: {"model": v} if isinstance(v, str) else v for k, v in entry["teachers"].items()
-            }
-            entry = {**entry, "teachers": short}
         built[name] = build(cls, entry, path, problems, lookup)
     return built

@@ -125,7 +125,11 @@ def assign_all(tree, pending, where, problems, *, expanded: bool) -> dict:
             below = node.get(part)
             if below is None:
                 below = node[part] = {}
-            if isinstance(below, str) and i == len(parts) - 2 and parts[-3:-2] == ["teachers"]:
+            if (
+                isinstance(below, str)
+                and i == len(parts) - 2
+                and parts[-3:-2] in (["teachers"], ["models"])
+            ):
                 below = node[part] = {"model": below}
             if not isinstance(below, dict):
                 problems.append(Problem(path, f"{'.'.join(parts[: i + 1])} is not a mapping"))

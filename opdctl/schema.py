@@ -147,6 +147,8 @@ def _value(hint, value, path, problems, lookup, meta):
             return build(records[0], value, path, problems, lookup)
         return _value(simple[0] if simple else options[0], value, path, problems, lookup, meta)
     if dataclasses.is_dataclass(hint):
+        if isinstance(value, str) and hasattr(hint, "short"):
+            value = {hint.short: value}
         return build(hint, value, path, problems, lookup)
     if origin is dict:
         if not isinstance(value, dict):

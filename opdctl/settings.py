@@ -6,7 +6,7 @@ Each stage kind's own Config stands in ``stages/``; each member's in its family.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from opdctl.schema import REQUIRED, key
 
@@ -47,6 +47,7 @@ class Prompts:
 class Teacher:
     """One teacher. ``NAME: REF`` is short for ``NAME: {model: REF}``."""
 
+    short: ClassVar[str] = "model"
     model: str = key(REQUIRED, "stage:NAME, a folder, a public name, or policy", ref=True)
     serves: dict[str, bool] = key({}, "domain: true; empty is the domain of the teacher's name")
     weight: float = key(1.0, "factor of its signal", least=0.0)

@@ -1,4 +1,4 @@
-"""What every training stage does around its loop: load the start, train, write the output."""
+"""What a stage that writes a model does around its loop: load the start, train, write."""
 
 from __future__ import annotations
 
@@ -24,8 +24,13 @@ def train(ctx: Context, model: Any, parts_of: Callable[[Context, Any], Parts]) -
         Interrupted: a stop was asked for; a checkpoint is committed.
     """
     compute = Loop(ctx, model, parts_of(ctx, model)).run()
+    commit(ctx, model)
+    return compute
+
+
+def commit(ctx: Context, model: Any) -> None:
+    """Write ``output/``: it appears only when it is complete."""
     part = ctx.folder / ".output.part"
     shutil.rmtree(part, ignore_errors=True)
     models.save(model, part)
     commit_folder(part, ctx.folder / "output")
-    return compute

@@ -43,7 +43,7 @@ def make_optimizer(model: Model, optim: Optim) -> torch.optim.AdamW:
         {"params": [p for p in named if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
-        groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, foreach=True
+        groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
     )
 
 

@@ -1,0 +1,98 @@
+"""Several models of one shape into one, without training: the baselines that OPD is compared with.
+
+    average           mean of the weights ("model soup", Wortsman et al., arXiv 2203.05482)
+    task_arithmetic   student + scale x sum of (model - student) (Ilharco et al., arXiv 2212.04089)
+
+Both are weighted by each model's ``weight``. Leaves out merges that look at signs or at single
+layers (TIES, DARE).
+
+    opdctl stage merge --student DIR models.a=DIR models.b=DIR method=task_arithmetic scale=0.4
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from opdctl.errors import Problem
+from opdctl.schema import REQUIRED, key
+from opdctl.settings import StageConfig
+
+
+@dataclass(kw_only=True)
+class Ingredient:
+    """One model that is merged. ``NAME: REF`` is short for ``NAME: {model: REF}``."""
+
+    short: ClassVar[str] = "model"
+    model: str = key(REQUIRED, "stage:NAME, a folder or a public name", ref=True)
+    weight: float = key(1.0, "its weight in the sum", least=0.0)
+
+
+class Merge:
+    """Weights of several models averaged, or their differences from one start added."""
+
+    revision = 1
+    writes = "model"
+    uses = ()
+
+    @dataclass(kw_only=True)
+    class Config(StageConfig):
+        """Keys of a merge stage."""
+
+        student: str = key(REQUIRED, "the start that the models have in common", ref=True)
+        models: dict[str, Ingredient] = key({}, "NAME: a reference, or {model, weight}")
+        method: Literal["average", "task_arithmetic"] = key("average", "how they are merged")
+        scale: float = key(1.0, "task_arithmetic: factor of the summed differences", least=0.0)
+
+    @staticmethod
+    def problems(config, recipe, stage):
+        """What the schema cannot see."""
+        if sum(m.weight for m in config.models.values()):
+            return []
+        return [Problem("models", "no model with a weight above 0", "models: {math: stage:t_math}")]
+
+    @staticmethod
+    def notes(config):
+        """What is allowed and has no effect."""
+        if config.method == "average" and config.scale != 1.0:
+            return [Problem("scale", "an average has no scale", "method=task_arithmetic")]
+        return []
+
+    def run(self, ctx):
+        """Sum in float64, one model in memory beside the result; write the output.
+
+        Raises:
+            StageFailed: two models differ in shape or in tokens; names the weight.
+        """
+        import torch
+
+        from opdctl.core.models import load, require_same_tokens
+        from opdctl.core.train import commit
+        from opdctl.errors import StageFailed
+        from opdctl.types import Compute
+
+        config = ctx.config
+        student = load(ctx.path_of(config.student), dtype=ctx.runtime.dtype)
+        own = student.net.state_dict()
+        total = sum(m.weight for m in config.models.values())
+        merged = {n: w.double().clone() for n, w in own.items() if w.is_floating_point()}
+        for name, ingredient in config.models.items():
+            ctx.check()
+            model = load(ctx.path_of(ingredient.model), dtype=ctx.runtime.dtype)
+            where = f"stages.{ctx.name}.models.{name}"
+            require_same_tokens(student, model, where)
+            factor = ingredient.weight * (config.scale if config.method != "average" else 1 / total)
+            theirs = model.net.state_dict()
+            for n, weight in own.items():
+                if n not in theirs or theirs[n].shape != weight.shape:
+                    raise StageFailed(
+                        f"{where}: {n} has another shape than the student's",
+                        "merge models of one architecture; OPD takes teachers of any",
+                    )
+                if n in merged:
+                    merged[n] += factor * (theirs[n].double() - weight.double())
+        with torch.no_grad():
+            for n, sum64 in merged.items():
+                own[n].copy_(sum64)
+        commit(ctx, student)
+        return Compute()
