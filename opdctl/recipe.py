@@ -18,7 +18,7 @@ from typing import Any
 from opdctl import graph, references, registry
 from opdctl.errors import OpdctlError, Problem, RecipeError, UsageError
 from opdctl.positions import parse
-from opdctl.resolution import TOP, Where, assign_all, expand, interpolate, overlay, split
+from opdctl.resolution import TOP, Where, assign_all, choose, expand, interpolate, overlay, split
 from opdctl.schema import build, did_you_mean, to_dict
 from opdctl.schema import references as refs_of
 from opdctl.settings import Runtime, StageConfig
@@ -32,6 +32,7 @@ class Recipe:
     about: str = ""
     size: str = "tiny"
     seed: int = 0
+    options: dict[str, bool] = field(default_factory=dict)
     models: dict[str, str] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     stages: dict[str, StageConfig] = field(default_factory=dict)
@@ -50,8 +51,10 @@ class Recipe:
         return {d: s / total for d, s in shares.items() if s > 0} if total else {}
 
     def total(self, stage: str) -> int:
-        """Rows of metrics the stage will write: its steps, or the domains it evaluates."""
-        return getattr(self.stages[stage], "steps", 0) or len(self.domains(stage))
+        """What a stage counts: its steps, or the domains it evaluates; a merge counts nothing."""
+        config = self.stages[stage]
+        evaluated = self.domains(stage) if hasattr(config, "prompts") else {}
+        return getattr(config, "steps", 0) or len(evaluated)
 
     def notes(self) -> list[Problem]:
         """What is allowed and has no effect."""
@@ -150,7 +153,7 @@ def resolve(
     if not written:
         tree = overlay(dict(tree), str(sizes[-1]) if sizes else size, problems)
     tree = assign_all(tree, pending, where, problems, expanded=False)
-    tree = interpolate(tree, problems)
+    tree = choose(interpolate(tree, problems), problems)
     tree = expand(tree, where, problems)
     tree = assign_all(tree, pending, where, problems, expanded=True)
     recipe = _build(tree, problems)
@@ -179,7 +182,7 @@ def _build(tree: dict, problems: list[Problem]) -> Recipe | None:
         values[name] = value
     if not re.fullmatch(r"[\w.-]+", str(values["name"])):
         problems.append(Problem("name", "letters, digits, _ . - only: it names the run directory"))
-    for part in ("models", "data", "stages", "claims", "runtime"):
+    for part in ("options", "models", "data", "stages", "claims", "runtime"):
         value = tree.get(part) or {}
         if not isinstance(value, dict):
             problems.append(Problem(part, f"expected a mapping, got {value!r}"))

@@ -3,6 +3,8 @@
 sizes:   {small: {...}}                   laid over everything else; null removes an entry,
                                           an entry with a kind replaces the one of its name
 a.b=c                                     overrides, before and after the matrix is expanded
+when:    baselines                        a stage or claim that is there if that option is true;
+                                          baselines=true is short for options.baselines=true
 matrix:  {domain: [math, code]}           one stage entry into many: rl_{domain}
 """
 
@@ -25,6 +27,7 @@ TOP = {
     "size": "tiny, small or lab",
     "sizes": "size: an overlay on everything else",
     "seed": "seed of the run",
+    "options": "name: true or false; decides on what says when: name",
     "models": "alias: model reference",
     "data": "domain: where its prompts and its verifier come from",
     "stages": "name: a stage",
@@ -99,7 +102,11 @@ def split(text: str) -> tuple[list[str], Any, str]:
 
 
 def assign_all(tree, pending, where, problems, *, expanded: bool) -> dict:
+    options = tree.get("options")
+    options = options if isinstance(options, dict) else {}
     for parts, value, text in pending:
+        if len(parts) == 1 and parts[0] in options and parts[0] not in TOP:
+            parts = ["options", *parts]
         of_expanded = len(parts) > 1 and parts[0] == "stages" and parts[1] in where.templates
         unknown_yet = (
             len(parts) > 2
@@ -118,7 +125,8 @@ def assign_all(tree, pending, where, problems, *, expanded: bool) -> dict:
             problems.append(Problem(path, f"no stage {parts[1]!r}", hint))
             continue
         if parts[0] not in TOP or parts[0] == "sizes":
-            problems.append(Problem(path, "unknown key", did_you_mean(parts[0], TOP)))
+            near = did_you_mean(parts[0], [*TOP, *options])
+            problems.append(Problem(path, "unknown key", near))
             continue
         node = tree
         for i, part in enumerate(parts[:-1]):
@@ -140,6 +148,32 @@ def assign_all(tree, pending, where, problems, *, expanded: bool) -> dict:
                 node.pop(parts[-1], None)
             else:
                 node[parts[-1]] = value
+    return tree
+
+
+def choose(tree: dict, problems: list[Problem]) -> dict:
+    """Leave out the stages and claims whose ``when`` names an option that is not true."""
+    options = tree.get("options")
+    options = options if isinstance(options, dict) else {}
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            problems.append(Problem(f"options.{name}", f"expected true or false, got {value!r}"))
+    for part in ("stages", "claims"):
+        if not isinstance(tree.get(part), dict):
+            continue
+        kept = {}
+        for name, entry in tree[part].items():
+            if isinstance(entry, dict) and "when" in entry:
+                option = str(entry["when"])
+                if option not in options:
+                    near = did_you_mean(option, options, "options:")
+                    path = f"{part}.{name}.when"
+                    problems.append(Problem(path, f"no option {option!r}", near))
+                if options.get(option) is not True:
+                    continue
+                entry = {k: v for k, v in entry.items() if k != "when"}
+            kept[name] = entry
+        tree = {**tree, part: kept}
     return tree
 
 

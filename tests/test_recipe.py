@@ -282,3 +282,52 @@ def test_shipped_recipes_resolve(name, size):
     assert recipe.stages and recipe.size == size
     tree, _, _ = parse(dump(recipe.to_dict()), "resolved.yaml")
     assert resolve(tree, "resolved.yaml", written=True) == recipe
+
+
+MERGED = """
+name: merged
+options: {more: false}
+data: {a: {kind: reasoning_gym, task: gcd}}
+stages:
+  base: &base {kind: pretrain, steps: 3, prompts: {per_step: 4}}
+  other:
+    <<: *base
+    steps: 7
+  extra: {when: more, kind: sft, student: stage:base}
+claims:
+  M5: {when: more, student: stage:extra, start: stage:base, domains: {a: true}}
+"""
+
+
+def test_merge_keys_and_options(tmp_path):
+    """<<: *anchor gives what is not given, one level deep; when: names an option."""
+    path = tmp_path / "merged.yaml"
+    path.write_text(MERGED)
+    plain = load(str(path))
+    assert list(plain.stages) == ["base", "other"] and not plain.claims
+    assert plain.stages["other"].steps == 7 and plain.stages["other"].kind == "pretrain"
+    assert plain.stages["other"].prompts.per_step == 4 and plain.stages["base"].steps == 3
+    more = load(str(path), overrides=("more=true",))
+    assert list(more.stages) == ["base", "other", "extra"] and list(more.claims) == ["M5"]
+    assert load(str(path), overrides=("options.more=true",)).stages.keys() == more.stages.keys()
+    again = resolve(more.to_dict(), "again", written=True)
+    assert again.stages == more.stages and again.options == {"more": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("when: more, kind", "when: mor, kind"), "no option 'mor'"),
+        (("{more: false}", "{more: 3}"), "expected true or false"),
+        (("<<: *base", "<<: 3"), "<<: takes a mapping"),
+    ],
+)
+def test_wrong_merge_keys_and_options(tmp_path, change, says):
+    path = tmp_path / "merged.yaml"
+    path.write_text(MERGED.replace(*change))
+    with pytest.raises(RecipeError) as caught:
+        load(str(path))
+    assert says in str(caught.value)
+    path.write_text(MERGED)
+    with pytest.raises(RecipeError, match="more"):
+        load(str(path), overrides=("mor=true",))

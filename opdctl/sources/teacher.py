@@ -26,26 +26,34 @@ class Teacher:
         """Keys of a teacher source."""
 
         model: str = key(REQUIRED, "who samples", ref=True)
+        experts: dict[str, str] = key({}, "domain: who samples it instead", ref=True)
         keep: Literal["verified", "all"] = key("verified", "which samples are kept")
         sampling: Sampling = key(Sampling(), "how the teacher samples")
 
     def __init__(self, config, ctx, model) -> None:
         self.config, self.ctx, self.student = config, ctx, model
-        self.model = ctx.frozen(config.model)
         self.order = PromptOrder(ctx)
-        self.parameters = self.model.parameters
+        self.parameters = 0.0
 
     def draw(self, step: int):
         """The kept samples of a step; fewer than asked for where the verifier refuses some."""
-        rollouts = sample_group(
-            self.ctx,
-            self.model,
-            self.order.at(step),
-            step,
-            "teacher",
-            sampling=self.config.sampling,
-        )
+        by_expert: dict[str, list] = {}
+        for prompt in self.order.at(step):
+            expert = self.config.experts.get(prompt.domain, self.config.model)
+            by_expert.setdefault(expert, []).append(prompt)
+        rollouts, flops = [], 0.0
+        for expert, prompts in by_expert.items():
+            model = self.ctx.frozen(expert)
+            found = sample_group(
+                self.ctx, model, prompts, step, "teacher", sampling=self.config.sampling
+            )
+            first = 1 + max((r.group for r in rollouts), default=-1)
+            for rollout in found:
+                rollout.group += first
+            flops += model.parameters * sum(len(r.prompt_ids) + len(r.response_ids) for r in found)
+            rollouts += found
         self.sampled = sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
+        self.parameters = flops / max(1, self.sampled)  # of the mean expert, by tokens
         if self.config.keep == "verified":
             for rollout in rollouts:
                 rollout.reward = self.ctx.verify(rollout)
