@@ -71,7 +71,7 @@ def ours(beta, chunk_mib=0, kernel="auto", teachers=1, overlap=False):
         columns = {
             "teacher_index": index.to(head.device),
             "teacher_row": row.to(head.device),
-            "teacher_weight": torch.ones(n, device=head.device),
+            "pair_weight": torch.ones(n, device=head.device),
         }
         mine = Head(head, len(head))
         total, _ = weighted_sum(

@@ -102,7 +102,7 @@ class Runtime:
     dtype: Literal["float32", "bfloat16", "float64"] = key("float32", "parameters and activations")
     wave: int = key(512, "responses sampled at once", role="numeric", least=1)
     micro_batch: int = key(
-        0, "sequences per forward pass in an update; 0 is all", role="numeric", least=0
+        0, "sequences per pass of an update; 0 is as many as are alike", role="numeric", least=0
     )
     chunk_mib: int = key(
         0,

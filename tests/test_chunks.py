@@ -15,6 +15,9 @@ from opdctl.objectives.divergence import Divergence
 from opdctl.objectives.hidden import Hidden
 from opdctl.objectives.nll import Nll
 from opdctl.objectives.policy_gradient import PolicyGradient
+from opdctl.objectives.sampled_kl import SampledKl
+from opdctl.objectives.topk_pg import TopkPg
+from opdctl.objectives.topk_tail import TopkTail
 
 LEVELS = {"chunked": chunked.Rows, "reference": reference.Rows}
 CPU = torch.device("cpu")
@@ -36,7 +39,8 @@ def columns_of(index, weight=None):
     for i in index.unique():
         row[index == i] = torch.arange(int((index == i).sum()))
     weight = torch.ones(len(index), dtype=torch.float64) if weight is None else weight
-    return {"teacher_index": index, "teacher_row": row, "teacher_weight": weight}
+    weights = {"pair_weight": weight, "teacher_weight": weight}
+    return {"teacher_index": index, "teacher_row": row, **weights}
 
 
 def divergence(hidden, head, taught, columns, weight, *, level="chunked", size=3, **keys):
@@ -228,6 +232,57 @@ def test_hidden_rows_alone_and_beside_the_head(unit):
             assert torch.allclose(ours[1], head.weight_VD.grad, atol=1e-12)
         else:
             assert ours[1].abs().max() == 0
+
+
+def together():
+    """Objectives that read the teacher, log-probs or hidden rows, with their columns."""
+    top = {"k": 5, "support": "topk_union"}
+    return {
+        "divergence": Divergence(Divergence.Config(k=5)),
+        "top": Divergence(Divergence.Config(direction="forward", **top)),
+        "topk_pg": TopkPg(TopkPg.Config(k=5)),
+        "topk_tail": TopkTail(TopkTail.Config(k=5)),
+        "hidden": Hidden(Hidden.Config()),
+        "policy_gradient": PolicyGradient(PolicyGradient.Config()),
+        "sampled_kl": SampledKl(SampledKl.Config()),
+    }
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("wide", [False, True])
+def test_two_objectives_in_one_pass_are_the_sum_of_each(level, wide):
+    """In either order: nothing one leaves in a buffer changes the other."""
+    vocab = 200 if wide else 20  # top-k ids are read from rows of the head, or from a product
+    rows, other = tensor(7, 8, seed=3), head_of(vocab, 8, 4)
+    logits = plain_logits(rows, other)
+    entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+    held = Held(other, rows, logits.logsumexp(-1), logits.topk(5).indices, entropy)
+    columns = columns_of(torch.zeros(7, dtype=torch.long))
+    columns |= {"advantage": tensor(7, seed=5), "teacher": -tensor(7, seed=6).abs()}
+    weight = tensor(7, seed=7).abs()
+
+    def gradient(names):
+        hidden, head = tensor(7, 8, seed=1).requires_grad_(), head_of(vocab, 8, 2, trained=True)
+        total, _ = weighted_sum(
+            hidden,
+            head,
+            torch.arange(7),
+            columns,
+            [(Term(together()[name]), weight) for name in names],
+            rows_of=LEVELS[level],
+            size=3,
+            taught=Taught([held], CPU),
+        )
+        total.backward()
+        return torch.cat([hidden.grad.flatten(), head.weight_VD.grad.flatten()])
+
+    alone = {name: gradient([name]) for name in together()}
+    for a, b in itertools.permutations(together(), 2):
+        if {a, b} == {"divergence", "top"}:
+            continue  # one name in a recipe: they are never together
+        expected = alone[a] + alone[b]
+        assert expected.norm() > 1e-2
+        assert (gradient([a, b]) - expected).abs().max() < 1e-12, (a, b)
 
 
 def test_the_gradient_can_be_taken_once():

@@ -150,6 +150,27 @@ def test_a_wrong_estimator_is_refused_by_name(keys, says):
     assert done.returncode == 2 and says in done.stderr and "estimator=k" in done.stderr
 
 
+PG = "objectives={policy_gradient: {weights: %s}}"
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ((PG % "{icepop: {low: 3, high: 2}}",), "3.0 is above high, 2.0"),
+        ((PG % "{is_gate: {low: 3}}",), "3.0 is above high, 2.0"),
+        ((PG % "{is_gate: {}, truncated: {}}",), "is_gate and truncated: each applies the ratio"),
+        (("signals={kl_baseline: {}}",), "no gradient on average"),
+        (
+            ("objectives={topk_tail: {}}", "signals={}", "minibatches=2"),
+            "no longer the policy's own",
+        ),
+    ],
+)
+def test_what_would_be_wrong_is_refused(keys, says):
+    done = opdctl("stage", "opd", "--student", "a/s", "--teacher", "a/t", "--dry-run", *keys)
+    assert done.returncode == 2 and says in done.stderr, done.stderr
+
+
 class Seen:
     """A view of three tokens whose ratios of trainer to sampler are .4, 1.5 and 6."""
 

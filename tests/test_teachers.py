@@ -87,7 +87,7 @@ def test_pairs_are_ordered_by_teacher():
     ]
     found = pairs(columns, token, place)
     assert found["teacher_row"].tolist() == [20, 11, 22, 10, 12]
-    assert found["teacher_weight"].tolist() == [2, 3, 4, 1, 0]
+    assert found["pair_weight"].tolist() == [2, 3, 4, 1, 0]
     assert found["advantage"].tolist() == [7, 8, 9, 7, 9]
 
 

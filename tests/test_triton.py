@@ -61,6 +61,25 @@ def test_log_probs_alone(monkeypatch):
     assert torch.allclose(rows.gradient([grad])[0].double(), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_low_precision_operands_round_once(with_teacher):
+    """Confident tokens, where a p and what is added at the id cancel: only the sum is rounded."""
+    z = logits(6, 60, seed=0, scale=1.0)
+    z[torch.arange(6), torch.arange(6)] = 12.0  # p about .9995
+    ids, grad = torch.arange(6, device=DEVICE)[:, None], torch.ones(6, 1, device=DEVICE)
+    found = []
+    for level in (chunked, triton_rows):
+        rows = level.Rows(z.clone(), torch.bfloat16)
+        rows.at(ids)
+        grads = [grad]
+        if with_teacher:
+            rows.divergence(logits(6, 60, seed=1), "reverse", 0.5, ids)
+            grads.append(1e-3 * torch.ones(6, device=DEVICE))
+        found.append(rows.gradient(grads)[0].float())
+    gap = (found[0] - found[1]).norm(dim=-1) / found[0].norm(dim=-1)
+    assert gap.max() < 4e-3
+
+
 def test_extreme_logits(monkeypatch):
     """Rows far apart: probabilities that underflow add nothing, and nothing is NaN."""
     monkeypatch.setattr(triton_rows, "BLOCK", 16)
@@ -83,11 +102,12 @@ def test_whole_loss_in_chunks(both):
     for level in (chunked.Rows, triton_rows.Rows):
         hidden = logits(7, 8, seed=1, scale=1.0).requires_grad_()
         weight = logits(40, 8, seed=2, scale=1.0).requires_grad_()
+        bias = logits(40, seed=9, scale=1.0).requires_grad_()
         other = Head(logits(37, 6, seed=3, scale=1.0), 33, softcap=3.0, temperature=0.8)
         taught = Taught([Held(other, logits(7, 6, seed=4, scale=1.0))], DEVICE)
         columns = columns_of(torch.zeros(7, dtype=torch.long))
         columns["advantage"] = tensor(7, seed=5, dtype=torch.float32)
-        columns["teacher_weight"] = torch.ones(7)
+        columns["pair_weight"] = torch.ones(7)
         columns = {name: column.to(DEVICE) for name, column in columns.items()}
         terms = [(Term(Divergence(Divergence.Config(k=4))), logits(7, seed=6).abs())]
         if both:
@@ -95,7 +115,7 @@ def test_whole_loss_in_chunks(both):
             terms.append((Term(objective), logits(7, seed=7).abs()))
         total, table = weighted_sum(
             hidden,
-            Head(weight, 33, softcap=3.0, temperature=0.8),
+            Head(weight, 33, bias, softcap=3.0, temperature=0.8),
             torch.arange(7, device=DEVICE),
             columns,
             terms,
@@ -104,7 +124,15 @@ def test_whole_loss_in_chunks(both):
             taught=taught,
         )
         total.backward()
-        found.append([total.detach(), hidden.grad, weight.grad, *(table[n] for n in sorted(table))])
+        found.append(
+            [
+                total.detach(),
+                hidden.grad,
+                weight.grad,
+                bias.grad,
+                *(table[n] for n in sorted(table)),
+            ]
+        )
     for a, b in zip(*found, strict=True):
         assert torch.allclose(a, b, atol=2e-5, rtol=1e-4)
 

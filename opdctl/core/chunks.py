@@ -48,6 +48,11 @@ class Chunk:
         self._slope_CV = self._head.slope(logits_CV)
         return self._rows_of(logits_CV, self._head.operand)
 
+    @property
+    def width(self) -> int:
+        """Width of a hidden row."""
+        return self._input_CD.shape[-1]
+
     @cached_property
     def hidden_CD(self) -> Tensor:
         """The hidden rows themselves, a leaf."""
@@ -64,7 +69,8 @@ class Chunk:
             dlogits_CV, factor_C = self.rows.gradient(list(grads[:given]))
             self._head.adjoint(dlogits_CV, factor_C, self._slope_CV, self._input_CD, out_CD, grad)
         for own_CD in grads[given:]:
-            out_CD += own_CD
+            if own_CD is not None:
+                out_CD += own_CD
 
 
 class _Chunked(torch.autograd.Function):

@@ -109,6 +109,8 @@ class Loop:
         step = scored(rollouts, self.model, self.parts, self.ctx, self.compute)
         values = self._advantage(step)
         clock.lap("score")
+        if step.taught is not None:
+            step.taught.loads = 0  # those of the update alone
         values = {**self._train(step, done), **values}
         if step.taught is not None:
             values |= {"head_loads": step.taught.loads, "teacher_loads": self.ctx.loads - before}

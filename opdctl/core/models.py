@@ -206,6 +206,13 @@ def require_same_tokens(student: Model, teacher: Model, where: str) -> None:
             f"{difference}",
             "use a teacher of the same tokenizer, or its texts: an sft stage with sources.teacher",
         )
+    if student.valid_V != teacher.valid_V:
+        fewer = min(student, teacher, key=lambda model: model.valid_V)
+        raise UsageError(
+            f"{where}: the head of {fewer.name} has {fewer.valid_V} rows, fewer than its tokenizer "
+            "has ids",
+            "resize its embedding to its tokenizer",
+        )
 
 
 def save(model: Model, folder: Path) -> None:

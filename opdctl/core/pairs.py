@@ -30,12 +30,10 @@ def by_teacher(kept_N: Tensor, tokens_N: Tensor, columns: dict) -> tuple[Tensor,
 
 def pairs(columns: dict[str, Tensor], where_P: Tensor, place_P: Tensor) -> dict[str, Tensor]:
     """Per-token columns at the tokens of the pairs, a teacher's at that teacher. [P] each."""
-    found = {}
-    for name, column in columns.items():
-        found[name] = column[where_P, place_P] if column.ndim == 2 else column[where_P]
-    if "pair_weight" in found:
-        found["teacher_weight"] = found.pop("pair_weight")
-    return found
+    return {
+        name: column[where_P, place_P] if column.ndim == 2 else column[where_P]
+        for name, column in columns.items()
+    }
 
 
 def share(term: Term, factor_P: Tensor, place_P: Tensor) -> Tensor:
@@ -45,7 +43,8 @@ def share(term: Term, factor_P: Tensor, place_P: Tensor) -> Tensor:
     return torch.where(place_P == 0, factor_P, 0.0)
 
 
-def pooled_mean(value_P: Tensor, where_P: Tensor, count: int) -> Tensor:
-    """Mean over the pairs of each token; 0 where it has none. Shape [N]."""
-    pairs_N = per_sequence(torch.ones_like(value_P), where_P, count)
-    return per_sequence(value_P, where_P, count) / torch.where(pairs_N > 0, pairs_N, 1.0)
+def pooled_mean(value_P: Tensor, weight_P: Tensor, where_P: Tensor, count: int) -> Tensor:
+    """Mean over the pairs of each token by their weight; 0 where they have none. Shape [N]."""
+    weight_N = per_sequence(weight_P, where_P, count)
+    total_N = per_sequence(weight_P * value_P, where_P, count)
+    return total_N / torch.where(weight_N > 0, weight_N, 1.0)

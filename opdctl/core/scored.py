@@ -126,6 +126,7 @@ def _policy(step, requests, model, parts, ctx, compute) -> Scores:
         requests,
         temperature=parts.temperature,
         want=[wants[w] for w in parts.policy_wants],
+        rounded=ctx.runtime.rounded_logits,
         micro_batch=ctx.runtime.micro_batch,
         chunk_mib=ctx.runtime.chunk_mib,
         check=ctx.check,
@@ -163,7 +164,6 @@ def _teach(step, requests, model, parts, ctx, compute) -> None:
             index_NM[at_N, place_N] = len(held)
             row_NM[at_N, place_N] = torch.arange(len(at_N), device=at_N.device)
             head = teacher.head(parts.temperature, ctx.runtime.rounded_logits)
-            head.valid_V = model.valid_V
             held.append(Held(head, found.hidden_ND, found.lse_N, found.top_NK, found.entropy_N))
         for i in mine:
             step.rollouts[i].teacher = "+".join(routes[i])

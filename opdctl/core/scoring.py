@@ -47,6 +47,7 @@ def score(
     temperature: float,
     want: Collection[str] = ("logprobs",),
     top: int = 16,
+    rounded: bool = False,
     micro_batch: int = 0,
     chunk_mib: int = 0,
     check: Callable[[], None] = lambda: None,
@@ -56,13 +57,14 @@ def score(
     Args:
         want: any of logprobs, hidden, lse, topk, entropy.
         top: k of topk.
+        rounded: logits rounded to bfloat16, as in the loss.
         micro_batch: sequences per forward pass; 0 is as many as are alike in length.
         chunk_mib: memory for the logits of one chunk; 0 as in ``rows_in``.
         check: called before each forward pass; may raise to stop.
     """
     spans = [(request.ids, request.start) for request in requests]
     count = sum(len(ids) - start for ids, start in spans)
-    head = model.projection(temperature)
+    head = model.projection(temperature, rounded)
     weight_VD = head.weight_VD
     found = Scores()
     for name in {"logprobs", "lse", "entropy"} & set(want):

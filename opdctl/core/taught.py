@@ -3,7 +3,7 @@
 Of each teacher only the last hidden rows of its tokens are kept; its logits are rebuilt through
 its head, a chunk at a time (DeepSeek-V4, arXiv 2606.19348). Rows come ordered by teacher. On a GPU
 one head is resident and the next is copied meanwhile; ``loads`` counts how often the resident head
-changed, which is once per teacher and mini-batch.
+changed: once per teacher and mini-batch, or where teachers are pooled, and micro-batch.
 """
 
 from __future__ import annotations
@@ -43,21 +43,22 @@ class Taught:
         self.held, self.device, self.loads = held, device, 0
         self._resident: tuple[int, Head] | None = None
         self._coming: tuple[int, Head] | None = None
-        self._buffer: Tensor | None = None
+        self._buffers: dict[str, Tensor] = {}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def logits(self, index_C: Tensor, row_C: Tensor) -> Tensor:
+    def logits(self, index_C: Tensor, row_C: Tensor, use: str = "logits") -> Tensor:
         """Logits of each token's own teacher, [C, V], in a buffer that the next call overwrites.
 
         Args:
             index_C: which teacher, ascending.
             row_C: which of its hidden rows.
+            use: names the buffer, for what must outlive another call.
         """
         head = self.held[0].head
         shape = (len(index_C), head.valid_V)
-        if self._buffer is None or len(self._buffer) < shape[0]:
-            self._buffer = torch.empty(shape, dtype=head.wide, device=self.device)
-        out_CV = self._buffer[: shape[0]]
+        if use not in self._buffers or len(self._buffers[use]) < shape[0]:
+            self._buffers[use] = torch.empty(shape, dtype=head.wide, device=self.device)
+        out_CV = self._buffers[use][: shape[0]]
         for part, index in segments(index_C):
             hidden_CD = self.held[index].hidden_ND[row_C[part]]
             self._head(index).logits(hidden_CD, out_CV[part])
@@ -71,7 +72,7 @@ class Taught:
         D = max(held.hidden_ND.shape[1] for held in self.held)
         head = self.held[0].head
         if ids_CK.shape[1] * D >= head.valid_V:
-            logits_CK = self.logits(index_C, row_C).gather(-1, ids_CK)
+            logits_CK = self.logits(index_C, row_C, "gathered").gather(-1, ids_CK)
         else:
             logits_CK = torch.empty(ids_CK.shape, dtype=head.wide, device=self.device)
             for part, index in segments(index_C):

@@ -124,11 +124,12 @@ def accumulate(
         if teacher_NM is not None:
             kept_N, place_N = by_teacher(kept_N, tokens_N, columns)
         where_N = tokens_N[kept_N]
+        cut = pairs(columns, where_N, place_N)
         loss, found = weighted_sum(
             hidden[index_N[kept_N]],
             head,
             packed.target_N[kept_N],
-            pairs(columns, where_N, place_N),
+            cut,
             [(t, share(t, f[where_N], place_N)) for t, f in zip(terms, factor, strict=True)],
             **options,
         )
@@ -137,7 +138,8 @@ def accumulate(
                 table[name] = torch.zeros(len(owner_N), device=model.device)
             value_N = value_N.to(table[name].dtype)
             if teacher_NM is not None and teacher_NM.shape[1] > 1:
-                table[name] += pooled_mean(value_N, where_N, len(owner_N))
+                weight_P = cut["pair_weight"].to(value_N.dtype)
+                table[name] += pooled_mean(value_N, weight_P, where_N, len(owner_N))
             else:
                 table[name][where_N] = value_N
         loss.backward()

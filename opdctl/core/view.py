@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from opdctl.core.chunks import Chunk, chunked_sum
-from opdctl.core.taught import Taught
+from opdctl.core.taught import Taught, segments
+from opdctl.errors import StageFailed
 from opdctl.kernels.head import Head
 from opdctl.kernels.topk import union
 
@@ -82,7 +83,19 @@ class View:
 
     @property
     def teacher_hidden_CD(self) -> Tensor:
-        """The teacher's last hidden rows."""
+        """The teacher's last hidden rows.
+
+        Raises:
+            StageFailed: a teacher's are of another width than the policy's.
+        """
+        own = self.chunk.width
+        for _, index in segments(self._asked[0]):
+            theirs = self.taught.held[index].hidden_ND.shape[1]
+            if theirs != own:
+                raise StageFailed(
+                    f"hidden rows of width {own} and {theirs} cannot be compared",
+                    "objectives: {divergence: {}} takes teachers of any width",
+                )
         return self.taught.kept("hidden_ND", *self._asked)
 
     @cached_property
@@ -132,7 +145,7 @@ class View:
         self._log_both(ids_CK, logp_CK, logq_CK, ours_CK, entropy_C)
         return value_C
 
-    def on_top(self, support: str, k: int) -> Top:
+    def on_top(self, support: str, k: int, overlap: bool = True) -> Top:
         """Both sides at the k most probable ids of a side. Logs what ``divergence`` does.
 
         Args:
@@ -149,7 +162,7 @@ class View:
         seen_logq_CK = torch.cat([logq_CK[:, :1], logq_CK[:, 1 + k :]], -1)
         entropy_C = self.taught.kept("entropy_N", *self._asked)
         seen_logp_CK = self.rows.at(seen_CK, leaf=False)
-        self._log_both(seen_CK, seen_logp_CK, seen_logq_CK, ours_CK, entropy_C)
+        self._log_both(seen_CK, seen_logp_CK, seen_logq_CK, ours_CK if overlap else None, entropy_C)
         starts = {"topk_student": (0, k), "topk_teacher": (k, 2 * k), "topk_union": (0, 2 * k)}
         part = slice(*starts[support])
         if support != "topk_union":

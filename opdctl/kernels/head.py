@@ -46,6 +46,9 @@ class Head:
     temperature: float = 1.0
     rounded: bool = False
 
+    def __post_init__(self) -> None:
+        assert self.valid_V <= len(self.weight_VD), "every valid id has a row"
+
     @property
     def wide(self) -> torch.dtype:
         """The type of logits and of gradients that are summed over chunks."""

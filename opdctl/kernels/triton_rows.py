@@ -4,8 +4,9 @@ One program a row. ``_compare`` sweeps the two rows of logits once for the stati
 maximum, sum and weighted sum of each side) and once more for the divergence, summed term by term
 as in kernels/reference.py, and its gradient p (r - K), which it writes in the type the products
 read; a jsd needs a third sweep. The per-token factor of the gradient, known only later, scales
-rows of the products instead: no further sweep. ``_affine`` writes a p (plus the former), which
-with k added entries is the gradient of any function of log-probs at k ids. fp32 logits only. The
+rows of the products instead: no further sweep. ``_affine`` writes a p (plus the former) over the
+logits, which with k added entries is the gradient of any function of log-probs at k ids; it is
+rounded to the operands' type after they are added. fp32 logits only. The
 same source runs on a CPU under TRITON_INTERPRET=1, which is how it is tested without a GPU.
 """
 
@@ -131,13 +132,13 @@ def _affine(
     lse_ptr,
     a_ptr,
     weight_ptr,
-    out_ptr,
+    unit_ptr,
     stride,
     V,
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = a p, plus weight x out where there is a divergence."""
+    """z = a p, plus weight x unit where there is a divergence; in place and in fp32."""
     row = tl.program_id(0).to(tl.int64)
     lse, a = tl.load(lse_ptr + row), tl.load(a_ptr + row)
     for start in range(0, V, BLOCK):
@@ -145,9 +146,9 @@ def _affine(
         z = tl.load(z_ptr + row * stride + at, mask=at < V, other=0.0)
         out = a * tl.exp(z - lse)
         if ADD:
-            before = tl.load(out_ptr + row * V + at, mask=at < V, other=0.0).to(tl.float32)
-            out += tl.load(weight_ptr + row) * before
-        tl.store(out_ptr + row * V + at, out.to(out_ptr.dtype.element_ty), mask=at < V)
+            unit = tl.load(unit_ptr + row * V + at, mask=at < V, other=0.0).to(tl.float32)
+            out += tl.load(weight_ptr + row) * unit
+        tl.store(z_ptr + row * stride + at, out, mask=at < V)
 
 
 class Rows:
@@ -210,25 +211,21 @@ class Rows:
         picked = [(ids, g) for ids, g in given if ids is not None]
         if not picked:
             return self._unit_CV, weight_C
-        z_CV = self.logits_CV
-        out_CV = self._unit_CV
-        if weight_C is None:
-            out_CV = torch.empty(z_CV.shape, dtype=self.operand, device=z_CV.device)
-        picked_C = -sum(g.sum(-1) for _, g in picked)
+        z_CV, picked_C = self.logits_CV, -sum(g.sum(-1) for _, g in picked)
         _affine[(len(z_CV),)](
             z_CV,
             self._lse_C,
             picked_C,
             picked_C if weight_C is None else weight_C.contiguous(),
-            out_CV,
+            z_CV if weight_C is None else self._unit_CV,
             z_CV.stride(0),
             z_CV.shape[1],
             ADD=weight_C is not None,
             BLOCK=_block(z_CV.shape[1]),
         )
-        for ids_CK, g_CK in picked:
-            out_CV.scatter_add_(-1, ids_CK, g_CK.to(out_CV.dtype))
-        return out_CV, None
+        for ids_CK, g_CK in picked:  # in fp32: near p = 1 the two cancel
+            z_CV.scatter_add_(-1, ids_CK, g_CK)
+        return z_CV, None
 
     def _leaf(self, value: Tensor, ids_CK: Tensor | None) -> Tensor:
         self.leaves.append(value.requires_grad_())

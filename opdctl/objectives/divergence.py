@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from opdctl.errors import Problem
 from opdctl.schema import key
 from opdctl.settings import ObjectiveConfig
 
@@ -44,6 +45,17 @@ class Divergence:
         )
         overlap: bool = key(True, "log how much of the teacher's top k the student's holds")
 
+    @staticmethod
+    def notes(config) -> list[Problem]:
+        """Keys that do nothing here."""
+        found = []
+        if config.direction != "jsd" and config.beta != 0.5:
+            found.append(Problem("beta", "only a jsd has a beta", "direction=jsd"))
+        if config.support == "full" and config.form != "tail":
+            hint = "support=topk_student, topk_teacher or topk_union"
+            found.append(Problem("form", "the whole vocabulary has no form", hint))
+        return found
+
     def __init__(self, config) -> None:
         self.config = config
         if config.support != "full":
@@ -58,8 +70,8 @@ class Divergence:
         else:
             from opdctl.kernels.topk import divergence_on
 
-            top = view.on_top(config.support, config.k)
+            top = view.on_top(config.support, config.k, config.overlap)
             both = (top.logp_CK, top.logq_CK, top.keep_CK)
             value_C = divergence_on(*both, config.form, config.direction, config.beta)
             view.log("divergence", value_C)
-        return value_C * view["teacher_weight"]
+        return value_C * view["pair_weight"]

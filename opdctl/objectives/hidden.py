@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opdctl.errors import StageFailed
 from opdctl.schema import key
 from opdctl.settings import ObjectiveConfig
 
@@ -33,20 +32,10 @@ class Hidden:
         self.config = config
 
     def loss(self, view):
-        """Shape [C].
-
-        Raises:
-            StageFailed: the two models have hidden rows of unequal width.
-        """
+        """Shape [C]."""
         import torch
 
         ours_CD, theirs_CD = view.hidden_CD, view.teacher_hidden_CD
-        widths = ours_CD.shape[-1], theirs_CD.shape[-1]
-        if widths[0] != widths[1]:
-            raise StageFailed(
-                f"hidden rows of {widths[0]} and {widths[1]} cannot be compared",
-                "objectives: {divergence: {}} takes teachers of any width",
-            )
         view.log("cosine", torch.cosine_similarity(ours_CD, theirs_CD, dim=-1))
         if self.config.unit:
             ours_CD, theirs_CD = (
@@ -55,4 +44,4 @@ class Hidden:
         wide = torch.promote_types(ours_CD.dtype, torch.float32)
         value_C = (ours_CD.to(wide) - theirs_CD.to(wide)).square().mean(-1)
         view.log("hidden_distance", value_C)
-        return value_C * view["teacher_weight"]
+        return value_C * view["pair_weight"]

@@ -51,4 +51,4 @@ class TopkPg:
         advantage_CK = top.logq_CK - old_CK
         view.log("topk_advantage", (weight_CK * advantage_CK).sum(-1))
         ratio_CK = (top.logp_CK - old_CK).exp()
-        return -(weight_CK * advantage_CK * ratio_CK).sum(-1) * view["teacher_weight"]
+        return -(weight_CK * advantage_CK * ratio_CK).sum(-1) * view["pair_weight"]

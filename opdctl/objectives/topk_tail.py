@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from opdctl.errors import Problem
 from opdctl.schema import key
 from opdctl.settings import ObjectiveConfig
 
@@ -32,6 +33,14 @@ class TopkTail:
         )
         k: int = key(16, "ids of the support", least=1)
 
+    @staticmethod
+    def problems(config, stage) -> list[Problem]:
+        """The sampled part holds for rollouts of the policy as it is."""
+        if stage.updates_per_rollout * stage.minibatches == 1:
+            return []
+        what = "after the first update the rollouts are no longer the policy's own"
+        return [Problem("", what, "updates_per_rollout=1 and minibatches=1, or divergence")]
+
     def __init__(self, config) -> None:
         self.config = config
 
@@ -46,4 +55,4 @@ class TopkTail:
         tail_C = (view.logprob_C - logprob_C).exp() * (logprob_C - top.teacher_C)
         value_C = head_C + torch.where(top.holds_C, 0.0, tail_C)
         view.log("divergence_estimate", value_C)
-        return value_C * view["teacher_weight"]
+        return value_C * view["pair_weight"]

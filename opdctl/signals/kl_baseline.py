@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from opdctl.errors import Problem
 from opdctl.schema import key
 from opdctl.settings import SignalConfig
 
@@ -30,6 +31,15 @@ class KlBaseline:
             "full", "the whole vocabulary, or the student's k most probable ids, renormalised"
         )
         k: int = key(100, "ids of topk_student (vOPD: 100)", least=1)
+
+    @staticmethod
+    def problems(config, stage) -> list[Problem]:
+        """A baseline of nothing is noise: its expected gradient is zero."""
+        beside = stage.signals.get("reverse_kl")
+        if beside and beside.coef:
+            return []
+        what = "a baseline without reverse_kl beside it has no gradient on average"
+        return [Problem("", what, "signals={reverse_kl: {}, kl_baseline: {}}")]
 
     def __init__(self, config, ctx) -> None:
         self.config = config

@@ -60,10 +60,8 @@ def member_problems(config, provided: set[str]) -> list[Problem]:
                         else f"remove it, or use a stage that has {need}",
                     )
                 )
-    settings = {f"signals.{n}": s for n, s in active.items()}
-    settings |= {f"objectives.{n}": o for n, o in config.objectives.items() if o.coef}
-    for path, keys in settings.items():
-        cls = member(*path.split("."))
+    for path, keys in _members(config, active).items():
+        cls = member(*path.split(".")[-2:])
         for problem in cls.problems(keys, config) if hasattr(cls, "problems") else []:
             whole = ".".join(filter(None, (path, problem.path)))
             found.append(replace(problem, path=whole))
@@ -93,10 +91,12 @@ def member_problems(config, provided: set[str]) -> list[Problem]:
             )
         )
     for name, objective in config.objectives.items():
+        ratios = [w for w in objective.weights if getattr(member("weights", w), "ratio", False)]
+        if len(ratios) > 1:
+            what = "each applies the ratio of trainer to sampler"
+            path = f"objectives.{name}.weights"
+            found.append(Problem(path, f"{' and '.join(ratios)}: {what}", "keep one"))
         gate = objective.weights.get("is_gate")
-        if gate and gate.low > gate.high:
-            path = f"objectives.{name}.weights.is_gate.low"
-            found.append(Problem(path, f"{gate.low} is above high, {gate.high}"))
         if gate and (getattr(objective, "clip_low", 0) or getattr(objective, "clip_high", 0)):
             found.append(
                 Problem(
@@ -119,10 +119,23 @@ def member_problems(config, provided: set[str]) -> list[Problem]:
     return found
 
 
+def _members(config, active: dict) -> dict:
+    """Path -> keys of every signal, objective and weight that is in use."""
+    used = {f"signals.{name}": keys for name, keys in active.items()}
+    for name, objective in config.objectives.items():
+        if objective.coef:
+            path = f"objectives.{name}"
+            used[path] = objective
+            used |= {f"{path}.weights.{w}": keys for w, keys in objective.weights.items()}
+    return used
+
+
 def cannot_act(config) -> list[Problem]:
     """Keys that are well formed and have no effect in this combination."""
     found = []
     for name, objective in config.objectives.items():
+        notes = getattr(member("objectives", name), "notes", lambda _: [])
+        found += [replace(n, path=f"objectives.{name}.{n.path}") for n in notes(objective)]
         clip = getattr(objective, "clip_low", 0) or getattr(objective, "clip_high", 0)
         if clip and config.updates_per_rollout * config.minibatches == 1:
             found.append(

@@ -50,6 +50,7 @@ class Local:
             temperature=temperature,
             want=want,
             top=top,
+            rounded=runtime.rounded_logits,
             micro_batch=runtime.micro_batch,
             chunk_mib=runtime.chunk_mib,
             check=self.ctx.check,

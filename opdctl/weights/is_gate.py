@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opdctl.errors import Problem
 from opdctl.schema import key
 
 
@@ -15,6 +16,7 @@ class IsGate:
     """pi / mu inside [low, high], 0 outside (MiMo)."""
 
     revision = 1
+    ratio = True  # of trainer to sampler: one of these on an objective
     needs = ("behaviour.logprobs",)
 
     @dataclass(kw_only=True)
@@ -23,6 +25,13 @@ class IsGate:
 
         low: float = key(0.5, "smallest ratio let through", least=0)
         high: float = key(2.0, "largest ratio let through", least=0)
+
+    @staticmethod
+    def problems(config, stage) -> list[Problem]:
+        """An interval that holds nothing."""
+        if config.low <= config.high:
+            return []
+        return [Problem("low", f"{config.low} is above high, {config.high}")]
 
     def __init__(self, config) -> None:
         self.config = config

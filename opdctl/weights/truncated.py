@@ -16,13 +16,14 @@ class Truncated:
     """Trainer over sampler at the old weights, at most cap (truncated importance sampling)."""
 
     revision = 1
+    ratio = True  # of trainer to sampler: one of these on an objective
     needs = ("behaviour.logprobs", "old.logprobs")
 
     @dataclass(kw_only=True)
     class Config:
         """Keys of truncated."""
 
-        cap: float = key(5.0, "largest weight", least=0)
+        cap: float = key(5.0, "largest weight", least=1e-3)
 
     def __init__(self, config) -> None:
         self.config = config
