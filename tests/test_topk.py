@@ -10,6 +10,7 @@ from test_chunks import CPU, LEVELS, columns_of, head_of, plain_logits, tensor
 from opdctl.core.taught import Held, Taught
 from opdctl.core.view import Term, weighted_sum
 from opdctl.kernels import reference
+from opdctl.kernels.head import Head
 from opdctl.kernels.topk import divergence_on, union
 from opdctl.objectives.divergence import Divergence
 from opdctl.objectives.topk_pg import TopkPg
@@ -22,7 +23,12 @@ FORMS = ("tail", "generalised", "renormalised")
 
 def on(ids, form, direction="reverse", beta=0.5):
     keep = torch.ones(1, len(ids), dtype=torch.bool)
-    return float(divergence_on(S[:, ids], T[:, ids], keep, form, direction, beta))
+    tails = tails_of(S, T, torch.tensor([ids]))
+    return float(divergence_on(S[:, ids], T[:, ids], keep, form, direction, beta, tails))
+
+
+def tails_of(log_p, log_q, ids):
+    return tuple((1 - x.gather(-1, ids).exp().sum(-1)).log() for x in (log_p, log_q))
 
 
 def test_golden_numbers():
@@ -48,10 +54,8 @@ def test_bounds(direction, beta):
     full = reference.divergence(p, q, direction, beta)
     ids = p.topk(3).indices
     keep = torch.ones_like(ids, dtype=torch.bool)
-    found = {
-        form: divergence_on(p.gather(-1, ids), q.gather(-1, ids), keep, form, direction, beta)
-        for form in FORMS
-    }
+    both, tails = (p.gather(-1, ids), q.gather(-1, ids), keep), tails_of(p, q, ids)
+    found = {form: divergence_on(*both, form, direction, beta, tails) for form in FORMS}
     for form in ("tail", "generalised"):
         assert (found[form] <= full + 1e-12).all() and (found[form] >= 0).all()
         assert (full - found[form]).mean() > 0.01
@@ -219,3 +223,35 @@ def test_gathered_rows_of_the_head_are_its_logits():
         ids = torch.randint(0, 40, (5, 4), generator=torch.Generator().manual_seed(0))
         assert torch.allclose(head.at(hidden, ids), head.logits(hidden).gather(-1, ids), atol=1e-12)
     assert math.isfinite(float(head.at(hidden, ids).sum()))
+
+
+@pytest.mark.parametrize("level", [*LEVELS, "triton"])
+@pytest.mark.parametrize("direction", ["reverse", "forward", "jsd"])
+def test_the_tail_of_a_confident_token_is_exact(level, direction):
+    """fp32 near convergence at p = .99999: the gradient of the tail is not lost to 1 - sum p."""
+    from opdctl.core.view import View
+    from opdctl.kernels import triton_rows
+
+    logits = tensor(8, 300, seed=0, scale=1.0)
+    logits[:, 7] = logits.logsumexp(-1) + 11.5
+    other = logits + 0.05 * tensor(8, 300, seed=1)
+    objective = Divergence(Divergence.Config(support="topk_student", k=4, direction=direction))
+
+    def gradient(dtype, made):
+        z, t = logits.to(dtype), other.to(dtype)
+        rows = made(z.clone(), dtype)
+        top = t.topk(4, dim=-1).indices
+        head, entropy = Head(torch.eye(300, dtype=dtype), 300), torch.zeros(8, dtype=dtype)
+        held = Held(head, t, t.logsumexp(-1), top, entropy)
+        columns = columns_of(torch.zeros(8, dtype=torch.long), torch.ones(8, dtype=dtype))
+        chunk = type("Chunk", (), {"rows": rows})()
+        with torch.enable_grad():
+            view = View(chunk, torch.full((8,), 7), columns, Taught([held], CPU))
+            total = objective.loss(view).sum()
+        grads = torch.autograd.grad(total, rows.leaves, allow_unused=True)
+        return rows.gradient(list(grads))[0].double()
+
+    made = triton_rows.Rows if level == "triton" else LEVELS[level]
+    expected = gradient(torch.float64, reference.Rows)
+    gap = (gradient(torch.float32, made) - expected).norm() / expected.norm()
+    assert expected.abs().sum() > 0 and gap < 5e-3

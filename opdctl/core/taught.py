@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from opdctl.kernels.head import Head
-from opdctl.kernels.topk import divergence_on
+from opdctl.kernels.topk import divergence_on, log_outside
 
 
 @dataclass
@@ -24,7 +24,8 @@ class Held:
     Attributes:
         hidden_ND: last hidden rows; from them the head rebuilds every logit.
         lse_N: log-normaliser, [N]: with it a log-prob at some id needs one row of the head. Kept
-            for top-k supports; on the whole vocabulary it would cost a product and save none.
+            for top-k supports; on the whole vocabulary it would cost a product and save none, and
+            the form with a tail needs every logit anyway.
         top_NK: its most probable ids.
         entropy_N: its entropy.
     """
@@ -79,6 +80,11 @@ class Taught:
                 hidden_CD = self.held[index].hidden_ND[row_C[part]]
                 logits_CK[part] = self._head(index).at(hidden_CD, ids_CK[part])
         return logits_CK - self.kept("lse_N", index_C, row_C)[:, None]
+
+    def log_outside(self, index_C: Tensor, row_C: Tensor, ids_CK: Tensor) -> Tensor:
+        """Log of each token's own teacher's mass on all but some ids, [C]: needs every logit."""
+        logits_CV = self.logits(index_C, row_C, "gathered")
+        return log_outside(logits_CV, ids_CK) - logits_CV.logsumexp(-1)
 
     def kept(self, name: str, index_C: Tensor, row_C: Tensor) -> Tensor:
         """Rows of something kept of each token's own teacher: lse_N, top_NK, entropy_N."""

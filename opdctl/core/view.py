@@ -47,6 +47,7 @@ class Top:
         logp_CK: the student's log-probs there; differentiable.
         logq_CK: the teacher's.
         keep_CK: False for an id that stands there twice (union: K is 2k).
+        ids_CK: the ids.
         holds_C: the target is one of them.
         teacher_C: the teacher's log-prob of the target.
     """
@@ -54,6 +55,7 @@ class Top:
     logp_CK: Tensor
     logq_CK: Tensor
     keep_CK: Tensor
+    ids_CK: Tensor
     holds_C: Tensor
     teacher_C: Tensor
 
@@ -168,7 +170,12 @@ class View:
         if support != "topk_union":
             keep_CK = torch.ones_like(keep_CK[:, part])
         holds_C = (ids_CK[:, part] == self.target_C[:, None]).any(-1)
-        return Top(logp_CK[:, part], logq_CK[:, 1:][:, part], keep_CK, holds_C, logq_CK[:, 0])
+        here = (logp_CK[:, part], logq_CK[:, 1:][:, part], keep_CK, ids_CK[:, part])
+        return Top(*here, holds_C, logq_CK[:, 0])
+
+    def tails(self, top: Top) -> tuple[Tensor, Tensor]:
+        """Log of the mass outside the ids: differentiable, and the teacher's. Shape [C] each."""
+        return self.rows.outside(top.ids_CK), self.taught.log_outside(*self._asked, top.ids_CK)
 
     def _log_both(self, ids_CK, logp_CK, logq_CK, ours_CK, entropy_C) -> None:
         """Entropies, log-probs of the target (first id), overlap of the rest with the student's."""

@@ -7,12 +7,13 @@ gradient with respect to a leaf then scales a gradient with respect to the logit
 closed form:
 
     log p(v)   1[u = v] - p(u)
+    log of the mass outside some ids   p(u) 1[u outside] / mass - p(u)
     reverse    p (r - sum p r),               r = log p - log q
     forward    p - q
     jsd        (1 - b) p (a - sum p a),       a = log p - log m
 
-Two buffers of chunk x vocabulary are used and nothing else of that size: the logits, which become
-log-probs and then the gradient, and the teacher's, which become r, q or a.
+Two buffers of chunk x vocabulary are used, the logits, which become log-probs and then the
+gradient, and the teacher's, which become r, q or a; a mass outside some ids takes a third.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.linalg import vecdot
 
 from opdctl.kernels.reference import SERIES, endpoint, near
+from opdctl.kernels.topk import log_outside, share_outside
 
 BLOCK = 1 << 16  # elements of a block: with its scratch it stays in a core's cache
 
@@ -43,7 +45,8 @@ class Rows:
     def __init__(self, logits_CV: Tensor, operand: torch.dtype | None = None) -> None:
         self.logp_CV = torch.log_softmax(logits_CV, -1, out=logits_CV)
         self.leaves: list[Tensor] = []
-        self._ids: list[Tensor | None] = []  # of each leaf; None is the divergence
+        self._ids: list[Tensor | int | None] = []  # of each leaf; None is the divergence
+        self._tails: list[tuple[Tensor, Tensor]] = []  # a number among the ids is one of these
         self._scratch: list[Tensor] = []
         self._entropy_C: Tensor | None = None
 
@@ -51,6 +54,12 @@ class Rows:
         """Log-probs at ids; a leaf, or without a gradient. Shape [C, K]."""
         logp_CK = self.logp_CV.gather(-1, ids_CK)
         return self._leaf(logp_CK, ids_CK) if leaf else logp_CK
+
+    def outside(self, ids_CK: Tensor) -> Tensor:
+        """Log of the mass on all but some ids, a leaf. Shape [C]."""
+        outside_C = log_outside(self.logp_CV, ids_CK)
+        self._tails.append((ids_CK, outside_C.detach().clone()))
+        return self._leaf(outside_C, len(self._tails) - 1)
 
     def top(self, k: int) -> Tensor:
         """Ids of the k most probable tokens. Shape [C, k]."""
@@ -102,13 +111,17 @@ class Rows:
         Returns:
             It, and a factor of its rows that is left to the products, [C], or None.
         """
-        out_CV = self.logp_CV
-        picked_C, weight_C = out_CV.new_zeros(len(out_CV)), None
+        out_CV, weight_C, outside_CV = self.logp_CV, None, None
+        picked_C = out_CV.new_zeros(len(out_CV))
         for ids_CK, grad in zip(self._ids, grads, strict=True):
             if grad is None:
                 continue
             if ids_CK is None:
                 weight_C = grad
+            elif isinstance(ids_CK, int):
+                picked_C -= grad
+                share_CV = share_outside(out_CV, *self._tails[ids_CK]).mul_(grad[:, None])
+                outside_CV = share_CV if outside_CV is None else outside_CV.add_(share_CV)
             else:
                 picked_C -= grad.sum(-1)
         if weight_C is None:
@@ -116,8 +129,10 @@ class Rows:
         else:
             self._full(out_CV, weight_C, picked_C)
         for ids_CK, grad in zip(self._ids, grads, strict=True):
-            if ids_CK is not None and grad is not None:
+            if isinstance(ids_CK, Tensor) and grad is not None:
                 out_CV.scatter_add_(-1, ids_CK, grad)
+        if outside_CV is not None:
+            out_CV += outside_CV
         return out_CV, None
 
     def _full(self, out_CV: Tensor, weight_C: Tensor, picked_C: Tensor) -> None:
@@ -154,7 +169,7 @@ class Rows:
         far_BV = torch.sub(r_BV, 1.0, out=self._scratch_like(r_BV, 3)).mul_(a_BV).add_(b_BV)
         return torch.where(r_BV.abs() < near(r_BV.dtype), series_BV, far_BV).sum(-1)
 
-    def _leaf(self, value: Tensor, ids_CK: Tensor | None) -> Tensor:
+    def _leaf(self, value: Tensor, ids_CK: Tensor | int | None) -> Tensor:
         self.leaves.append(value.requires_grad_())
         self._ids.append(ids_CK)
         return value

@@ -75,6 +75,11 @@ class Rows:
     def at(self, ids_CK: Tensor, leaf: bool = True) -> Tensor:
         return (self.logp_CV if leaf else self.logp_CV.detach()).gather(-1, ids_CK)
 
+    def outside(self, ids_CK: Tensor) -> Tensor:
+        mask_CV = torch.ones_like(self.logp_CV).scatter_(-1, ids_CK, 0.0)
+        mass_C = (self.logp_CV.exp() * mask_CV).sum(-1)
+        return mass_C.clamp(min=torch.finfo(mass_C.dtype).tiny).log()
+
     def entropy(self) -> Tensor:
         logp_CV = self.logp_CV.detach()
         return -(logp_CV.exp() * logp_CV).sum(-1)

@@ -21,7 +21,13 @@ ABSENT = -1e4  # a log-mass whose exponential is 0 in every precision, without 0
 
 
 def divergence_on(
-    logp_CK: Tensor, logq_CK: Tensor, keep_CK: Tensor, form: str, direction: str, beta: float
+    logp_CK: Tensor,
+    logq_CK: Tensor,
+    keep_CK: Tensor,
+    form: str,
+    direction: str,
+    beta: float,
+    tails: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Reverse KL, forward KL or JSD on k ids in one of the three forms. Shape [C].
 
@@ -29,21 +35,39 @@ def divergence_on(
         logp_CK: the student's log-probs at the ids; differentiable.
         logq_CK: the teacher's.
         keep_CK: False for an id that stands there twice.
+        tails: for the form tail, log of the mass outside the ids under both, [C] each. It is
+            summed over the ids outside: one minus the mass inside would lose a confident token's
+            tail, and its gradient, to rounding.
     """
     logp_CK = torch.where(keep_CK, logp_CK, ABSENT)
     logq_CK = torch.where(keep_CK, logq_CK, ABSENT)
     if form == "tail":
-        logp_CK = torch.cat([logp_CK, log_tail(logp_CK)], -1)
-        logq_CK = torch.cat([logq_CK, log_tail(logq_CK)], -1)
+        logp_CK = torch.cat([logp_CK, tails[0][:, None]], -1)
+        logq_CK = torch.cat([logq_CK, tails[1][:, None]], -1)
     elif form == "renormalised":
         logp_CK, logq_CK = logp_CK.log_softmax(-1), logq_CK.log_softmax(-1)
     return divergence(logp_CK, logq_CK, direction, beta)
 
 
-def log_tail(logp_CK: Tensor) -> Tensor:
-    """Log of the mass outside the ids, at least the rounding of one. Shape [C, 1]."""
-    inside_C1 = logp_CK.logsumexp(-1, keepdim=True)
-    return (-torch.expm1(inside_C1.clamp(max=-torch.finfo(logp_CK.dtype).eps))).log()
+def log_outside(logits_CV: Tensor, ids_CK: Tensor) -> Tensor:
+    """Log of the sum of e^logits over all but some ids, finite where there are none. Shape [C].
+
+    The buffer is used and given back as it was.
+    """
+    inside_CK = logits_CV.gather(-1, ids_CK)
+    logits_CV.scatter_(-1, ids_CK, -torch.inf)
+    outside_C = logits_CV.logsumexp(-1).clamp(min=ABSENT)
+    logits_CV.scatter_(-1, ids_CK, inside_CK)
+    return outside_C
+
+
+def share_outside(logits_CV: Tensor, ids_CK: Tensor, outside_C: Tensor) -> Tensor:
+    """Each id's share of the mass outside: the gradient of ``log_outside``. Shape [C, V]."""
+    inside_CK = logits_CV.gather(-1, ids_CK)
+    logits_CV.scatter_(-1, ids_CK, -torch.inf)
+    share_CV = (logits_CV - outside_C[:, None]).exp_()
+    logits_CV.scatter_(-1, ids_CK, inside_CK)
+    return share_CV
 
 
 def union(ours_CK: Tensor, theirs_CK: Tensor) -> tuple[Tensor, Tensor]:

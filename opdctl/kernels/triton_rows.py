@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from opdctl.kernels.reference import endpoint
+from opdctl.kernels.topk import log_outside, share_outside
 
 BLOCK = 4096  # elements of a row read at once: 32 KiB of two rows in registers
 
@@ -159,7 +160,8 @@ class Rows:
     def __init__(self, logits_CV: Tensor, operand: torch.dtype) -> None:
         self.logits_CV, self.operand = logits_CV, operand
         self.leaves: list[Tensor] = []
-        self._ids: list[Tensor | None] = []
+        self._ids: list[Tensor | int | None] = []
+        self._tails: list[tuple[Tensor, Tensor]] = []
         self._lse_C: Tensor | None = None
         self._unit_CV: Tensor | None = None
 
@@ -176,6 +178,12 @@ class Rows:
         self._normalised()
         logp_CK = self.logits_CV.gather(-1, ids_CK) - self._lse_C[:, None]
         return self._leaf(logp_CK, ids_CK) if leaf else logp_CK
+
+    def outside(self, ids_CK: Tensor) -> Tensor:
+        self._normalised()
+        raw_C = log_outside(self.logits_CV, ids_CK)
+        self._tails.append((ids_CK, raw_C))
+        return self._leaf(raw_C - self._lse_C, len(self._tails) - 1)
 
     def top(self, k: int) -> Tensor:
         return self.logits_CV.topk(k, dim=-1).indices
@@ -208,10 +216,13 @@ class Rows:
     def gradient(self, grads: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
         given = [(i, g) for i, g in zip(self._ids, grads, strict=True) if g is not None]
         weight_C = next((g for ids, g in given if ids is None), None)
-        picked = [(ids, g) for ids, g in given if ids is not None]
-        if not picked:
+        picked = [(ids, g) for ids, g in given if isinstance(ids, Tensor)]
+        tails = [(self._tails[i], g) for i, g in given if isinstance(i, int)]
+        if not picked and not tails:
             return self._unit_CV, weight_C
-        z_CV, picked_C = self.logits_CV, -sum(g.sum(-1) for _, g in picked)
+        shares = [share_outside(self.logits_CV, *t).mul_(g[:, None]) for t, g in tails]
+        picked_C = -sum([g.sum(-1) for _, g in picked] + [g for _, g in tails])
+        z_CV = self.logits_CV
         _affine[(len(z_CV),)](
             z_CV,
             self._lse_C,
@@ -225,9 +236,11 @@ class Rows:
         )
         for ids_CK, g_CK in picked:  # in fp32: near p = 1 the two cancel
             z_CV.scatter_add_(-1, ids_CK, g_CK)
+        for share_CV in shares:
+            z_CV += share_CV
         return z_CV, None
 
-    def _leaf(self, value: Tensor, ids_CK: Tensor | None) -> Tensor:
+    def _leaf(self, value: Tensor, ids_CK: Tensor | int | None) -> Tensor:
         self.leaves.append(value.requires_grad_())
         self._ids.append(ids_CK)
         return value

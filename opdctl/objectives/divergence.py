@@ -71,7 +71,8 @@ class Divergence:
             from opdctl.kernels.topk import divergence_on
 
             top = view.on_top(config.support, config.k, config.overlap)
-            both = (top.logp_CK, top.logq_CK, top.keep_CK)
-            value_C = divergence_on(*both, config.form, config.direction, config.beta)
+            tails = view.tails(top) if config.form == "tail" else None
+            how = (config.form, config.direction, config.beta, tails)
+            value_C = divergence_on(top.logp_CK, top.logq_CK, top.keep_CK, *how)
             view.log("divergence", value_C)
         return value_C * view["pair_weight"]
