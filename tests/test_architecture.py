@@ -72,6 +72,9 @@ def test_imports_point_down():
             if any(module == p or module.startswith(p + ".") for p in forbidden)
         ]
 
+    kernels = [f for f in FILES if name_of(f).startswith("kernels/")]
+    upper = {f"opdctl.{f.stem}" for f in PACKAGE.glob("*.py") if f.stem != "errors"}
+    assert len(kernels) > 5 and not below(kernels, stages | upper | {"opdctl.core"})
     core = [f for f in FILES if name_of(f).startswith("core/")]
     assert not below(core, stages)
     for family in FAMILIES:
