@@ -34,12 +34,14 @@ def taught(spans, teachers, weights=(1.0, 1.0, 1.0), temperature=1.0):
     for t, teacher in enumerate(teachers):
         mine = [i for i in range(len(spans)) if i % len(teachers) == t]
         requests = [ScoreRequest(tuple(spans[i][0]), spans[i][1]) for i in mine]
-        found = score(teacher, requests, temperature=temperature, want=("hidden",))
+        want = ("hidden", "lse", "topk", "entropy")
+        found = score(teacher, requests, temperature=temperature, want=want)
         at = torch.cat([place[i] for i in mine])
         columns["teacher_index"][at, 0] = t
         columns["teacher_row"][at, 0] = torch.arange(len(at))
         columns["pair_weight"][at, 0] = weights[t]
-        held.append(Held(teacher.projection(temperature), found.hidden_ND))
+        rows = (found.hidden_ND, found.lse_N, found.top_NK, found.entropy_N)
+        held.append(Held(teacher.projection(temperature), *rows))
     return columns, Taught(held, torch.device("cpu"))
 
 

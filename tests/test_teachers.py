@@ -92,8 +92,10 @@ def test_pairs_are_ordered_by_teacher():
 
 
 @pytest.mark.parametrize("micro_batch", [0, 2, 1])
-def test_loads_per_minibatch_are_its_teachers(model64, micro_batch):
-    """However sequences and chunks are cut, a head is read once."""
+@pytest.mark.parametrize("keys", [{}, {"support": "topk_union"}, {"support": "topk_student"}])
+@pytest.mark.parametrize("form", ["tail", "generalised"])
+def test_loads_per_minibatch_are_its_teachers(model64, micro_batch, keys, form):
+    """However sequences and chunks are cut, and whatever is asked of a head, it is read once."""
     from test_divergence import taught as routed
 
     spans = spans_of()
@@ -103,7 +105,7 @@ def test_loads_per_minibatch_are_its_teachers(model64, micro_batch):
             model64,
             spans,
             columns,
-            objective(),
+            objective(form=form, k=3, **keys),
             temperature=1.0,
             micro_batch=micro_batch,
             chunk_mib=1,

@@ -65,26 +65,31 @@ class Taught:
             self._head(index).logits(hidden_CD, out_CV[part])
         return out_CV
 
-    def logprobs_at(self, index_C: Tensor, row_C: Tensor, ids_CK: Tensor) -> Tensor:
+    def on_ids(
+        self, index_C: Tensor, row_C: Tensor, ids_CK: Tensor, outside_CK: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Log-probs of each token's own teacher at some ids, [C, K], by the cached normaliser.
 
         Few ids are read from their rows of the head; many cost less as one product with all.
+
+        Args:
+            outside_CK: ids; the log of the mass on all others is wanted too, [C], for which every
+                logit is needed.
         """
         D = max(held.hidden_ND.shape[1] for held in self.held)
-        head = self.held[0].head
-        if ids_CK.shape[1] * D >= head.valid_V:
-            logits_CK = self.logits(index_C, row_C, "gathered").gather(-1, ids_CK)
+        head, tail_C = self.held[0].head, None
+        lse_C = self.kept("lse_N", index_C, row_C)
+        if outside_CK is not None or ids_CK.shape[1] * D >= head.valid_V:
+            logits_CV = self.logits(index_C, row_C, "gathered")
+            logits_CK = logits_CV.gather(-1, ids_CK)
+            if outside_CK is not None:
+                tail_C = log_outside(logits_CV, outside_CK) - lse_C
         else:
             logits_CK = torch.empty(ids_CK.shape, dtype=head.wide, device=self.device)
             for part, index in segments(index_C):
                 hidden_CD = self.held[index].hidden_ND[row_C[part]]
                 logits_CK[part] = self._head(index).at(hidden_CD, ids_CK[part])
-        return logits_CK - self.kept("lse_N", index_C, row_C)[:, None]
-
-    def log_outside(self, index_C: Tensor, row_C: Tensor, ids_CK: Tensor) -> Tensor:
-        """Log of each token's own teacher's mass on all but some ids, [C]: needs every logit."""
-        logits_CV = self.logits(index_C, row_C, "gathered")
-        return log_outside(logits_CV, ids_CK) - logits_CV.logsumexp(-1)
+        return logits_CK - lse_C[:, None], tail_C
 
     def kept(self, name: str, index_C: Tensor, row_C: Tensor) -> Tensor:
         """Rows of something kept of each token's own teacher: lse_N, top_NK, entropy_N."""

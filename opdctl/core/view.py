@@ -47,7 +47,8 @@ class Top:
         logp_CK: the student's log-probs there; differentiable.
         logq_CK: the teacher's.
         keep_CK: False for an id that stands there twice (union: K is 2k).
-        ids_CK: the ids.
+        tails: log of the mass outside the ids, differentiable and the teacher's, [C] each; None
+            if not asked for.
         holds_C: the target is one of them.
         teacher_C: the teacher's log-prob of the target.
     """
@@ -55,7 +56,7 @@ class Top:
     logp_CK: Tensor
     logq_CK: Tensor
     keep_CK: Tensor
-    ids_CK: Tensor
+    tails: tuple[Tensor, Tensor] | None
     holds_C: Tensor
     teacher_C: Tensor
 
@@ -147,35 +148,34 @@ class View:
         self._log_both(ids_CK, logp_CK, logq_CK, ours_CK, entropy_C)
         return value_C
 
-    def on_top(self, support: str, k: int, overlap: bool = True) -> Top:
+    def on_top(self, support: str, k: int, overlap: bool = True, tails: bool = False) -> Top:
         """Both sides at the k most probable ids of a side. Logs what ``divergence`` does.
 
         Args:
             support: topk_student, topk_teacher or topk_union.
+            tails: the mass outside the ids is wanted too.
         """
         theirs_CK = self.taught.kept("top_NK", *self._asked)[:, :k]
         k = theirs_CK.shape[1]
         ours_CK = self.rows.top(k)
         ids_CK, keep_CK = union(ours_CK, theirs_CK)
+        starts = {"topk_student": (0, k), "topk_teacher": (k, 2 * k), "topk_union": (0, 2 * k)}
+        part = slice(*starts[support])
+        if support != "topk_union":
+            keep_CK = torch.ones_like(keep_CK[:, part])
         logp_CK = self.rows.at(ids_CK)
         all_CK = torch.cat([self.target_C[:, None], ids_CK], -1)
-        logq_CK = self.taught.logprobs_at(*self._asked, all_CK)
+        outside_CK = ids_CK[:, part] if tails else None
+        logq_CK, tail_C = self.taught.on_ids(*self._asked, all_CK, outside_CK)
         seen_CK = torch.cat([self.target_C[:, None], theirs_CK], -1)
         seen_logq_CK = torch.cat([logq_CK[:, :1], logq_CK[:, 1 + k :]], -1)
         entropy_C = self.taught.kept("entropy_N", *self._asked)
         seen_logp_CK = self.rows.at(seen_CK, leaf=False)
         self._log_both(seen_CK, seen_logp_CK, seen_logq_CK, ours_CK if overlap else None, entropy_C)
-        starts = {"topk_student": (0, k), "topk_teacher": (k, 2 * k), "topk_union": (0, 2 * k)}
-        part = slice(*starts[support])
-        if support != "topk_union":
-            keep_CK = torch.ones_like(keep_CK[:, part])
         holds_C = (ids_CK[:, part] == self.target_C[:, None]).any(-1)
-        here = (logp_CK[:, part], logq_CK[:, 1:][:, part], keep_CK, ids_CK[:, part])
+        both = (self.rows.outside(outside_CK), tail_C) if tails else None
+        here = (logp_CK[:, part], logq_CK[:, 1:][:, part], keep_CK, both)
         return Top(*here, holds_C, logq_CK[:, 0])
-
-    def tails(self, top: Top) -> tuple[Tensor, Tensor]:
-        """Log of the mass outside the ids: differentiable, and the teacher's. Shape [C] each."""
-        return self.rows.outside(top.ids_CK), self.taught.log_outside(*self._asked, top.ids_CK)
 
     def _log_both(self, ids_CK, logp_CK, logq_CK, ours_CK, entropy_C) -> None:
         """Entropies, log-probs of the target (first id), overlap of the rest with the student's."""

@@ -70,9 +70,9 @@ class Divergence:
         else:
             from opdctl.kernels.topk import divergence_on
 
-            top = view.on_top(config.support, config.k, config.overlap)
-            tails = view.tails(top) if config.form == "tail" else None
-            how = (config.form, config.direction, config.beta, tails)
+            tails = config.form == "tail"
+            top = view.on_top(config.support, config.k, config.overlap, tails)
+            how = (config.form, config.direction, config.beta, top.tails)
             value_C = divergence_on(top.logp_CK, top.logq_CK, top.keep_CK, *how)
             view.log("divergence", value_C)
         return value_C * view["pair_weight"]
