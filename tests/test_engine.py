@@ -5,7 +5,7 @@ import torch
 
 from conftest import make_model
 from opdctl.core import draws
-from opdctl.core.scoring import logprobs
+from opdctl.core.scoring import score
 from opdctl.engines.transformers import Transformers, draw
 from opdctl.types import ScoreRequest
 
@@ -45,7 +45,7 @@ def test_logprobs_are_those_of_the_sampled_distribution(model):
         requests = [
             ScoreRequest((*p, *s.ids), len(p)) for p, s in zip(prompts, samples, strict=True)
         ]
-        scored = logprobs(model, requests, temperature=temperature)
+        scored = score(model, requests, temperature=temperature).logprobs_N
         sampled = torch.tensor([v for s in samples for v in s.logprobs])
         assert (scored - sampled).abs().max() < 1e-5
 

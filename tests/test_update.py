@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from opdctl.core import update
-from opdctl.core.scoring import logprobs
+from opdctl.core.scoring import score
 from opdctl.core.tokens import last_of_each, micro_batches, pack, parts, per_sequence
 from opdctl.objectives.nll import Nll
 from opdctl.objectives.policy_gradient import PolicyGradient
@@ -24,6 +24,10 @@ def spans_of(seed=0, count=9, vocab=30):
 
     sizes = [(3, 1), (5, 4), (2, 7), (9, 1), (4, 2), (1, 12), (6, 3), (2, 2), (3, 5)][:count]
     return [(draw(a + b), a) for a, b in sizes]
+
+
+def logprobs(model, requests, **options):
+    return score(model, requests, **options).logprobs_N
 
 
 def tokens_in(spans):

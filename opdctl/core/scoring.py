@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,11 +98,6 @@ def _read(logits_CV: Tensor, target_C: Tensor, at_C: Tensor, found: Scores) -> N
         found.lse_N[at_C] = logits_CV.logsumexp(-1)
     if found.entropy_N is not None:
         found.entropy_N[at_C] = chunked.Rows(logits_CV).entropy()
-
-
-def logprobs(model: Model, requests: Sequence[ScoreRequest], **options: Any) -> Tensor:
-    """The log-probs alone, [N]; options as in ``score``."""
-    return score(model, requests, **options).logprobs_N
 
 
 def target_logprob(logits_CV: Tensor, target_C: Tensor) -> Tensor:
