@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 from opdctl import __version__
-from opdctl.judge import judge, measured, scores
+from opdctl.judge import judge, scores
 from opdctl.launch import read_recipe
+from opdctl.measured import measured
 from opdctl.plan import fingerprints
 from opdctl.rundir import RunDir
 
@@ -29,7 +30,7 @@ def record(folder: str) -> None:
     runs = run.runs()
     per_seed = {
         str(r.manifest()["seed"]): {
-            f"{m}/{d}": round(float(v), 4) for (m, d), v in measured(r).scores().items()
+            "/".join(k): round(float(v), 4) for k, v in measured(r).scores().items() if len(k) == 2
         }
         for r in runs
     }

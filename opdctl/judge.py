@@ -9,18 +9,14 @@ part misses; else it is undecided. Thresholds stand in ``claims/`` and are not a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from opdctl.core import draws
-from opdctl.errors import UsageError
 from opdctl.launch import read_recipe
+from opdctl.measured import Measured, measured
 from opdctl.registry import member
-from opdctl.rundir import RunDir, read_json
+from opdctl.rundir import RunDir
 from opdctl.verdict import Part, verdict
-
-RESAMPLES = 1000
 
 # two-sided 97.5 % quantiles of Student's t for 1 .. 30 degrees of freedom
 T975 = (
@@ -57,66 +53,12 @@ T975 = (
 )
 
 
-@dataclass
-class Measured:
-    """Scores of one run: the right samples of each prompt, by (model, domain)."""
-
-    right: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
-    samples: dict[tuple[str, str], int] = field(default_factory=dict)
-
-    def scores(self) -> dict:
-        """Mean accuracy by (model, domain)."""
-        return {k: np.mean(v) / self.samples[k] for k, v in self.right.items()}
-
-    def resampled(self, seed: int = 0) -> dict:
-        """The same on resampled prompts, [RESAMPLES] each; one resample for all models."""
-        return _Resampled(self, seed)
-
-
-class _Resampled(dict):
-    """Scores of the resamples, computed when asked for."""
-
-    def __init__(self, measured: Measured, seed: int) -> None:
-        self.measured, self.seed = measured, seed
-        self.drawn: dict[tuple[str, int], np.ndarray] = {}
-
-    def __missing__(self, key: tuple[str, str]) -> np.ndarray:
-        right, domain = self.measured.right[key], key[1]
-        shape = domain, len(right)
-        if shape not in self.drawn:
-            rng = np.random.default_rng(draws.key(self.seed, domain))
-            self.drawn[shape] = rng.integers(0, len(right), (RESAMPLES, len(right)))
-        self[key] = right[self.drawn[shape]].mean(axis=1) / self.measured.samples[key]
-        return self[key]
-
-
-def measured(run: RunDir) -> Measured:
-    """What the finished evaluations of a run found at temperature 1: what claims are about."""
-    found, recipe = Measured(), read_recipe(run)
-    for path in sorted(run.path.glob("stages/*/results.json")):
-        if run.record(path.parent.name).get("status") != "done":
-            continue
-        stage = recipe.stages.get(path.parent.name)
-        if stage is None or stage.sampling.temperature != 1.0:
-            continue
-        for record in read_json(path, list) or []:
-            try:
-                key = record["model"], record["domain"]
-                found.right[key] = np.array(record["right"], float)
-                found.samples[key] = int(record["samples"])
-            except (TypeError, KeyError, ValueError):
-                raise UsageError(
-                    f"{path} is damaged", f"delete {path.parent}, then resume"
-                ) from None
-    return found
-
-
 def scores(parent: RunDir) -> dict[str, dict[str, tuple[float, float]]]:
     """Model -> domain -> (mean accuracy, 95 % half-width): over prompts, or over several seeds."""
     runs = [measured(r) for r in parent.runs() if (r / "run.json").is_file()]
     out: dict[str, dict[str, tuple[float, float]]] = {}
-    for key in dict.fromkeys(k for m in runs for k in m.right):
-        each = [m.right[key] / m.samples[key] for m in runs if key in m.right]
+    for key in dict.fromkeys(k for m in runs for k in m.values if len(k) == 2):
+        each = [m.values[key] for m in runs if key in m.values]
         values = [float(np.mean(v)) for v in each]
         half = 1.96 * float(np.std(each[0], ddof=1)) / math.sqrt(len(each[0]))
         if len(values) > 1:
@@ -162,8 +104,7 @@ def judge(parent: RunDir) -> list[dict]:
             record |= _decide(parts, found)
             record["note"] = notes
         except KeyError as missing:
-            model, domain = missing.args[0] if isinstance(missing.args[0], tuple) else ("?", "?")
-            record["note"] = f"not measured yet: {model} on {domain}"
+            record["note"] = f"not measured yet: {' '.join(map(str, missing.args[0]))}"
         out.append(record)
     return out
 
@@ -177,7 +118,8 @@ def _decide(parts: list[Part], found: list[Measured]) -> dict:
             half = t_half_width(each)
             low, high = estimate - half, estimate + half
         else:
-            low, high = np.quantile(part.value(found[0].resampled()), [0.025, 0.975])
+            drawn = np.atleast_1d(part.value(found[0].resampled()))
+            low, high = np.quantile(drawn, [0.025, 0.975])
         values[part.name], intervals[part.name] = estimate, [float(low), float(high)]
         verdicts.append(verdict(part, estimate, float(low), float(high)))
     holds = all(verdicts) if None not in verdicts else None

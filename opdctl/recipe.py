@@ -51,10 +51,10 @@ class Recipe:
         return {d: s / total for d, s in shares.items() if s > 0} if total else {}
 
     def total(self, stage: str) -> int:
-        """What a stage counts: its steps, or the domains it evaluates; a merge counts nothing."""
+        """What a stage counts: steps, batches, or the domains it evaluates; a merge nothing."""
         config = self.stages[stage]
         evaluated = self.domains(stage) if hasattr(config, "prompts") else {}
-        return getattr(config, "steps", 0) or len(evaluated)
+        return getattr(config, "steps", 0) or getattr(config, "batches", 0) or len(evaluated)
 
     def notes(self) -> list[Problem]:
         """What is allowed and has no effect."""

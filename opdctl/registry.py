@@ -19,6 +19,7 @@ FAMILIES = {
     "stages": "what a recipe is made of",
     "data": "where prompts, answers and their verifier come from",
     "sources": "where a trajectory comes from",
+    "environments": "answers to what a response asks, between its turns",
     "engines": "response ids with the sampler's own log-probs",
     "rewards": "one number per rollout",
     "teachers": "scores for a request",

@@ -5,7 +5,9 @@ sizes:   {small: {...}}                   laid over everything else; null remove
 a.b=c                                     overrides, before and after the matrix is expanded
 when:    baselines                        a stage or claim that is there if that option is true;
                                           baselines=true is short for options.baselines=true
-matrix:  {domain: [math, code]}           one stage entry into many: rl_{domain}
+matrix:  {domain: [math, code]}           one entry into many: a stage rl_{domain}, a domain, a
+                                          teacher; {effort: {high: {tokens: 8}}} gives each value
+                                          keys of its own: {effort} is high, {effort.tokens} is 8
 """
 
 from __future__ import annotations
@@ -49,8 +51,9 @@ class Where:
             return problem
         path = problem.path
         parts = path.split(".")
-        if len(parts) > 1 and parts[0] == "stages" and parts[1] in self.templates:
-            parts[1] = self.templates[parts[1]]
+        entry = ".".join(parts[:2])
+        if entry in self.templates:
+            parts[:2] = self.templates[entry].split(".", 1)
         for i in range(len(parts), 0, -1):
             prefix = ".".join(parts[:i])
             if prefix in self.overrides:
@@ -107,22 +110,23 @@ def assign_all(tree, pending, where, problems, *, expanded: bool) -> dict:
     for parts, value, text in pending:
         if len(parts) == 1 and parts[0] in options and parts[0] not in TOP:
             parts = ["options", *parts]
-        of_expanded = len(parts) > 1 and parts[0] == "stages" and parts[1] in where.templates
+        entry, entries = ".".join(parts[:2]), tree.get(parts[0])
+        of_expanded = entry in where.templates
         unknown_yet = (
             len(parts) > 2
-            and parts[0] == "stages"
-            and isinstance(tree.get("stages"), dict)
-            and parts[1] not in tree["stages"]
+            and isinstance(entries, dict)
+            and parts[1] not in entries
+            and (parts[0] == "stages" or (parts[0] == "data" and any("{" in k for k in entries)))
         )
         if expanded != (of_expanded or (expanded and unknown_yet)):
             continue
-        if unknown_yet and (not expanded or parts[1] in where.templates.values()):
+        if unknown_yet and (not expanded or entry in where.templates.values()):
             continue
         path = ".".join(parts)
         where.overrides[path] = f"override {text!r}"
         if unknown_yet:
-            hint = did_you_mean(parts[1], tree["stages"], "stages:")
-            problems.append(Problem(path, f"no stage {parts[1]!r}", hint))
+            hint = did_you_mean(parts[1], entries, f"{parts[0]}:")
+            problems.append(Problem(path, f"no {parts[0].rstrip('s')} {parts[1]!r}", hint))
             continue
         if parts[0] not in TOP or parts[0] == "sizes":
             near = did_you_mean(parts[0], [*TOP, *options])
@@ -196,45 +200,71 @@ def _has_interpolation(tree: Any) -> bool:
     return isinstance(tree, str) and "${" in tree
 
 
-def expand(tree: dict, where: Where, problems: list[Problem]) -> dict:
-    """Replace each stage that has a ``matrix`` by one stage per combination of its axes."""
-    stages = tree.get("stages")
-    if not isinstance(stages, dict):
+def expand(tree: Any, where: Where, problems: list[Problem], path: str = "") -> Any:
+    """Replace each entry that has a ``matrix`` by one per combination of its axes, at any depth.
+
+    An entry with nothing beside it but ``value`` becomes that value.
+    """
+    if not isinstance(tree, dict):
         return tree
     out: dict[str, Any] = {}
-    for name, entry in stages.items():
-        if not (isinstance(entry, dict) and "matrix" in entry):
+    for name, entry in tree.items():
+        here = f"{path}.{name}" if path else str(name)
+        named = path in ("stages", "data") or "{" in str(name)
+        if not (named and isinstance(entry, dict) and "matrix" in entry):
             if name in out:
-                problems.append(Problem(f"stages.{name}", "a matrix expands to this name too"))
-            out[name] = entry
-            continue
-        axes = entry["matrix"]
-        good = (
-            isinstance(axes, dict)
-            and axes
-            and all(isinstance(v, list) and v for v in axes.values())
-        )
-        missing = [a for a in axes if f"{{{a}}}" not in name] if good else []
-        if not good or missing:
-            message = "expected axis: [values]"
-            if missing:
-                message = f"the stage's name lacks {{{missing[0]}}}"
-            problems.append(Problem(f"stages.{name}.matrix", message, "matrix: {domain: [a, b]}"))
+                problems.append(Problem(here, "a matrix expands to this name too"))
+            out[name] = expand(entry, where, problems, here)
             continue
         body = {k: v for k, v in entry.items() if k != "matrix"}
-        for combination in itertools.product(*axes.values()):
-            values = dict(zip(axes, map(str, combination), strict=True))
+        body = body["value"] if list(body) == ["value"] else body
+        for values in _combinations(entry["matrix"], str(name), here, problems):
             expanded = _fill(name, values)
             if expanded in out:
-                problems.append(Problem(f"stages.{name}", f"expands to {expanded!r} twice"))
-            where.templates[expanded] = name
-            out[expanded] = _fill(body, values)
-    return {**tree, "stages": out}
+                problems.append(Problem(here, f"expands to {expanded!r} twice"))
+            if path in ("stages", "data"):
+                where.templates[f"{path}.{expanded}"] = here
+            out[expanded] = expand(_fill(body, values), where, problems, f"{path}.{expanded}")
+    return out
 
 
-def _fill(tree: Any, values: dict[str, str]) -> Any:
+def _combinations(axes: Any, name: str, path: str, problems: list[Problem]) -> list[dict]:
+    """What stands for each placeholder, of each combination; none if the axes are not well formed.
+
+    Axes are lists, or mappings that give each value keys of its own.
+    """
+    good = isinstance(axes, dict) and axes and all(_is_axis(v) for v in axes.values())
+    missing = [a for a in axes if f"{{{a}}}" not in name] if good else []
+    if not good or missing:
+        message = "expected axis: [values], or axis: {value: {key: ...}}"
+        if missing:
+            message = f"the name lacks {{{missing[0]}}}"
+        problems.append(Problem(f"{path}.matrix", message, "matrix: {domain: [a, b]}"))
+        return []
+    found = []
+    for combination in itertools.product(*axes.values()):
+        values: dict[str, Any] = {}
+        for axis, value in zip(axes, combination, strict=True):
+            values[axis] = str(value)
+            own = axes[axis][value] if isinstance(axes[axis], dict) else {}
+            values |= {f"{axis}.{k}": v for k, v in own.items()}
+        found.append(values)
+    return found
+
+
+def _is_axis(axis: Any) -> bool:
+    if isinstance(axis, dict):
+        return bool(axis) and all(isinstance(v, dict) for v in axis.values())
+    return isinstance(axis, list) and bool(axis)
+
+
+def _fill(tree: Any, values: dict[str, Any]) -> Any:
+    """Placeholders filled in; a text that is one placeholder keeps the type of its value."""
     if isinstance(tree, str):
-        return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), tree)
+        whole = re.fullmatch(r"\{([\w.]+)\}", tree)
+        if whole and whole[1] in values:
+            return values[whole[1]]
+        return re.sub(r"\{([\w.]+)\}", lambda m: str(values.get(m[1], m[0])), tree)
     if isinstance(tree, dict):
         return {_fill(k, values): _fill(v, values) for k, v in tree.items()}
     if isinstance(tree, list):

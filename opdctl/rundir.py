@@ -110,7 +110,15 @@ def finish(run: RunDir, path: Path) -> RunDir:
 
 def clear_stage(folder: Path) -> None:
     """Remove what a stage made, its record last; its configuration and its lock stay."""
-    names = ["output", "checkpoints", "parts", "rollouts", "results.json", "metrics.jsonl"]
+    names = [
+        "output",
+        "checkpoints",
+        "parts",
+        "rollouts",
+        "results.json",
+        "facts.json",
+        "metrics.jsonl",
+    ]
     for path in (folder / name for name in [*names, "stage.json"]):
         if path.is_dir():
             shutil.rmtree(path)

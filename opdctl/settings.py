@@ -41,6 +41,7 @@ class Prompts:
     domains: dict[str, float] = key({}, "domain: share of each step; empty is all, equally")
     per_step: int = key(32, "prompts a step", least=1)
     samples: int = key(1, "responses per prompt (the group, G)", least=1)
+    pool: int = key(0, "only the first so many prompts of each domain; 0 is all", least=0)
 
 
 @dataclass(kw_only=True)
@@ -122,4 +123,5 @@ class Runtime:
     log_rollouts_every: int = key(
         20, "steps between rollout logs; 0 is never", role="operational", least=0
     )
+    log_accuracy: bool = key(True, "verify each step's rollouts", role="operational")
     log_rollouts: int = key(16, "rollouts in each log", role="operational", least=1)

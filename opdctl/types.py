@@ -1,6 +1,7 @@
 """What passes between the families: prompts, rollouts, score requests. No torch here.
 
-Everything that has one number per response token is as long as ``response_ids``.
+Everything that has one number per response token has one for each token of a rollout that was
+written by its source; what an environment answered in between is context.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ class Prompt:
         text: what the user turn says.
         answer: the reference answer as the model should write it.
         item: what the verifier needs to score an answer.
+        lead: what a demonstration writes before the answer: its thinking, with its marks.
+        calls: what a demonstration asks the environment first, one a turn.
     """
 
     id: str
@@ -25,6 +28,8 @@ class Prompt:
     text: str
     answer: str
     item: dict = field(compare=False, hash=False, repr=False)
+    lead: str = ""
+    calls: tuple[str, ...] = ()
 
 
 @dataclass
@@ -34,15 +39,19 @@ class Rollout:
     Attributes:
         prompt: the question.
         prompt_ids: token ids of the rendered prompt; context, never supervised.
-        response_ids: token ids of the response, with its end token if there is one.
-        behaviour_logprobs: log-probs under the distribution sampled from; None where
-            the response was not sampled (a dataset).
+        response_ids: token ids of the response, with its end token if there is one. Of several
+            turns: all of them, and what the environment answered.
+        observed: ``(from, to)`` places in ``response_ids`` that the environment wrote.
+        behaviour_logprobs: log-probs under the distribution sampled from, of all other tokens;
+            None where the response was not sampled (a dataset).
         truncated: it was cut at the length limit, without an end token.
         source: ``student``, ``teacher`` or ``dataset``.
         group: rollouts of one prompt in one step share this number.
         version: optimizer steps the sampling weights had seen.
-        text: the decoded response, without special tokens.
+        text: the decoded response, without its end token; of several turns, the last one.
+        before: the turns before it and the environment's answers, decoded, in turn.
         reward: set by a reward; None until then.
+        right: the verifier's verdict; None until it was asked.
         teacher: name of the teacher that scores it; None without one.
     """
 
@@ -56,7 +65,28 @@ class Rollout:
     version: int = 0
     text: str = ""
     reward: float | None = None
+    right: float | None = None
     teacher: str | None = None
+    observed: tuple[tuple[int, int], ...] = ()
+    before: tuple[str, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Tokens that its source wrote."""
+        return len(self.response_ids) - sum(stop - start for start, stop in self.observed)
+
+    @property
+    def forwarded(self) -> int:
+        """Tokens that sampling it ran through the model: each turn reads all before it again."""
+        whole = len(self.prompt_ids)
+        return whole + len(self.response_ids) + sum(whole + start for start, _ in self.observed)
+
+    @property
+    def request(self) -> ScoreRequest:
+        """The span to score or to train on."""
+        start = len(self.prompt_ids)
+        skip = tuple((start + a, start + b) for a, b in self.observed)
+        return ScoreRequest((*self.prompt_ids, *self.response_ids), start, skip)
 
     @property
     def name(self) -> str:
@@ -66,16 +96,31 @@ class Rollout:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """A span to score: ``ids[start:]`` given all ids before it.
+    """A span to score: the targets ``ids[start:]``, each given all ids before it.
 
-    The context may differ from what the student saw; the target may not.
+    The context may differ from what the student saw; the targets may not. Places ``(from, to)`` of
+    ``skip`` are context too, though they stand after ``start``: what an environment wrote.
     """
 
     ids: tuple[int, ...]
     start: int
+    skip: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         assert 0 < self.start <= len(self.ids), "a target needs one token of context"
+
+    def __len__(self) -> int:
+        """How many targets."""
+        return len(self.ids) - self.start - sum(stop - start for start, stop in self.skip)
+
+    @property
+    def targets(self) -> list[int]:
+        """Their places in ``ids``."""
+        places, at = [], self.start
+        for start, stop in (*self.skip, (len(self.ids), len(self.ids))):
+            places += range(at, start)
+            at = stop
+        return places
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-    from opdctl.judge import Measured
+    from opdctl.measured import Measured, Scores
 
 DELTA = 0.03  # of a score
 DELTA_RECOVERY = 0.05  # of a recovery
@@ -25,14 +25,14 @@ class Part:
     """One number of a claim and what it must be.
 
     Attributes:
-        value: from scores ``{(model, domain): array}`` to a number or an array; the scores of
-            all resamples come as arrays of equal length.
+        value: from the scores of a run to a number; from those of all its resamples, which come
+            as arrays of equal length, to as many.
         least, most: the threshold, on one side or both; None on a side that is free.
         delta: how far beyond the threshold the interval may reach.
     """
 
     name: str
-    value: Callable[[dict], np.ndarray]
+    value: Callable[[Scores], np.ndarray]
     least: float | None = None
     most: float | None = None
     delta: float = DELTA

@@ -12,7 +12,8 @@ from opdctl.claims.m1 import M1
 from opdctl.claims.m3 import M3
 from opdctl.claims.m5 import M5
 from opdctl.core.evaluation import half_width, pass_at_k, record
-from opdctl.judge import Measured, _decide
+from opdctl.judge import _decide
+from opdctl.measured import Measured
 from opdctl.verdict import DELTA, Part, verdict
 
 TEACHERS = {"a": "stage:ta", "b": "stage:tb"}
@@ -24,8 +25,8 @@ def run_with(**scores):
     for name, score in scores.items():
         model, domain = name.rsplit("_", 1)
         whole, rest = divmod(round(score * 10_000), 1000)
-        found.right[model, domain] = np.array([whole + (i < rest) for i in range(1000)], float)
-        found.samples[model, domain] = 10
+        right = np.array([whole + (i < rest) for i in range(1000)], float)
+        found.values[model, domain] = right / 10
     return found
 
 
@@ -120,15 +121,14 @@ def test_bootstrap_is_paired_and_covers():
     found = Measured()
     hard = rng.random(800)
     for model, shift in (("x", 0.0), ("y", 0.05)):
-        found.right[model, "a"] = rng.binomial(8, np.clip(hard * 0.8 + shift, 0, 1)).astype(float)
-        found.samples[model, "a"] = 8
+        found.values[model, "a"] = rng.binomial(8, np.clip(hard * 0.8 + shift, 0, 1)) / 8
     draws = found.resampled()
     single = np.std(draws["x", "a"])
     paired = np.std(draws["y", "a"] - draws["x", "a"])
     assert (
         paired < 0.9 * single
     )  # unpaired it would be 1.41: prompts and their difficulty are shared
-    half = half_width([v / 8 for v in found.right["x", "a"]])
+    half = half_width(list(found.values["x", "a"]))
     assert 1.96 * single == pytest.approx(half, rel=0.15)
 
 

@@ -127,7 +127,7 @@ class Fixed:
     def __init__(self, shares, per_step, count):
         from types import SimpleNamespace as Bag
 
-        self.config = Bag(prompts=Bag(per_step=per_step, samples=1))
+        self.config = Bag(prompts=Bag(per_step=per_step, pool=0, samples=1))
         self.seed, self.name = 3, "s"
         self.recipe = Bag(domains=lambda _: shares)
         pool = [Bag(id=i) for i in range(count)]
@@ -156,6 +156,7 @@ def test_corruption_is_a_stated_share_and_always_wrong():
 
     pool = [Prompt("x", "d", "q", a, {}) for a in ("7", "42", "abc", "a", "10 2", "")]
     for prompt in pool:
-        wrong = {corrupted(prompt.answer, pool, "t", i) for i in range(50)}
+        wrong = {corrupted(prompt, pool, "t", i)[1] for i in range(50)}
         assert prompt.answer not in wrong and len(wrong) > 3
-    assert corrupted("1", [Prompt("x", "d", "q", "1", {})], "t") != "1"
+    alone = Prompt("x", "d", "q", "1", {})
+    assert corrupted(alone, [alone], "t")[1] != "1"

@@ -13,7 +13,6 @@ from opdctl.core.scoring import score
 from opdctl.core.taught import Held, Taught
 from opdctl.kernels.reference import kl
 from opdctl.objectives.divergence import Divergence
-from opdctl.types import ScoreRequest
 
 
 def objective(**keys):
@@ -33,7 +32,7 @@ def taught(spans, teachers, weights=(1.0, 1.0, 1.0), temperature=1.0):
     held = []
     for t, teacher in enumerate(teachers):
         mine = [i for i in range(len(spans)) if i % len(teachers) == t]
-        requests = [ScoreRequest(tuple(spans[i][0]), spans[i][1]) for i in mine]
+        requests = [spans[i] for i in mine]
         want = ("hidden", "lse", "topk", "entropy")
         found = score(teacher, requests, temperature=temperature, want=want)
         at = torch.cat([place[i] for i in mine])

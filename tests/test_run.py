@@ -111,6 +111,7 @@ OUTCOME = """      outcome:
         coef: 0.5
         reward: stage:orm
         baseline: group
+        length_penalty: 0.0
         scale_std: true
 """
 

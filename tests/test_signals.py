@@ -82,7 +82,7 @@ def test_outcome_model_reads_the_last_token_and_learns():
     model = Model(net.train(False), seed.tokenizer)
     generator = torch.Generator().manual_seed(1)
     answers = torch.randint(5, 30, (64, 3), generator=generator).tolist()
-    spans = [([1, 9, 2, *a], 3) for a in answers]
+    spans = [ScoreRequest((1, 9, 2, *a), 3) for a in answers]
     right = torch.tensor([float(a[-1] < 17) for a in answers])
     columns = {"reward": right.repeat_interleave(3)}
     optim = update.Optim(lr=1e-2)

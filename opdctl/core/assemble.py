@@ -65,7 +65,9 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
             for n, t in teachers.items()
         }
         route = routes(ctx.recipe.domains(ctx.name), teachers)
-    several = config.updates_per_rollout * config.minibatches > 1
+    updates = getattr(config, "updates_per_rollout", 1)  # gradients of one step are not applied
+    minibatches = getattr(config, "minibatches", 1)
+    several = updates * minibatches > 1
     policy = [n.removeprefix("policy.") for n in sorted(needs) if n.startswith("policy.")]
     if "old.logprobs" in needs and several and "logprobs" not in policy:
         policy.append("logprobs")
@@ -83,6 +85,6 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
         policy_wants=tuple(policy),
         policy_top=top,
         temperature=config.sampling.temperature,
-        updates=config.updates_per_rollout,
-        minibatches=config.minibatches,
+        updates=updates,
+        minibatches=minibatches,
     )

@@ -93,11 +93,26 @@ class Context:
             self._data[domain] = member("data", config.kind)(config, domain, self.recipe.seed)
         return self._data[domain]
 
+    def environment(self, domain: str) -> Any:
+        """What answers the calls of a domain's responses; None without one."""
+        for name, config in self.data(domain).config.environment.items():
+            return member("environments", name)(config)
+        return None
+
+    def obeyed(self, rollout: Rollout) -> bool:
+        """Whether the response thinks where its domain asks for it, and only there."""
+        return self.data(rollout.prompt.domain).config.thinking.obeyed(rollout.text)
+
     def verify(self, rollout: Rollout) -> float:
-        """1 if the verifier of its domain passes the answer; one cut at the limit is wrong."""
-        if rollout.truncated:
-            return 0.0
-        return self.data(rollout.prompt.domain).score(rollout.prompt, rollout.text)
+        """1 if the verifier of its domain passes the answer.
+
+        One cut at the limit is wrong, and so is one that disobeys its mode.
+        """
+        if rollout.right is None:
+            data, rollout.right = self.data(rollout.prompt.domain), 0.0
+            if not rollout.truncated and self.obeyed(rollout):
+                rollout.right = data.score(rollout.prompt, rollout.text)
+        return rollout.right
 
     def prompts(self, domain: str, split: str) -> list[Prompt]:
         """Prompts of a domain. Procedural ones are generated once a run and kept in ``cache/``."""
@@ -111,7 +126,7 @@ class Context:
             found = data.prompts(split)
             write_json(self.run / "cache" / name, [asdict(p) for p in found])
             return found
-        return [Prompt(**p) for p in kept]
+        return [Prompt(**{**p, "calls": tuple(p["calls"])}) for p in kept]
 
 
 class Clock:

@@ -10,8 +10,8 @@ from opdctl.core.models import Model
 BEGIN, ANSWER, END = "<|user|>", "<|assistant|>", "<|end|>"
 TEMPLATE = (
     "{% for m in messages %}"
-    "{% if m.role == 'user' %}" + BEGIN + "{{ m.content }}"
-    "{% else %}" + ANSWER + "{{ m.content }}" + END + "{% endif %}"
+    "{% if m.role == 'assistant' %}" + ANSWER + "{{ m.content }}" + END + "{% else %}"
+    "" + BEGIN + "{{ m.content }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}" + ANSWER + "{% endif %}"
 )
 
@@ -45,7 +45,7 @@ def new_model(ctx) -> Model:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     texts = [
-        p.text + p.answer
+        "".join((p.text, p.lead, p.answer, *p.calls))
         for domain in ctx.recipe.data
         for split in ("train", "eval")
         for p in ctx.prompts(domain, split)

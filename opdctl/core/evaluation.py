@@ -29,8 +29,22 @@ def half_width(values: list[float]) -> float:
     return 1.96 * math.sqrt(variance / n)
 
 
-def record(model: str, domain: str, samples: int, right: list[int], lengths: list[int]) -> dict:
-    """One line of results.json. ``right`` counts the correct samples of each prompt."""
+def record(
+    model: str,
+    domain: str,
+    samples: int,
+    right: list[int],
+    lengths: list[int],
+    obeyed: list[int] | None = None,
+) -> dict:
+    """One line of results.json.
+
+    Args:
+        right: correct samples of each prompt.
+        lengths: tokens of each sample, a prompt's next to each other.
+        obeyed: samples of each prompt that think if and only if its mode says so; None is all.
+    """
+    obeyed = obeyed or [samples] * len(right)
     shares = [r / samples for r in right]
     accuracy, half = mean(shares), half_width(shares)
     ks = [k for k in (2**i for i in range(11)) if k <= samples]
@@ -45,6 +59,9 @@ def record(model: str, domain: str, samples: int, right: list[int], lengths: lis
         "prompts": len(right),
         "samples": samples,
         "right": right,
+        "obeyed": obeyed,
+        "obedience": mean(obeyed) / samples,
+        "tokens": [sum(lengths[i : i + samples]) for i in range(0, len(lengths), samples)],
     }
 
 
@@ -88,10 +105,9 @@ def _domain(ctx: Context, model, name: str, domain: str) -> dict:
     if not prompts:
         raise UsageError(f"data.{domain} holds out no prompts", "raise eval_share")
     rollouts = sample_group(ctx, model, prompts, 0, "student")
-    right = [0] * len(prompts)
+    right, obeyed = [0] * len(prompts), [0] * len(prompts)
     for rollout in rollouts:
         right[rollout.group] += int(ctx.verify(rollout) == 1.0)
-    summary = record(
-        name, domain, config.prompts.samples, right, [len(r.response_ids) for r in rollouts]
-    )
-    return {**summary, "processed": sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)}
+        obeyed[rollout.group] += int(ctx.obeyed(rollout))
+    summary = record(name, domain, config.prompts.samples, right, [r.length for r in rollouts])
+    return {**summary, "processed": sum(r.forwarded for r in rollouts)}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
@@ -18,7 +17,7 @@ from opdctl.core import checkpoint, draws, tokens, update
 from opdctl.core.context import Clock, Context
 from opdctl.core.metrics import Metrics, by_domain, mean
 from opdctl.core.models import Model
-from opdctl.core.scored import Parts, Step, scored
+from opdctl.core.scored import Parts, Step, advantage, scored
 from opdctl.errors import Interrupted, StageFailed
 from opdctl.kernels.select import rows_class
 from opdctl.types import Compute, Rollout
@@ -103,11 +102,11 @@ class Loop:
             rollouts = self._shuffled(rollouts, done)
         for reward in self.parts.rewards:
             reward.score(rollouts)
-            forwarded = sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
-            self.compute.flops["teacher"] += 2.0 * reward.parameters * forwarded
+            read = sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
+            self.compute.flops["teacher"] += 2.0 * reward.parameters * read
         before = self.ctx.loads
         step = scored(rollouts, self.model, self.parts, self.ctx, self.compute)
-        values = self._advantage(step)
+        values = advantage(step, self.parts.signals)
         clock.lap("score")
         if step.taught is not None:
             step.taught.loads = 0  # those of the update alone
@@ -118,30 +117,10 @@ class Loop:
         self._log_rollouts(done + 1, step)
         return values
 
-    def _advantage(self, step: Step) -> dict:
-        """Sum of coef x signal; logs each signal's mean, spread and share."""
-        values: dict[str, Any] = {}
-        credit = {n: (c, s.credit(step)) for n, (c, s) in self.parts.signals.items()}
-        if not credit:
-            return values
-        step.columns["advantage"] = sum(c * v for c, v in credit.values())
-        size = {n: float((c * v).abs().mean()) for n, (c, v) in credit.items()}
-        whole = sum(size.values())
-        for name, (_, vector_N) in credit.items():
-            values[f"{name}_mean"] = float(vector_N.mean())
-            values[f"{name}_std"] = float(vector_N.std(correction=0))
-            values[f"{name}_share"] = size[name] / whole if whole else 0.0
-        if {"teacher", "policy"} <= step.columns.keys():
-            gap_N = step.columns["policy"] - step.columns["teacher"]
-            sums_B = tokens.per_sequence(gap_N, step.sequence_N, len(step.rollouts)).tolist()
-            each = [s / len(r.response_ids) for r, s in zip(step.rollouts, sums_B, strict=True)]
-            values["kl"] = by_domain(step.rollouts, each)
-        return values
-
     def _train(self, step: Step, done: int) -> dict:
         rollouts, model = step.rollouts, self.model
-        spans = [((*r.prompt_ids, *r.response_ids), len(r.prompt_ids)) for r in rollouts]
-        lengths = [len(r.response_ids) for r in rollouts]
+        spans = [r.request for r in rollouts]
+        lengths = [r.length for r in rollouts]
         runtime = self.ctx.runtime
         lr = update.lr_at(done, self.steps, self.optim)
         losses, norms, logged = [], [], {}
@@ -180,6 +159,8 @@ class Loop:
         if all(r.reward is not None for r in rollouts):
             values["reward"] = mean(r.reward for r in rollouts)
             values["reward_by_domain"] = by_domain(rollouts, [r.reward for r in rollouts])
+        if self.parts.source.samples_from == "student" and runtime.log_accuracy:
+            values["accuracy"] = by_domain(rollouts, map(self.ctx.verify, rollouts))
         for name, parts in logged.items():
             values[name] = float(torch.cat(parts).mean())
         if "divergence" in logged and self.parts.updates == 1:
@@ -211,7 +192,7 @@ class Loop:
         every = self.ctx.runtime.log_rollouts_every
         if not every or (done % every and done not in (1, self.steps)):
             return
-        lengths = [len(r.response_ids) for r in step.rollouts]
+        lengths = [r.length for r in step.rollouts]
         flat = {k: v for k, v in step.columns.items() if v.ndim == 1 and k != "domain"}
         vectors = {k: tokens.split(v, lengths) for k, v in flat.items()}
         folder = self.ctx.folder / "rollouts"
@@ -223,6 +204,7 @@ class Loop:
                     "domain": r.prompt.domain,
                     "prompt": r.prompt.text,
                     "response": r.text,
+                    **({"before": r.before} if r.before else {}),
                     "answer": r.prompt.answer,
                     "reward": r.reward,
                     "teacher": r.teacher,

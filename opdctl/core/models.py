@@ -38,6 +38,7 @@ class Model:
 
     def __post_init__(self) -> None:
         self.rendered: dict[str, list[int]] = {}
+        self.answers: dict[tuple[str, str], list[int]] = {}
         self.readable: set[str] = set()
         ids = 1 + max(self.tokenizer.get_vocab().values())  # len() would miss ids after a hole
         self.valid_V = min(ids, self.net.config.get_text_config().vocab_size)
@@ -109,6 +110,37 @@ class Model:
             return list(encoded["input_ids"])
         ids = self.tokenizer(text)["input_ids"]
         return list(ids) or [self.eos]
+
+    def observation(self, text: str, role: str) -> list[int]:
+        """Ids from the end of a turn of the model, past an environment's answer, to its next turn.
+
+        Raises:
+            UsageError: the tokenizer's chat template has no place for it.
+        """
+        if (text, role) not in self.answers:
+            self.require_readable(text)
+            self.answers[text, role] = self._observation(text, role)
+        return self.answers[text, role]
+
+    def _observation(self, text: str, role: str) -> list[int]:
+        end = self.tokenizer.eos_token
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+        answer = {"role": role, "content": text}
+        try:
+            before = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            whole = self.tokenizer.apply_chat_template(
+                [*turns, answer], add_generation_prompt=True, tokenize=False
+            )
+            mark = before.rindex("y" + end) + 1 + len(end)
+        except Exception as error:  # a template may raise anything, and may not show the end token
+            why = f"it has no end token after a turn, or no role {role}"
+            raise UsageError(f"{self.name}: {why}: {error}", "environment role=user") from error
+        if not whole.startswith(before[:mark]):
+            raise UsageError(
+                f"{self.name}: its chat template changes a turn once another follows",
+                "use a model whose template keeps earlier turns as they were",
+            )
+        return self.tokenizer(whole[mark:], add_special_tokens=False)["input_ids"]
 
     def encode(self, answer: str) -> list[int]:
         """Ids of a response, with the end token."""

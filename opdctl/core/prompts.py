@@ -21,7 +21,7 @@ class PromptOrder:
         self.per_step, self.samples = prompts.per_step, prompts.samples
         self.seed, self.ctx = ctx.seed, ctx
         self.shares = ctx.recipe.domains(ctx.name)
-        self.pools = {d: ctx.prompts(d, "train") for d in self.shares}
+        self.pools = {d: ctx.prompts(d, "train")[: prompts.pool or None] for d in self.shares}
         empty = [d for d, pool in self.pools.items() if not pool]
         if empty:
             raise UsageError(f"data.{empty[0]} has no training prompts")

@@ -8,11 +8,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from opdctl.core.thinking import Thinking
+from opdctl.schema import REQUIRED, key
 from opdctl.types import Prompt
 
 Split = Literal["train", "eval"]
+
+
+@dataclass(kw_only=True)
+class DomainKeys:
+    """Keys of every domain."""
+
+    kind: str = key(REQUIRED, "the domain's kind; `opdctl ls data` lists them")
+    eval_share: float = key(0.1, "share of questions held out", least=0, most=1)
+    thinking: Thinking = key(Thinking(), "whether a response thinks before it answers")
+    environment: dict = key({}, "what answers a call; one at most", family="environments")
 
 
 def canonical(question: str) -> str:
@@ -32,15 +45,18 @@ def side(question: str, eval_share: float) -> Split:
     return "eval" if int.from_bytes(text, "little") < eval_share * 2**64 else "train"
 
 
-def distinct(prompts: Iterable[Prompt], split: Split, eval_share: float, limit: int = 0):
-    """The first ``limit`` distinct prompts of one side, in order; 0 is all."""
+def distinct(prompts: Iterable[Prompt], split: Split, keys: DomainKeys, limit: int = 0):
+    """The first ``limit`` distinct prompts of one side, in order; 0 is all.
+
+    The tag of a mode is put on after the split: a question is on one side in all of its modes.
+    """
     seen: set[str] = set()
     kept: list[Prompt] = []
     for prompt in prompts:
-        if side(prompt.text, eval_share) != split or prompt.id in seen:
+        if side(prompt.text, keys.eval_share) != split or prompt.id in seen:
             continue
         seen.add(prompt.id)
-        kept.append(prompt)
+        kept.append(replace(prompt, text=prompt.text + keys.thinking.tag))
         if len(kept) == limit:
             break
     return kept

@@ -1,8 +1,13 @@
-"""Prompts -> rollouts: render, give each sample its draws, sample, decode."""
+"""Prompts -> rollouts: render, give each sample its draws, sample, decode; turn by turn.
+
+Where a domain has an environment, a turn that makes a call is answered and the response goes on;
+the answer's tokens are context. A later turn starts from the very ids of those before it.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from opdctl.core import draws
 from opdctl.registry import member
@@ -15,7 +20,7 @@ def sample_group(
     """``samples`` responses to each prompt, a prompt's responses next to each other.
 
     Args:
-        ctx: gives the stage seed, the wave size and the stop flag.
+        ctx: gives the stage seed, the wave size, the environments and the stop flag.
         step: part of every draw's name, and the version of the weights.
         sampling: defaults to the stage's ``sampling``.
         samples: defaults to the stage's ``prompts.samples``.
@@ -23,34 +28,61 @@ def sample_group(
     Raises:
         Interrupted: a stop was asked for.
     """
-    sampling = sampling or ctx.config.sampling
     samples = samples or ctx.config.prompts.samples
-    engine = member("engines", "transformers")(model, ctx.runtime.wave, ctx.check)
-    rendered = [model.render(p.text) for p in prompts]
-    where = [(g, s) for g in range(len(prompts)) for s in range(samples)]
     times: Counter[str] = Counter()  # a small pool may give a prompt twice in one step
-    first = []
-    for prompt in prompts:
-        first.append(times[prompt.id] * samples)
+    rollouts: list[Rollout] = []
+    keys: list[int] = []
+    for group, prompt in enumerate(prompts):
+        ids = model.render(prompt.text)
+        first = times[prompt.id] * samples
         times[prompt.id] += 1
-    keys = [draws.key(ctx.seed, step, prompts[g].id, first[g] + s) for g, s in where]
+        for s in range(samples):
+            keys.append(draws.key(ctx.seed, step, prompt.id, first + s))
+            new = Rollout(prompt, ids, [], [], source=source, group=group, version=step)
+            rollouts.append(new)
+    engine = member("engines", "transformers")(model, ctx.runtime.wave, ctx.check)
+    environments = {d: ctx.environment(d) for d in {p.domain for p in prompts}}
+    going, turn = list(range(len(rollouts))), 0
+    while going:
+        _turn(
+            engine,
+            model,
+            [rollouts[i] for i in going],
+            turn,
+            [keys[i] for i in going],
+            sampling or ctx.config.sampling,
+        )
+        going = [i for i in going if answered(rollouts[i], turn, environments, model)]
+        turn += 1
+    return rollouts
+
+
+def _turn(engine, model, rollouts, turn: int, keys: list[int], sampling) -> None:
+    """One more turn of each, appended."""
     drawn = engine.generate(
-        [rendered[g] for g, _ in where],
-        keys,
+        [[*r.prompt_ids, *r.response_ids] for r in rollouts],
+        [draws.key(k, "turn", turn) if turn else k for k in keys],
         temperature=sampling.temperature,
         max_tokens=sampling.max_tokens,
     )
-    return [
-        Rollout(
-            prompts[g],
-            rendered[g],
-            sample.ids,
-            sample.logprobs,
-            sample.truncated,
-            source,
-            group=g,
-            version=step,
-            text=model.decode(sample.ids),
-        )
-        for (g, _), sample in zip(where, drawn, strict=True)
-    ]
+    for rollout, sample in zip(rollouts, drawn, strict=True):
+        rollout.response_ids = [*rollout.response_ids, *sample.ids]
+        rollout.behaviour_logprobs += sample.logprobs
+        rollout.truncated = sample.truncated
+        rollout.text = model.decode(sample.ids)
+
+
+def answered(rollout: Rollout, turn: int, environments: dict[str, Any], model) -> bool:
+    """Whether the domain's environment answered the turn; if so its answer is appended."""
+    environment = environments[rollout.prompt.domain]
+    if environment is None or rollout.truncated or turn >= environment.turns:
+        return False
+    reply = environment.reply(rollout.text)
+    if reply is None:
+        return False
+    ids = model.observation(reply, environment.role)
+    end = len(rollout.response_ids)
+    rollout.response_ids = [*rollout.response_ids, *ids]
+    rollout.observed += ((end, end + len(ids)),)
+    rollout.before += (rollout.text, reply)
+    return True

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from opdctl.core.chunks import rows_in
 from opdctl.core.context import Context
+from opdctl.core.metrics import by_domain
 from opdctl.core.models import Model
 from opdctl.core.scoring import Scores, score
 from opdctl.core.taught import Held, Taught, reverse_kl
+from opdctl.core.tokens import per_sequence
 from opdctl.core.view import Term
 from opdctl.errors import StageFailed
 from opdctl.kernels.select import rows_class
-from opdctl.types import Compute, Rollout, ScoreRequest
+from opdctl.types import Compute, Rollout
 
 
 @dataclass
@@ -90,7 +92,7 @@ def scored(
             rollout.
     """
     device, runtime = model.device, ctx.runtime
-    lengths = torch.tensor([len(r.response_ids) for r in rollouts])
+    lengths = torch.tensor([r.length for r in rollouts])
     sequence_N = torch.repeat_interleave(torch.arange(len(rollouts)), lengths).to(device)
     step = Step(rollouts, {}, sequence_N)
     if all(r.behaviour_logprobs is not None for r in rollouts):
@@ -100,7 +102,7 @@ def scored(
         step.columns["reward"] = step.spread([r.reward for r in rollouts])
     domains = sorted({r.prompt.domain for r in rollouts})
     step.columns["domain"] = step.spread([domains.index(r.prompt.domain) for r in rollouts]).long()
-    requests = [ScoreRequest((*r.prompt_ids, *r.response_ids), len(r.prompt_ids)) for r in rollouts]
+    requests = [r.request for r in rollouts]
     policy = _policy(step, requests, model, parts, ctx, compute) if parts.policy_wants else None
     if parts.teachers:
         _teach(step, requests, model, parts, ctx, compute)
@@ -116,6 +118,30 @@ def scored(
             top=parts.policy_top,
         )
     return step
+
+
+def advantage(step: Step, signals: dict[str, tuple[float, Any]]) -> dict:
+    """Sets the column ``advantage``: the sum of coef x signal. Returns what to log of it.
+
+    Each signal's mean, spread and share of the whole; with a teacher the divergence by domain.
+    """
+    values: dict[str, Any] = {}
+    credit = {n: (c, s.credit(step)) for n, (c, s) in signals.items()}
+    if not credit:
+        return values
+    step.columns["advantage"] = sum(c * v for c, v in credit.values())
+    size = {n: float((c * v).abs().mean()) for n, (c, v) in credit.items()}
+    whole = sum(size.values())
+    for name, (_, vector_N) in credit.items():
+        values[f"{name}_mean"] = float(vector_N.mean())
+        values[f"{name}_std"] = float(vector_N.std(correction=0))
+        values[f"{name}_share"] = size[name] / whole if whole else 0.0
+    if {"teacher", "policy"} <= step.columns.keys():
+        gap_N = step.columns["policy"] - step.columns["teacher"]
+        sums_B = per_sequence(gap_N, step.sequence_N, len(step.rollouts)).tolist()
+        each = [s / r.length for r, s in zip(step.rollouts, sums_B, strict=True)]
+        values["kl"] = by_domain(step.rollouts, each)
+    return values
 
 
 def _policy(step, requests, model, parts, ctx, compute) -> Scores:
@@ -139,7 +165,7 @@ def _policy(step, requests, model, parts, ctx, compute) -> Scores:
 
 def _teach(step, requests, model, parts, ctx, compute) -> None:
     """Ask each rollout's teachers; put what they say in the rollouts' order, checked."""
-    lengths = [len(q.ids) - q.start for q in requests]
+    lengths = list(map(len, requests))
     token_N = torch.arange(sum(lengths), device=model.device).split(lengths)
     columns, N = step.columns, sum(lengths)
     routes = [parts.route[r.prompt.domain] for r in step.rollouts]
@@ -183,7 +209,7 @@ def _teach(step, requests, model, parts, ctx, compute) -> None:
 
 def _check(name: str, found: Scores, rollouts: list[Rollout]) -> None:
     """Length and finiteness of what a teacher said."""
-    owner = [r for r in rollouts for _ in r.response_ids]
+    owner = [r for r in rollouts for _ in range(r.length)]
     for what in ("logprobs_N", "hidden_ND", "lse_N", "entropy_N"):
         value_N = getattr(found, what)
         if value_N is None:

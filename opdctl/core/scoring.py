@@ -61,8 +61,7 @@ def score(
         chunk_mib: memory for the logits of one chunk; 0 as in ``rows_in``.
         check: called before each forward pass; may raise to stop.
     """
-    spans = [(request.ids, request.start) for request in requests]
-    count = sum(len(ids) - start for ids, start in spans)
+    count = sum(map(len, requests))
     head = model.projection(temperature, rounded)
     weight_VD = head.weight_VD
     found = Scores()
@@ -74,9 +73,9 @@ def score(
         shape = (count, min(top, head.valid_V))
         found.top_NK = weight_VD.new_zeros(shape, dtype=torch.long)
     rows = rows_in(chunk_mib, head)
-    for group, tokens_N in micro_batches(spans, micro_batch, model.device):
+    for group, tokens_N in micro_batches(requests, micro_batch, model.device):
         check()
-        packed = pack([spans[i] for i in group], model.pad, model.device)
+        packed = pack([requests[i] for i in group], model.pad, model.device)
         hidden = model.trunk(packed.ids_BT).last_hidden_state
         hidden_ND = hidden.flatten(0, 1)[packed.prediction_N]
         if found.hidden_ND is not None:

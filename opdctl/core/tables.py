@@ -7,21 +7,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from opdctl.core.questions import Split, digest, distinct
+from opdctl.core.questions import DomainKeys, Split, digest, distinct
 from opdctl.errors import UsageError
-from opdctl.schema import REQUIRED, did_you_mean, key
+from opdctl.schema import did_you_mean, key
 from opdctl.types import Prompt
 
 
 @dataclass(kw_only=True)
-class ColumnKeys:
+class ColumnKeys(DomainKeys):
     """Keys of every tabular domain."""
 
-    kind: str = key(REQUIRED, "jsonl or hf")
     prompt_column: str = key("prompt", "column of the question")
     answer_column: str = key("answer", "column of the reference answer")
     verifier: Literal["exact", "math"] = key("exact", "exact: equal text; math: math-verify")
-    eval_share: float = key(0.1, "share of questions held out", least=0, most=1)
+    thought_column: str = key("", "column of the thinking that leads to the answer; empty: none")
     limit: int = key(0, "distinct prompts kept of each side; 0 is all", least=0)
 
 
@@ -41,12 +40,13 @@ class TableData(ABC):
         Raises:
             UsageError: a column is missing; says which there are.
         """
-        return distinct(
-            map(self._prompt, self.rows(split)), split, self.config.eval_share, self.config.limit
-        )
+        return distinct(map(self._prompt, self.rows(split)), split, self.config, self.config.limit)
 
     def _prompt(self, row: dict) -> Prompt:
-        for name in (self.config.prompt_column, self.config.answer_column):
+        config = self.config
+        for name in filter(
+            None, (config.prompt_column, config.answer_column, config.thought_column)
+        ):
             if name not in row:
                 raise UsageError(
                     f"data.{self.domain}: no column {name!r}",
@@ -54,12 +54,14 @@ class TableData(ABC):
                 )
             if row[name] is None:
                 raise UsageError(f"data.{self.domain}: a row has no value in column {name!r}")
-        text = str(row[self.config.prompt_column])
-        answer = str(row[self.config.answer_column])
-        return Prompt(digest(self.domain, text), self.domain, text, answer, {"answer": answer})
+        text, answer = str(row[config.prompt_column]), str(row[config.answer_column])
+        lead = config.thinking.lead(str(row.get(config.thought_column) or ""))
+        item = {"answer": answer}
+        return Prompt(digest(self.domain, text), self.domain, text, answer, item, lead)
 
     def score(self, prompt: Prompt, text: str) -> float:
-        """1 if the answer passes the domain's verifier, else 0."""
+        """1 if an answer, without its thinking, passes the domain's verifier, else 0."""
+        _, text = self.config.thinking.split(text)
         if self.config.verifier == "exact":
             return float(text.strip() == prompt.answer.strip())
         from math_verify import parse, verify

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opdctl.types import ScoreRequest
+
 
 @dataclass
 class Packed:
@@ -39,23 +41,19 @@ class Packed:
     positions: int
 
 
-def pack(spans: Sequence[tuple[Sequence[int], int]], pad: int, device="cpu") -> Packed:
-    """Pack ``(ids, start)`` spans; ``ids[start:]`` is supervised. An empty target is allowed.
-
-    Raises:
-        AssertionError: a target without a token of context.
-    """
+def pack(spans: Sequence[ScoreRequest], pad: int, device="cpu") -> Packed:
+    """Pack spans; their targets are supervised. A span without a target is allowed."""
     B = len(spans)
-    T = max((len(ids) for ids, _ in spans), default=1)
+    T = max((len(span.ids) for span in spans), default=1)
     ids_BT = torch.full((B, T), pad, dtype=torch.long)
     target, token, sequence, lengths = [], [], [], []
-    for b, (ids, start) in enumerate(spans):
-        assert 0 < start <= len(ids), "a target needs one token of context"
-        ids_BT[b, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-        target.extend(ids[start:])
-        token.extend(range(b * T + start, b * T + len(ids)))
-        sequence.extend([b] * (len(ids) - start))
-        lengths.append(len(ids) - start)
+    for b, span in enumerate(spans):
+        ids_BT[b, : len(span.ids)] = torch.tensor(span.ids, dtype=torch.long)
+        places = span.targets
+        target.extend(span.ids[p] for p in places)
+        token.extend(b * T + p for p in places)
+        sequence.extend([b] * len(places))
+        lengths.append(len(places))
     token_N = torch.tensor(token, dtype=torch.long)
     packed = Packed(
         ids_BT=ids_BT,
@@ -64,7 +62,7 @@ def pack(spans: Sequence[tuple[Sequence[int], int]], pad: int, device="cpu") -> 
         token_N=token_N,
         sequence_N=torch.tensor(sequence, dtype=torch.long),
         length_B=torch.tensor(lengths, dtype=torch.long),
-        positions=sum(len(ids) for ids, _ in spans),
+        positions=sum(len(span.ids) for span in spans),
     )
     for name, value in vars(packed).items():
         if isinstance(value, Tensor):
@@ -102,7 +100,7 @@ def parts(lengths: Sequence[int], count: int) -> list[tuple[slice, slice]]:
 
 
 def micro_batches(
-    spans: Sequence[tuple[Sequence[int], int]],
+    spans: Sequence[ScoreRequest],
     size: int,
     device="cpu",
     first: Sequence[int] | None = None,
@@ -116,10 +114,10 @@ def micro_batches(
     Returns:
         For each, the indices of its sequences and those of their supervised tokens, [N'].
     """
-    total = [len(ids) for ids, _ in spans]
+    total = [len(span.ids) for span in spans]
     offset = [0]
-    for ids, start in spans:
-        offset.append(offset[-1] + len(ids) - start)
+    for span in spans:
+        offset.append(offset[-1] + len(span))
     key = first if first is not None else [0] * len(spans)
     groups: list[list[int]] = []
     for i in sorted(range(len(spans)), key=lambda i: (key[i], -total[i], i)):

@@ -21,6 +21,7 @@ from opdctl.core.view import Term, weighted_sum
 from opdctl.errors import StageFailed
 from opdctl.kernels.select import rows_class
 from opdctl.settings import Optim
+from opdctl.types import ScoreRequest
 
 
 def lr_at(step: int, steps: int, optim: Optim) -> float:
@@ -73,7 +74,7 @@ def normalisers(term: Term, sequence_N: Tensor, count: int, columns: dict) -> Te
 
 def accumulate(
     model: Model,
-    spans: list,
+    spans: list[ScoreRequest],
     columns: dict[str, Tensor],
     terms: list[Term],
     *,
@@ -87,7 +88,7 @@ def accumulate(
     """Gradient of the loss over ``spans``, added to ``.grad``.
 
     Args:
-        spans: ``(ids, start)``; ``ids[start:]`` is supervised.
+        spans: their targets are supervised.
         columns: per-token vectors, [N], in the order of the spans.
         kernel: level of the row pass, see kernels/select.py.
         rounded: logits rounded to bfloat16.
@@ -96,7 +97,7 @@ def accumulate(
     Returns:
         The loss, the per-token table of what was logged ([N] each), tokens processed.
     """
-    lengths = [len(ids) - start for ids, start in spans]
+    lengths = list(map(len, spans))
     owner = torch.repeat_interleave(torch.arange(len(spans)), torch.tensor(lengths))
     owner_N = owner.to(model.device)
     factor = [t.coef * normalisers(t, owner_N, len(spans), columns) for t in terms]

@@ -12,7 +12,8 @@ import string
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from opdctl.core.questions import Split, digest, distinct
+from opdctl.core.questions import DomainKeys, Split, digest, distinct
+from opdctl.core.thinking import Trace
 from opdctl.errors import Problem, UsageError
 from opdctl.schema import REQUIRED, key
 from opdctl.types import Prompt
@@ -25,10 +26,9 @@ class ReasoningGym:
     procedural = True
 
     @dataclass(kw_only=True)
-    class Config:
+    class Config(DomainKeys):
         """Keys of a reasoning-gym domain."""
 
-        kind: str = key(REQUIRED, "reasoning_gym")
         task: str = key(REQUIRED, "name of the reasoning-gym data set, such as gcd")
         config: dict[str, Any] = key({}, "its own settings, such as max_value")
         prompt: str = key("", "template over metadata, as in 'gcd {numbers}='; empty: question")
@@ -37,6 +37,8 @@ class ReasoningGym:
         lowercase: bool = key(False, "prompt and answer in lower case")
         items: int = key(4000, "items generated before the split", least=1)
         eval_share: float = key(0.25, "share of questions held out", least=0, most=1)
+        trace: Trace = key(Trace(), "the thought of a demonstration")
+        call: str = key("", "template of the call a demonstration makes first; empty: none")
 
     def __init__(self, config: Config, domain: str, seed: int) -> None:
         import reasoning_gym
@@ -53,44 +55,58 @@ class ReasoningGym:
     @staticmethod
     def problems(config) -> list[Problem]:
         """What the schema cannot see."""
-        try:
-            list(string.Formatter().parse(config.prompt))
-        except ValueError as error:
-            return [Problem("prompt", f"not a template: {error}", "write {field}")]
-        return []
+        found = []
+        for name in ("prompt", "call"):
+            try:
+                list(string.Formatter().parse(getattr(config, name)))
+            except ValueError as error:
+                found.append(Problem(name, f"not a template: {error}", "write {field}"))
+        if config.trace.fold != "none" and not config.trace.over:
+            found.append(Problem("trace.over", "a fold is over a field of the metadata"))
+        if config.call and not config.environment:
+            hint = "environment: {calculator: {}}"
+            found.append(Problem("call", "no environment would answer it", hint))
+        return found
 
     def prompts(self, split: Split) -> list[Prompt]:
         """Distinct prompts of one side of the split."""
         return distinct(
             (self._prompt(i) for i in range(self.config.items)),
             split,
-            self.config.eval_share,
+            self.config,
         )
 
     def _prompt(self, index: int) -> Prompt:
-        item = self.dataset[index]
-        text = item["question"]
-        if self.config.prompt:
-            try:
-                fields = Fields(self.config.separator)
-                text = fields.vformat(self.config.prompt, (), item["metadata"])
-            except (ValueError, TypeError) as error:
-                raise UsageError(f"data.{self.domain}.prompt: {error}") from None
-            except KeyError as error:
-                known = ", ".join(k for k in item["metadata"] if not k.startswith("source"))
-                raise UsageError(
-                    f"data.{self.domain}.prompt: no field {error}", f"fields: {known}"
-                ) from None
-        answer = item["answer"]
-        if self.config.answer == "list":
-            answer = fields_of(json.loads(answer.replace("'", '"')), self.config.separator)
-        if self.config.lowercase:
-            text, answer = text.lower(), answer.lower()
-        return Prompt(digest(self.domain, text), self.domain, text, answer, {"index": index})
+        config, item = self.config, self.dataset[index]
+        text = self._filled("prompt", item) if config.prompt else item["question"]
+        calls = (self._filled("call", item),) if config.call else ()
+        thought, answer = self._filled("trace", item), item["answer"]
+        if config.answer == "list":
+            answer = fields_of(json.loads(answer.replace("'", '"')), config.separator)
+        if config.lowercase:
+            text, thought, answer = text.lower(), thought.lower(), answer.lower()
+        lead = config.thinking.lead(thought)
+        item = {"index": index}
+        return Prompt(digest(self.domain, text), self.domain, text, answer, item, lead, calls)
+
+    def _filled(self, name: str, item: dict) -> str:
+        """A template, or the trace, over the metadata of an item."""
+        try:
+            if name == "trace":
+                return self.config.trace.write(item["metadata"])
+            fields = Fields(self.config.separator)
+            return fields.vformat(getattr(self.config, name), (), item["metadata"])
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"data.{self.domain}.{name}: {error}") from None
+        except KeyError as error:
+            known = ", ".join(k for k in item["metadata"] if not k.startswith("source"))
+            raise UsageError(
+                f"data.{self.domain}.{name}: no field {error}", f"fields: {known}"
+            ) from None
 
     def score(self, prompt: Prompt, text: str) -> float:
-        """1 if reasoning-gym's scorer gives full marks, else 0."""
-        answer = text.strip()
+        """1 if reasoning-gym's scorer gives an answer, without its thinking, full marks; else 0."""
+        answer = self.config.thinking.split(text)[1].strip()
         if self.config.answer == "list":
             separator = self.config.separator
             answer = json.dumps(answer.split(separator) if separator else list(answer))

@@ -24,7 +24,7 @@ class Model:
 
         from opdctl.core.tokens import last_of_each, micro_batches, pack
 
-        spans = [((*r.prompt_ids, *r.response_ids), len(r.prompt_ids)) for r in rollouts]
+        spans = [r.request for r in rollouts]
         with torch.no_grad():
             for group, _ in micro_batches(spans, self.ctx.runtime.micro_batch):
                 self.ctx.check()

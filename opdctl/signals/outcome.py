@@ -2,6 +2,8 @@
 
 GRPO (arXiv 2402.03300): A_i = (R_i - mean of the group) / std of the group. Without the division
 it is Dr. GRPO's (arXiv 2503.20783). A group whose rewards are all equal has no advantage.
+With a length penalty a response costs k x tokens / longest one allowed, which is how one task
+becomes several efforts (DeepSeek-V4.1, arXiv 2609.19969: -k(effort) x tokens / L).
 """
 
 from __future__ import annotations
@@ -27,17 +29,23 @@ class Outcome:
             "verifier", "verifier, or the orm stage whose score it is: stage:NAME", ref=True
         )
         baseline: Literal["group", "none"] = key("group", "group: minus the mean of the group")
+        length_penalty: float = key(0.0, "k: cost in reward of a response of max_tokens", least=0.0)
         scale_std: bool = key(True, "divide by the standard deviation of the group")
 
     def __init__(self, config, ctx) -> None:
         self.config = config
+        self.per_token = 0.0
+        if config.length_penalty:
+            self.per_token = config.length_penalty / ctx.config.sampling.max_tokens
 
     def credit(self, step):
         """Shape [N]."""
         groups: dict[int, list[float]] = {}
-        for rollout in step.rollouts:
-            groups.setdefault(rollout.group, []).append(rollout.reward)
-        return step.spread([self._advantage(r.reward, groups[r.group]) for r in step.rollouts])
+        rewards = [r.reward - self.per_token * r.length for r in step.rollouts]
+        for rollout, reward in zip(step.rollouts, rewards, strict=True):
+            groups.setdefault(rollout.group, []).append(reward)
+        pairs = zip(step.rollouts, rewards, strict=True)
+        return step.spread([self._advantage(reward, groups[r.group]) for r, reward in pairs])
 
     def _advantage(self, reward: float, group: list[float]) -> float:
         mean = sum(group) / len(group) if self.config.baseline == "group" else 0.0

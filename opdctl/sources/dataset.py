@@ -1,4 +1,4 @@
-"""Demonstrations from the data itself: the reference answers, a share of them corrupted.
+"""Demonstrations from the data itself: thinking, calls and reference answers, some corrupted.
 
 Corruption stands in for the mistakes of a real corpus. It leaves something for sampling to find
 that imitation does not: a model that learns the corpus at temperature 1 makes its mistakes too.
@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from opdctl.core import draws
 from opdctl.core.prompts import PromptOrder
+from opdctl.core.sampling import answered
+from opdctl.errors import UsageError
 from opdctl.schema import key
-from opdctl.types import Rollout
+from opdctl.types import Prompt, Rollout
 
 
 class Dataset:
@@ -29,47 +31,59 @@ class Dataset:
     def __init__(self, config, ctx, model) -> None:
         self.config, self.model, self.seed = config, model, ctx.seed
         self.order = PromptOrder(ctx)
+        self.environments = {d: ctx.environment(d) for d in self.order.pools}
 
     def draw(self, step: int):
         """One demonstration per prompt and sample of the step."""
         rollouts = []
         for group, prompt in enumerate(self.order.at(step)):
             for sample in range(self.order.samples):
-                answer = prompt.answer
+                lead, answer = prompt.lead, prompt.answer
                 name = (self.seed, "corrupt", step, group, sample)
                 if draws.unit(*name) < self.config.corrupt:
-                    answer = corrupted(answer, self.order.pools[prompt.domain], *name)
-                rollouts.append(
-                    Rollout(
-                        prompt,
-                        self.model.render(prompt.text),
-                        self.model.encode(answer),
-                        source="dataset",
-                        group=group,
-                        version=step,
-                        text=answer,
-                    )
+                    lead, answer = corrupted(prompt, self.order.pools[prompt.domain], *name)
+                rollout = Rollout(
+                    prompt,
+                    self.model.render(prompt.text),
+                    [],
+                    source="dataset",
+                    group=group,
+                    version=step,
                 )
+                for turn, call in enumerate(prompt.calls):
+                    self._write(rollout, call)
+                    if not answered(rollout, turn, self.environments, self.model):
+                        raise UsageError(
+                            f"data.{prompt.domain}.call: the environment does not answer {call!r}",
+                            "write a call as its environment reads it",
+                        )
+                self._write(rollout, lead + answer)
+                rollouts.append(rollout)
         return rollouts
 
+    def _write(self, rollout: Rollout, text: str) -> None:
+        rollout.response_ids = [*rollout.response_ids, *self.model.encode(text)]
+        rollout.text = text
 
-def corrupted(answer: str, pool: list, *name: object) -> str:
-    """A wrong answer that looks like an answer of its domain; never the right one.
 
-    Half the time another prompt's answer, half the time one character replaced by a character of
-    another prompt's answer.
+def corrupted(prompt: Prompt, pool: list[Prompt], *name: object) -> tuple[str, str]:
+    """(lead, answer) with a wrong answer that looks like one of its domain; never the right one.
+
+    Half the time another prompt's, its thinking with it; half the time one character of the answer
+    replaced by a character of another prompt's, after the right thinking.
 
     Args:
         pool: the domain's prompts.
         name: what the draws are named after.
     """
+    answer = prompt.answer
     for trial in range(20):
-        other = pool[draws.key(*name, trial, "other") % len(pool)].answer
-        changed = other
-        if answer and other and draws.unit(*name, trial, "edit") < 0.5:
+        other = pool[draws.key(*name, trial, "other") % len(pool)]
+        lead, changed = other.lead, other.answer
+        if answer and other.answer and draws.unit(*name, trial, "edit") < 0.5:
             place = draws.key(*name, trial, "place") % len(answer)
-            character = other[draws.key(*name, trial, "character") % len(other)]
-            changed = answer[:place] + character + answer[place + 1 :]
+            character = other.answer[draws.key(*name, trial, "character") % len(other.answer)]
+            lead, changed = prompt.lead, answer[:place] + character + answer[place + 1 :]
         if changed != answer:
-            return changed
-    return answer + (answer[-1:] or "0")  # a domain with one answer only
+            return lead, changed
+    return prompt.lead, answer + (answer[-1:] or "0")  # a domain with one answer only

@@ -26,5 +26,5 @@ class Student:
     def draw(self, step: int):
         """All rollouts of a step: ``per_step`` prompts x ``samples``."""
         rollouts = sample_group(self.ctx, self.model, self.order.at(step), step, "student")
-        self.sampled = sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
+        self.sampled = sum(r.forwarded for r in rollouts)
         return rollouts

@@ -50,9 +50,9 @@ class Teacher:
             first = 1 + max((r.group for r in rollouts), default=-1)
             for rollout in found:
                 rollout.group += first
-            flops += model.parameters * sum(len(r.prompt_ids) + len(r.response_ids) for r in found)
+            flops += model.parameters * sum(r.forwarded for r in found)
             rollouts += found
-        self.sampled = sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
+        self.sampled = sum(r.forwarded for r in rollouts)
         self.parameters = flops / max(1, self.sampled)  # of the mean expert, by tokens
         if self.config.keep == "verified":
             for rollout in rollouts:
@@ -60,7 +60,18 @@ class Teacher:
             rollouts = [r for r in rollouts if r.reward == 1.0]
         for rollout in rollouts:
             rollout.behaviour_logprobs = None
-            rollout.prompt_ids = self.student.render(rollout.prompt.text)
-            ids = self.student.encode(rollout.text)
-            rollout.response_ids = ids[:-1] if rollout.truncated else ids
+            self._retell(rollout)
         return rollouts
+
+    def _retell(self, rollout) -> None:
+        """The same turns in the student's tokens."""
+        student, said, spoken = self.student, [], rollout.before[::2]
+        rollout.prompt_ids, rollout.observed = student.render(rollout.prompt.text), ()
+        environment = self.ctx.environment(rollout.prompt.domain) if spoken else None
+        for text, reply in zip(spoken, rollout.before[1::2], strict=True):
+            said += student.encode(text)
+            answer = student.observation(reply, environment.role)
+            rollout.observed += ((len(said), len(said) + len(answer)),)
+            said += answer
+        ids = student.encode(rollout.text)
+        rollout.response_ids = said + (ids[:-1] if rollout.truncated else ids)

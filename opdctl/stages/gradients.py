@@ -1,0 +1,69 @@
+"""The gradients that several objectives would give on the same rollouts, measured, not applied.
+
+DeepSeek-V4 (arXiv 2606.19348) says that the sampled-token estimate of the reverse KL has a high
+variance and takes the full vocabulary instead. Here both are computed on the same batches of the
+student's own rollouts: trace variance of each, cosine of their means. And whether logits rebuilt
+from cached hidden rows are the teacher's own.
+
+    opdctl stage gradients --student FOLDER --teacher math=FOLDER data.math.kind=...
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdctl.errors import Problem
+from opdctl.registry import config_of, member
+from opdctl.schema import REQUIRED, key
+from opdctl.settings import Prompts, Sampling, StageConfig, Teacher
+
+
+class Gradients:
+    """Variance of each objective's gradient on the same rollouts, and cosines of their means."""
+
+    revision = 1
+    writes = ""
+    uses = ("stages/opd", "sources/student", "engines/transformers", "teachers/local")
+
+    @dataclass(kw_only=True)
+    class Config(StageConfig):
+        """Keys of a gradients stage."""
+
+        student: str = key(REQUIRED, "whose rollouts, whose gradient", ref=True)
+        batches: int = key(100, "gradients of each objective", least=2)
+        prompts: Prompts = key(Prompts(), "which prompts, of each batch")
+        sampling: Sampling = key(Sampling(), "how the student samples")
+        teachers: dict[str, Teacher] = key({}, "NAME: a reference, or {model, serves, weight}")
+        pooled: bool = key(False, "all teachers of a domain on every sample; else one each")
+        signals: dict = key({"reverse_kl": {}}, "what the advantage is made of", family="signals")
+        objectives: dict = key(
+            {"policy_gradient": {}, "divergence": {}},
+            "those compared; the sampled token and the full vocabulary",
+            family="objectives",
+        )
+        seed_group: str = key("", "stages with one name here share prompts and draws")
+
+    @staticmethod
+    def problems(config, recipe, stage):
+        """What the schema cannot see: what an opd stage of these keys would refuse."""
+        found = member("stages", "opd").problems(as_opd(config), recipe, stage)
+        if sum(o.coef > 0 for o in config.objectives.values()) < 2:
+            hint = "objectives: {policy_gradient: {}, divergence: {}}"
+            found.append(Problem("objectives", "fewer than two to compare", hint))
+        return found
+
+    def run(self, ctx):
+        """Sample, score, and take each objective's gradient, batch by batch."""
+        from opdctl.core.assemble import on_policy
+        from opdctl.core.gradients import measure
+        from opdctl.core.models import load
+
+        config = ctx.config
+        model = load(ctx.path_of(config.student), dtype=ctx.runtime.dtype, device=ctx.device)
+        return measure(ctx, model, on_policy(ctx, model, config.teachers))
+
+
+def as_opd(config):
+    """The opd stage with one step of these keys."""
+    shared = ("student", "prompts", "sampling", "teachers", "pooled", "signals", "objectives")
+    return config_of("stages", "opd", kind="opd", **{n: getattr(config, n) for n in shared})
