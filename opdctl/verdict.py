@@ -1,7 +1,8 @@
 """What a claim is made of: numbers with thresholds, and the verdict on them. Pure, no arrays.
 
 A part *holds* if its estimate meets the threshold and its interval stays within delta of it or
-beyond; it is *refuted* if the whole interval misses; else it is undecided.
+beyond; it is *refuted* if the whole interval misses; else it is undecided. One that need only
+touch its threshold holds unless the whole interval misses.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Part:
             as arrays of equal length, to as many.
         least, most: the threshold, on one side or both; None on a side that is free.
         delta: how far beyond the threshold the interval may reach.
+        touches: it is enough that the interval reaches the threshold.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Part:
     least: float | None = None
     most: float | None = None
     delta: float = DELTA
+    touches: bool = False
 
 
 def verdict(part: Part, estimate: float, low: float, high: float) -> bool | None:
@@ -44,8 +47,21 @@ def verdict(part: Part, estimate: float, low: float, high: float) -> bool | None
     most = math.inf if part.most is None else part.most
     if high < least or low > most:
         return False
+    if part.touches:
+        return True
     within = low >= least - part.delta and high <= most + part.delta
     return True if least <= estimate <= most and within else None
+
+
+def name(reference: str) -> str:
+    """The stage a claim's role names."""
+    return reference.removeprefix("stage:")
+
+
+def mean_score(model: str, domains: dict[str, bool], *what: str) -> Callable[[Scores], np.ndarray]:
+    """Mean over domains of a model's accuracy, or of another of its scores."""
+    chosen = [d for d, on in domains.items() if on]
+    return lambda scores: sum(scores[model, d, *what] for d in chosen) / len(chosen)
 
 
 def recovery(student: str, start: str, teacher: str, domain: str) -> Callable[[dict], np.ndarray]:

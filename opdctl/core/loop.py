@@ -112,7 +112,11 @@ class Loop:
             step.taught.loads = 0  # those of the update alone
         values = {**self._train(step, done), **values}
         if step.taught is not None:
-            values |= {"head_loads": step.taught.loads, "teacher_loads": self.ctx.loads - before}
+            values |= {
+                "head_loads": step.taught.loads,
+                "heads": step.taught.most,
+                "teacher_loads": self.ctx.loads - before,
+            }
         clock.lap("train")
         self._log_rollouts(done + 1, step)
         return values
@@ -123,11 +127,13 @@ class Loop:
         lengths = [r.length for r in rollouts]
         runtime = self.ctx.runtime
         lr = update.lr_at(done, self.steps, self.optim)
-        losses, norms, logged = [], [], {}
+        losses, norms, logged, asked = [], [], {}, 0
         self.ctx.check()
         for _ in range(self.parts.updates):
             for sequences, part in tokens.parts(lengths, self.parts.minibatches):
                 cut = {k: v[part] for k, v in step.columns.items()}
+                if step.taught is not None:
+                    asked += len(cut["teacher_index"].unique())
                 loss, table, processed = update.accumulate(
                     model,
                     spans[sequences],
@@ -156,6 +162,8 @@ class Loop:
             "length": mean(lengths),
             "truncated": mean(float(r.truncated) for r in rollouts),
         }
+        if step.taught is not None:
+            values["teachers"] = asked  # of each mini-batch, together
         if all(r.reward is not None for r in rollouts):
             values["reward"] = mean(r.reward for r in rollouts)
             values["reward_by_domain"] = by_domain(rollouts, [r.reward for r in rollouts])

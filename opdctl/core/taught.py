@@ -3,7 +3,8 @@
 Of each teacher only the last hidden rows of its tokens are kept; its logits are rebuilt through
 its head, a chunk at a time (DeepSeek-V4, arXiv 2606.19348). Rows come ordered by teacher. On a GPU
 one head is resident and the next is copied meanwhile; ``loads`` counts how often the resident head
-changed: once per teacher and mini-batch, or where teachers are pooled, and micro-batch.
+changed: once per teacher and mini-batch, or where teachers are pooled, and micro-batch; ``most``
+how many heads were there at once.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Taught:
     """The teachers of one step, by index."""
 
     def __init__(self, held: list[Held], device: torch.device) -> None:
-        self.held, self.device, self.loads = held, device, 0
+        self.held, self.device, self.loads, self.most = held, device, 0, 0
         self._resident: tuple[int, Head] | None = None
         self._coming: tuple[int, Head] | None = None
         self._buffers: dict[str, Tensor] = {}
@@ -108,6 +109,7 @@ class Taught:
             following = (index + 1) % len(self.held)
             if following != index:
                 self._coming = (following, self._copy(following))
+            self.most = max(self.most, 1 + (self._coming is not None))
         return self._resident[1]
 
     def _copy(self, index: int) -> Head:

@@ -1,0 +1,35 @@
+"""G1, GLM-5: reinforcement learning in one domain after the other forgets the earlier ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdctl.schema import REQUIRED, key
+from opdctl.verdict import DELTA, Part, name
+
+
+class G1:
+    """Sequential RL forgets what an earlier stage taught."""
+
+    revision = 1
+    statement = "sequential RL forgets"
+    source = "GLM-5, arXiv 2602.15763, section on cross-stage distillation"
+    threshold = "s_A(end) <= s_A(after A) - .03 for at least one earlier domain"
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Who plays."""
+
+        end: str = key(REQUIRED, "the model after the last RL stage", ref=True)
+        after: dict[str, str] = key(REQUIRED, "domain: the stage that taught it", ref=True)
+
+    @staticmethod
+    def parts(roles, found) -> tuple[list[Part], str]:
+        """The largest fall, over the earlier domains."""
+        end = name(roles.end)
+        each = [
+            Part(f"change of {d}", lambda s, d=d, a=name(a): s[end, d] - s[a, d], most=-DELTA)
+            for d, a in roles.after.items()
+        ]
+        worst = min(each, key=lambda part: sum(part.value(m.scores()) for m in found))
+        return [worst], ""

@@ -1,0 +1,52 @@
+"""M4, MOPD paper: teachers of another origin than the student teach worse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdctl.schema import REQUIRED, key
+from opdctl.verdict import DELTA_RECOVERY, Part, name, norm
+
+
+class M4:
+    """Teachers of another origin start further away and teach less."""
+
+    revision = 1
+    statement = "teachers of another origin teach worse"
+    source = "MOPD, arXiv 2606.30406, teacher origin"
+    threshold = "initial per-token KL at least 3 times higher, and Norm lower"
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Who plays."""
+
+        start: str = key(REQUIRED, "the start of both students", ref=True)
+        student: str = key(REQUIRED, "taught by teachers of its own origin", ref=True)
+        teachers: dict[str, str] = key(REQUIRED, "domain: its teacher of the same origin", ref=True)
+        other: str = key(REQUIRED, "taught by teachers of another origin", ref=True)
+        other_teachers: dict[str, str] = key(REQUIRED, "domain: the other one", ref=True)
+
+    @staticmethod
+    def parts(roles, found) -> tuple[list[Part], str]:
+        """Ratio of the divergences at the first step, and the difference of the Norms."""
+        start, ours, theirs = name(roles.start), name(roles.student), name(roles.other)
+
+        def first(s, stage: str) -> float:
+            row = s.curve(stage, "kl")[0]
+            return sum(row[d] for d in roles.teachers) / len(roles.teachers)
+
+        def of(student: str, teachers: dict[str, str]):
+            return norm(student, start, {d: name(t) for d, t in teachers.items()})
+
+        own, other = of(ours, roles.teachers), of(theirs, roles.other_teachers)
+        return [
+            Part(
+                "initial KL, other to own", lambda s: first(s, theirs) / first(s, ours), least=3.0
+            ),
+            Part(
+                "Norm, own minus other",
+                lambda s: own(s) - other(s),
+                least=1e-6,
+                delta=DELTA_RECOVERY,
+            ),
+        ], ""

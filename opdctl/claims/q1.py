@@ -1,0 +1,40 @@
+"""Q1, Qwen3 Table 21: OPD does at least as well as RL for a tenth of the compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdctl.schema import REQUIRED, key
+from opdctl.verdict import DELTA, Part, mean_score, name
+
+
+class Q1:
+    """From one checkpoint OPD reaches RL's score with a tenth of its compute, the student's alone."""
+
+    revision = 1
+    statement = "OPD reaches RL's score with a tenth of its compute (student)"
+    source = "Qwen3, arXiv 2505.09388, Table 21: 74.4 and 67.6, 1800 and 17920 GPU hours"
+    threshold = "s(OPD) >= s(RL) and flops(OPD) <= .1 flops(RL), of the student"
+    count = "student flops"
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Who plays."""
+
+        opd: str = key(REQUIRED, "the student after OPD", ref=True)
+        rl: str = key(REQUIRED, "the student after RL, from the same start", ref=True)
+        domains: dict[str, bool] = key(REQUIRED, "domains of the mean score")
+
+    @classmethod
+    def parts(cls, roles, found) -> tuple[list[Part], str]:
+        """Difference of the mean scores, and the ratio of what they cost."""
+        opd, rl = name(roles.opd), name(roles.rl)
+        ours, theirs = mean_score(opd, roles.domains), mean_score(rl, roles.domains)
+
+        def ratio(s):
+            return s.fact(opd, cls.count) / s.fact(rl, cls.count)
+
+        return [
+            Part("OPD minus RL", lambda s: ours(s) - theirs(s), least=0.0, delta=DELTA),
+            Part("flops, OPD to RL", ratio, most=0.1, delta=0.0),
+        ], ""

@@ -1,0 +1,35 @@
+"""Q3, Qwen3 Table 21: domains that OPD does not train do not fall."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdctl.schema import REQUIRED, key
+from opdctl.verdict import DELTA, Part, name
+
+
+class Q3:
+    """Untrained domains do not fall under OPD."""
+
+    revision = 1
+    statement = "untrained domains do not fall under OPD"
+    source = "Qwen3, arXiv 2505.09388, Table 21: MMLU-Redux +1.9, GPQA-D +7.7"
+    threshold = "s >= S0 - .03 on each"
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Who plays."""
+
+        opd: str = key(REQUIRED, "the student after OPD", ref=True)
+        start: str = key(REQUIRED, "its start", ref=True)
+        domains: dict[str, bool] = key(REQUIRED, "domains that OPD did not train")
+
+    @staticmethod
+    def parts(roles, found) -> tuple[list[Part], str]:
+        """The change of each."""
+        opd, start = name(roles.opd), name(roles.start)
+        return [
+            Part(f"change of {d}", lambda s, d=d: s[opd, d] - s[start, d], least=-DELTA)
+            for d, on in roles.domains.items()
+            if on
+        ], ""

@@ -1,0 +1,38 @@
+"""Q4, Qwen3 section 4.7 (ThinkFollow): the switch between the modes is inherited."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdctl.schema import REQUIRED, key
+from opdctl.verdict import DELTA, Part, mean_score, name
+
+
+class Q4:
+    """The student obeys the mode switch as its teacher does."""
+
+    revision = 1
+    statement = "the mode switch is inherited"
+    source = "Qwen3, arXiv 2505.09388, Table 22: ThinkFollow 88.7 and 98.9"
+    threshold = "obedience >= teacher's - .03 in both modes"
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Who plays."""
+
+        student: str = key(REQUIRED, "the distilled student", ref=True)
+        teacher: str = key(REQUIRED, "its teacher", ref=True)
+        think: dict[str, bool] = key(REQUIRED, "domains that ask for thinking")
+        no_think: dict[str, bool] = key(REQUIRED, "domains that ask for none")
+
+    @staticmethod
+    def parts(roles, found) -> tuple[list[Part], str]:
+        """Obedience of student minus teacher, by mode."""
+        parts = []
+        for mode in ("think", "no_think"):
+            domains = getattr(roles, mode)
+            ours = mean_score(name(roles.student), domains, "obedience")
+            theirs = mean_score(name(roles.teacher), domains, "obedience")
+            value = lambda s, a=ours, b=theirs: a(s) - b(s)  # noqa: E731
+            parts.append(Part(f"{mode}, student minus teacher", value, least=-DELTA))
+        return parts, ""

@@ -1,0 +1,41 @@
+"""Q5, Qwen3 Table 22: the general stages cost a little reasoning and raise the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdctl.schema import REQUIRED, key
+from opdctl.verdict import DELTA, Part, mean_score, name
+
+
+class Q5:
+    """Fusion and general RL lower reasoning a little and raise the general score."""
+
+    revision = 1
+    statement = "general stages lower reasoning a little and raise the general score"
+    source = "Qwen3, arXiv 2505.09388, Table 22: AIME'24 83.8 -> 81.4, IFEval 73.0 -> 85.0"
+    threshold = "reasoning falls by 0 to .10; general rises by more than .03"
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Who plays."""
+
+        before: str = key(REQUIRED, "after reasoning RL", ref=True)
+        after: str = key(REQUIRED, "after general RL", ref=True)
+        reasoning: dict[str, bool] = key(REQUIRED, "reasoning domains")
+        general: dict[str, bool] = key(REQUIRED, "general domains")
+
+    @staticmethod
+    def parts(roles, found) -> tuple[list[Part], str]:
+        """The fall of the one mean and the rise of the other."""
+        before, after = name(roles.before), name(roles.after)
+
+        def rise(domains):
+            new, old = mean_score(after, domains), mean_score(before, domains)
+            return lambda s: new(s) - old(s)
+
+        fall = rise(roles.reasoning)
+        return [
+            Part("fall of reasoning", lambda s: -fall(s), least=0.0, most=0.10),
+            Part("rise of general", rise(roles.general), least=DELTA),
+        ], ""
