@@ -64,6 +64,20 @@ def mean_score(model: str, domains: dict[str, bool], *what: str) -> Callable[[Sc
     return lambda scores: sum(scores[model, d, *what] for d in chosen) / len(chosen)
 
 
+def gain(new: str, old: str, domain: str) -> Callable[[Scores], np.ndarray]:
+    """How much more accurate one model is than another on a domain; both may be references."""
+    new, old = name(new), name(old)
+    return lambda scores: scores[new, domain] - scores[old, domain]
+
+
+def mean_gain(
+    new: str, old: str, domains: dict[str, bool], *what: str
+) -> Callable[[Scores], np.ndarray]:
+    """The same of the means over domains, of accuracy or of another score."""
+    ours, theirs = (mean_score(name(m), domains, *what) for m in (new, old))
+    return lambda scores: ours(scores) - theirs(scores)
+
+
 def recovery(student: str, start: str, teacher: str, domain: str) -> Callable[[dict], np.ndarray]:
     """r_d = (s_d - start_d) / (T_d - start_d)."""
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from opdctl.schema import REQUIRED, key
-from opdctl.verdict import DELTA_RECOVERY, Part, mean_score, name
+from opdctl.verdict import DELTA_RECOVERY, Part, gain, mean_gain, mean_score, name
 
 
 class D5:
@@ -37,17 +38,21 @@ class D5:
         behind = [
             Part(
                 f"{d} to its specialist",
-                lambda s, d=d, t=name(t): s[student, d] - s[t, d],
+                gain(student, t, d),
                 least=-DELTA_RECOVERY,
             )
             for d, t in roles.specialists.items()
         ]
         worst = min(behind, key=lambda part: sum(part.value(m.scores()) for m in found))
         parts, efforts = [worst], list(roles.efforts.items())
-        for (less, few), (more, many) in zip(efforts, efforts[1:], strict=False):
-            low, high = (mean_score(student, d, "tokens") for d in (few, many))
-            value = lambda s, a=low, b=high: b(s) - a(s)  # noqa: E731
+        for (less, few), (more, many) in itertools.pairwise(efforts):
+            value = longer(student, many, few)
             parts.append(Part(f"tokens, {more} minus {less}", value, least=1e-6, delta=0.0))
-        ours, average = (mean_score(m, every) for m in (student, name(roles.average)))
-        ahead = Part("ahead of the average", lambda s: ours(s) - average(s), least=0.0)
-        return [*parts, ahead], ""
+        ahead = mean_gain(student, roles.average, every)
+        return [*parts, Part("ahead of the average", ahead, least=0.0)], ""
+
+
+def longer(model: str, many: dict[str, bool], few: dict[str, bool]):
+    """How many more tokens a model writes on some domains than on others."""
+    high, low = (mean_score(model, d, "tokens") for d in (many, few))
+    return lambda scores: high(scores) - low(scores)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.schema import REQUIRED, key
-from opdctl.verdict import DELTA, Part, name
+from opdctl.verdict import DELTA, Part, gain
 
 
 class G1:
@@ -26,9 +26,8 @@ class G1:
     @staticmethod
     def parts(roles, found) -> tuple[list[Part], str]:
         """The largest fall, over the earlier domains."""
-        end = name(roles.end)
         each = [
-            Part(f"change of {d}", lambda s, d=d, a=name(a): s[end, d] - s[a, d], most=-DELTA)
+            Part(f"change of {d}", gain(roles.end, a, d), most=-DELTA)
             for d, a in roles.after.items()
         ]
         worst = min(each, key=lambda part: sum(part.value(m.scores()) for m in found))

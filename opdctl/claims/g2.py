@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.schema import REQUIRED, key
-from opdctl.verdict import DELTA, DELTA_RECOVERY, Part, name
+from opdctl.verdict import DELTA, DELTA_RECOVERY, Part, gain, name
 
 
 class G2:
@@ -33,20 +33,20 @@ class G2:
     @staticmethod
     def parts(roles, found) -> tuple[list[Part], str]:
         """Each domain's distance to its best stage, and the cost."""
-        student, before = name(roles.student), name(roles.before)
+        student = name(roles.student)
         chain, rl = ([name(r) for r in m.values()] for m in (roles.stages, roles.rl))
 
         def to_best(domain: str):
             means = {c: sum(m.scores()[c, domain] for m in found) for c in chain}
             best = max(chain, key=means.get)
-            return best, lambda s: s[student, domain] - s[best, domain]
+            return best, gain(student, best, domain)
 
         parts = []
         for d in (d for d, on in roles.domains.items() if on):
             best, value = to_best(d)
             parts.append(Part(f"{d} to {best}", value, least=-DELTA_RECOVERY))
         parts += [
-            Part(f"change of {d}", lambda s, d=d: s[student, d] - s[before, d], least=-DELTA)
+            Part(f"change of {d}", gain(student, roles.before, d), least=-DELTA)
             for d, on in roles.last.items()
             if on
         ]

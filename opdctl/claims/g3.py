@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.schema import REQUIRED, key
-from opdctl.verdict import DELTA, Part, mean_score, name
+from opdctl.verdict import DELTA, Part, mean_gain
 
 
 class G3:
@@ -27,5 +27,5 @@ class G3:
     @staticmethod
     def parts(roles, found) -> tuple[list[Part], str]:
         """The difference of the mean scores."""
-        one, several = (mean_score(name(r), roles.domains) for r in (roles.one, roles.several))
-        return [Part("G = 1 minus G = 4", lambda s: one(s) - several(s), least=-DELTA)], ""
+        ahead = mean_gain(roles.one, roles.several, roles.domains)
+        return [Part("G = 1 minus G = 4", ahead, least=-DELTA)], ""

@@ -38,15 +38,14 @@ class M4:
         def of(student: str, teachers: dict[str, str]):
             return norm(student, start, {d: name(t) for d, t in teachers.items()})
 
+        def ratio(s):
+            return first(s, theirs) / first(s, ours)
+
+        def ahead(s):
+            return own(s) - other(s)
+
         own, other = of(ours, roles.teachers), of(theirs, roles.other_teachers)
         return [
-            Part(
-                "initial KL, other to own", lambda s: first(s, theirs) / first(s, ours), least=3.0
-            ),
-            Part(
-                "Norm, own minus other",
-                lambda s: own(s) - other(s),
-                least=1e-6,
-                delta=DELTA_RECOVERY,
-            ),
+            Part("initial KL, other to own", ratio, least=3.0),
+            Part("Norm, own minus other", ahead, least=1e-6, delta=DELTA_RECOVERY),
         ], ""

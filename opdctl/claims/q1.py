@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.schema import REQUIRED, key
-from opdctl.verdict import DELTA, Part, mean_score, name
+from opdctl.verdict import DELTA, Part, mean_gain, name
 
 
 class Q1:
-    """From one checkpoint OPD reaches RL's score with a tenth of its compute, the student's alone."""
+    """OPD reaches RL's score with a tenth of its compute, counted for the student."""
 
     revision = 1
     statement = "OPD reaches RL's score with a tenth of its compute (student)"
@@ -29,12 +29,11 @@ class Q1:
     def parts(cls, roles, found) -> tuple[list[Part], str]:
         """Difference of the mean scores, and the ratio of what they cost."""
         opd, rl = name(roles.opd), name(roles.rl)
-        ours, theirs = mean_score(opd, roles.domains), mean_score(rl, roles.domains)
 
         def ratio(s):
             return s.fact(opd, cls.count) / s.fact(rl, cls.count)
 
         return [
-            Part("OPD minus RL", lambda s: ours(s) - theirs(s), least=0.0, delta=DELTA),
+            Part("OPD minus RL", mean_gain(opd, rl, roles.domains), least=0.0, delta=DELTA),
             Part("flops, OPD to RL", ratio, most=0.1, delta=0.0),
         ], ""

@@ -6,7 +6,7 @@ from opdctl.claims.q1 import Q1
 
 
 class Q1All(Q1):
-    """From one checkpoint OPD reaches RL's score with a tenth of its compute, teacher included."""
+    """OPD reaches RL's score with a tenth of its compute, teacher scoring counted."""
 
     statement = "OPD reaches RL's score with a tenth of its compute (with teacher scoring)"
     threshold = "s(OPD) >= s(RL) and flops(OPD) <= .1 flops(RL), teacher scoring counted"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.schema import REQUIRED, key
-from opdctl.verdict import Part, mean_score, name
+from opdctl.verdict import Part, mean_gain
 
 
 class Q2:
@@ -28,11 +28,10 @@ class Q2:
     @staticmethod
     def parts(roles, found) -> tuple[list[Part], str]:
         """Both differences; the first with its whole interval above 0."""
-        opd, rl, start = (
-            mean_score(name(r), roles.domains, "pass@32")
-            for r in (roles.opd, roles.rl, roles.start)
+        opd, rl = (
+            mean_gain(r, roles.start, roles.domains, "pass@32") for r in (roles.opd, roles.rl)
         )
         return [
-            Part("pass@32, OPD minus S0", lambda s: opd(s) - start(s), least=1e-6, delta=0.0),
-            Part("pass@32, RL minus S0", lambda s: rl(s) - start(s), most=0.0, touches=True),
+            Part("pass@32, OPD minus S0", opd, least=1e-6, delta=0.0),
+            Part("pass@32, RL minus S0", rl, most=0.0, touches=True),
         ], ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.schema import REQUIRED, key
-from opdctl.verdict import DELTA, Part, name
+from opdctl.verdict import DELTA, Part, gain
 
 
 class Q3:
@@ -27,9 +27,8 @@ class Q3:
     @staticmethod
     def parts(roles, found) -> tuple[list[Part], str]:
         """The change of each."""
-        opd, start = name(roles.opd), name(roles.start)
         return [
-            Part(f"change of {d}", lambda s, d=d: s[opd, d] - s[start, d], least=-DELTA)
+            Part(f"change of {d}", gain(roles.opd, roles.start, d), least=-DELTA)
             for d, on in roles.domains.items()
             if on
         ], ""

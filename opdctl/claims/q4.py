@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.schema import REQUIRED, key
-from opdctl.verdict import DELTA, Part, mean_score, name
+from opdctl.verdict import DELTA, Part, mean_gain
 
 
 class Q4:
@@ -31,8 +31,6 @@ class Q4:
         parts = []
         for mode in ("think", "no_think"):
             domains = getattr(roles, mode)
-            ours = mean_score(name(roles.student), domains, "obedience")
-            theirs = mean_score(name(roles.teacher), domains, "obedience")
-            value = lambda s, a=ours, b=theirs: a(s) - b(s)  # noqa: E731
+            value = mean_gain(roles.student, roles.teacher, domains, "obedience")
             parts.append(Part(f"{mode}, student minus teacher", value, least=-DELTA))
         return parts, ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.schema import REQUIRED, key
-from opdctl.verdict import DELTA, Part, mean_score, name
+from opdctl.verdict import DELTA, Part, mean_gain
 
 
 class Q5:
@@ -28,14 +28,9 @@ class Q5:
     @staticmethod
     def parts(roles, found) -> tuple[list[Part], str]:
         """The fall of the one mean and the rise of the other."""
-        before, after = name(roles.before), name(roles.after)
-
-        def rise(domains):
-            new, old = mean_score(after, domains), mean_score(before, domains)
-            return lambda s: new(s) - old(s)
-
-        fall = rise(roles.reasoning)
+        fall = mean_gain(roles.before, roles.after, roles.reasoning)
+        rise = mean_gain(roles.after, roles.before, roles.general)
         return [
-            Part("fall of reasoning", lambda s: -fall(s), least=0.0, most=0.10),
-            Part("rise of general", rise(roles.general), least=DELTA),
+            Part("fall of reasoning", fall, least=0.0, most=0.10),
+            Part("rise of general", rise, least=DELTA),
         ], ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.schema import REQUIRED, key
-from opdctl.verdict import DELTA, DELTA_RECOVERY, Part, mean_score, name
+from opdctl.verdict import DELTA, DELTA_RECOVERY, Part, mean_gain, mean_score, name
 
 
 class T3:
@@ -31,12 +31,12 @@ class T3:
         """The share regained, and the change of what was learned."""
         models = [name(r) for r in (roles.before, roles.trained, roles.student)]
         before, trained, student = (mean_score(m, roles.lost) for m in models)
-        learned, kept = (mean_score(m, roles.learned) for m in models[1:])
+        kept = mean_gain(roles.student, roles.trained, roles.learned)
 
         def regained(s):
             return (student(s) - trained(s)) / (before(s) - trained(s))
 
         return [
             Part("share regained", regained, least=0.95, delta=DELTA_RECOVERY),
-            Part("change of what was learned", lambda s: kept(s) - learned(s), least=-DELTA),
+            Part("change of what was learned", kept, least=-DELTA),
         ], ""

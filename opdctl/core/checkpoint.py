@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from opdctl.core.models import Model
+from opdctl.core.models import save as write
 from opdctl.rundir import commit_folder, sync_file
 
 
@@ -79,3 +80,11 @@ def restore(folder: Path, model: Model, optimizer: torch.optim.AdamW) -> dict | 
             optimizer.state[names[name]][slot] = value.to(device)
         return state
     return None
+
+
+def commit(folder: Path, model: Model) -> None:
+    """Write a stage's ``output/``: it appears only when it is complete."""
+    part = folder / ".output.part"
+    shutil.rmtree(part, ignore_errors=True)
+    write(model, part)
+    commit_folder(part, folder / "output")

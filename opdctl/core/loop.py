@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -21,6 +22,21 @@ from opdctl.core.scored import Parts, Step, advantage, scored
 from opdctl.errors import Interrupted, StageFailed
 from opdctl.kernels.select import rows_class
 from opdctl.types import Compute, Rollout
+
+
+def train(ctx: Context, model: Model, parts_of: Callable[[Context, Model], Parts]) -> Compute:
+    """Run the loop to its end and commit the stage's ``output/``.
+
+    Args:
+        model: the weights to start from; a checkpoint of this stage replaces them.
+        parts_of: builds the loop's parts around the model.
+
+    Raises:
+        Interrupted: a stop was asked for; a checkpoint is committed.
+    """
+    compute = Loop(ctx, model, parts_of(ctx, model)).run()
+    checkpoint.commit(ctx.folder, model)
+    return compute
 
 
 class Loop:

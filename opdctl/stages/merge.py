@@ -66,8 +66,8 @@ class Merge:
         """
         import torch
 
+        from opdctl.core.checkpoint import commit
         from opdctl.core.models import load, require_same_tokens
-        from opdctl.core.train import commit
         from opdctl.errors import StageFailed
         from opdctl.types import Compute
 
@@ -94,5 +94,5 @@ class Merge:
         with torch.no_grad():
             for n, sum64 in merged.items():
                 own[n].copy_(sum64)
-        commit(ctx, student)
+        commit(ctx.folder, student)
         return Compute()

@@ -66,8 +66,8 @@ class Opd:
     def run(self, ctx):
         """Load the start, train, write the output."""
         from opdctl.core.assemble import on_policy
+        from opdctl.core.loop import train
         from opdctl.core.models import load
-        from opdctl.core.train import train
 
         model = load(ctx.path_of(ctx.config.student), dtype=ctx.runtime.dtype, device=ctx.device)
         return train(ctx, model, lambda ctx, model: on_policy(ctx, model, ctx.config.teachers))

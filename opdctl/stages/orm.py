@@ -41,8 +41,8 @@ class Orm:
     def run(self, ctx):
         """Sample, label, train, write the classifier."""
         from opdctl.core.assemble import Parts, reward_of, source_of, terms_of
+        from opdctl.core.loop import train
         from opdctl.core.models import load
-        from opdctl.core.train import train
 
         def parts(ctx, model):
             config = ctx.config

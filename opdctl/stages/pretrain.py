@@ -63,7 +63,7 @@ class Pretrain:
         """Make tokenizer and model, train on the answers, write both."""
         from opdctl.core.assemble import Parts, source_of, terms_of
         from opdctl.core.corpus import new_model
-        from opdctl.core.train import train
+        from opdctl.core.loop import train
 
         def parts(ctx, model):
             corpus = config_of("sources", "dataset", corrupt=ctx.config.corrupt)

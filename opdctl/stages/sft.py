@@ -82,8 +82,8 @@ class Sft:
     def run(self, ctx):
         """Load the start, train, write the output."""
         from opdctl.core.assemble import Parts, source_of, terms_of
+        from opdctl.core.loop import train
         from opdctl.core.models import load
-        from opdctl.core.train import train
 
         config = ctx.config
         model = load(ctx.path_of(config.student), dtype=ctx.runtime.dtype, device=ctx.device)
