@@ -6,6 +6,7 @@ vocabulary are read.
 
 from __future__ import annotations
 
+import dataclasses
 import graphlib
 from dataclasses import replace
 from pathlib import Path
@@ -117,11 +118,14 @@ def _claim(recipe, claim: str, roles) -> list[Problem]:
             wrong = "a claim names stages", "write stage:NAME"
         if wrong:
             found.append(Problem(f"claims.{claim}.{dotted}", *wrong))
-    for name in ("teachers", "domains"):
-        for domain in getattr(roles, name, {}):
+    for f in dataclasses.fields(roles):
+        if not f.metadata["doc"].startswith("domain"):
+            continue
+        value = getattr(roles, f.name)
+        for domain in [value] if isinstance(value, str) else value:
             if domain not in recipe.data:
                 near = did_you_mean(domain, recipe.data, "data:")
-                found.append(Problem(f"claims.{claim}.{name}.{domain}", "no such domain", near))
+                found.append(Problem(f"claims.{claim}.{f.name}", f"no domain {domain!r}", near))
     return found
 
 

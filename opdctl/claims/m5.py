@@ -23,7 +23,7 @@ class M5:
 
         student: str = key(REQUIRED, "the distilled student", ref=True)
         start: str = key(REQUIRED, "the student's starting checkpoint", ref=True)
-        domains: dict[str, bool] = key(REQUIRED, "self-taught domains")
+        domains: dict[str, bool] = key(REQUIRED, "domains that are taught by the start itself")
 
     @staticmethod
     def parts(roles, found) -> tuple[list[Part], str]:

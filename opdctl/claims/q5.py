@@ -22,8 +22,8 @@ class Q5:
 
         before: str = key(REQUIRED, "after reasoning RL", ref=True)
         after: str = key(REQUIRED, "after general RL", ref=True)
-        reasoning: dict[str, bool] = key(REQUIRED, "reasoning domains")
-        general: dict[str, bool] = key(REQUIRED, "general domains")
+        reasoning: dict[str, bool] = key(REQUIRED, "domains of reasoning")
+        general: dict[str, bool] = key(REQUIRED, "domains of the general stages")
 
     @staticmethod
     def parts(roles, found) -> tuple[list[Part], str]:

@@ -24,7 +24,7 @@ class T1:
 
         opd: str = key(REQUIRED, "the opd stage, from the start of the RL", ref=True)
         teacher: str = key(REQUIRED, "the rl stage that made the teacher", ref=True)
-        domain: str = key(REQUIRED, "the domain of both")
+        domain: str = key(REQUIRED, "domain of both")
 
     @staticmethod
     def parts(roles, found) -> tuple[list[Part], str]:

@@ -24,7 +24,7 @@ class T2:
         sft: str = key(REQUIRED, "the student of SFT on it", ref=True)
         start: str = key(REQUIRED, "the start of both", ref=True)
         teacher: str = key(REQUIRED, "the teacher", ref=True)
-        domain: str = key(REQUIRED, "the domain")
+        domain: str = key(REQUIRED, "domain")
 
     @staticmethod
     def parts(roles, found) -> tuple[list[Part], str]:

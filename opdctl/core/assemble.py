@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from opdctl.core.context import Context
@@ -10,6 +11,7 @@ from opdctl.core.scored import Parts
 from opdctl.core.view import Term
 from opdctl.registry import member
 from opdctl.settings import Teacher
+from opdctl.types import Rollout
 
 
 def terms_of(objectives: dict[str, Any]) -> list[Term]:
@@ -30,9 +32,40 @@ def terms_of(objectives: dict[str, Any]) -> list[Term]:
 
 
 def source_of(ctx: Context, model: Any, sources: dict[str, Any]) -> Any:
-    """The one source of a stage."""
-    ((name, config),) = sources.items()
-    return member("sources", name)(config, ctx, model)
+    """The source of a stage; of several, each for its own domains."""
+    named = {d for c in sources.values() for d, on in c.domains.items() if on}
+    rest = {d: True for d in ctx.recipe.domains(ctx.name) if d not in named}
+    each = [
+        member("sources", name)(c if c.domains else replace(c, domains=rest), ctx, model)
+        for name, c in sources.items()
+    ]
+    return each[0] if len(each) == 1 else Together(each)
+
+
+class Together:
+    """Several sources of one stage, each with domains of its own; a dataset samples nothing."""
+
+    def __init__(self, sources: list[Any]) -> None:
+        self.sources = sources
+        self.samples_from = "teacher"
+
+    def draw(self, step: int) -> list[Rollout]:
+        """What each draws, groups numbered through."""
+        rollouts: list[Rollout] = []
+        for source in self.sources:
+            first = 1 + max((r.group for r in rollouts), default=-1)
+            for rollout in source.draw(step):
+                rollout.group += first
+                rollouts.append(rollout)
+        return rollouts
+
+    @property
+    def sampled(self) -> int:
+        return sum(s.sampled for s in self.sources)
+
+    @property
+    def parameters(self) -> float:
+        return sum(s.parameters * s.sampled for s in self.sources) / max(1, self.sampled)
 
 
 def reward_of(ctx: Context, reference: str) -> Any:

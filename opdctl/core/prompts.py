@@ -14,10 +14,12 @@ from opdctl.types import Prompt
 
 
 class PromptOrder:
-    """The prompts of each step of a stage."""
+    """The prompts of each step of a stage, or those of some of its domains."""
 
-    def __init__(self, ctx) -> None:
+    def __init__(self, ctx, domains: dict[str, bool] | None = None) -> None:
+        """``domains``: only the prompts of these; empty is all."""
         prompts = ctx.config.prompts
+        self.domains = {d for d, on in (domains or {}).items() if on} or None
         self.per_step, self.samples = prompts.per_step, prompts.samples
         self.seed, self.ctx = ctx.seed, ctx
         self.shares = ctx.recipe.domains(ctx.name)
@@ -31,6 +33,8 @@ class PromptOrder:
         """The ``per_step`` prompts of a step, domains in the recipe's order."""
         taken = []
         for domain, start, stop in self._cursors(step):
+            if self.domains is not None and domain not in self.domains:
+                continue
             taken += [self._prompt(domain, position) for position in range(start, stop)]
         return taken
 

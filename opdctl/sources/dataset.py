@@ -26,11 +26,12 @@ class Dataset:
     class Config:
         """Keys of a dataset source."""
 
+        domains: dict[str, bool] = key({}, "domain: true; empty is all, or all no other source has")
         corrupt: float = key(0.0, "share of answers made wrong", least=0, most=1)
 
     def __init__(self, config, ctx, model) -> None:
         self.config, self.model, self.seed = config, model, ctx.seed
-        self.order = PromptOrder(ctx)
+        self.order = PromptOrder(ctx, config.domains)
         self.environments = {d: ctx.environment(d) for d in self.order.pools}
 
     def draw(self, step: int):

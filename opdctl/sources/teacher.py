@@ -25,6 +25,7 @@ class Teacher:
     class Config:
         """Keys of a teacher source."""
 
+        domains: dict[str, bool] = key({}, "domain: true; empty is all, or all no other source has")
         model: str = key(REQUIRED, "who samples", ref=True)
         experts: dict[str, str] = key({}, "domain: who samples it instead", ref=True)
         keep: Literal["verified", "all"] = key("verified", "which samples are kept")
@@ -32,7 +33,7 @@ class Teacher:
 
     def __init__(self, config, ctx, model) -> None:
         self.config, self.ctx, self.student = config, ctx, model
-        self.order = PromptOrder(ctx)
+        self.order = PromptOrder(ctx, config.domains)
         self.parameters = 0.0
 
     def draw(self, step: int):

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: on demonstrations of the data, or on a teacher's own verified samples.
 
 The cold start of every lab's pipeline, MiMo's expert-SFT kind of teacher, and off-policy
-(sequence-level) distillation. Leaves out packing across examples and any mixture of sources.
+(sequence-level) distillation. Leaves out packing across examples; each domain has one source.
 
     opdctl stage sft --student FOLDER data.math.kind=jsonl data.math.path=train.jsonl
 """
@@ -39,6 +39,27 @@ def needs_domains(recipe, stage) -> list[Problem]:
     return []
 
 
+def _coverage(config, domains) -> list[Problem]:
+    """Every domain has one source."""
+    if not config.sources or "student" in config.sources:
+        hint = "sft takes dataset, teacher, or both"
+        return [Problem("sources", f"{list(config.sources)} given", hint)]
+    named = [d for s in config.sources.values() for d, on in s.domains.items() if on]
+    rest = [n for n, s in config.sources.items() if not s.domains]
+    left = [d for d in domains if d not in named]
+    wrong = ""
+    if unknown := [d for d in named if d not in domains]:
+        wrong = f"no prompt here is of {unknown[0]!r}"
+    elif twice := [d for d in named if named.count(d) > 1]:
+        wrong = f"two sources have {twice[0]!r}"
+    elif len(rest) > 1 or (rest and not left):
+        wrong = f"nothing says which domains {rest[-1]} has"
+    elif left and not rest:
+        wrong = f"no source has {left[0]!r}"
+    hint = "sources: {teacher: {model: REF, domains: {math: true}}, dataset: {}}"
+    return [Problem("sources", wrong, hint)] if wrong else []
+
+
 class Sft:
     """On demonstrations, or on a teacher's verified samples."""
 
@@ -51,7 +72,9 @@ class Sft:
         """Keys of an sft stage."""
 
         student: str = key(REQUIRED, "where it starts", ref=True)
-        sources: dict = key({"dataset": {}}, "dataset or teacher; one of them", family="sources")
+        sources: dict = key(
+            {"dataset": {}}, "dataset, teacher, or both with their domains", family="sources"
+        )
         objectives: dict = key(
             {"nll": {"normalise": "token_mean"}}, "what is minimised", family="objectives"
         )
@@ -60,12 +83,7 @@ class Sft:
     def problems(config, recipe, stage):
         """What the schema cannot see."""
         found = needs_domains(recipe, stage)
-        if len(config.sources) != 1 or "student" in config.sources:
-            found.append(
-                Problem(
-                    "sources", f"{list(config.sources)} given", "sft takes one: dataset or teacher"
-                )
-            )
+        found += _coverage(config, recipe.domains(stage))
         for name, objective in config.objectives.items():
             if name != "nll" or objective.weights:
                 found.append(
