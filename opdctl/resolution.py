@@ -45,6 +45,7 @@ class Where:
         self.label, self.lines = label, lines
         self.overrides: dict[str, str] = {}
         self.templates: dict[str, str] = {}
+        self.later: set[str] = set()
 
     def place(self, problem: Problem) -> Problem:
         if problem.where:
@@ -112,19 +113,16 @@ def assign_all(tree, pending, where, problems, *, expanded: bool) -> dict:
             parts = ["options", *parts]
         entry, entries = ".".join(parts[:2]), tree.get(parts[0])
         of_expanded = entry in where.templates
-        unknown_yet = (
-            len(parts) > 2
-            and isinstance(entries, dict)
-            and parts[1] not in entries
-            and (parts[0] == "stages" or (parts[0] == "data" and any("{" in k for k in entries)))
-        )
-        if expanded != (of_expanded or (expanded and unknown_yet)):
-            continue
-        if unknown_yet and (not expanded or entry in where.templates.values()):
+        unknown = len(parts) > 2 and isinstance(entries, dict) and parts[1] not in entries
+        if not expanded and unknown:
+            templated = parts[0] == "data" and any("{" in k for k in entries)
+            if parts[0] == "stages" or templated:
+                where.later.add(text)  # it may name what a matrix expands to
+        if expanded != (of_expanded or text in where.later):
             continue
         path = ".".join(parts)
         where.overrides[path] = f"override {text!r}"
-        if unknown_yet:
+        if unknown and text in where.later:
             hint = did_you_mean(parts[1], entries, f"{parts[0]}:")
             problems.append(Problem(path, f"no {parts[0].rstrip('s')} {parts[1]!r}", hint))
             continue

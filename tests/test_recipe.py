@@ -331,3 +331,66 @@ def test_wrong_merge_keys_and_options(tmp_path, change, says):
     path.write_text(MERGED)
     with pytest.raises(RecipeError, match="more"):
         load(str(path), overrides=("mor=true",))
+
+
+EFFORTS = """
+name: grid
+data:
+  math_{effort}:
+    matrix: &efforts {effort: {low: {tag: "-", tokens: 4}, high: {tag: "+", tokens: 9}}}
+    kind: reasoning_gym
+    task: gcd
+    thinking: {tag: "{effort.tag}"}
+stages:
+  base: {kind: pretrain, steps: 5}
+  t_{effort}:
+    matrix: *efforts
+    kind: rl
+    student: stage:base
+    prompts: {domains: {"math_{effort}": 1}}
+    sampling: {max_tokens: "{effort.tokens}"}
+  merged:
+    kind: opd
+    student: stage:base
+    teachers: {"math_{effort}": {matrix: *efforts, model: "stage:t_{effort}"}}
+    prompts: {domains: {"math_{effort}": {matrix: *efforts, value: 2}}}
+claims:
+  M1:
+    student: stage:merged
+    start: stage:base
+    teachers: {"math_{effort}": {matrix: *efforts, value: "stage:t_{effort}"}}
+"""
+
+
+def test_a_matrix_expands_anywhere_and_gives_values_keys():
+    recipe = read(EFFORTS, "data.math_high.items=77", "stages.t_low.steps=3")
+    assert list(recipe.data) == ["math_low", "math_high"]
+    assert [d.thinking.tag for d in recipe.data.values()] == ["-", "+"]
+    assert [d.items for d in recipe.data.values()] == [4000, 77]
+    assert [recipe.stages[f"t_{e}"].sampling.max_tokens for e in ("low", "high")] == [4, 9]
+    merged = recipe.stages["merged"]
+    assert {n: t.model for n, t in merged.teachers.items()} == {
+        "math_low": "stage:t_low",
+        "math_high": "stage:t_high",
+    }
+    assert merged.prompts.domains == {"math_low": 2.0, "math_high": 2.0}
+    assert recipe.claims["M1"].teachers["math_low"] == "stage:t_low"
+    assert recipe.stages["t_low"].steps == 3
+    assert read(dump(recipe.to_dict())) == recipe
+
+
+def test_bad_matrices_are_named():
+    def first(old, new):
+        assert old in EFFORTS
+        return problems(EFFORTS.replace(old, new, 1))[0]
+
+    axis = '{low: {tag: "-", tokens: 4}, high: {tag: "+", tokens: 9}}'
+    found = first(axis, "{low: 1, high: 2}")
+    assert found.path == "data.math_{effort}.matrix"
+    assert "axis: {value: {key: ...}}" in found.message
+    found = first("  math_{effort}:\n", "  math:\n")
+    assert found.path == "data.math.matrix" and "lacks {effort}" in found.message
+    (wrong,) = problems(EFFORTS, "data.math_hihg.items=7")
+    assert wrong.path == "data.math_hihg.items" and "'math_high'" in wrong.hint
+    (wrong,) = problems(EFFORTS, "claims.M1.teachers.maths=stage:t_low")
+    assert "no domain 'maths'" in wrong.message

@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from opdctl.core import models
 from opdctl.core.models import Model
-from opdctl.core.models import save as write
 from opdctl.rundir import commit_folder, sync_file
 
 
@@ -86,5 +86,5 @@ def commit(folder: Path, model: Model) -> None:
     """Write a stage's ``output/``: it appears only when it is complete."""
     part = folder / ".output.part"
     shutil.rmtree(part, ignore_errors=True)
-    write(model, part)
+    models.save(model, part)
     commit_folder(part, folder / "output")

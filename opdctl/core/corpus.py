@@ -50,6 +50,8 @@ def new_model(ctx) -> Model:
         for split in ("train", "eval")
         for p in ctx.prompts(domain, split)
     ]
+    environments = filter(None, map(ctx.environment, ctx.recipe.data))
+    texts += [environment.alphabet for environment in environments]
     tokenizer = new_tokenizer(["".join(sorted(set("".join(texts))))])
     shape = ctx.config.model
     config = Qwen3Config(

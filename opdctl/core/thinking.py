@@ -58,8 +58,8 @@ class Trace:
     target: str = key("", "count: a character, or the metadata field that holds it")
     every: int = key(1, "items between two entries; the last one is always there", least=1)
 
-    def write(self, metadata: dict) -> str:
-        """The thought of one question.
+    def write(self, metadata: dict, lowercase: bool = False) -> str:
+        """The thought of one question, its items in lower case if the question is.
 
         Raises:
             KeyError: the metadata has no such field.
@@ -68,7 +68,11 @@ class Trace:
         if self.fold == "none":
             return ""
         found = metadata[self.over]
-        items = [f"{float(i):g}" for i in found] if self.fold == "sort" else list("".join(found))
+        if self.fold == "sort":
+            items = [f"{float(i):g}" for i in found]
+        else:
+            text = "".join(found)
+            items = list(text.lower() if lowercase else text)
         ends = [n for n in range(1, len(items) + 1) if n % self.every == 0 or n == len(items)]
         return "".join(self._answer(items[:n], metadata) for n in ends)
 

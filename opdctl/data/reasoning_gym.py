@@ -84,7 +84,7 @@ class ReasoningGym:
         if config.answer == "list":
             answer = fields_of(json.loads(answer.replace("'", '"')), config.separator)
         if config.lowercase:
-            text, thought, answer = text.lower(), thought.lower(), answer.lower()
+            text, answer = text.lower(), answer.lower()
         lead = config.thinking.lead(thought)
         item = {"index": index}
         return Prompt(digest(self.domain, text), self.domain, text, answer, item, lead, calls)
@@ -93,7 +93,7 @@ class ReasoningGym:
         """A template, or the trace, over the metadata of an item."""
         try:
             if name == "trace":
-                return self.config.trace.write(item["metadata"])
+                return self.config.trace.write(item["metadata"], self.config.lowercase)
             fields = Fields(self.config.separator)
             return fields.vformat(getattr(self.config, name), (), item["metadata"])
         except (ValueError, TypeError) as error:

@@ -28,6 +28,7 @@ class Calculator:
     """Answers a turn that ends in a call with the value of its expression."""
 
     revision = 1
+    alphabet = "0123456789.-+error"  # of its answers
 
     @dataclass(kw_only=True)
     class Config:

@@ -1,0 +1,251 @@
+"""Modes of thinking and turns with an environment: what is asked, written, read and supervised."""
+
+import random
+from fractions import Fraction
+
+import pytest
+import torch
+
+from conftest import make_model, make_model64
+from opdctl.core import update
+from opdctl.core.sampling import sample_group
+from opdctl.core.scoring import score
+from opdctl.core.thinking import Thinking
+from opdctl.data.reasoning_gym import ReasoningGym
+from opdctl.environments.calculator import Calculator
+from opdctl.errors import UsageError
+from opdctl.objectives.nll import Nll
+from opdctl.recipe import lookup
+from opdctl.schema import build
+from opdctl.types import Prompt, ScoreRequest
+
+FOLDS = {
+    "count_bits": {
+        "prompt": "{binary}=",
+        "config": {"min_n": 1, "max_n": 4095},
+        "trace": {"fold": "count", "over": "binary", "target": "1"},
+    },
+    "spell_backward": {
+        "prompt": "{word}=",
+        "lowercase": True,
+        "trace": {"fold": "reverse", "over": "word"},
+    },
+    "letter_counting": {
+        "prompt": "{target_letter}:{span}=",
+        "config": {"min_words": 1, "max_words": 1},
+        "lowercase": True,
+        "trace": {"fold": "count", "over": "span", "target": "target_letter"},
+    },
+    "number_sorting": {
+        "prompt": "{direction:.1}{original_numbers}=",
+        "answer": "list",
+        "separator": "",
+        "config": {
+            "max_numbers": 5,
+            "min_value": 0,
+            "max_value": 9,
+            "min_decimals": 0,
+            "max_decimals": 0,
+        },
+        "trace": {"fold": "sort", "over": "original_numbers"},
+    },
+}
+
+
+def gym(domain, **keys):
+    problems = []
+    config = build(ReasoningGym.Config, {"kind": "reasoning_gym", **keys}, "d", problems, lookup)
+    assert not problems, problems
+    return ReasoningGym(config, domain, 5)
+
+
+@pytest.mark.parametrize("task", FOLDS)
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_trace_ends_in_the_answer(task, every):
+    keys = {**FOLDS[task], "trace": {**FOLDS[task]["trace"], "every": every}}
+    thinking = {"mode": "think", "tag": "+", "open": "(", "close": ")"}
+    data = gym("d", task=task, items=80, thinking=thinking, **keys)
+    prompts = data.prompts("train")
+    assert len(prompts) > 20
+    for prompt in prompts:
+        thought, answer = data.config.thinking.split(prompt.lead + prompt.answer)
+        assert answer == prompt.answer and thought.endswith(answer) and prompt.text.endswith("=+")
+        assert data.config.thinking.obeyed(prompt.lead + answer)
+        assert data.score(prompt, prompt.lead + answer) == 1.0
+        assert data.score(prompt, prompt.lead + answer + "x") == 0.0
+    longest = max(len(p.lead) for p in prompts)
+    assert longest > 2 + len(prompts[0].answer) if every == 1 else longest >= 3
+
+
+def test_every_makes_a_thought_sparser():
+    lengths = []
+    for every in (1, 2, 3):
+        keys = FOLDS["count_bits"]
+        trace = {**keys["trace"], "every": every}
+        data = gym("d", task="count_bits", items=50, **{**keys, "trace": trace})
+        lengths.append([len(p.lead) for p in data.prompts("train")])
+    assert all(a >= b >= c for a, b, c in zip(*lengths, strict=True))
+    assert sum(lengths[0]) > sum(lengths[1]) > sum(lengths[2])
+    count = gym("d", task="count_bits", items=50, **FOLDS["count_bits"]).prompts("train")[0]
+    bits = count.text[:-1]
+    assert count.lead == "".join(str(bits[: i + 1].count("1")) for i in range(len(bits)))
+
+
+def test_modes_are_read():
+    think = Thinking(mode="think")
+    plain = Thinking(mode="no_think")
+    assert think.lead("a b") == "<think>a b</think>" and plain.lead("a b") == "<think></think>"
+    for text, thought, answer in (
+        ("<think>a</think>7", "a", "7"),
+        ("a</think>7", "a", "7"),  # the template opened the block
+        ("<think></think>7", "", "7"),
+        ("<think>\n\n</think>7", "\n\n", "7"),
+        ("<think>a</think>b</think>7", "a</think>b", "7"),
+        ("7", "", "7"),
+        ("<think>7", "", "<think>7"),
+    ):
+        assert think.split(text) == (thought, answer)
+        assert think.obeyed(text) == bool(thought.strip())
+        assert plain.obeyed(text) == (not thought.strip())
+    free = Thinking()
+    assert free.split("<think>a</think>7") == ("", "<think>a</think>7") and free.obeyed("x")
+    assert free.lead("so ") == "so "
+
+
+def test_a_question_is_on_one_side_in_all_of_its_modes():
+    keys = FOLDS["count_bits"]
+    sides = {}
+    for mode, tag in (("think", "+"), ("no_think", "-")):
+        data = gym(f"math_{mode}", task="count_bits", thinking={"mode": mode, "tag": tag}, **keys)
+        for split in ("train", "eval"):
+            for prompt in data.prompts(split):
+                assert prompt.text.endswith(tag)
+                sides.setdefault(prompt.text[:-1], set()).add(split)
+    assert len(sides) > 1000 and all(len(found) == 1 for found in sides.values())
+
+
+def test_calculator_is_exact_arithmetic_and_nothing_else():
+    calculator = Calculator(Calculator.Config())
+    rng = random.Random(0)
+
+    def expression(depth):
+        if not depth or rng.random() < 0.3:
+            return str(rng.randint(0, 99))
+        a, b = expression(depth - 1), expression(depth - 1)
+        op = rng.choice("+-*/")
+        return f"({a} {op} {b})" if rng.random() < 0.5 else f"{a} {op} {b}"
+
+    seen = 0
+    for _ in range(300):
+        text = expression(3)
+        fractions = "".join(f"Fraction({t})" if t.isdigit() else t for t in _tokens(text))
+        try:
+            exact = eval(fractions, {"Fraction": Fraction})
+        except ZeroDivisionError:
+            assert calculator.reply(f"[{text}]") == "error"
+            continue
+        found = calculator.reply(f"so [{text}]")
+        assert found == (str(exact) if exact.denominator == 1 else f"{float(exact):.12g}")
+        seen += 1
+    assert seen > 200
+    assert calculator.reply("[12+30]") == "42" and calculator.reply("[1.5*2]") == "3"
+    assert calculator.reply("[7//2]") == "3" and calculator.reply("[-7 % 4]") == "1"
+    for call in ("[__import__('os')]", "[2**9]", "[a]", "[]", "[1+]", "[True]", "[f(1)]", "[1;2]"):
+        assert calculator.reply(call) == "error", call
+    for final in ("42", "[1+1] is 2", "1+1]", ""):
+        assert calculator.reply(final) is None
+    strange = Calculator(Calculator.Config(open="<calc>", close="</calc>"))
+    assert strange.reply("I ask <calc>2+2</calc>") == "4"
+
+
+def _tokens(text):
+    import re
+
+    return re.findall(r"\d+|\D", text)
+
+
+class Bag:
+    """Just enough of a context to sample with."""
+
+    def __init__(self, environment, samples, max_tokens):
+        from types import SimpleNamespace as Names
+
+        self.seed, self.runtime = 3, Names(wave=64)
+        self.config = Names(
+            prompts=Names(samples=samples), sampling=Names(temperature=1.0, max_tokens=max_tokens)
+        )
+        self.environment = lambda domain: environment
+        self.check = lambda: None
+
+
+def two_turns(model, count=6000):
+    """Rollouts of a random model, some of which happened to make a call: ``2`` .. ``3``."""
+    calculator = Calculator(Calculator.Config(open="r", close="1", turns=2))
+    prompts = [Prompt(str(i), "d", str(i), "", {}) for i in range(3)]
+    return sample_group(Bag(calculator, count // 3, 10), model, prompts, 0, "student"), calculator
+
+
+def test_a_call_is_answered_and_its_answer_is_context(model):
+    rollouts, calculator = two_turns(model)
+    several = [r for r in rollouts if r.observed]
+    assert len(several) > 3, "no sample made a call; take another seed"
+    for rollout in several:
+        assert len(rollout.before) == 2 * len(rollout.observed) <= 4
+        for (start, stop), said, reply in zip(
+            rollout.observed, rollout.before[::2], rollout.before[1::2], strict=True
+        ):
+            assert rollout.response_ids[start - 1] == model.eos  # a turn ends, then the answer
+            assert calculator.reply(said) == reply
+            shown = model.tokenizer.decode(rollout.response_ids[start:stop])
+            assert shown == f"<|user|>{reply}<|assistant|>"
+        assert rollout.length == len(rollout.behaviour_logprobs) < len(rollout.response_ids)
+        places = rollout.request.targets
+        offset = len(rollout.prompt_ids)
+        inside = {p for a, b in rollout.observed for p in range(offset + a, offset + b)}
+        assert not inside & set(places) and len(places) == len(rollout.request) == rollout.length
+        last = rollout.observed[-1][1]
+        assert model.decode(rollout.response_ids[last:]) == rollout.text
+    again, _ = two_turns(model)
+    assert [r.response_ids for r in again] == [r.response_ids for r in rollouts]
+    ours = score(model, [r.request for r in rollouts], temperature=1.0).logprobs_N
+    sampled = torch.tensor([v for r in rollouts for v in r.behaviour_logprobs])
+    assert (ours - sampled).abs().max() < 1e-4  # the trainer sees what the sampler saw
+
+
+def test_observed_tokens_are_never_supervised():
+    model = make_model64()
+    spans = [
+        ScoreRequest((5, 6, 7, 8, 9, 10, 11), 2, ((4, 6),)),
+        ScoreRequest((5, 9, 8), 1),
+        ScoreRequest((3, 4, 5, 6, 7), 1, ((2, 3), (4, 5))),
+    ]
+    torch.set_default_dtype(torch.float64)
+    try:
+        model.net.zero_grad(set_to_none=True)
+        term = update.Term(Nll(Nll.Config()))
+        update.accumulate(model, spans, {}, [term], temperature=1.0, micro_batch=0, chunk_mib=1)
+        ours = torch.cat([p.grad.flatten() for p in model.net.parameters()])
+        model.net.zero_grad(set_to_none=True)
+        total = 0.0
+        for span, places in zip(spans, ([2, 3, 6], [1, 2], [1, 3]), strict=True):
+            logprobs = model.net(torch.tensor([span.ids])).logits[0].log_softmax(-1)
+            nll = sum(-logprobs[p - 1, span.ids[p]] for p in places)
+            total = total + nll / len(places) / len(spans)
+        total.backward()
+        expected = torch.cat([p.grad.flatten() for p in model.net.parameters()])
+        assert (ours - expected).abs().max() < 1e-12
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_template_without_room_for_an_answer_is_refused(model):
+    assert model.observation("42", "tool") == model.observation("42", "user")
+    model.answers.clear()
+    model.tokenizer.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(UsageError, match="no end token after a turn"):
+        model.observation("42", "tool")
+    model.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content if loop.last else '' }}<|end|>{% endfor %}"
+    )
+    with pytest.raises(UsageError, match="changes a turn once another follows"):
+        make_model().__class__(model.net, model.tokenizer, "m").observation("42", "tool")
