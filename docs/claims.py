@@ -20,6 +20,18 @@ from opdctl.plan import fingerprints
 from opdctl.rundir import RunDir
 
 HERE = Path(__file__).parent
+WHAT = {
+    "mean": "Accuracy at temperature 1 on held-out prompts",
+    "pass@32": "pass@32",
+    "tokens": "Tokens a response",
+    "obedience": "Share of responses in the mode asked for",
+}
+TOKENS = {
+    "rollout": "rollout tokens",
+    "train": "trained tokens",
+    "teacher": "scored tokens",
+    "teacher_sampled": "teacher-sampled tokens",
+}
 WORDS = {True: "**holds**", False: "**refuted**", None: "undecided"}
 
 
@@ -45,13 +57,42 @@ def record(folder: str) -> None:
         "fingerprints": {str(r.manifest()["seed"]): fingerprints(read_recipe(r)) for r in runs},
         "claims": judge(run),
         "accuracy": per_seed,
-        "mean": {
-            m: {d: [round(v, 4) for v in pair] for d, pair in row.items()}
-            for m, row in scores(run).items()
-        },
+        "mean": rounded(scores(run)),
+        **{w: rounded(t) for w in WHAT if distinct(t := scores(run, w))},
+        "ledger": ledger(runs),
     }
     path = HERE / "claims" / f"{manifest['recipe']}.json"
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def rounded(table: dict) -> dict:
+    """A table of means and half-widths, to four digits."""
+    return {
+        m: {d: [round(v, 4) for v in pair] for d, pair in row.items()} for m, row in table.items()
+    }
+
+
+def distinct(table: dict) -> bool:
+    """Whether a table says anything: that all responses obeyed would not."""
+    return len({pair[0] for row in table.values() for pair in row.values()}) > 1
+
+
+def ledger(runs: list[RunDir]) -> dict[str, dict[str, float]]:
+    """Mean over seeds of what each stage cost: tokens, floating-point operations, seconds."""
+    out: dict[str, dict[str, float]] = {}
+    for stage in read_recipe(runs[0]).stages:
+        found = [r.record(stage) for r in runs]
+        spent = [f["compute"] for f in found if f.get("compute")]
+        if len(spent) < len(runs):
+            continue
+        row = {n: sum(c[f"{n}_tokens"] for c in spent) / len(spent) for n in TOKENS}
+        row |= {
+            f"{n} flops": sum(c["flops"][n] for c in spent) / len(spent)
+            for n in ("rollout", "train", "teacher", "teacher_sampling")
+        }
+        row["seconds"] = sum(f["seconds"] for f in found) / len(found)
+        out[stage] = {k: float(f"{v:.4g}") for k, v in row.items()}
+    return out
 
 
 def page() -> str:
@@ -82,8 +123,8 @@ def _recipe(found: dict) -> list[str]:
         "",
         f"`{found['command']}` ({versions})",
         "",
-        "| claim | verdict | statement | threshold | measured [95 %] | source |",
-        "|---|---|---|---|---|---|",
+        "| claim | verdict | statement | threshold | the report's | ours [95 %] | source |",
+        "|---|---|---|---|---|---|---|",
     ]
     for c in found["claims"]:
         values = (
@@ -95,23 +136,52 @@ def _recipe(found: dict) -> list[str]:
         )
         out.append(
             f"| {c['name']} | {WORDS[c['holds']]} | {c['statement']} | {c['threshold']} | "
-            f"{values} | {c['source']} |"
+            f"{c['reported']} | {values} | {c['source']} |"
         )
-    domains = list(dict.fromkeys(d for row in found["mean"].values() for d in row))
-    out += [
+    for what, title in WHAT.items():
+        if what in found:
+            out += ["", f"{title}: mean over seeds, half-width of its 95 % interval.", ""]
+            out += _scores(found[what], 1 if what == "tokens" else 3)
+    return [*out, "", *_ledger(found["ledger"])]
+
+
+def _scores(table: dict, digits: int) -> list[str]:
+    """Models by domains. Models of one domain each share one row."""
+    domains = list(dict.fromkeys(d for row in table.values() for d in row))
+    out = [f"| model | {' | '.join(domains)} |", "|---" * (1 + len(domains)) + "|"]
+    alone = {m: row for m, row in table.items() if len(row) == 1}
+    rows = {m: row for m, row in table.items() if m not in alone}
+    if len(alone) == len(domains) > 1:
+        rows = {
+            "specialist of each": {d: v for row in alone.values() for d, v in row.items()}
+        } | rows
+    else:
+        rows = table
+    for model, row in rows.items():
+        cells = (
+            f"{row[d][0]:.{digits}f} &plusmn; {row[d][1]:.{digits}f}" if d in row else ""
+            for d in domains
+        )
+        out.append(f"| {model} | {' | '.join(cells)} |")
+    return out
+
+
+def _ledger(table: dict) -> list[str]:
+    """What each stage cost."""
+    heads = [*TOKENS.values(), "student GFLOP", "teacher GFLOP", "s"]
+    out = [
+        "<details><summary>Compute ledger, mean over seeds</summary>",
         "",
-        "Accuracy at temperature 1 on held-out prompts: mean over seeds, half-width of its 95 % "
-        "interval.",
-        "",
-        f"| model | {' | '.join(domains)} |",
-        "|---" * (1 + len(domains)) + "|",
+        f"| stage | {' | '.join(heads)} |",
+        "|---" * (1 + len(heads)) + "|",
     ]
-    for model, row in found["mean"].items():
-        cells = " | ".join(
-            f"{row[d][0]:.3f} &plusmn; {row[d][1]:.3f}" if d in row else "" for d in domains
-        )
-        out.append(f"| {model} | {cells} |")
-    return [*out, ""]
+    for stage, row in table.items():
+        student = (row["rollout flops"] + row["train flops"]) / 1e9
+        teacher = (row["teacher flops"] + row["teacher_sampling flops"]) / 1e9
+        cells = [f"{row[n]:.0f}" for n in TOKENS]
+        cells += [f"{student:.1f}", f"{teacher:.1f}", f"{row['seconds']:.1f}"]
+        out.append(f"| {stage} | {' | '.join(cells)} |")
+    return [*out, "", "</details>", ""]
 
 
 if __name__ == "__main__":

@@ -53,11 +53,15 @@ T975 = (
 )
 
 
-def scores(parent: RunDir) -> dict[str, dict[str, tuple[float, float]]]:
-    """Model -> domain -> (mean accuracy, 95 % half-width): over prompts, or over several seeds."""
+def scores(parent: RunDir, *what: str) -> dict[str, dict[str, tuple[float, float]]]:
+    """Model -> domain -> (mean, 95 % half-width) of accuracy, or of ``tokens``, ``pass@32`` ...
+
+    The interval is over prompts, or over several seeds.
+    """
     runs = [measured(r) for r in parent.runs() if (r / "run.json").is_file()]
     out: dict[str, dict[str, tuple[float, float]]] = {}
-    for key in dict.fromkeys(k for m in runs for k in m.values if len(k) == 2):
+    wanted = [k for m in runs for k in m.values if k[2:] == what]
+    for key in dict.fromkeys(wanted):
         each = [m.values[key] for m in runs if key in m.values]
         values = [float(np.mean(v)) for v in each]
         half = 1.96 * float(np.std(each[0], ddof=1)) / math.sqrt(len(each[0]))
@@ -92,6 +96,7 @@ def judge(parent: RunDir) -> list[dict]:
             "name": name,
             "statement": claim.statement,
             "source": claim.source,
+            "reported": claim.reported,
             "threshold": claim.threshold,
             "seeds": seeds,
             "holds": None,

@@ -90,13 +90,13 @@ def _claims(claims: list[dict]) -> str:
                 f"<span class={words[c['holds']]}>{words[c['holds']]}</span>",
                 _e(c["statement"]),
                 _e(c["threshold"]),
+                _e(c["reported"]),
                 values,
                 _e(c["source"]),
             ]
         )
-    return _table(
-        ["claim", "verdict", "statement", "threshold", "measured [95 %]", "source"], rows, raw=True
-    )
+    heads = ["claim", "verdict", "statement", "threshold", "reported", "measured [95 %]", "source"]
+    return _table(heads, rows, raw=True)
 
 
 def _curves(stage: str, rows: list[dict]) -> str:

@@ -14,6 +14,7 @@ class D1:
     revision = 1
     statement = "full vocabulary has the quieter gradient"
     source = "DeepSeek-V4, arXiv 2606.19348, section 5.2"
+    reported = "said, no numbers"
     threshold = "trace variance sampled / full >= 2, cosine of the means >= .95"
 
     @dataclass(kw_only=True)

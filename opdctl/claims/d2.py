@@ -14,6 +14,7 @@ class D2:
     revision = 1
     statement = "rebuilt logits are the logits"
     source = "DeepSeek-V4, arXiv 2606.19348, section 5.2"
+    reported = "said, no numbers"
     threshold = "largest difference <= 1e-5 in fp32"
 
     @dataclass(kw_only=True)

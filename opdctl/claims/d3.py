@@ -14,6 +14,7 @@ class D3:
     revision = 1
     statement = "one head load per teacher and mini-batch"
     source = "DeepSeek-V4, arXiv 2606.19348, section 5.2"
+    reported = "one load per teacher and mini-batch"
     threshold = "loads = distinct teachers of the mini-batch; at most two heads resident"
 
     @dataclass(kw_only=True)

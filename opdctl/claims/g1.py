@@ -13,7 +13,8 @@ class G1:
 
     revision = 1
     statement = "sequential RL forgets"
-    source = "GLM-5, arXiv 2602.15763, section on cross-stage distillation"
+    source = "GLM-5, arXiv 2602.15763, cross-stage distillation"
+    reported = "no numbers"
     threshold = "s_A(end) <= s_A(after A) - .03 for at least one earlier domain"
 
     @dataclass(kw_only=True)

@@ -14,6 +14,7 @@ class G2:
     revision = 1
     statement = "cross-stage OPD recovers what was forgotten, cheaply"
     source = "GLM-5, arXiv 2602.15763, Eq. 2"
+    reported = "no numbers"
     threshold = (
         "every earlier domain >= its stage-best - .05; last stage >= before - .03; "
         "flops <= .25 of the RL stages together"

@@ -13,7 +13,8 @@ class G3:
 
     revision = 1
     statement = "G = 1 is as good as G = 4 at equal sequences"
-    source = "GLM-5, arXiv 2602.15763: G = 1, batch 1024"
+    source = "GLM-5, arXiv 2602.15763, cross-stage distillation"
+    reported = "G = 1, batch 1024; no comparison"
     threshold = "difference of the mean scores >= -.03"
 
     @dataclass(kw_only=True)

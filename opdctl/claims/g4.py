@@ -14,6 +14,7 @@ class G4:
     revision = 1
     statement = "no recovery without the teacher"
     source = "GLM-5, arXiv 2602.15763, Figure 5"
+    reported = "no ablation"
     threshold = "recovery of the left-out domain <= .3"
 
     @dataclass(kw_only=True)

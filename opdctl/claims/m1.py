@@ -33,6 +33,7 @@ class M1:
     Config = Roles
     statement = "one student inherits every RL teacher"
     source = "MiMo-V2-Flash, arXiv 2601.02780, Table 7"
+    reported = "recovery of the RL-taught benchmarks .88 to 1.32"
     threshold = "Norm >= .9 and min r_d >= .85"
 
     @staticmethod

@@ -14,6 +14,9 @@ class M2:
     revision = 1
     statement = "MOPD beats its baselines at no more samples"
     source = "MOPD, arXiv 2606.30406, main table"
+    reported = (
+        "Norm .937; mixed RL .882, cascade .775, off-policy .824, average .328, arithmetic .857"
+    )
     threshold = "Norm higher than each"
 
     @dataclass(kw_only=True)

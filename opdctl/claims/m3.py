@@ -25,6 +25,7 @@ class M3:
     Config = Arms
     statement = "dense signal does in 50 steps what reward alone does not"
     source = "MiMo-V2-Flash, arXiv 2601.02780, Figure 6"
+    reported = "AIME25 from 86: ORM only flat, KL only 93.7, both 92.2 (teacher 93.9)"
     threshold = "ORM-only Norm <= .3; KL-only >= .7; KL + ORM >= KL-only - .05"
 
     @staticmethod

@@ -13,7 +13,8 @@ class Q1:
 
     revision = 1
     statement = "OPD reaches RL's score with a tenth of its compute (student)"
-    source = "Qwen3, arXiv 2505.09388, Table 21: 74.4 and 67.6, 1800 and 17920 GPU hours"
+    source = "Qwen3, arXiv 2505.09388, Table 21"
+    reported = "AIME'24 74.4 and 67.6; 1800 and 17920 GPU hours"
     threshold = "s(OPD) >= s(RL) and flops(OPD) <= .1 flops(RL), of the student"
     count = "student flops"
 

@@ -13,7 +13,8 @@ class Q2:
 
     revision = 1
     statement = "pass@k rises under OPD, not under RL"
-    source = "Qwen3, arXiv 2505.09388, Table 21: pass@64 +3.3 and +0"
+    source = "Qwen3, arXiv 2505.09388, Table 21"
+    reported = "AIME'24 pass@64: OPD +3.3, RL +0"
     threshold = "pass@32: OPD - S0 > 0; RL - S0 has 0 in its interval or lies below"
 
     @dataclass(kw_only=True)

@@ -13,7 +13,8 @@ class Q3:
 
     revision = 1
     statement = "untrained domains do not fall under OPD"
-    source = "Qwen3, arXiv 2505.09388, Table 21: MMLU-Redux +1.9, GPQA-D +7.7"
+    source = "Qwen3, arXiv 2505.09388, Table 21"
+    reported = "MMLU-Redux +1.9, GPQA-D +7.7, of math and code prompts"
     threshold = "s >= S0 - .03 on each"
 
     @dataclass(kw_only=True)

@@ -13,7 +13,8 @@ class Q4:
 
     revision = 1
     statement = "the mode switch is inherited"
-    source = "Qwen3, arXiv 2505.09388, Table 22: ThinkFollow 88.7 and 98.9"
+    source = "Qwen3, arXiv 2505.09388, Table 22"
+    reported = "ThinkFollow of the teacher 88.7 -> 98.9; the student's is not given"
     threshold = "obedience >= teacher's - .03 in both modes"
 
     @dataclass(kw_only=True)

@@ -15,7 +15,8 @@ class T1:
 
     revision = 1
     statement = "OPD back into the base needs a fifth of the steps that the RL took"
-    source = "Thinking Machines, On-Policy Distillation: under 10 steps against about 70"
+    source = "Thinking Machines, On-Policy Distillation"
+    reported = "under 10 steps against about 70"
     threshold = "steps(OPD to teacher - .03) <= .2 steps(RL)"
 
     @dataclass(kw_only=True)

@@ -13,7 +13,8 @@ class T2:
 
     revision = 1
     statement = "one prompt, many rollouts is nearly enough"
-    source = "Thinking Machines, On-Policy Distillation: 20 steps x 256 rollouts of one prompt"
+    source = "Thinking Machines, On-Policy Distillation"
+    reported = "20 steps x 256 rollouts of one prompt: about the teacher's AIME'24"
     threshold = "recovery >= .7 on held-out prompts; SFT on that prompt <= .2"
 
     @dataclass(kw_only=True)

@@ -13,7 +13,8 @@ class T3:
 
     revision = 1
     statement = "the old self restores what domain training lost"
-    source = "Thinking Machines: IF-eval 85 -> 79 -> 83, internal QA 18 -> 36 -> 41"
+    source = "Thinking Machines, On-Policy Distillation"
+    reported = "IF-eval 85 -> 79 -> 83; internal QA 18 -> 36 -> 41"
     threshold = ">= .95 of the loss regained, new knowledge kept within .03"
 
     @dataclass(kw_only=True)
