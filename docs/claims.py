@@ -17,6 +17,7 @@ from opdctl.judge import judge, scores
 from opdctl.launch import read_recipe
 from opdctl.measured import measured
 from opdctl.plan import fingerprints
+from opdctl.registry import member
 from opdctl.rundir import RunDir
 
 HERE = Path(__file__).parent
@@ -136,13 +137,13 @@ def _recipe(found: dict) -> list[str]:
         )
         out.append(
             f"| {c['name']} | {WORDS[c['holds']]} | {c['statement']} | {c['threshold']} | "
-            f"{c['reported']} | {values} | {c['source']} |"
+            f"{member('claims', c['name'].lower()).reported} | {values} | {c['source']} |"
         )
     for what, title in WHAT.items():
         if what in found:
             out += ["", f"{title}: mean over seeds, half-width of its 95 % interval.", ""]
             out += _scores(found[what], 1 if what == "tokens" else 3)
-    return [*out, "", *_ledger(found["ledger"])]
+    return [*out, "", *_ledger(found["ledger"])] if "ledger" in found else [*out, ""]
 
 
 def _scores(table: dict, digits: int) -> list[str]:
