@@ -3,6 +3,7 @@
 Imported in the server process alone. One thread, no CUDA call: forking is safe only so.
 """
 
+import contextlib
 import os
 import threading
 
@@ -17,6 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: 
 
 import opdctl.cli
 import opdctl.worker  # noqa: F401
+
+with contextlib.suppress(ImportError):  # a table that every load of a model would build again
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("qwen3")
 
 # Forked stages must not share tqdm's process lock: they end without Python's clean-up.
 tqdm.tqdm.set_lock(threading.RLock())
