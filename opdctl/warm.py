@@ -17,7 +17,17 @@ import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
 import opdctl.cli
+import opdctl.core.assemble
+import opdctl.core.corpus
+import opdctl.core.evaluation
+import opdctl.core.gradients
+import opdctl.core.loop
 import opdctl.worker  # noqa: F401
+from opdctl.registry import FAMILIES, member, members
+
+for family in FAMILIES:
+    for name in members(family):
+        member(family, name)
 
 with contextlib.suppress(ImportError):  # a table that every load of a model would build again
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
