@@ -19,6 +19,7 @@ from opdctl.measured import measured
 from opdctl.plan import fingerprints
 from opdctl.registry import member
 from opdctl.rundir import RunDir
+from opdctl.verdict import shown
 
 HERE = Path(__file__).parent
 WHAT = {
@@ -130,7 +131,7 @@ def _recipe(found: dict) -> list[str]:
     for c in found["claims"]:
         values = (
             "<br>".join(
-                f"{n} {v:.3f} [{c['interval'][n][0]:.3f}, {c['interval'][n][1]:.3f}]"
+                f"{n} {shown(v)} [{shown(c['interval'][n][0])}, {shown(c['interval'][n][1])}]"
                 for n, v in c["measured"].items()
             )
             or c["note"]

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from opdctl.rundir import finite
 from opdctl.status import last_row
+from opdctl.verdict import shown
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
@@ -144,7 +145,7 @@ def _interval(bounds: list | None) -> str:
 
 
 def _number(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return shown(value) if isinstance(value, float) else str(value)
 
 
 class Progress:

@@ -117,14 +117,15 @@ def judge(parent: RunDir) -> list[dict]:
 def _decide(parts: list[Part], found: list[Measured]) -> dict:
     values, intervals, verdicts = {}, {}, []
     for part in parts:
-        each = [float(part.value(m.scores())) for m in found]
-        estimate = sum(each) / len(each)
-        if len(each) > 1:
-            half = t_half_width(each)
-            low, high = estimate - half, estimate + half
-        else:
-            drawn = np.atleast_1d(part.value(found[0].resampled()))
-            low, high = np.quantile(drawn, [0.025, 0.975])
+        with np.errstate(divide="ignore", invalid="ignore"):  # a gap of 0 in some resample
+            each = [float(part.value(m.scores())) for m in found]
+            estimate = sum(each) / len(each)
+            if len(each) > 1:
+                half = t_half_width(each)
+                low, high = estimate - half, estimate + half
+            else:
+                drawn = np.atleast_1d(part.value(found[0].resampled()))
+                low, high = np.quantile(drawn, [0.025, 0.975])
         values[part.name], intervals[part.name] = estimate, [float(low), float(high)]
         verdicts.append(verdict(part, estimate, float(low), float(high)))
     holds = all(verdicts) if None not in verdicts else None

@@ -8,6 +8,7 @@ from pathlib import Path
 from opdctl.judge import judge
 from opdctl.rundir import RunDir, read_json, read_rows
 from opdctl.status import status
+from opdctl.verdict import shown
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; color: #222 }
@@ -81,7 +82,7 @@ def _claims(claims: list[dict]) -> str:
     rows = []
     for c in claims:
         values = "<br>".join(
-            f"{_e(n)} {v:.3f} [{c['interval'][n][0]:.3f}, {c['interval'][n][1]:.3f}]"
+            f"{_e(n)} {shown(v)} [{shown(c['interval'][n][0])}, {shown(c['interval'][n][1])}]"
             for n, v in c["measured"].items()
         ) or _e(c["note"])
         rows.append(

@@ -53,6 +53,11 @@ def verdict(part: Part, estimate: float, low: float, high: float) -> bool | None
     return True if least <= estimate <= most and within else None
 
 
+def shown(value: float) -> str:
+    """Three digits after the point; of a smaller number its size."""
+    return f"{value:.1e}" if 0 < abs(value) < 0.0005 else f"{value:.3f}"
+
+
 def name(reference: str) -> str:
     """The stage a claim's role names."""
     return reference.removeprefix("stage:")
