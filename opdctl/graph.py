@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from opdctl import references, registry
+from opdctl.core.questions import problems
 from opdctl.errors import Problem
 from opdctl.schema import did_you_mean
 from opdctl.schema import references as refs_of
@@ -105,8 +106,8 @@ def _data(recipe, folders: bool) -> list[Problem]:
         if path and (config.kind == "jsonl" or Path(path).expanduser().exists()):
             config.path = str(Path(path).expanduser().absolute())
         check = getattr(registry.member("data", config.kind), "problems", lambda _: [])
-        if folders:
-            found += [replace(p, path=f"data.{domain}.{p.path}") for p in check(config)]
+        wrong = problems(config) + (check(config) if folders else [])
+        found += [replace(p, path=f"data.{domain}.{p.path}") for p in wrong]
     return found
 
 
@@ -119,14 +120,23 @@ def _claim(recipe, claim: str, roles) -> list[Problem]:
         if wrong:
             found.append(Problem(f"claims.{claim}.{dotted}", *wrong))
     for f in dataclasses.fields(roles):
-        if not f.metadata["doc"].startswith("domain"):
-            continue
-        value = getattr(roles, f.name)
-        for domain in [value] if isinstance(value, str) else value:
-            if domain not in recipe.data:
-                near = did_you_mean(domain, recipe.data, "data:")
-                found.append(Problem(f"claims.{claim}.{f.name}", f"no domain {domain!r}", near))
-    return found
+        value, path = getattr(roles, f.name), f"claims.{claim}.{f.name}"
+        groups = [value]
+        if isinstance(value, dict) and all(isinstance(v, dict) for v in value.values()):
+            groups = list(value.values()) or [{}]
+        for group in groups:
+            if isinstance(group, dict) and not any(group.values()):
+                found.append(Problem(path, "names nothing", f.metadata["doc"]))
+            for domain in _domains(group) if f.metadata["domains"] else ():
+                if domain not in recipe.data:
+                    near = did_you_mean(domain, recipe.data, "data:")
+                    found.append(Problem(path, f"no domain {domain!r}", near))
+    check = getattr(registry.member("claims", claim.lower()), "problems", lambda _: [])
+    return found + [replace(p, path=f"claims.{claim}.{p.path}") for p in check(roles)]
+
+
+def _domains(group: str | dict) -> list[str]:
+    return [group] if isinstance(group, str) else list(group)
 
 
 def _set(config: Any, dotted: str, value: str) -> None:

@@ -109,7 +109,9 @@ def judge(parent: RunDir) -> list[dict]:
             record |= _decide(parts, found)
             record["note"] = notes
         except KeyError as missing:
-            record["note"] = f"not measured yet: {' '.join(map(str, missing.args[0]))}"
+            what = missing.args[0]
+            what = " ".join(map(str, what)) if isinstance(what, tuple) else str(what)
+            record["note"] = f"not measured yet: {what}"
         out.append(record)
     return out
 
@@ -128,6 +130,10 @@ def _decide(parts: list[Part], found: list[Measured]) -> dict:
                 low, high = np.quantile(drawn, [0.025, 0.975])
         values[part.name], intervals[part.name] = estimate, [float(low), float(high)]
         verdicts.append(verdict(part, estimate, float(low), float(high)))
+    either = [v for p, v in zip(parts, verdicts, strict=True) if p.alternative]
+    verdicts = [v for p, v in zip(parts, verdicts, strict=True) if not p.alternative]
+    if either:
+        verdicts.append(True if True in either else None if None in either else False)
     holds = all(verdicts) if None not in verdicts else None
     if False in verdicts:
         holds = False

@@ -114,15 +114,13 @@ def assign_all(tree, pending, where, problems, *, expanded: bool) -> dict:
         entry, entries = ".".join(parts[:2]), tree.get(parts[0])
         of_expanded = entry in where.templates
         unknown = len(parts) > 2 and isinstance(entries, dict) and parts[1] not in entries
-        if not expanded and unknown:
-            templated = parts[0] == "data" and any("{" in k for k in entries)
-            if parts[0] == "stages" or templated:
-                where.later.add(text)  # it may name what a matrix expands to
+        if not expanded and ((unknown and parts[0] == "stages") or _may_expand(tree, parts)):
+            where.later.add(text)  # it may name what a matrix expands to
         if expanded != (of_expanded or text in where.later):
             continue
         path = ".".join(parts)
         where.overrides[path] = f"override {text!r}"
-        if unknown and text in where.later:
+        if unknown and parts[0] in ("stages", "data") and text in where.later:
             hint = did_you_mean(parts[1], entries, f"{parts[0]}:")
             problems.append(Problem(path, f"no {parts[0].rstrip('s')} {parts[1]!r}", hint))
             continue
@@ -151,6 +149,17 @@ def assign_all(tree, pending, where, problems, *, expanded: bool) -> dict:
             else:
                 node[parts[-1]] = value
     return tree
+
+
+def _may_expand(tree: Any, parts: list[str]) -> bool:
+    """Whether a name on the way of an override is missing where a matrix will make names."""
+    for part in parts:
+        if not isinstance(tree, dict):
+            return False
+        if part not in tree:
+            return any("{" in str(name) for name in tree)
+        tree = tree[part]
+    return False
 
 
 def choose(tree: dict, problems: list[Problem]) -> dict:
@@ -217,7 +226,7 @@ def expand(tree: Any, where: Where, problems: list[Problem], path: str = "") -> 
         body = {k: v for k, v in entry.items() if k != "matrix"}
         body = body["value"] if list(body) == ["value"] else body
         for values in _combinations(entry["matrix"], str(name), here, problems):
-            expanded = _fill(name, values)
+            expanded = str(_fill(name, values))
             if expanded in out:
                 problems.append(Problem(here, f"expands to {expanded!r} twice"))
             if path in ("stages", "data"):
@@ -243,7 +252,7 @@ def _combinations(axes: Any, name: str, path: str, problems: list[Problem]) -> l
     for combination in itertools.product(*axes.values()):
         values: dict[str, Any] = {}
         for axis, value in zip(axes, combination, strict=True):
-            values[axis] = str(value)
+            values[axis] = value
             own = axes[axis][value] if isinstance(axes[axis], dict) else {}
             values |= {f"{axis}.{k}": v for k, v in own.items()}
         found.append(values)
@@ -264,7 +273,7 @@ def _fill(tree: Any, values: dict[str, Any]) -> Any:
             return values[whole[1]]
         return re.sub(r"\{([\w.]+)\}", lambda m: str(values.get(m[1], m[0])), tree)
     if isinstance(tree, dict):
-        return {_fill(k, values): _fill(v, values) for k, v in tree.items()}
+        return {str(_fill(k, values)): _fill(v, values) for k, v in tree.items()}
     if isinstance(tree, list):
         return [_fill(v, values) for v in tree]
     return tree

@@ -33,6 +33,7 @@ def key(
     role: str = "semantic",
     family: str = "",
     ref: bool = False,
+    domains: bool = False,
     least: float | None = None,
     most: float | None = None,
 ):
@@ -44,6 +45,7 @@ def key(
         role: semantic, numeric or operational.
         family: the value is a mapping ``member name -> that member's Config``; so is the default.
         ref: the value names a model: an edge of the stage graph.
+        domains: the value names a domain, or its keys do.
         least, most: bounds of a number, inclusive.
     """
     metadata = {
@@ -51,6 +53,7 @@ def key(
         "role": role,
         "family": family,
         "ref": ref,
+        "domains": domains,
         "least": least,
         "most": most,
     }

@@ -31,7 +31,7 @@ class Sampling:
     """How responses are drawn: the whole distribution, so that log-probs are exact."""
 
     temperature: float = key(1.0, "divides the logits, in sampler and loss alike", least=1e-3)
-    max_tokens: int = key(32, "longest response, in tokens", least=1)
+    max_tokens: int = key(32, "longest turn of a response, in tokens", least=1)
 
 
 @dataclass(kw_only=True)

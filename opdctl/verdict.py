@@ -2,7 +2,9 @@
 
 A part *holds* if its estimate meets the threshold and its interval stays within delta of it or
 beyond; it is *refuted* if the whole interval misses; else it is undecided. One that need only
-touch its threshold holds unless the whole interval misses.
+touch its threshold holds unless the whole interval misses. Of several parts that are alternatives
+one is enough. delta is .03 of a score, .05 of a recovery, and 0 of what is no score: costs, tokens,
+steps, divergences, variances.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ class Part:
         least, most: the threshold, on one side or both; None on a side that is free.
         delta: how far beyond the threshold the interval may reach.
         touches: it is enough that the interval reaches the threshold.
+        alternative: it is enough that one of the claim's alternatives holds.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Part:
     most: float | None = None
     delta: float = DELTA
     touches: bool = False
+    alternative: bool = False
 
 
 def verdict(part: Part, estimate: float, low: float, high: float) -> bool | None:

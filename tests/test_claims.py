@@ -147,7 +147,7 @@ def test_pass_at_k_is_unbiased():
 def test_record_and_interval():
     random.seed(0)
     right = [sum(random.random() < 0.7 for _ in range(4)) for _ in range(500)]
-    row = record("m", "d", 4, right, [3] * 2000)
+    row = record("m", "d", 4, right, [3] * 2000, [4] * 500)
     assert row["n"] == 2000 and row["pass_at_k"].keys() == {"1", "2", "4"}
     assert row["pass_at_k"]["1"] == pytest.approx(row["accuracy"])
     low, high = row["ci95"]

@@ -6,18 +6,20 @@ from fractions import Fraction
 import pytest
 import torch
 
-from conftest import make_model, make_model64
+from conftest import ALPHABET, make_model, make_model64
 from opdctl.core import update
+from opdctl.core.models import Model
 from opdctl.core.sampling import sample_group
 from opdctl.core.scoring import score
-from opdctl.core.thinking import Thinking
+from opdctl.core.thinking import Thinking, Trace
 from opdctl.data.reasoning_gym import ReasoningGym
 from opdctl.environments.calculator import Calculator
 from opdctl.errors import UsageError
 from opdctl.objectives.nll import Nll
 from opdctl.recipe import lookup
 from opdctl.schema import build
-from opdctl.types import Prompt, ScoreRequest
+from opdctl.signals.outcome import Outcome
+from opdctl.types import Prompt, Rollout, ScoreRequest
 
 FOLDS = {
     "count_bits": {
@@ -52,6 +54,9 @@ FOLDS = {
 }
 
 
+OPEN = {"mode": "think", "open": "(", "close": ")"}
+
+
 def gym(domain, **keys):
     problems = []
     config = build(ReasoningGym.Config, {"kind": "reasoning_gym", **keys}, "d", problems, lookup)
@@ -82,13 +87,49 @@ def test_every_makes_a_thought_sparser():
     for every in (1, 2, 3):
         keys = FOLDS["count_bits"]
         trace = {**keys["trace"], "every": every}
-        data = gym("d", task="count_bits", items=50, **{**keys, "trace": trace})
+        data = gym("d", task="count_bits", items=50, thinking=OPEN, **{**keys, "trace": trace})
         lengths.append([len(p.lead) for p in data.prompts("train")])
     assert all(a >= b >= c for a, b, c in zip(*lengths, strict=True))
     assert sum(lengths[0]) > sum(lengths[1]) > sum(lengths[2])
-    count = gym("d", task="count_bits", items=50, **FOLDS["count_bits"]).prompts("train")[0]
+    keys = {**FOLDS["count_bits"], "thinking": OPEN}
+    count = gym("d", task="count_bits", items=50, **keys).prompts("train")[0]
     bits = count.text[:-1]
-    assert count.lead == "".join(str(bits[: i + 1].count("1")) for i in range(len(bits)))
+    running = "".join(str(bits[: i + 1].count("1")) for i in range(len(bits)))
+    assert count.lead == f"({running})"
+
+
+def test_a_sort_of_many_digits_keeps_its_numbers():
+    trace = Trace(fold="sort", over="n", separator=" ")
+    numbers = ["3.51", "-20.7", "12345678", "5.0"]
+    assert trace.write({"n": numbers}) == (
+        "3.51 -20.7 3.51 -20.7 3.51 12345678 -20.7 3.51 5 12345678"
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "path", "says"),
+    [
+        ("data.d.trace.fold=sort", "data.d.trace.over", "a fold is over a field"),
+        ("data.d.trace={fold: count, over: x}", "data.d.trace.target", "what is counted"),
+        ("data.d.trace={fold: sort, over: x}", "data.d.trace.fold", "part of the answer"),
+        ("data.d.thinking.close=''", "data.d.thinking.close", "two different marks"),
+        ("data.d.thinking.close=<think>", "data.d.thinking.close", "two different marks"),
+        ("data.d.environment={calculator: {open: ''}}", "calculator.close", "enclose a call"),
+        ("data.d.call=ask x", "data.d.call", "no environment would answer"),
+    ],
+)
+def test_what_a_domain_cannot_be(keys, path, says):
+    from opdctl.errors import RecipeError
+    from opdctl.recipe import resolve
+
+    tree = {
+        "data": {"d": {"kind": "reasoning_gym", "task": "gcd"}},
+        "stages": {"base": {"kind": "pretrain"}},
+    }
+    with pytest.raises(RecipeError) as caught:
+        resolve(tree, "x", overrides=(keys,))
+    found = [p for p in caught.value.problems if p.path.endswith(path)]
+    assert found and says in found[0].message, caught.value.problems
 
 
 def test_modes_are_read():
@@ -99,14 +140,16 @@ def test_modes_are_read():
         ("<think>a</think>7", "a", "7"),
         ("a</think>7", "a", "7"),  # the template opened the block
         ("<think></think>7", "", "7"),
-        ("<think>\n\n</think>7", "\n\n", "7"),
+        ("<think>\n\n</think>7", "", "7"),
+        ("\n<think>\n\n</think>\n\n7", "", "\n\n7"),
         ("<think>a</think>b</think>7", "a</think>b", "7"),
         ("7", "", "7"),
-        ("<think>7", "", "<think>7"),
     ):
         assert think.split(text) == (thought, answer)
-        assert think.obeyed(text) == bool(thought.strip())
-        assert plain.obeyed(text) == (not thought.strip())
+        assert think.obeyed(text) == bool(thought)
+        assert plain.obeyed(text) == (not thought)
+    for cut in ("<think>7", "<think></think><think>7", "<think>a</think>7<think>"):
+        assert not think.obeyed(cut) and not plain.obeyed(cut)  # opened and not closed
     free = Thinking()
     assert free.split("<think>a</think>7") == ("", "<think>a</think>7") and free.obeyed("x")
     assert free.lead("so ") == "so "
@@ -114,7 +157,7 @@ def test_modes_are_read():
 
 def test_a_question_is_on_one_side_in_all_of_its_modes():
     keys = FOLDS["count_bits"]
-    sides = {}
+    sides: dict = {}
     for mode, tag in (("think", "+"), ("no_think", "-")):
         data = gym(f"math_{mode}", task="count_bits", thinking={"mode": mode, "tag": tag}, **keys)
         for split in ("train", "eval"):
@@ -146,10 +189,13 @@ def test_calculator_is_exact_arithmetic_and_nothing_else():
             continue
         found = calculator.reply(f"so [{text}]")
         assert found == (str(exact) if exact.denominator == 1 else f"{float(exact):.12g}")
+        assert len(found) < 20
         seen += 1
     assert seen > 200
     assert calculator.reply("[12+30]") == "42" and calculator.reply("[1.5*2]") == "3"
     assert calculator.reply("[7//2]") == "3" and calculator.reply("[-7 % 4]") == "1"
+    assert calculator.reply("[99999999*99999999*9]") == "8.99999982e+16"
+    assert calculator.reply("[1e300*1e300]") == "error"
     for call in ("[__import__('os')]", "[2**9]", "[a]", "[]", "[1+]", "[True]", "[f(1)]", "[1;2]"):
         assert calculator.reply(call) == "error", call
     for final in ("42", "[1+1] is 2", "1+1]", ""):
@@ -238,14 +284,66 @@ def test_observed_tokens_are_never_supervised():
         torch.set_default_dtype(torch.float32)
 
 
-def test_a_template_without_room_for_an_answer_is_refused(model):
+QWEN3 = """{%- for m in messages %}
+    {%- if m.role == "user" %}{{ "<|im_start|>user\\n" + m.content + "<|im_end|>\\n" }}
+    {%- elif m.role == "assistant" %}
+        {{- "<|im_start|>assistant\\n" }}
+        {%- if loop.last %}{{ "<think>\\n\\n</think>\\n\\n" }}{% endif %}
+        {{- m.content.split("</think>")[-1] + "<|im_end|>\\n" }}
+    {%- elif m.role == "tool" %}
+        {{- "<|im_start|>user\\n<tool_response>\\n" + m.content }}
+        {{- "\\n</tool_response><|im_end|>\\n" }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<|im_start|>assistant\\n" }}{% endif %}"""  # as Qwen3's, cut
+
+
+def test_an_answer_in_the_words_of_a_chat_template(model):
+    assert model.tokenizer.decode(model.observation("42", "tool")) == "<|user|>42<|assistant|>"
     assert model.observation("42", "tool") == model.observation("42", "user")
-    model.answers.clear()
-    model.tokenizer.chat_template = "{{ messages[0].content }}"
-    with pytest.raises(UsageError, match="no end token after a turn"):
-        model.observation("42", "tool")
-    model.tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.content if loop.last else '' }}<|end|>{% endfor %}"
-    )
-    with pytest.raises(UsageError, match="changes a turn once another follows"):
-        make_model().__class__(model.net, model.tokenizer, "m").observation("42", "tool")
+    tokenizer = make_model(alphabet=ALPHABET + "<>|/_\n").tokenizer
+    tokenizer.chat_template = QWEN3
+    for end in ("<|im_end|>", "<|endoftext|>"):
+        tokenizer.add_special_tokens({"eos_token": end})
+        chat = Model(model.net, tokenizer, "chat")
+        shown = tokenizer.decode(chat.observation("42", "tool"))
+        after = "\n<|im_start|>user\n<tool_response>\n42\n</tool_response><|im_end|>\n"
+        after += "<|im_start|>assistant\n"
+        # a model that ends by another token than its template keeps the template's own end
+        assert shown == (after if end == "<|im_end|>" else "<|im_end|>" + after)
+
+
+def test_a_template_without_room_for_an_answer_is_refused(model):
+    for template, says in (
+        ("{{ messages[0].content }}", "does not show a turn"),
+        ("{{ raise_exception('roles must alternate') }}", "no place for a turn of role tool"),
+        ("{% for m in messages %}{{ m.content if loop.first else '' }}{% endfor %}", "not show"),
+    ):
+        model.tokenizer.chat_template = template
+        model.answers.clear()
+        with pytest.raises(UsageError, match=says):
+            model.observation("42", "tool")
+
+
+def test_a_length_penalty_costs_what_it_says():
+    from types import SimpleNamespace as Names
+
+    context = Names(config=Names(sampling=Names(max_tokens=10)))
+
+    def credit(rewards, lengths, **keys):
+        rollouts = [
+            Rollout(Prompt("x", "d", "q", "", {}), [1], [5] * n, group=0, reward=r)
+            for r, n in zip(rewards, lengths, strict=True)
+        ]
+        step = Names(rollouts=rollouts, spread=lambda values: values)
+        return Outcome(Outcome.Config(**keys), context).credit(step)
+
+    plain = credit([1, 0, 1, 0], [4, 6, 8, 2])
+    assert plain == pytest.approx([1, -1, 1, -1])
+    with_it = credit([1, 0, 1, 0], [4, 6, 8, 2], length_penalty=0.5)
+    net = [1 - 0.2, -0.3, 1 - 0.4, -0.1]
+    assert with_it == pytest.approx([(v - sum(net) / 4) / 0.5 for v in net])
+    for k in (0.1, 0.001):  # all right: what is left is the penalty, in its own size
+        found = credit([1, 1, 1, 1], [4, 6, 8, 2], length_penalty=k)
+        assert found == pytest.approx([k * (5 - n) / 10 for n in (4, 6, 8, 2)])
+    assert credit([1, 1], [3, 9]) == [0, 0]

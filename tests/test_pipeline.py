@@ -46,6 +46,10 @@ def test_what_a_run_leaves(modes_run):
         assert 0 <= sum(row["right"]) <= sum(row["obeyed"]) <= row["n"]
     assert results["math_think"]["mean_tokens"] > results["math_no_think"]["mean_tokens"] + 2
     assert results["agent"]["obedience"] == 1.0
+    for mode in ("think", "no_think"):  # so little trained, it does not always obey
+        row = results[f"math_{mode}"]
+        assert row["obedience"] == sum(row["obeyed"]) / row["n"] < 1.0
+    assert all(r["teacher_loads"] >= 3 for r in rows[1:])  # one resident: each is read again
 
 
 def test_claims_of_the_run(modes_run):
@@ -75,6 +79,7 @@ def test_sources_by_domain(modes_run):
         (["stages.fused.sources.dataset.domains={math_think: true}"], "two sources have"),
         (["stages.fused.sources.teacher.domains={maths: true}"], "no prompt here is of 'maths'"),
         (["stages.fused.sources={student: {}}"], "sft takes dataset, teacher, or both"),
+        (["stages.fused.sources.teacher.domains={agent: false}"], "no domain that is true"),
     ):
         done = opdctl("validate", MODES, *keys)
         assert done.returncode == 2 and says in done.stderr, done.stderr
@@ -98,6 +103,31 @@ def test_killed_and_resumed(modes_run, tmp_path, stage, patch, n):
     assert_same(modes_run, tmp_path / "run", [stage])
     facts = [RunDir(r).stage(stage) / "facts.json" for r in (modes_run, tmp_path / "run")]
     assert stage != "variance" or facts[0].read_bytes() == facts[1].read_bytes()
+
+
+def test_gradients_of_a_reward(modes_run, tmp_path):
+    folder = tmp_path / "again"
+    signals = "stages.variance.signals={reverse_kl: {}, outcome: {coef: 0.2}}"
+    more = ("stages.variance.prompts.samples=2", "stages.variance.batches=2")
+    done = opdctl("run", MODES, "--from", modes_run, "--out", folder, signals, *more)
+    assert done.returncode == 0, done.stderr
+    facts = [read_json(RunDir(f).stage("variance") / "facts.json") for f in (modes_run, folder)]
+    assert facts[0]["norm of policy_gradient"] != facts[1]["norm of policy_gradient"]
+
+
+def test_heads_on_disk_change_nothing(modes_run, tmp_path):
+    """All teachers resident: the same bits, and all three heads in memory."""
+    copy_without(modes_run, tmp_path / "run", "merged")
+    resolved = tmp_path / "run" / "resolved.yaml"
+    text = resolved.read_text()
+    assert text.count("resident_teachers: 1") == 1
+    resolved.write_text(text.replace("resident_teachers: 1", "resident_teachers: 0"))
+    assert worker(tmp_path / "run", "merged").returncode == 0
+    runs = [RunDir(r) for r in (modes_run, tmp_path / "run")]
+    weights = [(r.output("merged") / "model.safetensors").read_bytes() for r in runs]
+    assert weights[0] == weights[1]
+    heads = [{row["heads"] for row in read_rows(r.stage("merged") / "metrics.jsonl")} for r in runs]
+    assert heads == [{2}, {3}]
 
 
 def test_summary_is_variance_and_cosine():

@@ -363,7 +363,9 @@ claims:
 
 
 def test_a_matrix_expands_anywhere_and_gives_values_keys():
-    recipe = read(EFFORTS, "data.math_high.items=77", "stages.t_low.steps=3")
+    weight = "stages.merged.teachers.math_low.weight=2"
+    recipe = read(EFFORTS, "data.math_high.items=77", "stages.t_low.steps=3", weight)
+    assert [t.weight for t in recipe.stages["merged"].teachers.values()] == [2.0, 1.0]
     assert list(recipe.data) == ["math_low", "math_high"]
     assert [d.thinking.tag for d in recipe.data.values()] == ["-", "+"]
     assert [d.items for d in recipe.data.values()] == [4000, 77]
@@ -394,3 +396,35 @@ def test_bad_matrices_are_named():
     assert wrong.path == "data.math_hihg.items" and "'math_high'" in wrong.hint
     (wrong,) = problems(EFFORTS, "claims.M1.teachers.maths=stage:t_low")
     assert "no domain 'maths'" in wrong.message
+
+
+def test_a_placeholder_alone_keeps_its_type():
+    text = GOOD.replace("d: [math, sort]", "d: [math, sort], n: [3, 4]").replace(
+        "t_{d}", "t_{d}_{n}"
+    )
+    text = text.replace("kind: rl\n", 'kind: rl\n    steps: "{n}"\n    seed_group: "g{n}"\n')
+    text = text.replace("stage:t_math", "stage:t_math_3").replace("stage:t_sort", "stage:t_sort_4")
+    recipe = read(text)
+    assert recipe.stages["t_math_3"].steps == 3 and recipe.stages["t_sort_4"].steps == 4
+    assert recipe.stages["t_sort_4"].seed_group == "g4"
+
+
+@pytest.mark.parametrize(
+    ("claims", "says"),
+    [
+        ("Q4: {student: S, teacher: S, think: {math: false}, no_think: {sort: true}}", "nothing"),
+        ("G1: {end: S, after: {}}", "nothing"),
+        ("D5: {student: S, average: S, specialists: {math: S}, efforts: {}}", "nothing"),
+        (
+            "D5: {student: S, average: S, specialists: {math: S}, efforts: {a: {maths: true}}}",
+            "maths",
+        ),
+        ("G4: {start: S, teachers: {math: S}, without: {sort: S}}", "not those of teachers"),
+        ("T1: {opd: S, teacher: S, domain: maths}", "maths"),
+    ],
+)
+def test_roles_that_name_nothing(claims, says):
+    found = problems(
+        GOOD + "claims:\n  " + claims.replace("S", "stage:base").replace("DOMAIN", "S")
+    )
+    assert any(says in p.message for p in found), found

@@ -36,6 +36,6 @@ class D1:
             return s.fact(stage, "cosine of policy_gradient and divergence")
 
         return [
-            Part("variance, sampled to full", ratio, least=2.0),
-            Part("cosine of the means", cosine, least=0.95),
+            Part("variance, sampled to full", ratio, least=2.0, delta=0.0),
+            Part("cosine of the means", cosine, least=0.95, delta=0.0),
         ], ""

@@ -30,7 +30,7 @@ class D3:
 
         def excess(s):
             pairs = zip(s.curve(stage, "head_loads"), s.curve(stage, "teachers"), strict=True)
-            return max(abs(loads - teachers) for loads, teachers in pairs)
+            return max(0, *(loads - teachers for loads, teachers in pairs))
 
         return [
             Part("loads beyond teachers", excess, most=0.0, delta=0.0),

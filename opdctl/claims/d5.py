@@ -27,25 +27,22 @@ class D5:
 
         student: str = key(REQUIRED, "the distilled student", ref=True)
         average: str = key(REQUIRED, "the parameter average of the specialists", ref=True)
-        specialists: dict[str, str] = key(REQUIRED, "domain: its specialist", ref=True)
+        specialists: dict[str, str] = key(
+            REQUIRED, "domain: its specialist", ref=True, domains=True
+        )
         efforts: dict[str, dict[str, bool]] = key(
-            REQUIRED, "effort: {domain: true}, from the least to the most"
+            REQUIRED, "effort: {domain: true}, from the least to the most", domains=True
         )
 
     @staticmethod
     def parts(roles, found) -> tuple[list[Part], str]:
-        """The domain furthest below its specialist, tokens by effort, the mean over the average."""
+        """Each domain against its specialist, tokens by effort, the mean over the average."""
         student, every = name(roles.student), dict.fromkeys(roles.specialists, True)
-        behind = [
-            Part(
-                f"{d} to its specialist",
-                gain(student, t, d),
-                least=-DELTA_RECOVERY,
-            )
+        parts = [
+            Part(f"{d} to its specialist", gain(student, t, d), least=-DELTA_RECOVERY)
             for d, t in roles.specialists.items()
         ]
-        worst = min(behind, key=lambda part: sum(part.value(m.scores()) for m in found))
-        parts, efforts = [worst], list(roles.efforts.items())
+        efforts = list(roles.efforts.items())
         for (less, few), (more, many) in itertools.pairwise(efforts):
             value = longer(student, many, few)
             parts.append(Part(f"tokens, {more} minus {less}", value, least=1e-6, delta=0.0))

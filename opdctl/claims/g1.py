@@ -22,14 +22,14 @@ class G1:
         """Who plays."""
 
         end: str = key(REQUIRED, "the model after the last RL stage", ref=True)
-        after: dict[str, str] = key(REQUIRED, "domain: the stage that taught it", ref=True)
+        after: dict[str, str] = key(
+            REQUIRED, "domain: the stage that taught it", ref=True, domains=True
+        )
 
     @staticmethod
     def parts(roles, found) -> tuple[list[Part], str]:
-        """The largest fall, over the earlier domains."""
-        each = [
-            Part(f"change of {d}", gain(roles.end, a, d), most=-DELTA)
+        """The change of each earlier domain; one fall is enough."""
+        return [
+            Part(f"change of {d}", gain(roles.end, a, d), most=-DELTA, alternative=True)
             for d, a in roles.after.items()
-        ]
-        worst = min(each, key=lambda part: sum(part.value(m.scores()) for m in found))
-        return [worst], ""
+        ], ""

@@ -28,8 +28,8 @@ class G2:
         before: str = key(REQUIRED, "its start: the model after the last RL stage", ref=True)
         stages: dict[str, str] = key(REQUIRED, "every stage of the chain, by any name", ref=True)
         rl: dict[str, str] = key(REQUIRED, "its RL stages, by any name", ref=True)
-        domains: dict[str, bool] = key(REQUIRED, "domains of earlier stages")
-        last: dict[str, bool] = key(REQUIRED, "domains of the last stage")
+        domains: dict[str, bool] = key(REQUIRED, "domains of earlier stages", domains=True)
+        last: dict[str, bool] = key(REQUIRED, "domains of the last stage", domains=True)
 
     @staticmethod
     def parts(roles, found) -> tuple[list[Part], str]:

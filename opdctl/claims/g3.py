@@ -23,7 +23,7 @@ class G3:
 
         one: str = key(REQUIRED, "the student of groups of one", ref=True)
         several: str = key(REQUIRED, "the student of larger groups", ref=True)
-        domains: dict[str, bool] = key(REQUIRED, "domains of the mean")
+        domains: dict[str, bool] = key(REQUIRED, "domains of the mean", domains=True)
 
     @staticmethod
     def parts(roles, found) -> tuple[list[Part], str]:

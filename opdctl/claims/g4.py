@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opdctl.errors import Problem
 from opdctl.schema import REQUIRED, key
 from opdctl.verdict import DELTA_RECOVERY, Part, name, recovery, wide_gaps
 
@@ -22,8 +23,19 @@ class G4:
         """Who plays."""
 
         start: str = key(REQUIRED, "the student's starting checkpoint", ref=True)
-        teachers: dict[str, str] = key(REQUIRED, "domain: the teacher left out", ref=True)
-        without: dict[str, str] = key(REQUIRED, "domain: the student without it", ref=True)
+        teachers: dict[str, str] = key(
+            REQUIRED, "domain: the teacher left out", ref=True, domains=True
+        )
+        without: dict[str, str] = key(
+            REQUIRED, "domain: the student without it", ref=True, domains=True
+        )
+
+    @staticmethod
+    def problems(roles) -> list[Problem]:
+        """What the schema cannot see."""
+        if roles.teachers.keys() == roles.without.keys():
+            return []
+        return [Problem("without", "its domains are not those of teachers", "one student for each")]
 
     @staticmethod
     def parts(roles, found) -> tuple[list[Part], str]:

@@ -14,7 +14,7 @@ class Roles:
 
     student: str = key(REQUIRED, "the distilled student", ref=True)
     start: str = key(REQUIRED, "the student's starting checkpoint", ref=True)
-    teachers: dict[str, str] = key(REQUIRED, "domain: its RL-made teacher", ref=True)
+    teachers: dict[str, str] = key(REQUIRED, "domain: its RL-made teacher", ref=True, domains=True)
 
 
 def cast(roles, found) -> tuple[str, str, dict[str, str], str]:

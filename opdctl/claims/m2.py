@@ -25,7 +25,9 @@ class M2:
 
         student: str = key(REQUIRED, "the distilled student", ref=True)
         start: str = key(REQUIRED, "the student's starting checkpoint", ref=True)
-        teachers: dict[str, str] = key(REQUIRED, "domain: its RL-made teacher", ref=True)
+        teachers: dict[str, str] = key(
+            REQUIRED, "domain: its RL-made teacher", ref=True, domains=True
+        )
         baselines: dict[str, str] = key(REQUIRED, "name: a stage it is compared with", ref=True)
 
     @staticmethod

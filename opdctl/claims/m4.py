@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.schema import REQUIRED, key
-from opdctl.verdict import DELTA_RECOVERY, Part, name, norm
+from opdctl.verdict import DELTA_RECOVERY, Part, name, norm, wide_gaps
 
 
 class M4:
@@ -23,21 +23,32 @@ class M4:
 
         start: str = key(REQUIRED, "the start of both students", ref=True)
         student: str = key(REQUIRED, "taught by teachers of its own origin", ref=True)
-        teachers: dict[str, str] = key(REQUIRED, "domain: its teacher of the same origin", ref=True)
+        teachers: dict[str, str] = key(
+            REQUIRED, "domain: its teacher of the same origin", ref=True, domains=True
+        )
         other: str = key(REQUIRED, "taught by teachers of another origin", ref=True)
-        other_teachers: dict[str, str] = key(REQUIRED, "domain: the other one", ref=True)
+        other_teachers: dict[str, str] = key(
+            REQUIRED, "domain: the other one", ref=True, domains=True
+        )
 
     @staticmethod
     def parts(roles, found) -> tuple[list[Part], str]:
         """Ratio of the divergences at the first step, and the difference of the Norms."""
         start, ours, theirs = name(roles.start), name(roles.student), name(roles.other)
 
+        same, left = wide_gaps(start, {d: name(t) for d, t in roles.teachers.items()}, found)
+        away, narrow = wide_gaps(
+            start, {d: name(t) for d, t in roles.other_teachers.items()}, found
+        )
+        both = [d for d in same if d in away]
+        left = sorted({*left, *narrow})
+        note = f"left out, gap below .10: {', '.join(left)}" if left else ""
+        if not both:
+            return [], note
+
         def first(s, stage: str) -> float:
             row = s.curve(stage, "kl")[0]
-            return sum(row[d] for d in roles.teachers) / len(roles.teachers)
-
-        def of(student: str, teachers: dict[str, str]):
-            return norm(student, start, {d: name(t) for d, t in teachers.items()})
+            return sum(row[d] for d in both) / len(both)
 
         def ratio(s):
             return first(s, theirs) / first(s, ours)
@@ -45,8 +56,9 @@ class M4:
         def ahead(s):
             return own(s) - other(s)
 
-        own, other = of(ours, roles.teachers), of(theirs, roles.other_teachers)
+        own = norm(ours, start, {d: same[d] for d in both})
+        other = norm(theirs, start, {d: away[d] for d in both})
         return [
-            Part("initial KL, other to own", ratio, least=3.0),
+            Part("initial KL, other to own", ratio, least=3.0, delta=0.0),
             Part("Norm, own minus other", ahead, least=1e-6, delta=DELTA_RECOVERY),
-        ], ""
+        ], note

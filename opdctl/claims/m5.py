@@ -24,7 +24,9 @@ class M5:
 
         student: str = key(REQUIRED, "the distilled student", ref=True)
         start: str = key(REQUIRED, "the student's starting checkpoint", ref=True)
-        domains: dict[str, bool] = key(REQUIRED, "domains that are taught by the start itself")
+        domains: dict[str, bool] = key(
+            REQUIRED, "domains that are taught by the start itself", domains=True
+        )
 
     @staticmethod
     def parts(roles, found) -> tuple[list[Part], str]:

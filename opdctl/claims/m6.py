@@ -23,7 +23,7 @@ class M6:
 
         first: str = key(REQUIRED, "the student after the first round", ref=True)
         second: str = key(REQUIRED, "the student after the second", ref=True)
-        domains: dict[str, bool] = key(REQUIRED, "domains of the mean")
+        domains: dict[str, bool] = key(REQUIRED, "domains of the mean", domains=True)
 
     @staticmethod
     def parts(roles, found) -> tuple[list[Part], str]:

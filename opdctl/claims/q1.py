@@ -24,7 +24,7 @@ class Q1:
 
         opd: str = key(REQUIRED, "the student after OPD", ref=True)
         rl: str = key(REQUIRED, "the student after RL, from the same start", ref=True)
-        domains: dict[str, bool] = key(REQUIRED, "domains of the mean score")
+        domains: dict[str, bool] = key(REQUIRED, "domains of the mean score", domains=True)
 
     @classmethod
     def parts(cls, roles, found) -> tuple[list[Part], str]:

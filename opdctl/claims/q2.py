@@ -24,15 +24,15 @@ class Q2:
         opd: str = key(REQUIRED, "the student after OPD", ref=True)
         rl: str = key(REQUIRED, "the student after RL", ref=True)
         start: str = key(REQUIRED, "the start of both", ref=True)
-        domains: dict[str, bool] = key(REQUIRED, "domains of the mean")
+        domains: dict[str, bool] = key(REQUIRED, "domains of the mean", domains=True)
 
     @staticmethod
     def parts(roles, found) -> tuple[list[Part], str]:
-        """Both differences; the first with its whole interval above 0."""
+        """Both differences."""
         opd, rl = (
             mean_gain(r, roles.start, roles.domains, "pass@32") for r in (roles.opd, roles.rl)
         )
         return [
-            Part("pass@32, OPD minus S0", opd, least=1e-6, delta=0.0),
+            Part("pass@32, OPD minus S0", opd, least=1e-6),
             Part("pass@32, RL minus S0", rl, most=0.0, touches=True),
         ], ""

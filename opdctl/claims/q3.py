@@ -23,7 +23,7 @@ class Q3:
 
         opd: str = key(REQUIRED, "the student after OPD", ref=True)
         start: str = key(REQUIRED, "its start", ref=True)
-        domains: dict[str, bool] = key(REQUIRED, "domains that OPD did not train")
+        domains: dict[str, bool] = key(REQUIRED, "domains that OPD did not train", domains=True)
 
     @staticmethod
     def parts(roles, found) -> tuple[list[Part], str]:

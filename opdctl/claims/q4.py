@@ -23,8 +23,8 @@ class Q4:
 
         student: str = key(REQUIRED, "the distilled student", ref=True)
         teacher: str = key(REQUIRED, "its teacher", ref=True)
-        think: dict[str, bool] = key(REQUIRED, "domains that ask for thinking")
-        no_think: dict[str, bool] = key(REQUIRED, "domains that ask for none")
+        think: dict[str, bool] = key(REQUIRED, "domains that ask for thinking", domains=True)
+        no_think: dict[str, bool] = key(REQUIRED, "domains that ask for none", domains=True)
 
     @staticmethod
     def parts(roles, found) -> tuple[list[Part], str]:

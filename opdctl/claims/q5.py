@@ -23,8 +23,8 @@ class Q5:
 
         before: str = key(REQUIRED, "after reasoning RL", ref=True)
         after: str = key(REQUIRED, "after general RL", ref=True)
-        reasoning: dict[str, bool] = key(REQUIRED, "domains of reasoning")
-        general: dict[str, bool] = key(REQUIRED, "domains of the general stages")
+        reasoning: dict[str, bool] = key(REQUIRED, "domains of reasoning", domains=True)
+        general: dict[str, bool] = key(REQUIRED, "domains of the general stages", domains=True)
 
     @staticmethod
     def parts(roles, found) -> tuple[list[Part], str]:

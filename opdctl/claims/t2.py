@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.schema import REQUIRED, key
-from opdctl.verdict import DELTA_RECOVERY, Part, name, recovery
+from opdctl.verdict import DELTA_RECOVERY, Part, name, recovery, wide_gaps
 
 
 class T2:
@@ -25,12 +25,14 @@ class T2:
         sft: str = key(REQUIRED, "the student of SFT on it", ref=True)
         start: str = key(REQUIRED, "the start of both", ref=True)
         teacher: str = key(REQUIRED, "the teacher", ref=True)
-        domain: str = key(REQUIRED, "domain")
+        domain: str = key(REQUIRED, "domain", domains=True)
 
     @staticmethod
     def parts(roles, found) -> tuple[list[Part], str]:
         """The recovery of each on held-out prompts."""
         start, teacher = name(roles.start), name(roles.teacher)
+        if not wide_gaps(start, {roles.domain: teacher}, found)[0]:
+            return [], f"the teacher's gap over the start is below .10 on {roles.domain}"
         opd, sft = (recovery(name(r), start, teacher, roles.domain) for r in (roles.opd, roles.sft))
         return [
             Part("recovery, OPD", opd, least=0.7, delta=DELTA_RECOVERY),

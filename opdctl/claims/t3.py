@@ -24,14 +24,17 @@ class T3:
         before: str = key(REQUIRED, "the old self", ref=True)
         trained: str = key(REQUIRED, "after the domain training", ref=True)
         student: str = key(REQUIRED, "after OPD from the old self", ref=True)
-        lost: dict[str, bool] = key(REQUIRED, "domains that the training lost")
-        learned: dict[str, bool] = key(REQUIRED, "domains that it taught")
+        lost: dict[str, bool] = key(REQUIRED, "domains that the training lost", domains=True)
+        learned: dict[str, bool] = key(REQUIRED, "domains that it taught", domains=True)
 
     @staticmethod
     def parts(roles, found) -> tuple[list[Part], str]:
         """The share regained, and the change of what was learned."""
         models = [name(r) for r in (roles.before, roles.trained, roles.student)]
         before, trained, student = (mean_score(m, roles.lost) for m in models)
+        losses = [before(m.scores()) - trained(m.scores()) for m in found]
+        if sum(losses) / len(losses) < 0.10:
+            return [], "the training lost less than .10: nothing to regain"
         kept = mean_gain(roles.student, roles.trained, roles.learned)
 
         def regained(s):

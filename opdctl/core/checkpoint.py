@@ -82,6 +82,17 @@ def restore(folder: Path, model: Model, optimizer: torch.optim.AdamW) -> dict | 
     return None
 
 
+def store(path: Path, tensors: dict) -> None:
+    """Put tensors aside, to be read again; lost with the process that wrote them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path)
+
+
+def stored(path: Path) -> dict:
+    """What ``store`` put there."""
+    return load_file(path)
+
+
 def commit(folder: Path, model: Model) -> None:
     """Write a stage's ``output/``: it appears only when it is complete."""
     part = folder / ".output.part"

@@ -35,16 +35,15 @@ def record(
     samples: int,
     right: list[int],
     lengths: list[int],
-    obeyed: list[int] | None = None,
+    obeyed: list[int],
 ) -> dict:
     """One line of results.json.
 
     Args:
         right: correct samples of each prompt.
         lengths: tokens of each sample, a prompt's next to each other.
-        obeyed: samples of each prompt that think if and only if its mode says so; None is all.
+        obeyed: samples of each prompt that think if and only if its mode says so.
     """
-    obeyed = obeyed or [samples] * len(right)
     shares = [r / samples for r in right]
     accuracy, half = mean(shares), half_width(shares)
     ks = [k for k in (2**i for i in range(11)) if k <= samples]
@@ -109,5 +108,6 @@ def _domain(ctx: Context, model, name: str, domain: str) -> dict:
     for rollout in rollouts:
         right[rollout.group] += int(ctx.verify(rollout) == 1.0)
         obeyed[rollout.group] += int(ctx.obeyed(rollout))
-    summary = record(name, domain, config.prompts.samples, right, [r.length for r in rollouts])
+    lengths = [r.length for r in rollouts]
+    summary = record(name, domain, config.prompts.samples, right, lengths, obeyed)
     return {**summary, "processed": sum(r.forwarded for r in rollouts)}

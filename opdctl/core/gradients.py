@@ -42,7 +42,7 @@ def measure(ctx: Context, model: Model, parts: Parts) -> Compute:
         step = scored(rollouts, model, parts, ctx, compute)
         advantage(step, parts.signals)
         if not batch and "hidden" in parts.teacher_wants:
-            gap = rebuilt(ctx, step, parts)
+            gap = rebuilt(ctx, step, parts, compute)
         clock.lap("score")
         norms = {}
         for name, term in terms.items():
@@ -100,7 +100,7 @@ def summary(sums: dict, squares: dict[str, float], n: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def rebuilt(ctx: Context, step: Step, parts: Parts) -> float:
+def rebuilt(ctx: Context, step: Step, parts: Parts, compute: Compute) -> float:
     """Largest difference between a teacher's own logits and those of its cached hidden rows.
 
     Over the first few rollouts of each teacher; the logits at temperature 1, as the head gives
@@ -112,10 +112,12 @@ def rebuilt(ctx: Context, step: Step, parts: Parts) -> float:
         if not own:
             continue
         cached = teacher.score(own, 1.0, ("hidden",))
-        logits_NV = teacher.head(1.0, False).logits(cached.hidden_ND)
+        logits_NV = teacher.model.projection().logits(cached.hidden_ND)
         packed = pack(own, teacher.model.pad, teacher.model.device)
         direct = teacher.model.net(packed.ids_BT).logits.flatten(0, 1)
         direct_NV = direct[packed.prediction_N, : logits_NV.shape[1]].to(logits_NV.dtype)
         gap = max(gap, float((logits_NV - direct_NV).abs().max()))
+        compute.teacher_tokens += 2 * packed.positions
+        compute.flops["teacher"] += 4.0 * teacher.parameters * packed.positions
         ctx.check()
     return gap

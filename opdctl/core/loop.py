@@ -116,10 +116,6 @@ class Loop:
             return {"rollouts": 0, "tokens": 0}  # the source refused all of its samples
         if self.parts.minibatches > 1:
             rollouts = self._shuffled(rollouts, done)
-        for reward in self.parts.rewards:
-            reward.score(rollouts)
-            read = sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
-            self.compute.flops["teacher"] += 2.0 * reward.parameters * read
         before = self.ctx.loads
         step = scored(rollouts, self.model, self.parts, self.ctx, self.compute)
         values = advantage(step, self.parts.signals)

@@ -123,24 +123,30 @@ class Model:
         return self.answers[text, role]
 
     def _observation(self, text: str, role: str) -> list[int]:
-        end = self.tokenizer.eos_token
-        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-        answer = {"role": role, "content": text}
+        said = "\x02said\x03"  # cut out again, so that it does not matter how it is shown
+        turns = [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": said},
+            {"role": role, "content": text},
+        ]
         try:
-            before = self.tokenizer.apply_chat_template(turns, tokenize=False)
             whole = self.tokenizer.apply_chat_template(
-                [*turns, answer], add_generation_prompt=True, tokenize=False
+                turns, add_generation_prompt=True, tokenize=False
             )
-            mark = before.rindex("y" + end) + 1 + len(end)
-        except Exception as error:  # a template may raise anything, and may not show the end token
-            why = f"it has no end token after a turn, or no role {role}"
-            raise UsageError(f"{self.name}: {why}: {error}", "environment role=user") from error
-        if not whole.startswith(before[:mark]):
+        except Exception as error:  # a template may raise anything
             raise UsageError(
-                f"{self.name}: its chat template changes a turn once another follows",
-                "use a model whose template keeps earlier turns as they were",
+                f"{self.name}: its chat template has no place for a turn of role {role}: {error}",
+                "another role of the environment: role=user",
+            ) from error
+        _, shown, after = whole.rpartition(said)
+        if not shown or text not in after:
+            raise UsageError(
+                f"{self.name}: its chat template does not show a turn and the answer to it",
+                "use a model with a chat template of several turns",
             )
-        return self.tokenizer(whole[mark:], add_special_tokens=False)["input_ids"]
+        # the model has written its end token; where the template ends a turn by another, it stays
+        after = after.removeprefix(self.tokenizer.eos_token)
+        return self.tokenizer(after, add_special_tokens=False)["input_ids"]
 
     def encode(self, answer: str) -> list[int]:
         """Ids of a response, with the end token."""
@@ -237,6 +243,13 @@ def require_same_tokens(student: Model, teacher: Model, where: str) -> None:
             f"{where}: {teacher.name} and the student {student.name} have different tokenizers: "
             f"{difference}",
             "use a teacher of the same tokenizer, or its texts: an sft stage with sources.teacher",
+        )
+    if student.eos != teacher.eos:
+        ends = [m.tokenizer.eos_token for m in (student, teacher)]
+        raise UsageError(
+            f"{where}: the student ends a response by {ends[0]!r}, {teacher.name} by {ends[1]!r}",
+            "give both the same eos_token in tokenizer_config.json: the student would unlearn its "
+            "own",
         )
     if student.valid_V != teacher.valid_V:
         fewer = min(student, teacher, key=lambda model: model.valid_V)

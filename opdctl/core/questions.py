@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from opdctl.core.thinking import Thinking
+from opdctl.errors import Problem
 from opdctl.schema import REQUIRED, key
 from opdctl.types import Prompt
 
@@ -26,6 +27,19 @@ class DomainKeys:
     eval_share: float = key(0.1, "share of questions held out", least=0, most=1)
     thinking: Thinking = key(Thinking(), "whether a response thinks before it answers")
     environment: dict = key({}, "what answers a call; one at most", family="environments")
+
+
+def problems(keys: DomainKeys) -> list[Problem]:
+    """What the schema cannot see, whatever the domain's kind."""
+    found, thinking = [], keys.thinking
+    if not (thinking.open and thinking.close) or thinking.open == thinking.close:
+        found.append(Problem("thinking.close", "two different marks open and close the block"))
+    if len(keys.environment) > 1:
+        found.append(Problem("environment", "one at most", "remove all but one"))
+    for name, config in keys.environment.items():
+        if not (config.open and config.close):
+            found.append(Problem(f"environment.{name}.close", "two marks enclose a call"))
+    return found
 
 
 def canonical(question: str) -> str:

@@ -85,12 +85,16 @@ class Step:
 def scored(
     rollouts: list[Rollout], model: Model, parts: Parts, ctx: Context, compute: Compute
 ) -> Step:
-    """Score the rollouts with the policy and their teachers; count what it cost.
+    """Score the rollouts: rewards, the policy, their teachers; count what it cost.
 
     Raises:
         StageFailed: a teacher answered short or with something that is not finite; names the
             rollout.
     """
+    for reward in parts.rewards:
+        reward.score(rollouts)
+        read = sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
+        compute.flops["teacher"] += 2.0 * reward.parameters * read
     device, runtime = model.device, ctx.runtime
     lengths = torch.tensor([r.length for r in rollouts])
     sequence_N = torch.repeat_interleave(torch.arange(len(rollouts)), lengths).to(device)
@@ -190,7 +194,8 @@ def _teach(step, requests, model, parts, ctx, compute) -> None:
             index_NM[at_N, place_N] = len(held)
             row_NM[at_N, place_N] = torch.arange(len(at_N), device=at_N.device)
             head = teacher.head(parts.temperature, ctx.runtime.rounded_logits)
-            held.append(Held(head, found.hidden_ND, found.lse_N, found.top_NK, found.entropy_N))
+            kept = (found.hidden_ND, found.lse_N, found.top_NK, found.entropy_N)
+            held.append(Held(head, *kept, stored=teacher.stored))
         for i in mine:
             step.rollouts[i].teacher = "+".join(routes[i])
         forwarded = sum(len(q.ids) for q in asked)

@@ -4,16 +4,20 @@ Of each teacher only the last hidden rows of its tokens are kept; its logits are
 its head, a chunk at a time (DeepSeek-V4, arXiv 2606.19348). Rows come ordered by teacher. On a GPU
 one head is resident and the next is copied meanwhile; ``loads`` counts how often the resident head
 changed: once per teacher and mini-batch, or where teachers are pooled, and micro-batch; ``most``
-how many heads were there at once.
+is how many heads were on the device at once. On a CPU heads are where their models are, unless
+``runtime.resident_teachers`` keeps them on disk.
 """
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from opdctl.core import checkpoint
 from opdctl.kernels.head import Head
 from opdctl.kernels.topk import divergence_on, log_outside
 
@@ -29,6 +33,7 @@ class Held:
             the form with a tail needs every logit anyway.
         top_NK: its most probable ids.
         entropy_N: its entropy.
+        stored: where the weight of the head is, if the head has none.
     """
 
     head: Head
@@ -36,6 +41,7 @@ class Held:
     lse_N: Tensor | None = None
     top_NK: Tensor | None = None
     entropy_N: Tensor | None = None
+    stored: Path | None = None
 
 
 class Taught:
@@ -43,6 +49,7 @@ class Taught:
 
     def __init__(self, held: list[Held], device: torch.device) -> None:
         self.held, self.device, self.loads, self.most = held, device, 0, 0
+        self._copies: list[weakref.ref] = []
         self._resident: tuple[int, Head] | None = None
         self._coming: tuple[int, Head] | None = None
         self._buffers: dict[str, Tensor] = {}
@@ -109,22 +116,30 @@ class Taught:
             following = (index + 1) % len(self.held)
             if following != index:
                 self._coming = (following, self._copy(following))
-            self.most = max(self.most, 1 + (self._coming is not None))
+            self._copies = [r for r in self._copies if r() is not None]
+            here = sum(h.head.weight_VD.device == self.device for h in self.held)
+            self.most = max(self.most, here + len(self._copies))
         return self._resident[1]
 
     def _copy(self, index: int) -> Head:
-        """A head on the device; on its own stream if it has to be copied there."""
-        head = self.held[index].head
-        if head.weight_VD.device == self.device or self._stream is None:
+        """A head on the device: read from disk, or on a stream of its own copied there."""
+        head, stored = self.held[index].head, self.held[index].stored
+        if head.weight_VD.device == self.device:
             return head
+        if stored is not None:
+            copy = replace(head, weight_VD=checkpoint.stored(stored)["weight"])
+            self._copies.append(weakref.ref(copy.weight_VD))
+            return copy
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             bias_V = head.bias_V
-            return replace(
+            copy = replace(
                 head,
                 weight_VD=head.weight_VD.to(self.device, non_blocking=True),
                 bias_V=None if bias_V is None else bias_V.to(self.device, non_blocking=True),
             )
+        self._copies.append(weakref.ref(copy.weight_VD))
+        return copy
 
 
 @torch.no_grad()

@@ -38,13 +38,17 @@ class Thinking:
         if self.mode == "free":
             return "", text
         before, mark, after = text.rpartition(self.close)
-        return (before.removeprefix(self.open) if mark else ""), after
+        return (before.strip().removeprefix(self.open).strip() if mark else ""), after
 
     def obeyed(self, text: str) -> bool:
-        """Whether a response thinks if and only if its mode says so."""
+        """Whether a response thinks if and only if its mode says so.
+
+        A block that is opened and not closed is a thought without an answer: it obeys no mode.
+        """
         if self.mode == "free":
             return True
-        return bool(self.split(text)[0].strip()) == (self.mode == "think")
+        thought, answer = self.split(text)
+        return bool(thought) == (self.mode == "think") and self.open not in answer
 
 
 @dataclass(kw_only=True)
@@ -56,6 +60,7 @@ class Trace:
     )
     over: str = key("", "metadata field with the items")
     target: str = key("", "count: a character, or the metadata field that holds it")
+    separator: str = key("", "between entries, and between the numbers of one")
     every: int = key(1, "items between two entries; the last one is always there", least=1)
 
     def write(self, metadata: dict, lowercase: bool = False) -> str:
@@ -69,12 +74,12 @@ class Trace:
             return ""
         found = metadata[self.over]
         if self.fold == "sort":
-            items = [f"{float(i):g}" for i in found]
+            items = [str(i).removesuffix(".0") for i in found]
         else:
             text = "".join(found)
             items = list(text.lower() if lowercase else text)
         ends = [n for n in range(1, len(items) + 1) if n % self.every == 0 or n == len(items)]
-        return "".join(self._answer(items[:n], metadata) for n in ends)
+        return self.separator.join(self._answer(items[:n], metadata) for n in ends)
 
     def _answer(self, items: list[str], metadata: dict) -> str:
         if self.fold == "count":
@@ -82,4 +87,4 @@ class Trace:
         if self.fold == "reverse":
             return "".join(reversed(items))
         descending = str(metadata.get("direction", "")).startswith("desc")
-        return "".join(sorted(items, key=float, reverse=descending))
+        return self.separator.join(sorted(items, key=float, reverse=descending))

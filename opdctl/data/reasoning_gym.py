@@ -61,8 +61,14 @@ class ReasoningGym:
                 list(string.Formatter().parse(getattr(config, name)))
             except ValueError as error:
                 found.append(Problem(name, f"not a template: {error}", "write {field}"))
-        if config.trace.fold != "none" and not config.trace.over:
+        trace = config.trace
+        if trace.fold != "none" and not trace.over:
             found.append(Problem("trace.over", "a fold is over a field of the metadata"))
+        if trace.fold == "count" and not trace.target:
+            found.append(Problem("trace.target", "what is counted?", "a character, or a field"))
+        if trace.fold != "none" and config.thinking.mode == "free":
+            what = "in mode free the thought would be part of the answer"
+            found.append(Problem("trace.fold", what, "thinking: {mode: think}"))
         if config.call and not config.environment:
             hint = "environment: {calculator: {}}"
             found.append(Problem("call", "no environment would answer it", hint))

@@ -1,7 +1,8 @@
 """A calculator: a response that ends in a call, as in ``[12 * (3 + 4)]``, is answered and goes on.
 
 Exact arithmetic on numbers with + - * / // % and brackets, read from the syntax tree: nothing is
-executed. Leaves out powers, functions and variables.
+executed. Leaves out powers, functions and variables. Any turn that ends in the closing mark is a
+call, a list or an interval too: choose marks that answers do not end in.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Calculator:
 
     revision = 1
     alphabet = "0123456789.-+error"  # of its answers
+    refusal = "error"
 
     @dataclass(kw_only=True)
     class Config:
@@ -52,7 +54,7 @@ class Calculator:
         try:
             return written(value(ast.parse(inner.strip(), mode="eval").body))
         except (ArithmeticError, ValueError, SyntaxError, RecursionError, MemoryError):
-            return "error"
+            return self.refusal
 
 
 def value(node: ast.AST) -> Fraction:
@@ -73,5 +75,10 @@ def value(node: ast.AST) -> Fraction:
 
 
 def written(number: Fraction) -> str:
-    """A whole number as it is, any other with twelve significant digits."""
-    return str(number.numerator) if number.denominator == 1 else f"{float(number):.12g}"
+    """A whole number of up to fifteen digits as it is, any other with twelve significant ones.
+
+    Raises:
+        OverflowError: no float is as large.
+    """
+    whole = number.denominator == 1 and abs(number) < 10**15
+    return str(number.numerator) if whole else f"{float(number):.12g}"

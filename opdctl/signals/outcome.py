@@ -40,20 +40,22 @@ class Outcome:
 
     def credit(self, step):
         """Shape [N]."""
-        groups: dict[int, list[float]] = {}
-        rewards = [r.reward - self.per_token * r.length for r in step.rollouts]
-        for rollout, reward in zip(step.rollouts, rewards, strict=True):
-            groups.setdefault(rollout.group, []).append(reward)
-        pairs = zip(step.rollouts, rewards, strict=True)
-        return step.spread([self._advantage(reward, groups[r.group]) for r, reward in pairs])
+        groups: dict[int, list] = {}
+        for rollout in step.rollouts:
+            groups.setdefault(rollout.group, []).append(rollout)
+        return step.spread([self._advantage(r, groups[r.group]) for r in step.rollouts])
 
-    def _advantage(self, reward: float, group: list[float]) -> float:
-        mean = sum(group) / len(group) if self.config.baseline == "group" else 0.0
-        advantage = reward - mean
+    def _advantage(self, rollout, group: list) -> float:
+        advantage = self._net(rollout)
+        if self.config.baseline == "group":
+            advantage -= sum(map(self._net, group)) / len(group)
         if self.config.scale_std:
-            centre = sum(group) / len(group)
-            std = (sum((r - centre) ** 2 for r in group) / len(group)) ** 0.5
-            if std < 1e-6:
-                return 0.0 if self.config.baseline == "group" else advantage
-            advantage /= std
+            # of the reward alone: where all are equal a penalty keeps its size
+            centre = sum(r.reward for r in group) / len(group)
+            std = (sum((r.reward - centre) ** 2 for r in group) / len(group)) ** 0.5
+            if std >= 1e-6:
+                advantage /= std
         return advantage
+
+    def _net(self, rollout) -> float:
+        return rollout.reward - self.per_token * rollout.length

@@ -30,7 +30,7 @@ class Dataset:
         corrupt: float = key(0.0, "share of answers made wrong", least=0, most=1)
 
     def __init__(self, config, ctx, model) -> None:
-        self.config, self.model, self.seed = config, model, ctx.seed
+        self.config, self.ctx, self.model, self.seed = config, ctx, model, ctx.seed
         self.order = PromptOrder(ctx, config.domains)
         self.environments = {d: ctx.environment(d) for d in self.order.pools}
 
@@ -53,11 +53,18 @@ class Dataset:
                 )
                 for turn, call in enumerate(prompt.calls):
                     self._write(rollout, call)
-                    if not answered(rollout, turn, self.environments, self.model):
+                    environment = self.environments[prompt.domain]
+                    said = answered(rollout, turn, self.environments, self.model)
+                    if not said or rollout.before[-1] == environment.refusal:
                         raise UsageError(
                             f"data.{prompt.domain}.call: the environment does not answer {call!r}",
                             "write a call as its environment reads it",
                         )
+                if not self.ctx.data(prompt.domain).config.thinking.obeyed(lead + answer):
+                    raise UsageError(
+                        f"data.{prompt.domain}: a demonstration without the thinking it asks for",
+                        "a trace, a thought_column, or a teacher as the source",
+                    )
                 self._write(rollout, lead + answer)
                 rollouts.append(rollout)
         return rollouts

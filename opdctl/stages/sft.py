@@ -47,8 +47,11 @@ def _coverage(config, domains) -> list[Problem]:
     named = [d for s in config.sources.values() for d, on in s.domains.items() if on]
     rest = [n for n, s in config.sources.items() if not s.domains]
     left = [d for d in domains if d not in named]
+    nothing = [n for n, s in config.sources.items() if s.domains and not any(s.domains.values())]
     wrong = ""
-    if unknown := [d for d in named if d not in domains]:
+    if nothing:
+        wrong = f"{nothing[0]} has no domain that is true"
+    elif unknown := [d for d in named if d not in domains]:
         wrong = f"no prompt here is of {unknown[0]!r}"
     elif twice := [d for d in named if named.count(d) > 1]:
         wrong = f"two sources have {twice[0]!r}"

@@ -19,6 +19,8 @@ class Local:
         self.ctx, self.student, self.reference = ctx, student, reference
         self.where = f"stages.{ctx.name}.teachers.{name}"
         self.parameters = 0
+        self.aside = ctx.folder / "checkpoints" / "heads" / f"{name}.safetensors"
+        self.stored = None
 
     @property
     def model(self):
@@ -32,11 +34,21 @@ class Local:
         return model
 
     def head(self, temperature: float, rounded: bool):
-        """Its head; in host memory if its weights may be evicted from a GPU."""
+        """Its head. Where its weights may be evicted only its shape: the weight of the head is in
+        host memory for a GPU, for a CPU on disk at ``stored``."""
+        from opdctl.core.checkpoint import store
+
         head = self.model.projection(temperature, rounded)
-        if self.ctx.runtime.resident_teachers and head.weight_VD.is_cuda:
+        if not self.ctx.runtime.resident_teachers:
+            return head
+        if head.weight_VD.is_cuda:
             head.weight_VD = head.weight_VD.detach().cpu().pin_memory()
             head.bias_V = None if head.bias_V is None else head.bias_V.detach().cpu().pin_memory()
+        else:
+            if self.stored is None:
+                store(self.aside, {"weight": head.weight_VD})
+                self.stored = self.aside
+            head.weight_VD = head.weight_VD.detach().to("meta")
         return head
 
     def score(self, requests, temperature: float, want, top: int = 16):
