@@ -42,7 +42,10 @@ def run(
     seeds: Annotated[str, typer.Option(help="several runs in one directory: 0..4")] = "",
     out: Annotated[Path | None, typer.Option(help="the run directory to make")] = None,
     reuse: From = None,
-    only: Annotated[str, typer.Option(help="this stage and what it needs")] = "",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="this stage and what it needs; may be repeated"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="plan, and stop")] = False,
 ) -> None:
     """Plan a recipe, then do it."""
@@ -56,7 +59,7 @@ def run(
             seeds=seeds,
             out=out,
             reuse=reuse,
-            only=only,
+            only=tuple(only or ()),
             dry_run=dry_run,
         )
     )

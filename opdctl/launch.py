@@ -18,12 +18,12 @@ from opdctl.rundir import RunDir, write_json, write_text
 from opdctl.settings import Runtime
 
 
-def new_run(recipe: Recipe, source: str, path: Path, only: str = "") -> RunDir:
+def new_run(recipe: Recipe, source: str, path: Path, only: tuple[str, ...] = ()) -> RunDir:
     """Create a run directory for a recipe.
 
     Args:
         source: text of the recipe file, kept beside the resolved one.
-        only: the stage it was made for, if not for all.
+        only: the stages it was made for, if not for all.
 
     Raises:
         UsageError: the directory exists, or cannot be written.
@@ -40,7 +40,7 @@ def new_run(recipe: Recipe, source: str, path: Path, only: str = "") -> RunDir:
             "recipe": recipe.name,
             "size": recipe.size,
             "seed": recipe.seed,
-            "only": only,
+            "only": list(only),
             "created": time.time(),
             "command": sys.argv,
             "fingerprints": fingerprints(recipe),
@@ -49,11 +49,11 @@ def new_run(recipe: Recipe, source: str, path: Path, only: str = "") -> RunDir:
     return rundir.finish(run, path)
 
 
-def new_set(recipes: list[Recipe], source: str, path: Path) -> RunDir:
+def new_set(recipes: list[Recipe], source: str, path: Path, only: tuple[str, ...] = ()) -> RunDir:
     """A directory with one run per recipe, which differ in their seeds."""
     parent = rundir.begin(path)
     for recipe in recipes:
-        new_run(recipe, source, parent / f"seed-{recipe.seed}")
+        new_run(recipe, source, parent / f"seed-{recipe.seed}", only)
     write_json(
         parent / "run.json",
         {

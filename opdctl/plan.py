@@ -111,15 +111,15 @@ def differences(old: dict, new: dict) -> list[str]:
     ]
 
 
-def plan(recipe: Recipe, run: RunDir | None = None, only: str = "") -> list[Planned]:
+def plan(recipe: Recipe, run: RunDir | None = None, only: tuple[str, ...] = ()) -> list[Planned]:
     """One entry per stage, in the order they would run.
 
     Args:
         run: a run directory to continue or reuse; None plans from nothing.
-        only: leave out what this stage does not need.
+        only: leave out what these stages do not need.
     """
     prints = fingerprints(recipe)
-    wanted = needed(recipe, only) if only else set(recipe.stages)
+    wanted = needed(recipe, *only) if only else set(recipe.stages)
     out: list[Planned] = []
     changed: set[str] = set()
     for stage in recipe.order():
@@ -161,10 +161,10 @@ def _action(recipe, stage, prints, record, run, changed) -> tuple[str, list[str]
     return "run", [f"{record['status']} before its first checkpoint"]
 
 
-def needed(recipe: Recipe, stage: str) -> set[str]:
-    """A stage and everything it reads, directly or not."""
+def needed(recipe: Recipe, *stages: str) -> set[str]:
+    """Stages and everything they read, directly or not."""
     found: set[str] = set()
-    waiting = [stage]
+    waiting = list(stages)
     while waiting:
         name = waiting.pop()
         if name not in found:

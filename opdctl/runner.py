@@ -32,7 +32,7 @@ class Job:
     status: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, run: RunDir, recipe: Recipe, only: str = "") -> Job:
+    def of(cls, run: RunDir, recipe: Recipe, only: tuple[str, ...] = ()) -> Job:
         """A job for what is not done yet."""
         planned = plan(recipe, run, only)
         return cls(

@@ -30,15 +30,15 @@ def run_recipe(
     seeds: str = "",
     out: Path | None = None,
     reuse: Path | None = None,
-    only: str = "",
+    only: tuple[str, ...] = (),
     dry_run: bool = False,
 ) -> int:
     """``opdctl run``. Returns the exit code."""
     recipe = load(name, size=size, overrides=overrides)
-    if only and only not in recipe.stages:
-        raise UsageError(
-            f"--only {only}: no such stage", did_you_mean(only, recipe.stages, "stages:")
-        )
+    for stage in only:
+        if stage not in recipe.stages:
+            near = did_you_mean(stage, recipe.stages, "stages:")
+            raise UsageError(f"--only {stage}: no such stage", near)
     for note in recipe.notes():
         console.say(f"note: {note}", "yellow")
     old = RunDir(reuse) if reuse else None
@@ -55,7 +55,7 @@ def run_recipe(
     if old:
         raise UsageError("--from with --seeds: seeds reuse nothing from each other or elsewhere")
     recipes = [load(name, size=size, seed=s, overrides=overrides) for s in numbers]
-    parent = run_launch.new_set(recipes, source, path)
+    parent = run_launch.new_set(recipes, source, path, only)
     return _carry_out(parent, list(zip(parent.runs(), recipes, strict=True)), only)
 
 
@@ -103,7 +103,7 @@ def run_stage(
         console.show(console.plan_table(plan(recipe)))
         return 0
     path = out or Path("runs") / new_name(kind)
-    return _start(recipe, dump(tree), path, None, "")
+    return _start(recipe, dump(tree), path, None, ())
 
 
 def _data_of(models: list[str]) -> dict[str, dict]:
@@ -129,7 +129,7 @@ def resume_run(directory: Path, overrides: tuple[str, ...]) -> int:
         todo = [p for p in plan(recipe, run) if p.action != "skip"]
         where = f"{todo[0].name}: {todo[0].action}, {'; '.join(todo[0].reasons)}" if todo else ""
         console.say(f"{run.path.name}: {where or 'every stage is done'}")
-    return _carry_out(parent, pairs, "", rewrite=bool(overrides))
+    return _carry_out(parent, pairs, (), rewrite=bool(overrides))
 
 
 def plan_of(
@@ -167,7 +167,9 @@ def show_status(directory: Path | None, *, watch: bool, as_json: bool) -> None:
         time.sleep(2)
 
 
-def _start(recipe: Recipe, source: str, path: Path, old: RunDir | None, only: str) -> int:
+def _start(
+    recipe: Recipe, source: str, path: Path, old: RunDir | None, only: tuple[str, ...]
+) -> int:
     run = run_launch.new_run(recipe, source, path, only)
     if old:
         reused = run_launch.reuse(run, recipe, old)
@@ -176,7 +178,7 @@ def _start(recipe: Recipe, source: str, path: Path, old: RunDir | None, only: st
 
 
 def _carry_out(
-    parent: RunDir, pairs: list[tuple[RunDir, Recipe]], only: str, rewrite: bool = False
+    parent: RunDir, pairs: list[tuple[RunDir, Recipe]], only: tuple[str, ...], rewrite: bool = False
 ) -> int:
     console.say(f"run directory: {parent.path}")
     with contextlib.ExitStack() as stack:

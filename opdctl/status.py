@@ -26,8 +26,8 @@ def status(run: RunDir) -> dict:
         }
     manifest, recipe = run.manifest(), read_recipe(run)
     stages = {planned.name: _stage(run, recipe, planned) for planned in plan(recipe, run)}
-    only = manifest.get("only")
-    wanted = needed(recipe, only) if only in stages else set(stages)
+    only = [s for s in manifest.get("only") or () if s in stages]
+    wanted = needed(recipe, *only) if only else set(stages)
     state = _worst([s["status"] for name, s in stages.items() if name in wanted])
     if held(run / ".lock"):
         state = "running"

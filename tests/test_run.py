@@ -281,3 +281,11 @@ def test_bad_input_exits_2_without_a_traceback(command):
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.strip()) > 20
     assert not done.stdout.strip()
+
+
+def test_only_may_be_repeated():
+    done = opdctl("run", "mimo", "--only", "t_math", "--only", "t_sort", "--dry-run")
+    assert done.returncode == 0
+    for stage in ("base", "sft", "t_math", "t_sort"):
+        assert f"\n{stage} " in done.stdout
+    assert "t_spell" not in done.stdout and "mopd" not in done.stdout
