@@ -34,6 +34,7 @@ def key(
     family: str = "",
     ref: bool = False,
     domains: bool = False,
+    neutral: bool = False,
     least: float | None = None,
     most: float | None = None,
 ):
@@ -46,6 +47,8 @@ def key(
         family: the value is a mapping ``member name -> that member's Config``; so is the default.
         ref: the value names a model: an edge of the stage graph.
         domains: the value names a domain, or its keys do.
+        neutral: the key came later and its default changes nothing: at its default it is left out
+            of fingerprints, so that finished runs stay as they are.
         least, most: bounds of a number, inclusive.
     """
     metadata = {
@@ -54,6 +57,7 @@ def key(
         "family": family,
         "ref": ref,
         "domains": domains,
+        "neutral": neutral,
         "least": least,
         "most": most,
     }
@@ -246,9 +250,15 @@ def with_role(config: Any, role: str) -> Any:
     kept = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
+        if f.metadata.get("neutral") and value == _default(f):
+            continue
         if f.metadata.get("role", "semantic") == role or dataclasses.is_dataclass(value):
             kept[f.name] = with_role(value, role)
     return kept
+
+
+def _default(f: dataclasses.Field) -> Any:
+    return f.default if f.default is not REQUIRED else f.default_factory()
 
 
 def references(config: Any, path: str = "") -> list[tuple[str, str]]:

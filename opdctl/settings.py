@@ -41,7 +41,9 @@ class Prompts:
     domains: dict[str, float] = key({}, "domain: share of each step; empty is all, equally")
     per_step: int = key(32, "prompts a step", least=1)
     samples: int = key(1, "responses per prompt (the group, G)", least=1)
-    pool: int = key(0, "only the first so many prompts of each domain; 0 is all", least=0)
+    pool: int = key(
+        0, "only the first so many prompts of each domain; 0 is all", least=0, neutral=True
+    )
 
 
 @dataclass(kw_only=True)

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from opdctl.claims.m5 import M5
 from opdctl.core.evaluation import half_width, pass_at_k, record
 from opdctl.judge import _decide
 from opdctl.measured import Measured
+from opdctl.plan import fingerprints, semantic
+from opdctl.recipe import load
 from opdctl.verdict import DELTA, Part, verdict
 
 TEACHERS = {"a": "stage:ta", "b": "stage:tb"}
@@ -153,3 +156,26 @@ def test_record_and_interval():
     low, high = row["ci95"]
     assert low < 0.7 < high and (high - low) / 2 == pytest.approx(0.02, abs=0.004)
     assert json.dumps(row)
+
+
+RECORDED = sorted((Path(__file__).parent.parent / "docs" / "claims").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda p: p.stem)
+def test_what_is_recorded_was_measured_on_the_recipe_as_it_is(path):
+    """A recipe that changes has to be measured again before its table says anything."""
+    found = json.loads(path.read_text())
+    overrides = tuple(w for w in found["command"].split() if "=" in w)
+    for seed, recorded in found["fingerprints"].items():
+        recipe = load(found["recipe"], size=found["size"], seed=int(seed), overrides=overrides)
+        assert fingerprints(recipe) == recorded
+    assert {c["name"] for c in found["claims"]} == set(recipe.claims)
+
+
+def test_a_key_that_came_later_leaves_finished_runs_as_they_are():
+    before = fingerprints(load("mimo"))
+    same = fingerprints(load("mimo", overrides=("stages.mopd.prompts.pool=0",)))
+    other = fingerprints(load("mimo", overrides=("stages.mopd.prompts.pool=7",)))
+    assert before == same
+    assert {s for s in before if before[s] != other[s]} == {"mopd", "eval_mopd"}
+    assert "pool" not in semantic(load("mimo"), "mopd")["stage"]["prompts"]

@@ -21,12 +21,15 @@ Split = Literal["train", "eval"]
 
 @dataclass(kw_only=True)
 class DomainKeys:
-    """Keys of every domain."""
+    """Keys of every domain; each kind adds ``eval_share``, with a default of its own."""
 
     kind: str = key(REQUIRED, "the domain's kind; `opdctl ls data` lists them")
-    eval_share: float = key(0.1, "share of questions held out", least=0, most=1)
-    thinking: Thinking = key(Thinking(), "whether a response thinks before it answers")
-    environment: dict = key({}, "what answers a call; one at most", family="environments")
+    thinking: Thinking = key(
+        Thinking(), "whether a response thinks before it answers", neutral=True
+    )
+    environment: dict = key(
+        {}, "what answers a call; one at most", family="environments", neutral=True
+    )
 
 
 def problems(keys: DomainKeys) -> list[Problem]:

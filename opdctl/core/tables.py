@@ -20,7 +20,10 @@ class ColumnKeys(DomainKeys):
     prompt_column: str = key("prompt", "column of the question")
     answer_column: str = key("answer", "column of the reference answer")
     verifier: Literal["exact", "math"] = key("exact", "exact: equal text; math: math-verify")
-    thought_column: str = key("", "column of the thinking that leads to the answer; empty: none")
+    thought_column: str = key(
+        "", "column of the thinking that leads to the answer; empty: none", neutral=True
+    )
+    eval_share: float = key(0.1, "share of questions held out", least=0, most=1)
     limit: int = key(0, "distinct prompts kept of each side; 0 is all", least=0)
 
 

@@ -37,8 +37,10 @@ class ReasoningGym:
         lowercase: bool = key(False, "prompt and answer in lower case")
         items: int = key(4000, "items generated before the split", least=1)
         eval_share: float = key(0.25, "share of questions held out", least=0, most=1)
-        trace: Trace = key(Trace(), "the thought of a demonstration")
-        call: str = key("", "template of the call a demonstration makes first; empty: none")
+        trace: Trace = key(Trace(), "the thought of a demonstration", neutral=True)
+        call: str = key(
+            "", "template of the call a demonstration makes first; empty: none", neutral=True
+        )
 
     def __init__(self, config: Config, domain: str, seed: int) -> None:
         import reasoning_gym

@@ -29,7 +29,9 @@ class Outcome:
             "verifier", "verifier, or the orm stage whose score it is: stage:NAME", ref=True
         )
         baseline: Literal["group", "none"] = key("group", "group: minus the mean of the group")
-        length_penalty: float = key(0.0, "k: cost in reward of a response of max_tokens", least=0.0)
+        length_penalty: float = key(
+            0.0, "k: cost in reward of a response of max_tokens", least=0.0, neutral=True
+        )
         scale_std: bool = key(True, "divide by the standard deviation of the group")
 
     def __init__(self, config, ctx) -> None:

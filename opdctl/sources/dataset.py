@@ -26,7 +26,9 @@ class Dataset:
     class Config:
         """Keys of a dataset source."""
 
-        domains: dict[str, bool] = key({}, "domain: true; empty is all, or all no other source has")
+        domains: dict[str, bool] = key(
+            {}, "domain: true; empty is all, or all no other source has", neutral=True
+        )
         corrupt: float = key(0.0, "share of answers made wrong", least=0, most=1)
 
     def __init__(self, config, ctx, model) -> None:

@@ -25,7 +25,9 @@ class Teacher:
     class Config:
         """Keys of a teacher source."""
 
-        domains: dict[str, bool] = key({}, "domain: true; empty is all, or all no other source has")
+        domains: dict[str, bool] = key(
+            {}, "domain: true; empty is all, or all no other source has", neutral=True
+        )
         model: str = key(REQUIRED, "who samples", ref=True)
         experts: dict[str, str] = key({}, "domain: who samples it instead", ref=True)
         keep: Literal["verified", "all"] = key("verified", "which samples are kept")
