@@ -328,6 +328,6 @@ def _plain(default: Any) -> str:
 def _type_name(hint) -> str:
     if typing.get_origin(hint) is Literal:
         return " | ".join(str(a) for a in typing.get_args(hint))
-    if hint in (int, float, str, bool):
+    if isinstance(hint, type) and typing.get_origin(hint) is None:
         return hint.__name__
     return str(hint).replace("opdctl.settings.", "").replace("typing.", "")
