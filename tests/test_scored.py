@@ -22,6 +22,8 @@ WEIGHTS, TEMPERATURE = (0.7, 0.4), 0.7
 class Local:
     """A teacher as teachers/local.py, its weights in hand."""
 
+    stored = None
+
     def __init__(self, model):
         self.model, self.parameters = model, model.parameters
 
