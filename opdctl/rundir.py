@@ -114,6 +114,7 @@ def clear_stage(folder: Path) -> None:
         "output",
         "checkpoints",
         "parts",
+        "wal",
         "rollouts",
         "results.json",
         "facts.json",
@@ -127,8 +128,9 @@ def clear_stage(folder: Path) -> None:
 
 
 def drop_checkpoints(folder: Path) -> None:
-    """Remove a stage's checkpoints, once its record says that it is done."""
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    """Remove a stage's checkpoints and log, once its record says that it is done."""
+    for name in ("checkpoints", "wal"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def sync_file(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The keys that several stage kinds share. No torch, no logic.
+"""The keys that several stage kinds share. No torch; of logic, who teaches what.
 
 Each stage kind's own Config stands in ``stages/``; each member's in its family.
 """
@@ -54,6 +54,23 @@ class Teacher:
     model: str = key(REQUIRED, "stage:NAME, a folder, a public name, or policy", ref=True)
     serves: dict[str, bool] = key({}, "domain: true; empty is the domain of the teacher's name")
     weight: float = key(1.0, "factor of its signal", least=0.0)
+
+
+def routes(domains: dict[str, float], teachers: dict[str, Teacher]) -> dict[str, list[str]]:
+    """Domain -> names of the teachers that serve it.
+
+    A teacher serves what ``serves`` says; without it the domain of its name; and the only one, if
+    it is called ``teacher``, all of them.
+    """
+    serving: dict[str, list[str]] = {domain: [] for domain in domains}
+    for name, teacher in teachers.items():
+        chosen = [d for d, on in teacher.serves.items() if on]
+        if not teacher.serves:
+            alone = len(teachers) == 1 and name == "teacher" and name not in domains
+            chosen = list(domains) if alone else [name]
+        for domain in chosen:
+            serving.setdefault(domain, []).append(name)
+    return serving
 
 
 @dataclass(kw_only=True)

@@ -103,6 +103,7 @@ def test_each_duty_stands_in_one_place():
         "core/checkpoint.py",
         "core/loop.py",
         "core/metrics.py",
+        "core/wal.py",
     }
     assert using(".write_text(", '"w"', '"a+b"', "'w'") <= writers
 

@@ -1,7 +1,9 @@
 """Modes of thinking and turns with an environment: what is asked, written, read and supervised."""
 
 import random
+import tempfile
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from opdctl.core.models import Model
 from opdctl.core.sampling import sample_group
 from opdctl.core.scoring import score
 from opdctl.core.thinking import Thinking, Trace
+from opdctl.core.wal import Wal
 from opdctl.data.reasoning_gym import ReasoningGym
 from opdctl.environments.calculator import Calculator
 from opdctl.errors import UsageError
@@ -222,6 +225,8 @@ class Bag:
         )
         self.environment = lambda domain: environment
         self.check = lambda: None
+        self.aside = tempfile.TemporaryDirectory()
+        self.wal = Wal(Path(self.aside.name))
 
 
 def two_turns(model, count=6000):

@@ -6,11 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from opdctl.core.context import Context
-from opdctl.core.routing import routes
 from opdctl.core.scored import Parts
 from opdctl.core.view import Term
 from opdctl.registry import member
-from opdctl.settings import Teacher
+from opdctl.settings import Teacher, routes
 from opdctl.types import Rollout
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from opdctl import references
 from opdctl.core import draws
+from opdctl.core.wal import Wal
 from opdctl.errors import Interrupted
 from opdctl.recipe import Recipe
 from opdctl.registry import member
@@ -36,6 +37,7 @@ class Context:
     stop: bool = False
     loop_seconds: float = 0.0
     loads: int = 0
+    _wal: Wal | None = None
     _data: dict[str, Any] = field(default_factory=dict)
     _models: dict[str, Any] = field(default_factory=dict)
 
@@ -55,6 +57,13 @@ class Context:
     def seed(self) -> int:
         """H(run seed, stage name), or the seed group's: paired arms share prompts and draws."""
         return draws.key(self.recipe.seed, getattr(self.config, "seed_group", "") or self.name)
+
+    @property
+    def wal(self) -> Wal:
+        """What was sampled and scored since the last checkpoint."""
+        if self._wal is None:
+            self._wal = Wal(self.folder / "wal")
+        return self._wal
 
     def check(self) -> None:
         """Raises Interrupted once a stop was asked for."""

@@ -105,6 +105,7 @@ class Loop:
             {"compute": asdict(self.compute)},
             self.ctx.runtime.keep_checkpoints,
         )
+        self.ctx.wal.drop(done)
 
     def _step(self, done: int, clock: Clock) -> dict:
         rollouts = [r for r in self.parts.source.draw(done) if r.response_ids]

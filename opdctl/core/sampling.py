@@ -20,7 +20,7 @@ def sample_group(
     """``samples`` responses to each prompt, a prompt's responses next to each other.
 
     Args:
-        ctx: gives the stage seed, the wave size, the environments and the stop flag.
+        ctx: gives the stage seed, the wave size, the environments, the log and the stop flag.
         step: part of every draw's name, and the version of the weights.
         sampling: defaults to the stage's ``sampling``.
         samples: defaults to the stage's ``prompts.samples``.
@@ -40,7 +40,8 @@ def sample_group(
             keys.append(draws.key(ctx.seed, step, prompt.id, first + s))
             new = Rollout(prompt, ids, [], [], source=source, group=group, version=step)
             rollouts.append(new)
-    engine = member("engines", "transformers")(model, ctx.runtime.wave, ctx.check)
+    ctx.wal.at(step)
+    engine = member("engines", "transformers")(model, ctx.runtime.wave, ctx.check, ctx.wal)
     environments = {d: ctx.environment(d) for d in {p.domain for p in prompts}}
     going, turn = list(range(len(rollouts))), 0
     while going:

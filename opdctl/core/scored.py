@@ -10,9 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from opdctl.core import draws
 from opdctl.core.chunks import rows_in
 from opdctl.core.context import Context
 from opdctl.core.metrics import by_domain
@@ -183,7 +185,7 @@ def _teach(step, requests, model, parts, ctx, compute) -> None:
         if not mine:
             continue
         asked = [requests[i] for i in mine]
-        found = teacher.score(asked, parts.temperature, parts.teacher_wants, parts.teacher_top)
+        found, parameters = _asked(name, teacher, asked, parts, ctx, model.device)
         _check(name, found, [step.rollouts[i] for i in mine])
         at_N = torch.cat([token_N[i] for i in mine])
         place_N = torch.cat([torch.full_like(token_N[i], routes[i].index(name)) for i in mine])
@@ -200,7 +202,7 @@ def _teach(step, requests, model, parts, ctx, compute) -> None:
             step.rollouts[i].teacher = "+".join(routes[i])
         forwarded = sum(len(q.ids) for q in asked)
         compute.teacher_tokens += forwarded
-        compute.flops["teacher"] += 2.0 * teacher.parameters * forwarded
+        compute.flops["teacher"] += 2.0 * parameters * forwarded
     total_N = weight_NM.sum(1)
     columns["teacher_weight"] = total_N
     if "logprobs" in parts.teacher_wants:
@@ -210,6 +212,21 @@ def _teach(step, requests, model, parts, ctx, compute) -> None:
     if held:
         columns |= {"teacher_index": index_NM, "teacher_row": row_NM, "pair_weight": weight_NM}
         step.taught = Taught(held, model.device)
+
+
+def _asked(name: str, teacher, asked, parts, ctx, device) -> tuple[Scores, int]:
+    """What a teacher says, and its parameters; log-probs alone are logged and not paid for twice:
+    a teacher that answered before the kill need not even be loaded."""
+    wants = tuple(parts.teacher_wants)
+    question = f"teacher {name} {draws.key(asked, parts.temperature):016x}"
+    logged = ctx.wal.get(question) if wants == ("logprobs",) else []
+    if logged:
+        return Scores(torch.from_numpy(logged[0]["logprobs"]).to(device)), int(logged[0]["size"])
+    found = teacher.score(asked, parts.temperature, wants, parts.teacher_top)
+    if wants == ("logprobs",):
+        size = np.array(teacher.parameters)
+        ctx.wal.put(question, {"logprobs": found.logprobs_N.cpu().numpy(), "size": size})
+    return found, teacher.parameters
 
 
 def _check(name: str, found: Scores, rollouts: list[Rollout]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opdctl.core.questions import Split
-from opdctl.core.tables import ColumnKeys, TableData
+from opdctl.data._tables import ColumnKeys, TableData
 from opdctl.errors import UsageError
 from opdctl.schema import REQUIRED, key
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opdctl.core.questions import Split
-from opdctl.core.tables import ColumnKeys, TableData
+from opdctl.data._tables import ColumnKeys, TableData
 from opdctl.errors import Problem, UsageError
 from opdctl.schema import REQUIRED, key
 

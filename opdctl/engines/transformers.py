@@ -2,7 +2,9 @@
 
 Draw t of a sample is an inverse CDF in float64 at the sample's own counter-based number, so its
 tokens do not depend on the batch it happens to be in. The whole distribution is sampled: no
-top-k, no top-p, so the log-probs are those of what was drawn from.
+top-k, no top-p, so the log-probs are those of what was drawn from. With a log, each token is
+logged before the next is drawn; a wave that was logged whole is not sampled again, and one that was
+cut goes on where it was.
 """
 
 from __future__ import annotations
@@ -37,8 +39,10 @@ class Transformers:
 
     revision = 1
 
-    def __init__(self, model, wave: int, check: Callable[[], None] = lambda: None) -> None:
-        self.model, self.wave, self.check = model, wave, check
+    def __init__(
+        self, model, wave: int, check: Callable[[], None] = lambda: None, wal=None
+    ) -> None:
+        self.model, self.wave, self.check, self.wal = model, wave, check, wal
 
     def generate(
         self, prompts: list[list[int]], keys: list[int], *, temperature: float, max_tokens: int
@@ -68,6 +72,14 @@ class Transformers:
         from transformers import DynamicCache
 
         model, device = self.model, self.model.device
+        tokens_BT = np.full((len(prompts), max_tokens), model.eos)
+        logprobs_BT = np.zeros((len(prompts), max_tokens))
+        asked = (model.name, prompts, keys_B.tolist(), temperature, max_tokens)
+        name = f"wave {draws.key(*asked):016x}"
+        logged = self._recall(name, tokens_BT, logprobs_BT)
+        ended_B = (tokens_BT[:, :logged] == model.eos).any(1)
+        if logged == max_tokens or ended_B.all():
+            return cut(tokens_BT, logprobs_BT, model.eos)
         distinct = list(dict.fromkeys(map(tuple, prompts)))
         place = {prompt: u for u, prompt in enumerate(distinct)}
         owner_B = torch.tensor([place[tuple(p)] for p in prompts], device=device)
@@ -93,8 +105,6 @@ class Transformers:
             "position_ids": (torch.arange(T, device=device) - pad_U[:, None]).clamp(min=0),
         }
         cache = DynamicCache(config=model.net.config)
-        tokens_BT = np.full((len(prompts), max_tokens), model.eos)
-        logprobs_BT = np.zeros((len(prompts), max_tokens))
         alive = np.arange(len(prompts))  # rows still in the batch
         ended_B = np.zeros(len(prompts), bool)
         with torch.inference_mode():
@@ -106,11 +116,15 @@ class Transformers:
                     last, seen_UT = last[owner_B], seen_UT[owner_B]
                     position_B1 = inputs["position_ids"][owner_B, -1:]
                     cache.batch_select_indices(owner_B)
-                token_B, logprob_B = draw(
-                    model.logits(last, temperature), draws.uniform(keys_B[alive], t)
-                )
-                tokens_BT[alive, t] = token_B.cpu().numpy()
-                logprobs_BT[alive, t] = logprob_B.cpu().numpy()
+                if t < logged:
+                    token_B = torch.from_numpy(tokens_BT[alive, t]).to(device)
+                else:
+                    token_B, logprob_B = draw(
+                        model.logits(last, temperature), draws.uniform(keys_B[alive], t)
+                    )
+                    tokens_BT[alive, t] = token_B.cpu().numpy()
+                    logprobs_BT[alive, t] = logprob_B.cpu().numpy()
+                    self._log(name, alive, tokens_BT[alive, t], logprobs_BT[alive, t])
                 ended_B[alive] |= tokens_BT[alive, t] == model.eos
                 going = ~ended_B[alive]
                 if not going.any():
@@ -127,6 +141,18 @@ class Transformers:
                     "attention_mask": additive(seen_UT[:, None, None, : T + t + 1]),
                 }
         return cut(tokens_BT, logprobs_BT, model.eos)
+
+    def _recall(self, name: str, tokens_BT, logprobs_BT) -> int:
+        """Fill in what an earlier attempt drew; for how many tokens of a response."""
+        found = self.wal.get(name) if self.wal else []
+        for t, entry in enumerate(found):
+            tokens_BT[entry["alive"], t] = entry["tokens"]
+            logprobs_BT[entry["alive"], t] = entry["logprobs"]
+        return len(found)
+
+    def _log(self, name: str, alive, tokens_B, logprobs_B) -> None:
+        if self.wal is not None:
+            self.wal.put(name, {"alive": alive, "tokens": tokens_B, "logprobs": logprobs_B})
 
 
 def draw(logits_BV, uniform_B: np.ndarray):

@@ -18,7 +18,7 @@ from opdctl import references
 from opdctl.errors import Problem
 from opdctl.registry import member
 from opdctl.schema import did_you_mean, key
-from opdctl.settings import Teacher
+from opdctl.settings import Teacher, routes
 from opdctl.stages.rl import OnPolicyConfig, cannot_act, member_problems
 from opdctl.stages.sft import needs_domains
 
@@ -74,8 +74,6 @@ class Opd:
 
 
 def _routing(config, recipe, stage) -> list[Problem]:
-    from opdctl.core.routing import routes
-
     domains = recipe.domains(stage)
     found = [
         Problem(f"teachers.{name}.serves", "it serves no domain", "serves: {DOMAIN: true}")
