@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from opdctl import __version__, rundir
+from opdctl import __version__, provenance, rundir
 from opdctl.errors import UsageError
 from opdctl.plan import differences, fingerprints, semantic
 from opdctl.positions import dump, parse
@@ -145,18 +145,26 @@ def reopen(run: RunDir, overrides: tuple[str, ...] = ()) -> tuple[Recipe, list[s
     return new, notes
 
 
-def reuse(run: RunDir, recipe: Recipe, old: RunDir) -> list[str]:
-    """Copy the finished stages of another run whose fingerprints match. Returns their names.
+def reuse(run: RunDir, recipe: Recipe, old: RunDir) -> tuple[list[str], list[str]]:
+    """Copy the finished stages of another run whose fingerprints match.
+
+    Returns:
+        Their names; and of those that match but were made from files that have changed since, or
+        from such a stage.
 
     Raises:
         UsageError: the other is not a run directory.
     """
     old.manifest()
     prints = fingerprints(recipe)
-    reused = []
+    reused: list[str] = []
+    changed: list[str] = []
     for stage in recipe.order():
         record = old.record(stage)
         if record.get("status") != "done" or record.get("fingerprint") != prints[stage]:
+            continue
+        if set(recipe.upstream(stage)) & set(changed) or _changed(old, record):
+            changed.append(stage)
             continue
         part = run.stage(stage).with_name(f".{stage}.part")
         shutil.rmtree(part, ignore_errors=True)
@@ -166,7 +174,18 @@ def reuse(run: RunDir, recipe: Recipe, old: RunDir) -> list[str]:
         part.rename(run.stage(stage))
         write_json(run.stage(stage) / "stage.json", {**record, "reused_from": str(old.path)})
         reused.append(stage)
-    return reused
+    return reused, changed
+
+
+def _changed(old: RunDir, record: dict) -> bool:
+    """Whether a model folder or data file it read has other contents now, or its own output."""
+    for seen in record.get("inputs", {}).values():
+        path = Path(seen["path"])
+        now = {"data": provenance.data(path)} if "data" in seen else provenance.model(path)
+        if old.path not in path.parents and {**seen, **now} != seen:
+            return True
+    now = provenance.model(old.output(record["name"]))
+    return now != record.get("output", now)
 
 
 def new_attempt(run: RunDir) -> Path:

@@ -172,8 +172,10 @@ def _start(
 ) -> int:
     run = run_launch.new_run(recipe, source, path, only)
     if old:
-        reused = run_launch.reuse(run, recipe, old)
+        reused, changed = run_launch.reuse(run, recipe, old)
         console.say(f"reused from {old.path}: {', '.join(reused) or 'nothing'}")
+        if changed:
+            console.say(f"made again, as files they read have changed: {', '.join(changed)}")
     return _carry_out(run, [(run, recipe)], only)
 
 

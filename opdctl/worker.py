@@ -17,7 +17,7 @@ import traceback
 from dataclasses import asdict
 from pathlib import Path
 
-from opdctl import __version__
+from opdctl import provenance
 from opdctl.core.context import Context
 from opdctl.errors import EXIT_FAILED, Interrupted, OpdctlError
 from opdctl.launch import read_recipe
@@ -60,6 +60,10 @@ def _attempt(ctx: Context, start: float) -> int:
         "attempts": before.get("attempts", []),
         "seconds": before.get("seconds", 0.0),
         "loop_seconds": before.get("loop_seconds", 0.0),
+        "seed": {"run": ctx.recipe.seed, "stage": ctx.seed},
+        "versions": provenance.versions(),
+        "code": provenance.code(),
+        "inputs": before.get("inputs", {}),
     }
     path = ctx.folder / "stage.json"
     write_json(path, record)
@@ -75,8 +79,13 @@ def _attempt(ctx: Context, start: float) -> int:
         torch.set_num_threads(ctx.runtime.threads)
         torch.set_default_dtype(torch.float64 if ctx.runtime.dtype == "float64" else torch.float32)
         ctx.device = pick_device(ctx.runtime.device)
+        found = provenance.inputs(ctx.run, ctx.recipe, ctx.name)
+        provenance.require_unchanged(ctx.run, ctx.recipe, ctx.name, found)
+        record["inputs"] = found
+        write_json(path, record)
         compute = member("stages", ctx.config.kind)().run(ctx)
-        record |= {"status": "done", "compute": asdict(compute), "versions": versions()}
+        record |= {"status": "done", "compute": asdict(compute)}
+        record |= {"output": provenance.model(ctx.run.output(ctx.name))}
         code = 0
     except Interrupted as stopped:
         record["status"], code = "interrupted", stopped.exit_code
@@ -99,19 +108,6 @@ def _attempt(ctx: Context, start: float) -> int:
     if code == 0:
         drop_checkpoints(ctx.folder)  # not before: a kill in between would begin the stage again
     return code
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computed the result."""
-    import torch
-    import transformers
-
-    return {
-        "opdctl": __version__,
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def child(folder: str, stage: str, log: str) -> None:

@@ -1,0 +1,118 @@
+"""What a stage was made from and by: hashes of models and data, versions, the state of the code.
+
+A fingerprint says what a recipe asks for; this says what was there when it was carried out. A model
+folder or a data file that changes under the same path while a run goes on is refused, by name.
+Left out: public models, whose revision the hub keeps (``org/name@revision`` pins one).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from opdctl import __version__, references
+from opdctl.errors import UsageError
+from opdctl.plan import fingerprints
+from opdctl.recipe import Recipe
+from opdctl.rundir import RunDir
+from opdctl.schema import references as refs_of
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "reasoning_gym")
+PARTS = {
+    "weights": ("*.safetensors", "*.safetensors.index.json"),
+    "tokenizer": ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "chat_template*"),
+    "config": ("config.json", "generation_config.json"),
+}
+
+
+def model(folder: Path) -> dict[str, str]:
+    """Hashes of the weights, the tokenizer and the configuration in a model folder."""
+    found = {what: _hash(folder, patterns) for what, patterns in PARTS.items()}
+    return {what: value for what, value in found.items() if value}
+
+
+def data(path: Path) -> str:
+    """Hash of a data file, or of all files of a data folder."""
+    if path.is_file():
+        return _hash(path.parent, (path.name,))
+    return _hash(path, ("**/*",))
+
+
+def _hash(folder: Path, patterns: tuple[str, ...]) -> str:
+    """Names and contents of the matching files; empty if there are none."""
+    files = sorted({p for pattern in patterns for p in folder.glob(pattern) if p.is_file()})
+    whole = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        whole.update(f"{path.relative_to(folder)}\0{content}\n".encode())
+    return whole.hexdigest()[:32] if files else ""
+
+
+def inputs(run: RunDir, recipe: Recipe, stage: str) -> dict[str, dict[str, str]]:
+    """Dotted key -> the path it reads on this machine, and the hashes of what is there."""
+    found: dict[str, dict[str, str]] = {}
+    for dotted, text in refs_of(recipe.stages[stage]):
+        ref = references.parse(text)
+        if ref.form in ("stage", "folder"):
+            path = run.output(ref.name) if ref.form == "stage" else Path(ref.name)
+            found[dotted] = {"path": str(path), **model(path)}
+    for domain in recipe.domains(stage):
+        path = Path(getattr(recipe.data[domain], "path", "") or "")
+        if path.name and path.exists():
+            found[f"data.{domain}.path"] = {"path": str(path.absolute()), "data": data(path)}
+    return found
+
+
+def require_unchanged(run: RunDir, recipe: Recipe, stage: str, now: dict) -> None:
+    """What a stage reads must be what it, its maker and every other stage of the run saw.
+
+    Raises:
+        UsageError: it is not; names the key, the path, and who saw something else.
+    """
+    current = fingerprints(recipe)
+    records = {s: run.record(s) for s in recipe.stages}  # those of stages to be made again are old
+    records = {s: r for s, r in records.items() if r.get("fingerprint") == current[s]}
+    for dotted, found in now.items():
+        path = found["path"]
+        for other, record in records.items():
+            seen = [i for i in record.get("inputs", {}).values() if i["path"] == path]
+            if str(run.output(other)) == path and record.get("output"):
+                seen.append({"path": path, **record["output"]})
+            for before in seen:
+                changed = [k for k in before if before[k] != found.get(k)]
+                if changed:
+                    raise UsageError(
+                        f"stages.{stage}.{dotted}: {path} is not what it was when stage {other} "
+                        f"{'wrote' if str(run.output(other)) == path else 'read'} it: its "
+                        f"{changed[0]} changed from {before[changed[0]]} to "
+                        f"{found.get(changed[0], 'nothing')}",
+                        "put the old content back, or start a run of its own: opdctl run RECIPE",
+                    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the result."""
+    return {
+        "opdctl": __version__,
+        "python": sys.version.split()[0],
+        **{name: metadata.version(name) for name in LIBRARIES},
+    }
+
+
+def code() -> dict[str, object]:
+    """Commit of the program's own checkout, and whether it was edited; empty if installed."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # not just inside someone else's
+        return {"commit": git("rev-parse", "HEAD"), "edited": bool(git("status", "-s", "-uno"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {}

@@ -1,0 +1,101 @@
+"""What a stage was made from is recorded, and a change of it under the same path is noticed."""
+
+import shutil
+import signal
+
+import pytest
+from test_resume import IN_SAMPLING, copy_without
+
+from opdctl import __version__, provenance
+from opdctl.rundir import RunDir, read_json, write_json
+from running import opdctl, worker
+
+
+def test_a_record_says_what_the_stage_was_made_from(demo_run):
+    run = RunDir(demo_run[0])
+    record, teacher = run.record("mopd"), run.record("t_math")
+    math = record["inputs"]["teachers.math.model"]
+    assert math["path"] == str(run.output("t_math"))
+    assert {k: math[k] for k in ("weights", "tokenizer", "config")} == teacher["output"]
+    assert record["output"]["weights"] != teacher["output"]["weights"]
+    assert record["output"]["tokenizer"] == teacher["output"]["tokenizer"]
+    assert record["seed"]["run"] == run.manifest()["seed"] and record["seed"]["stage"]
+    assert record["versions"]["opdctl"] == __version__ and record["versions"]["safetensors"]
+    assert set(record["code"]) in ({"commit", "edited"}, set())
+
+
+def test_hashes_are_of_contents_alone(demo_run, tmp_path):
+    output = RunDir(demo_run[0]).output("sft")
+    shutil.copytree(output, tmp_path / "copy")
+    assert provenance.model(tmp_path / "copy") == provenance.model(output)
+    for name, what in (("model.safetensors", "weights"), ("tokenizer.json", "tokenizer")):
+        path = tmp_path / "copy" / name
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.write_bytes(bytes(content))
+        now = provenance.model(tmp_path / "copy")
+        assert now[what] != provenance.model(output)[what]
+    assert now["config"] == provenance.model(output)["config"]
+    (tmp_path / "data.jsonl").write_text('{"a": 1}\n')
+    before = provenance.data(tmp_path / "data.jsonl")
+    (tmp_path / "data.jsonl").write_text('{"a": 2}\n')
+    assert before != provenance.data(tmp_path / "data.jsonl")
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_another_teacher_under_the_same_path_is_refused(demo_run, tmp_path, killed):
+    """Whether the stage had begun with the old one or not."""
+    folder = tmp_path / "run"
+    copy_without(demo_run[0], folder, "mopd")
+    if killed:
+        code = worker(folder, "mopd", IN_SAMPLING.replace("{n}", "12")).returncode
+        assert code == -signal.SIGKILL
+    flip(RunDir(folder).output("t_math") / "model.safetensors")
+    done = worker(folder, "mopd")
+    assert done.returncode == 2
+    for part in ("teachers.math.model", str(RunDir(folder).output("t_math")), "t_math", "weights"):
+        assert part in done.stdout
+    assert RunDir(folder).record("mopd")["status"] == "failed"
+    flip(RunDir(folder).output("t_math") / "model.safetensors")
+    assert worker(folder, "mopd").returncode == 0
+
+
+def test_a_foreign_folder_and_a_data_file_are_watched_too(demo_run, tmp_path):
+    """Also by --from: what they were read for is made again, and what depends on it."""
+    model = tmp_path / "model"
+    shutil.copytree(RunDir(demo_run[0]).output("sft"), model)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "b{i:b}=", "answer": "{i % 9}"}}\n' for i in range(40)))
+    command = ["stage", "sft", "--student", model, "--out", tmp_path / "one", "steps=2"]
+    data = ["data.sums.kind=jsonl", f"data.sums.path={rows}", "prompts.per_step=4"]
+    first = opdctl(*command, *data)
+    assert first.returncode == 0, first.stderr
+    record = RunDir(tmp_path / "one").record("sft")
+    assert record["inputs"]["student"] == {"path": str(model), **provenance.model(model)}
+    assert record["inputs"]["data.sums.path"]["data"] == provenance.data(rows)
+    record["status"] = "running"
+    write_json(RunDir(tmp_path / "one").stage("sft") / "stage.json", record)
+    rows.write_text(rows.read_text().replace("b101=", "b1010101="))
+    refused = opdctl("resume", tmp_path / "one")
+    assert refused.returncode == 2 and "data.sums.path" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_from_leaves_what_was_made_from_other_files(demo_run, tmp_path):
+    from opdctl.launch import read_recipe, reuse
+
+    old = tmp_path / "old"
+    shutil.copytree(demo_run[0], old, symlinks=True)
+    flip(RunDir(old).output("t_math") / "model.safetensors")
+    recipe = read_recipe(RunDir(old))
+    (tmp_path / "new" / "stages").mkdir(parents=True)
+    reused, changed = reuse(RunDir(tmp_path / "new"), recipe, RunDir(old))
+    assert "t_math" in changed and "mopd" in changed and "sft" in reused
+    assert read_json(tmp_path / "new/stages/sft/stage.json")["reused_from"] == str(old)
+    assert not (tmp_path / "new/stages/mopd").exists()
