@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -231,6 +232,8 @@ def _why(run: RunDir, stage: str) -> str:
     record = run.record(stage)
     if record.get("status") == "failed":
         return record.get("error", "see the log")
+    if shutil.disk_usage(run.path).free < 2**20:
+        return f"No space left on the disk of {run.path}"
     return "it was killed" if record.get("status") == "running" else "it did not begin; see the log"
 
 

@@ -8,6 +8,8 @@ when its parent does, whatever the parent died of.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
 import sys
@@ -25,6 +27,8 @@ from opdctl.plan import fingerprints, revisions, semantic
 from opdctl.registry import member
 from opdctl.rundir import RunDir, clear_stage, drop_checkpoints, lock, write_json
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
 
 def run_stage(folder: str, stage: str) -> int:
     """Run a stage to its end, and record how that went. Returns the exit code."""
@@ -39,6 +43,20 @@ def run_stage(folder: str, stage: str) -> int:
     except OpdctlError as error:
         print(f"[{stage}] {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except OSError as error:  # not even its record could be written
+        with contextlib.suppress(OSError):
+            print(f"[{stage}] {unwritten(run.stage(stage), error)}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
+
+
+def by_disk(error: Exception) -> bool:
+    """Whether it was the disk that refused; safetensors says so in words alone."""
+    return getattr(error, "errno", None) in DISK or "(os error" in str(error)
+
+
+def unwritten(folder: Path, error: Exception) -> str:
+    """What to say of a disk that does not take what is written."""
+    return f"cannot write under {folder}: {error}\n  make room on that disk, then resume"
 
 
 def _attempt(ctx: Context, start: float) -> int:
@@ -92,11 +110,15 @@ def _attempt(ctx: Context, start: float) -> int:
     except OpdctlError as error:
         problem, code = str(error), error.exit_code
     except Exception as error:  # the boundary of the process: recorded, then reported
-        traceback.print_exc()
         problem = f"{type(error).__name__}: {error}"
+        if by_disk(error):
+            problem = unwritten(ctx.folder, error)
+        else:
+            traceback.print_exc()
     if problem:
         record |= {"status": "failed", "error": problem}
-        print(f"[{ctx.name}] {problem}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a log on a full disk
+            print(f"[{ctx.name}] {problem}", file=sys.stderr, flush=True)
     spent = time.perf_counter() - start
     record["attempts"] = [
         *record["attempts"],
