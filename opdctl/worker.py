@@ -152,7 +152,9 @@ def _follow(parent) -> None:
 
 
 def _follow_stdin() -> None:
-    sys.stdin.buffer.read()
+    """End with the process at the other end of the pipe."""
+    while os.read(0, 4096):  # not sys.stdin: its lock would abort an interpreter that ends first
+        pass
     os._exit(EXIT_FAILED)
 
 
