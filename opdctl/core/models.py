@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from opdctl.errors import UsageError
@@ -20,6 +21,7 @@ from opdctl.kernels.head import Head
 from opdctl.references import first_difference
 
 _OPTIONS = {"trust_remote_code": False}
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 
 
 @dataclass
@@ -219,7 +221,7 @@ def load(folder: str, *, dtype: str = "float32", device: str = "cpu", classifier
         net = kind.from_pretrained(
             name, config=config, dtype=getattr(torch, dtype), use_safetensors=True, **options
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         what = str(error).strip().split("\n")[0]
         hint = "is it a folder in Hugging Face format?"
         raise UsageError(f"cannot load {folder}: {what}", hint) from error
