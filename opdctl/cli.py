@@ -127,27 +127,49 @@ def plan(
 
 @app.command()
 def validate(
-    recipe: RecipeArg, overrides: Overrides = None, size: Size = "", as_json: Json = False
+    target: Annotated[
+        str, typer.Argument(help="a recipe or a run directory", metavar="RECIPE|DIR")
+    ],
+    overrides: Overrides = None,
+    size: Size = "",
+    deep: Annotated[
+        bool,
+        typer.Option("--deep", help="look at students and teachers that are there already"),
+    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Say whether a recipe is well formed and possible; every problem at once."""
     from opdctl import console
-    from opdctl.recipe import load
+    from opdctl.session import look_deep, recipes_of
 
     try:
-        found = load(recipe, size=size, overrides=tuple(overrides or ()))
+        pairs = recipes_of(target, tuple(overrides or ()), size=size)
     except RecipeError as error:
         if not as_json:
             raise
         console.emit_json({"valid": False, "problems": [vars(p) for p in error.problems]})
         sys.exit(error.exit_code)
-    notes = found.notes()
+    recipe = pairs[0][1]
+    notes = recipe.notes()
+    found, later = look_deep(pairs) if deep else ([], {})
+    valid = not any(f.severity == "error" for f in found)
     if as_json:
-        content = {"valid": True, "problems": [], "notes": [vars(n) for n in notes]}
+        content = {"valid": valid, "problems": [], "notes": [vars(n) for n in notes]}
+        if deep:
+            content |= {"findings": [vars(f) for f in found], "later": later}
         console.emit_json(content)
     else:
         for note in notes:
             console.say(f"note: {note}", "yellow")
-        print(f"{recipe}: {len(found.stages)} stages at size {found.size}, well formed")
+        print(f"{target}: {len(recipe.stages)} stages at size {recipe.size}, well formed")
+        if found:
+            console.show(console.findings_table(found))
+        for check, why in {f.check: f.why for f in found if f.severity != "ok"}.items():
+            print(f"why {check} matters: {why}")
+        for stage, reason in later.items():
+            print(f"{stage}: checked when the stage starts; {reason}")
+    if not valid:
+        sys.exit(EXIT_USAGE)
 
 
 @app.command()

@@ -35,6 +35,9 @@ STYLES = {
     "holds": "green",
     "refuted": "red",
     "undecided": "yellow",
+    "ok": "green",
+    "warning": "yellow",
+    "error": "bold red",
 }
 
 
@@ -79,6 +82,13 @@ def plan_table(planned: list) -> Table:
         name = f"{p.run}/{p.name}" if p.run else p.name
         rows.append([name, p.kind, p.action, "; ".join(p.reasons), ", ".join(p.upstream)])
     return table(["stage", "kind", "action", "why", "reads"], rows)
+
+
+def findings_table(found: list) -> Table:
+    """What the checks of student and teachers found, and what to do about it."""
+    rows = [[f.stage, f.check, f.teacher, f.severity, f.what, f.do] for f in found]
+    columns = ["stage", "check", "teacher", "", "what was found", "what to do"]
+    return table(columns, rows, "Preflight")
 
 
 def status_table(status: dict, live: dict[str, str] | None = None) -> Table:

@@ -135,6 +135,33 @@ def plan(recipe: Recipe, run: RunDir | None = None, only: tuple[str, ...] = ()) 
     return out
 
 
+def ready(
+    recipe: Recipe, run: RunDir | None = None, public: bool = True
+) -> tuple[list[str], dict[str, str]]:
+    """Stages with teachers: those whose models are all there, and the others with the reason.
+
+    Args:
+        run: a run directory whose finished stages count as there.
+        public: whether a public name counts as there; it may have to be fetched.
+    """
+    now, later = [], {}
+    for stage, config in recipe.stages.items():
+        teachers = getattr(config, "teachers", {})
+        missing = ""
+        for text in (config.student, *(t.model for t in teachers.values())) if teachers else ():
+            ref = references.parse(text)
+            done = run is not None and run.record(ref.name).get("status") == "done"
+            if ref.form == "stage" and not done:
+                missing = missing or f"stage {ref.name} is not done"
+            elif ref.form == "public" and not public:
+                missing = missing or f"{ref.name} may have to be fetched"
+        if missing:
+            later[stage] = missing
+        elif teachers:
+            now.append(stage)
+    return now, later
+
+
 def _action(recipe, stage, prints, record, run, changed) -> tuple[str, list[str]]:
     folders = [references.parse(text) for _, text in refs_of(recipe.stages[stage])]
     missing = [r.name for r in folders if r.form == "folder" and not references.is_model(r.name)]

@@ -26,6 +26,7 @@ FAMILIES = {
     "signals": "per-token credit, no gradient, larger is better",
     "objectives": "per-token loss with a gradient",
     "weights": "per-token factor, no gradient",
+    "preflight": "is this student, with these teachers, fit to start",
     "claims": "statements of the reports, judged on what a run measured",
 }
 

@@ -12,14 +12,19 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from opdctl.errors import EXIT_INTERRUPTED, EXIT_USAGE
+from opdctl.errors import EXIT_INTERRUPTED, EXIT_USAGE, StageFailed
+from opdctl.launch import new_run
 from opdctl.plan import Planned, plan
+from opdctl.positions import dump
+from opdctl.preflight._pairing import Finding
 from opdctl.recipe import Recipe
-from opdctl.rundir import RunDir
+from opdctl.rundir import RunDir, read_json
 
 
 @dataclass
@@ -111,6 +116,47 @@ def carry_out(jobs: list[Job], watch: Callable[[list[Job]], None]) -> Outcome:
     if (stopping or interrupted) and not outcome.failed:
         outcome.code = EXIT_INTERRUPTED
     return outcome
+
+
+def examine(
+    recipe: Recipe, stages: list[str], run: RunDir | None = None, deep: bool = False
+) -> list[Finding]:
+    """What ``preflight/`` says of stages whose models are all there, found in one worker.
+
+    The recipe is put into a run directory that is thrown away, with links to the outputs of ``run``
+    in it: nothing is written to ``run``.
+
+    Args:
+        deep: sample too.
+
+    Raises:
+        StageFailed: the worker broke down; what it said went to stderr.
+    """
+    if not stages:
+        return []
+    with tempfile.TemporaryDirectory(prefix="opdctl-") as folder:
+        made = new_run(recipe, dump(recipe.to_dict()), Path(folder) / "run")
+        for name in recipe.stages if run else ():
+            if run.record(name).get("status") == "done" and run.output(name).is_dir():
+                made.output(name).symlink_to(run.output(name), target_is_directory=True)
+        command = [sys.executable, "-m", "opdctl.worker", str(made.path)]
+        worker = subprocess.Popen(
+            [*command, "--preflight", "deep" if deep else "cheap", *stages],
+            stdin=subprocess.PIPE,  # it ends when this process does
+            stdout=sys.stderr.fileno(),
+        )
+        try:
+            code = worker.wait()
+        finally:
+            worker.kill()
+            worker.stdin.close()
+        found = read_json(made / "preflight.json", list)
+        if code or found is None:
+            raise StageFailed(
+                f"the checks of {', '.join(stages)} ended with exit code {code}",
+                "what they said stands above",
+            )
+    return [Finding(**f) for f in found]
 
 
 def _ready(jobs: list[Job]) -> list[tuple[int, str]]:

@@ -12,12 +12,14 @@ from typing import Any
 from opdctl import catalogue, console, references
 from opdctl import launch as run_launch
 from opdctl.errors import OpdctlError, UsageError
-from opdctl.plan import Planned, plan
+from opdctl.plan import Planned, plan, ready
 from opdctl.positions import dump
+from opdctl.preflight._pairing import Finding
+from opdctl.preflight._stage import refuse
 from opdctl.recipe import Recipe, find, load, resolve
 from opdctl.registry import member
 from opdctl.rundir import RunDir, lock, new_name, write_json, write_text
-from opdctl.runner import Job, Outcome, carry_out
+from opdctl.runner import Job, Outcome, carry_out, examine
 from opdctl.schema import did_you_mean
 
 STARTED = time.time()
@@ -48,6 +50,7 @@ def run_recipe(
     if dry_run:
         console.show(console.plan_table(plan(recipe, old, only)))
         return 0
+    _refuse_early(recipe, old, only)
     source = find(name).read_text(encoding="utf-8")
     path = out or Path("runs") / new_name(recipe.name)
     if not seeds:
@@ -145,6 +148,49 @@ def plan_of(
         return [replace(p, run=r.path.name if len(runs) > 1 else "") for r, p in found]
     recipe = load(target, size=size, overrides=overrides)
     return plan(recipe, RunDir(reuse) if reuse else None)
+
+
+def recipes_of(
+    target: str, overrides: tuple[str, ...], *, size: str = ""
+) -> list[tuple[RunDir | None, Recipe]]:
+    """A recipe, or those of the runs in a run directory.
+
+    Raises:
+        UsageError: neither.
+        RecipeError: everything that is wrong with it.
+    """
+    if (Path(target) / "run.json").is_file():
+        if size:
+            raise UsageError("--size belongs to a recipe, and this is a run directory")
+        return [(r, run_launch.read_recipe(r, overrides)) for r in RunDir(target).runs()]
+    return [(None, load(target, size=size, overrides=overrides))]
+
+
+def look_deep(
+    pairs: list[tuple[RunDir | None, Recipe]],
+) -> tuple[list[Finding], dict[str, str]]:
+    """``opdctl validate --deep``: findings, and the stages checked later with the reason."""
+    found, later = [], {}
+    for run, recipe in pairs:
+        now, missing = ready(recipe, run)
+        label = f"{run.path.name}/" if run and len(pairs) > 1 else ""
+        each = examine(recipe, now, run, deep=True)
+        found += [replace(f, stage=label + f.stage) for f in each]
+        later |= {label + stage: why for stage, why in missing.items()}
+    return found, later
+
+
+def _refuse_early(recipe: Recipe, old: RunDir | None, only: tuple[str, ...]) -> None:
+    """Look at stages whose models are folders before anything is made, unless one is all there is:
+    it looks itself as it starts.
+
+    Raises:
+        UsageError: a stage could not start when its turn comes.
+    """
+    todo = [p.name for p in plan(recipe, old, only) if p.action != "skip"]
+    now, _ = ready(recipe, public=False)
+    if len(todo) > 1:
+        refuse(examine(recipe, [stage for stage in now if stage in todo]))
 
 
 def show_status(directory: Path | None, *, watch: bool, as_json: bool) -> None:

@@ -1,6 +1,9 @@
 """The process that runs one stage of one run directory. Its only input is that directory.
 
     python -m opdctl.worker DIR STAGE
+    python -m opdctl.worker DIR --preflight cheap|deep STAGE ...
+
+The second form runs no stage: it leaves what the checks say of some in ``preflight.json``.
 
 Exit codes: 0 done, 75 stopped with a checkpoint committed, 2 bad input, 1 failed, 4 busy. It ends
 when its parent does, whatever the parent died of.
@@ -13,6 +16,7 @@ import errno
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -21,9 +25,12 @@ from pathlib import Path
 
 from opdctl import provenance
 from opdctl.core.context import Context
-from opdctl.errors import EXIT_FAILED, Interrupted, OpdctlError
+from opdctl.core.wal import Wal
+from opdctl.errors import EXIT_FAILED, Interrupted, OpdctlError, UsageError
 from opdctl.launch import read_recipe
 from opdctl.plan import fingerprints, revisions, semantic
+from opdctl.preflight._pairing import Finding
+from opdctl.preflight._stage import check, lines, refuse
 from opdctl.registry import member
 from opdctl.rundir import RunDir, clear_stage, drop_checkpoints, lock, write_json
 
@@ -84,19 +91,15 @@ def _attempt(ctx: Context, start: float) -> int:
         "inputs": before.get("inputs", {}),
     }
     path = ctx.folder / "stage.json"
+    passed = before.get("preflight")
+    if passed is None or any(f["severity"] == "error" for f in passed):
+        ctx.inspect = lambda student: _preflight(ctx, student, record, path)
+    else:
+        record["preflight"] = passed  # of an earlier attempt: the models are the same
     write_json(path, record)
     code, problem = EXIT_FAILED, None
     try:
-        import torch
-        from transformers.utils import logging
-
-        from opdctl.core.models import pick_device
-
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-        torch.set_num_threads(ctx.runtime.threads)
-        torch.set_default_dtype(torch.float64 if ctx.runtime.dtype == "float64" else torch.float32)
-        ctx.device = pick_device(ctx.runtime.device)
+        prepare(ctx)
         found = provenance.inputs(ctx.run, ctx.recipe, ctx.name)
         provenance.require_unchanged(ctx.run, ctx.recipe, ctx.name, found)
         record["inputs"] = found
@@ -132,6 +135,53 @@ def _attempt(ctx: Context, start: float) -> int:
     return code
 
 
+def prepare(ctx: Context) -> None:
+    """Set torch up as the run says: threads, type, device, no progress bars.
+
+    Raises:
+        UsageError: a device asked for is not there.
+    """
+    import torch
+    from transformers.utils import logging
+
+    from opdctl.core.models import pick_device
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    torch.set_num_threads(ctx.runtime.threads)
+    torch.set_default_dtype(torch.float64 if ctx.runtime.dtype == "float64" else torch.float32)
+    ctx.device = pick_device(ctx.runtime.device)
+
+
+def _preflight(ctx: Context, student, record: dict, path: Path) -> None:
+    """The cheap checks before the first step: recorded, warnings to the log, errors raised."""
+    found = check(ctx, student)
+    record["preflight"] = [asdict(f) for f in found if f.severity != "ok"]
+    write_json(path, record)
+    for finding in found:
+        if finding.severity == "warning":
+            print(f"[{ctx.name}] warning: {lines(finding)}", flush=True)
+    refuse(found)
+
+
+def examine(folder: str, how: str, *stages: str) -> int:
+    """Check stages whose models are there, deep or cheap. Returns the exit code."""
+    run, found = RunDir(folder), []
+    recipe = read_recipe(run)
+    for stage in stages:
+        print(f"checking {stage}", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory() as aside:  # what it samples is no part of the run
+            ctx = Context(run, recipe, stage, wal=Wal(Path(aside)))
+            try:
+                prepare(ctx)
+                found += check(ctx, deep=how == "deep")
+            except UsageError as error:
+                more = {"why": "a stage cannot run where it cannot be checked", "check": "device"}
+                found.append(Finding("error", error.message, error.hint, stage=stage, **more))
+    write_json(run / "preflight.json", [asdict(f) for f in found])
+    return 0
+
+
 def child(folder: str, stage: str, log: str) -> None:
     """Body of a forked worker: log to a file, end with the parent, run the stage."""
     import multiprocessing
@@ -159,8 +209,9 @@ def _follow_stdin() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (3, 4) or not Path(sys.argv[1]).is_dir():
-        sys.exit("usage: python -m opdctl.worker DIR STAGE")
-    if sys.argv[3:] == ["--follow-stdin"]:
+    looking = sys.argv[2:3] == ["--preflight"] and len(sys.argv) > 4
+    if not (looking or len(sys.argv) in (3, 4)) or not Path(sys.argv[1]).is_dir():
+        sys.exit("usage: python -m opdctl.worker DIR STAGE | DIR --preflight cheap|deep STAGE ...")
+    if looking or sys.argv[3:] == ["--follow-stdin"]:
         threading.Thread(target=_follow_stdin, daemon=True).start()
-    sys.exit(run_stage(sys.argv[1], sys.argv[2]))
+    sys.exit(examine(sys.argv[1], *sys.argv[3:]) if looking else run_stage(*sys.argv[1:3]))

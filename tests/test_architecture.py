@@ -11,7 +11,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "opdctl"
 FILES = sorted(PACKAGE.rglob("*.py"))
-FAMILIES = ("sources", "engines", "rewards", "teachers", "signals", "objectives", "weights", "data")
+FAMILIES = (
+    *("sources", "engines", "rewards", "teachers", "signals", "objectives", "weights", "data"),
+    "preflight",
+)
 
 
 def name_of(path):

@@ -75,7 +75,11 @@ def reward_of(ctx: Context, reference: str) -> Any:
 
 
 def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
-    """Parts of a stage whose student samples: rl and opd."""
+    """Parts of a stage whose student samples: rl and opd.
+
+    Raises:
+        UsageError: the student cannot be taught by its teachers; see ``preflight/``.
+    """
     config = ctx.config
     terms = terms_of(config.objectives)
     signals = {
@@ -97,6 +101,7 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
             for n, t in teachers.items()
         }
         route = routes(ctx.recipe.domains(ctx.name), teachers)
+        ctx.inspect(model)
     updates = getattr(config, "updates_per_rollout", 1)  # gradients of one step are not applied
     minibatches = getattr(config, "minibatches", 1)
     several = updates * minibatches > 1

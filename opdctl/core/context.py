@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ class Context:
         stop: set by a signal; looked at inside sampling, scoring and updates.
         loop_seconds: time spent in the stage's loop, for the record.
         loads: frozen models loaded so far.
+        wal: what was sampled and scored since the last checkpoint.
+        inspect: called with the student before its teachers are first asked; may raise.
     """
 
     run: RunDir
@@ -37,7 +40,8 @@ class Context:
     stop: bool = False
     loop_seconds: float = 0.0
     loads: int = 0
-    _wal: Wal | None = None
+    inspect: Callable[[Any], None] = lambda student: None
+    wal: Wal | None = None
     _data: dict[str, Any] = field(default_factory=dict)
     _models: dict[str, Any] = field(default_factory=dict)
 
@@ -58,12 +62,8 @@ class Context:
         """H(run seed, stage name), or the seed group's: paired arms share prompts and draws."""
         return draws.key(self.recipe.seed, getattr(self.config, "seed_group", "") or self.name)
 
-    @property
-    def wal(self) -> Wal:
-        """What was sampled and scored since the last checkpoint."""
-        if self._wal is None:
-            self._wal = Wal(self.folder / "wal")
-        return self._wal
+    def __post_init__(self) -> None:
+        self.wal = self.wal or Wal(self.folder / "wal")
 
     def check(self) -> None:
         """Raises Interrupted once a stop was asked for."""

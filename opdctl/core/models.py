@@ -193,6 +193,36 @@ def pick_device(wanted: str) -> str:
     return "cuda" if there and wanted != "cpu" else "cpu"
 
 
+def outline(folder: str) -> Model:
+    """A language model without its weights, on the meta device: tokenizer, shapes, rendering.
+
+    Raises:
+        UsageError: its tokenizer or its configuration cannot be read.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    name, options = _source(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        config = AutoConfig.from_pretrained(name, **options)
+        with torch.device("meta"):
+            net = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except UNREADABLE as error:
+        raise _unreadable(folder, error) from error
+    return Model(net.train(False), tokenizer, folder)
+
+
+def _source(folder: str) -> tuple[str, dict]:
+    """What transformers is to be asked for: a folder or a public name, and how."""
+    name, _, revision = folder.partition("@") if not Path(folder).is_dir() else (folder, "", "")
+    return name, dict(_OPTIONS, **({"revision": revision} if revision else {}))
+
+
+def _unreadable(folder: str, error: Exception) -> UsageError:
+    what = str(error).strip().split("\n")[0]
+    return UsageError(f"cannot load {folder}: {what}", "is it a folder in Hugging Face format?")
+
+
 def load(folder: str, *, dtype: str = "float32", device: str = "cpu", classifier: bool = False):
     """A model from a folder or a public name (``name@revision``).
 
@@ -210,8 +240,7 @@ def load(folder: str, *, dtype: str = "float32", device: str = "cpu", classifier
         AutoTokenizer,
     )
 
-    name, _, revision = folder.partition("@") if not Path(folder).is_dir() else (folder, "", "")
-    options = dict(_OPTIONS, **({"revision": revision} if revision else {}))
+    name, options = _source(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         config = AutoConfig.from_pretrained(name, **options)
@@ -222,14 +251,32 @@ def load(folder: str, *, dtype: str = "float32", device: str = "cpu", classifier
             name, config=config, dtype=getattr(torch, dtype), use_safetensors=True, **options
         )
     except UNREADABLE as error:
-        what = str(error).strip().split("\n")[0]
-        hint = "is it a folder in Hugging Face format?"
-        raise UsageError(f"cannot load {folder}: {what}", hint) from error
+        raise _unreadable(folder, error) from error
     if classifier and not any("Classification" in a for a in config.architectures or []):
         nn.init.zeros_(net.score.weight)
         if net.score.bias is not None:
             nn.init.zeros_(net.score.bias)
     return Model(net.to(device).train(False), tokenizer, folder)
+
+
+def different_tokens(student: Model, teacher: Model) -> tuple[str, str] | None:
+    """``(what, what to do)`` if an id, or the end token, is not the same on both sides."""
+    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    difference = first_difference(ours, theirs)
+    if difference:
+        return (
+            f"{teacher.name} and the student {student.name} have different tokenizers: "
+            f"{difference}",
+            "use a teacher of the same tokenizer, or its texts: an sft stage with sources.teacher",
+        )
+    if student.eos != teacher.eos:
+        ends = [m.tokenizer.eos_token for m in (student, teacher)]
+        return (
+            f"the student ends a response by {ends[0]!r}, {teacher.name} by {ends[1]!r}",
+            "give both the same eos_token in tokenizer_config.json: the student would unlearn its "
+            "own",
+        )
+    return None
 
 
 def require_same_tokens(student: Model, teacher: Model, where: str) -> None:
@@ -238,21 +285,9 @@ def require_same_tokens(student: Model, teacher: Model, where: str) -> None:
     Raises:
         UsageError: they do not; names the first that differs.
     """
-    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
-    difference = first_difference(ours, theirs)
-    if difference:
-        raise UsageError(
-            f"{where}: {teacher.name} and the student {student.name} have different tokenizers: "
-            f"{difference}",
-            "use a teacher of the same tokenizer, or its texts: an sft stage with sources.teacher",
-        )
-    if student.eos != teacher.eos:
-        ends = [m.tokenizer.eos_token for m in (student, teacher)]
-        raise UsageError(
-            f"{where}: the student ends a response by {ends[0]!r}, {teacher.name} by {ends[1]!r}",
-            "give both the same eos_token in tokenizer_config.json: the student would unlearn its "
-            "own",
-        )
+    wrong = different_tokens(student, teacher)
+    if wrong:
+        raise UsageError(f"{where}: {wrong[0]}", wrong[1])
     if student.valid_V != teacher.valid_V:
         fewer = min(student, teacher, key=lambda model: model.valid_V)
         raise UsageError(

@@ -1,0 +1,187 @@
+"""A student and its teachers before the first step: what a check looks at, and what it says.
+
+An outline has a tokenizer and shapes and no weights, so the checks that need no more cost no more;
+weights and samples are there for those that ask. Prompts are the stage's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from opdctl import references
+from opdctl.core import draws
+from opdctl.core.routing import routes
+from opdctl.errors import UsageError
+from opdctl.types import Prompt, Rollout
+
+SAMPLED = 100  # prompts of a domain that are answered: .1 of accuracy is then two standard errors
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check says.
+
+    Attributes:
+        severity: error, warning or ok.
+        what: the numbers, or the first difference.
+        do: what to type or to change; empty where it is ok.
+        teacher: of which teacher; empty where it is about the stage.
+        why: why it matters, with the public thread; as all below set by who runs the check.
+    """
+
+    severity: str
+    what: str
+    do: str = ""
+    teacher: str = ""
+    why: str = ""
+    check: str = ""
+    revision: int = 0
+    stage: str = ""
+
+
+class Pairing:
+    """The student of one stage and the teachers that serve its domains.
+
+    Args:
+        ctx: the stage's.
+        student: its model where it is loaded already.
+    """
+
+    def __init__(self, ctx, student: Any = None) -> None:
+        self.ctx = ctx
+        self.route = routes(ctx.recipe.domains(ctx.name), ctx.config.teachers)
+        used = {name for names in self.route.values() for name in names}
+        every = {n: t.model for n, t in ctx.config.teachers.items() if n in used}
+        self.policy = [n for n, r in every.items() if references.parse(r).form == "policy"]
+        self.teachers = {n: r for n, r in every.items() if n not in self.policy}
+        self._given = student
+        self._outlines: dict[str, Any] = {}
+        self._same: dict[str, bool] = {}
+        self._answers: dict[str, list[Rollout]] = {}
+
+    def read(self) -> None:
+        """Outlines of all.
+
+        Raises:
+            UsageError: one cannot be read; says which.
+        """
+        for model in (self.student, *map(self.outline, self.teachers)):
+            assert model.tokenizer is not None
+
+    @cached_property
+    def student(self) -> Any:
+        """Its outline, or the model itself."""
+        return self._given or self._outline(self.ctx.config.student)
+
+    def outline(self, name: str) -> Any:
+        """A teacher without its weights."""
+        return self._outline(self.teachers[name])
+
+    def _outline(self, reference: str) -> Any:
+        from opdctl.core.models import outline
+
+        path = self.ctx.path_of(reference)
+        if path not in self._outlines:
+            self._outlines[path] = outline(path)
+            self._outlines[path].name = reference
+        return self._outlines[path]
+
+    def shown(self, name: str) -> str:
+        """How messages name a teacher."""
+        return f"{name} ({self.teachers[name]})"
+
+    def domains(self, name: str) -> list[str]:
+        """The domains that a teacher serves."""
+        return [d for d, names in self.route.items() if name in names]
+
+    def same(self, name: str) -> bool:
+        """Whether a teacher's weights are the student's, as they stand on disk."""
+        if name not in self._same:
+            places = [self.ctx.path_of(r) for r in (self.ctx.config.student, self.teachers[name])]
+            self._same[name] = len(set(places)) == 1 or same_weights(*map(folder_of, places))
+        return self._same[name]
+
+    @property
+    def differing(self) -> list[str]:
+        """The teachers that can teach something."""
+        return [name for name in self.teachers if not self.same(name)]
+
+    def prompts(self, domain: str, most: int) -> list[Prompt]:
+        """Distinct training prompts of a domain, in an order of their own.
+
+        Raises:
+            UsageError: it has none.
+        """
+        pool = self.ctx.prompts(domain, "train")[: self.ctx.config.prompts.pool or None]
+        if not pool:
+            raise UsageError(f"data.{domain} has no training prompts")
+        order = draws.permutation(len(pool), self.ctx.seed, "preflight", domain)
+        return [pool[i] for i in order[:most].tolist()]
+
+    @cached_property
+    def rollouts(self) -> list[Rollout]:
+        """The student's answers at step 0, one a prompt."""
+        return self._sample(self.ctx.config.student, list(self.route), "student")
+
+    def answers(self, name: str) -> list[Rollout]:
+        """A teacher's own answers to the same prompts of its domains, in the same order."""
+        if name not in self._answers:
+            reference = self.teachers[name]
+            self._answers[name] = self._sample(reference, self.domains(name), "teacher")
+        return self._answers[name]
+
+    def _sample(self, reference: str, domains: list[str], source: str) -> list[Rollout]:
+        from opdctl.core.sampling import sample_group
+
+        prompts = [p for d in domains for p in self.prompts(d, SAMPLED)]
+        model = self.ctx.frozen(reference)
+        return sample_group(self.ctx, model, prompts, 0, source, samples=1)
+
+
+def folder_of(place: str) -> Path:
+    """The folder with a model's weights; those of a public name are fetched."""
+    if Path(place).is_dir():
+        return Path(place)
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = place.partition("@")
+    try:
+        found = snapshot_download(
+            name, revision=revision or None, allow_patterns="model*.safetensors"
+        )
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot load {place}: {str(error).strip().splitlines()[0]}") from error
+    return Path(found)
+
+
+def same_weights(ours: Path, theirs: Path) -> bool:
+    """Whether two folders hold the same tensors, whatever their files and types.
+
+    Reads no further than the first tensor that differs.
+    """
+    import torch
+    from safetensors import safe_open
+
+    def tensors(folder: Path) -> dict[str, Path]:
+        found = {}
+        for path in sorted(folder.glob("model*.safetensors")):
+            with safe_open(path, "pt") as file:
+                found |= dict.fromkeys(file.keys(), path)
+        return found
+
+    def read(path: Path, name: str):
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(name)
+
+    a, b = tensors(ours), tensors(theirs)
+    if a.keys() != b.keys():
+        return False
+    for name in a:
+        x, y = read(a[name], name), read(b[name], name)
+        wide = torch.promote_types(x.dtype, y.dtype)
+        if not torch.equal(x.to(wide), y.to(wide)):
+            return False
+    return True

@@ -1,0 +1,55 @@
+"""Is the teacher better than the student at what it is to teach?
+
+Both answer the same training prompts with the same draws, once each; the verifier judges. The
+interval is of the paired differences, over prompts. A teacher may have something to teach that the
+verifier does not see, so only one that is worse with its whole interval is an error.
+"""
+
+from __future__ import annotations
+
+from opdctl.core.metrics import mean
+from opdctl.preflight._pairing import Finding, Pairing
+
+
+class Gain:
+    """Each teacher is more accurate than the student on a sample of its prompts."""
+
+    revision = 1
+    samples = True
+    why = (
+        "OPD moves a student to its teacher's distribution whatever its score: one that had been "
+        "trained by RL fell back to where it came from (arXiv 2604.13016); which gap it takes is "
+        "asked in github.com/NVIDIA-NeMo/RL/issues/1527"
+    )
+
+    def look(self, pairing: Pairing) -> list[Finding]:
+        """One finding for each teacher and domain, but for a teacher that is the student."""
+        return [
+            self._one(pairing, name, domain)
+            for name in pairing.differing
+            for domain in pairing.domains(name)
+        ]
+
+    def _one(self, pairing: Pairing, name: str, domain: str) -> Finding:
+        from opdctl.core.evaluation import half_width
+
+        student, teacher = (
+            [pairing.ctx.verify(r) for r in rollouts if r.prompt.domain == domain]
+            for rollouts in (pairing.rollouts, pairing.answers(name))
+        )
+        gaps = [t - s for s, t in zip(student, teacher, strict=True)]
+        n, centre = len(gaps), mean(gaps)
+        half = half_width(gaps) if n > 1 else 1.0
+        what = (
+            f"{domain}: teacher {mean(teacher):.2f}, student {mean(student):.2f}, gain "
+            f"{centre:+.2f} [{centre - half:+.2f}, {centre + half:+.2f}] on {n} prompts"
+        )
+        if centre - half > 0:
+            return Finding("ok", what, teacher=name)
+        if centre + half < 0:
+            do = "another teacher for this domain, or policy to keep it as it is"
+            return Finding("error", f"{what}: worse", do, name)
+        do = "train the teacher further, or leave it: what it teaches may not be what is verified"
+        if not any(teacher):
+            do = "look at what it answers: the verifier, the format, or sampling.max_tokens"
+        return Finding("warning", f"{what}: not shown to be better", do, name)

@@ -1,0 +1,94 @@
+"""How far apart the two are on the student's own tokens before anything is learnt.
+
+KL(student || teacher) a token, over the whole vocabulary, and the share of the student's k most
+probable tokens that are among the teacher's k (Rethinking OPD, arXiv 2604.13016, k = 16; at most an
+eighth of the vocabulary, so that chance does not make it).
+
+The bounds. A KL of 5e-4 taught nothing and one of 4.5e-2 did (miles, README of
+qwen3_5_35b_selfdistill). The most is half of log V, half of what a blind guess is off by where the
+student is sure. OPD succeeded from an overlap of .72 there and took a cold start from .55; at size
+tiny MiMo's teachers, which the student inherits, start at a KL of .8 to 1.2 and .52 to .67.
+"""
+
+from __future__ import annotations
+
+import math
+
+from opdctl.preflight._pairing import Finding, Pairing
+
+KL_LEAST, OVERLAP_LEAST = 1e-3, 0.5
+TOP = 16
+
+
+class Step0:
+    """Divergence and top-k overlap on the student's first rollouts are within bounds."""
+
+    revision = 1
+    samples = True
+    why = (
+        "a teacher that sees other tokens than the student wrote begins at a loss above 20 "
+        "(github.com/modelscope/ms-swift/issues/9429), and whether OPD succeeds shows in the "
+        "overlap at its start (arXiv 2604.13016)"
+    )
+
+    def look(self, pairing: Pairing) -> list[Finding]:
+        """One finding a teacher that is not the student itself."""
+        return [self._one(pairing, name) for name in pairing.differing]
+
+    def _one(self, pairing: Pairing, name: str) -> Finding:
+        domains = pairing.domains(name)
+        rollouts = [r for r in pairing.rollouts if r.prompt.domain in domains]
+        kl, overlap, k = compare(pairing, name, [r.request for r in rollouts])
+        most = math.log(pairing.student.valid_V) / 2
+        what = (
+            f"KL {kl:.4g} nats a token (from {KL_LEAST} to {most:.1f}), top-{k} overlap "
+            f"{overlap:.2f} (at least {OVERLAP_LEAST}), over {len(rollouts)} responses"
+        )
+        if not math.isfinite(kl):
+            do = "its weights or its precision: try runtime.dtype=float32"
+            return Finding("error", f"{what}: not finite", do, name)
+        do = []
+        if kl < KL_LEAST:
+            do.append("train the teacher further, or check its path: it is all but the student")
+        if kl > most:
+            do.append("check that it is of the student's family and trained on this format")
+        if overlap < OVERLAP_LEAST:
+            do.append("a cold start on the teacher's samples first: sft with sources.teacher")
+        return Finding("warning" if do else "ok", what, "; ".join(do), name)
+
+
+def compare(pairing: Pairing, name: str, requests: list) -> tuple[float, float, int]:
+    """Mean KL of the student to a teacher, mean top-k overlap, and k."""
+    import torch
+
+    from opdctl.core.chunks import rows_in
+    from opdctl.core.scoring import score
+    from opdctl.kernels.reference import divergence
+
+    ctx = pairing.ctx
+    temperature = ctx.config.sampling.temperature
+    hidden, heads = [], []
+    for reference in (ctx.config.student, pairing.teachers[name]):
+        model = ctx.frozen(reference)
+        heads.append(model.projection(temperature))
+        found = score(
+            model,
+            requests,
+            temperature=temperature,
+            want=("hidden",),
+            micro_batch=ctx.runtime.micro_batch,
+            check=ctx.check,
+        )
+        hidden.append(found.hidden_ND)
+    k = max(1, min(TOP, heads[0].valid_V // 8))
+    kls, overlaps = [], []
+    with torch.no_grad():
+        size = max(1, rows_in(ctx.runtime.chunk_mib, heads[0]) // 4)  # the definition keeps more
+        for ours_CD, theirs_CD in zip(*(h.split(size) for h in hidden), strict=True):
+            logp_CV = heads[0].logits(ours_CD).log_softmax(-1)
+            logq_CV = heads[1].logits(theirs_CD).log_softmax(-1)
+            kls.append(divergence(logp_CV, logq_CV, "reverse"))
+            tops = [log_CV.topk(k, dim=-1).indices for log_CV in (logp_CV, logq_CV)]
+            both_CK = (tops[0][:, :, None] == tops[1][:, None, :]).any(-1)
+            overlaps.append(both_CK.to(logp_CV.dtype).mean(-1))
+    return float(torch.cat(kls).mean()), float(torch.cat(overlaps).mean()), k
