@@ -93,7 +93,8 @@ def build(
 ) -> Any:
     """An instance of ``cls`` from a plain mapping; None where that is not possible.
 
-    Keys not given keep the value they have in ``base``, or else their default.
+    Keys not given keep the value they have in ``base``, or else their default. A Config may say
+    why it lacks a key that others have: ``absent``, key -> reason.
 
     Every problem is appended with its full dotted path; the caller raises.
     """
@@ -106,7 +107,8 @@ def build(
     for name, value in raw.items():
         where = f"{path}.{name}" if path else str(name)
         if name not in fields:
-            problems.append(Problem(where, "unknown key", did_you_mean(str(name), fields)))
+            hint = getattr(cls, "absent", {}).get(name) or did_you_mean(str(name), fields)
+            problems.append(Problem(where, "unknown key", hint))
             continue
         f = fields[name]
         below = getattr(base, name, None)

@@ -30,6 +30,11 @@ class Optim:
 class Sampling:
     """How responses are drawn: the whole distribution, so that log-probs are exact."""
 
+    absent: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("top_p", "top_k", "min_p"),
+        "the whole distribution is sampled: tokens of a cut one have other log-probs than the loss "
+        "gives them, and every ratio is biased",
+    )
     temperature: float = key(1.0, "divides the logits, in sampler and loss alike", least=1e-3)
     max_tokens: int = key(32, "longest turn of a response, in tokens", least=1)
 
