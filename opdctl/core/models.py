@@ -231,7 +231,7 @@ def load(folder: str, *, dtype: str = "float32", device: str = "cpu", classifier
             starts at zero unless the folder has one.
 
     Raises:
-        UsageError: it cannot be loaded; says from where and why.
+        UsageError: it cannot be loaded, or not all of it is there; says from where and why.
     """
     from transformers import (
         AutoConfig,
@@ -247,12 +247,20 @@ def load(folder: str, *, dtype: str = "float32", device: str = "cpu", classifier
         kind = AutoModelForCausalLM
         if classifier:
             kind, config.num_labels = AutoModelForTokenClassification, 1
-        net = kind.from_pretrained(
-            name, config=config, dtype=getattr(torch, dtype), use_safetensors=True, **options
+        options |= {"use_safetensors": True, "output_loading_info": True}
+        net, found = kind.from_pretrained(
+            name, config=config, dtype=getattr(torch, dtype), **options
         )
     except UNREADABLE as error:
         raise _unreadable(folder, error) from error
-    if classifier and not any("Classification" in a for a in config.architectures or []):
+    new = classifier and not any("Classification" in a for a in config.architectures or [])
+    missing = [n for n in found["missing_keys"] if not (new and n.startswith("score."))]
+    if missing:  # transformers would start them from random numbers
+        raise UsageError(
+            f"cannot load {folder}: its weights lack {min(missing)} and {len(missing) - 1} more",
+            "name the folder of the whole model, not that of an adapter or of one part",
+        )
+    if new:
         nn.init.zeros_(net.score.weight)
         if net.score.bias is not None:
             nn.init.zeros_(net.score.bias)
