@@ -42,7 +42,8 @@ def parse(text: str) -> Reference:
         return Reference("stage", text[6:])
     if text.startswith(("http://", "https://")):
         return Reference("server", text)
-    if text.startswith(("./", "../", "/", "~")) or (text and Path(text).is_dir()):
+    inside = "/" in text and is_model(str(Path(text).parent))  # model/part is no org/name
+    if text.startswith(("./", "../", "/", "~")) or inside or (text and Path(text).is_dir()):
         return Reference("folder", str(Path(text).expanduser().absolute()))
     if _PUBLIC.match(text):
         return Reference("public", text)
@@ -81,13 +82,14 @@ def complaint(
             "use a stage, a folder or a public name",
         )
     if ref.form == "folder" and folders:
+        above = str(Path(ref.name).parent)
+        hint = f"the model is in {above}" if is_model(above) else ""
         if not Path(ref.name).is_dir():
-            return f"no folder {ref.name}", "a model folder holds config.json and model.safetensors"
+            otherwise = "a model folder holds config.json and model.safetensors"
+            return f"no folder {ref.name}", hint or otherwise
         if not is_model(ref.name):
-            return (
-                f"{ref.name} has no config.json",
-                "name the folder a stage wrote: .../stages/NAME/output",
-            )
+            otherwise = "name the folder a stage wrote: .../stages/NAME/output"
+            return f"{ref.name} has no config.json", hint or otherwise
     if ref.form == "unknown":
         if text in stages:
             return f"{text!r} is not a model reference", f"write stage:{text}"
