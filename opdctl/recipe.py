@@ -57,8 +57,8 @@ class Recipe:
         return getattr(config, "steps", 0) or getattr(config, "batches", 0) or len(evaluated)
 
     def notes(self) -> list[Problem]:
-        """What is allowed and has no effect."""
-        found = []
+        """What is allowed and has less effect than it seems, or none."""
+        found = graph.rounding(self, lost=False)
         for stage, config in self.stages.items():
             notes = getattr(registry.member("stages", config.kind), "notes", lambda _: [])
             found += [replace(n, path=f"stages.{stage}.{n.path}") for n in notes(config)]
