@@ -42,8 +42,7 @@ def run_recipe(
         if stage not in recipe.stages:
             near = did_you_mean(stage, recipe.stages, "stages:")
             raise UsageError(f"--only {stage}: no such stage", near)
-    for note in recipe.notes():
-        console.say(f"note: {note}", "yellow")
+    _notes(recipe)
     old = RunDir(reuse) if reuse else None
     if old:
         old.manifest()
@@ -103,6 +102,7 @@ def run_stage(
         tree["data"] = {d: c for d, c in data.items() if not wanted or d in wanted}
         console.say(f"prompts: {', '.join(tree['data'])}, as in the run that wrote the model")
     recipe = resolve(tree, f"opdctl stage {kind}", overrides=full)
+    _notes(recipe)
     if dry_run:
         console.show(console.plan_table(plan(recipe)))
         return 0
@@ -212,6 +212,11 @@ def show_status(directory: Path | None, *, watch: bool, as_json: bool) -> None:
         if not watch or found["state"] != "running":
             return
         time.sleep(2)
+
+
+def _notes(recipe: Recipe) -> None:
+    for note in recipe.notes():
+        console.say(f"note: {note}", "yellow")
 
 
 def _start(
