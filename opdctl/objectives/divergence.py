@@ -47,13 +47,15 @@ class Divergence:
 
     @staticmethod
     def notes(config) -> list[Problem]:
-        """Keys that do nothing here."""
+        """Keys that do nothing here, and what the form for comparison does not see."""
         found = []
         if config.direction != "jsd" and config.beta != 0.5:
             found.append(Problem("beta", "only a jsd has a beta", "direction=jsd"))
         if config.support == "full" and config.form != "tail":
             hint = "support=topk_student, topk_teacher or topk_union"
             found.append(Problem("form", "the whole vocabulary has no form", hint))
+        elif config.form == "renormalised":
+            found.append(Problem("form", "blind to mass that leaves the k ids", "form=tail"))
         return found
 
     def __init__(self, config) -> None:
