@@ -61,7 +61,12 @@ class Opd:
     @staticmethod
     def notes(config):
         """What is allowed and has no effect."""
-        return cannot_act(config)
+        found, rewarded = cannot_act(config), config.signals.get("outcome")
+        own = all(t.model in ("policy", config.student) for t in config.teachers.values())
+        if config.teachers and own and not (rewarded and rewarded.coef):
+            what = "each is the student's own start: there is nothing to learn"
+            found.append(Problem("teachers", what, "teachers: {DOMAIN: REF}"))
+        return found
 
     def run(self, ctx):
         """Load the start, train, write the output."""
