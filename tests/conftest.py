@@ -1,5 +1,6 @@
 """Small real models and contexts for the tests. Nothing is mocked and nothing is downloaded."""
 
+import functools
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -78,13 +79,39 @@ def make_model64(seed=0, width=24):
 
 
 @pytest.fixture
-def model64():
+def float64():
+    """float64 is torch's default, as in a stage of that type."""
     import torch
 
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    yield make_model64()
+    yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def model64(float64):
+    return make_model64()
+
+
+@pytest.fixture(scope="session")
+def on_disk(tmp_path_factory):
+    """A folder: models s (a student), t and u (teachers) of one tokenizer, s64 and t64 in float64;
+    prompts in sums.jsonl, with a short and a long answer."""
+    from one_step import write
+
+    folder = tmp_path_factory.mktemp("on_disk")
+    models = {name: make_model(seed) for seed, name in enumerate("stu")}
+    write(folder, models | {"s64": make_model64(0), "t64": make_model64(5)})
+    return folder
+
+
+@pytest.fixture
+def stage(on_disk, tmp_path):
+    """``one_step.opd`` on these models."""
+    from one_step import opd
+
+    return functools.partial(opd, on_disk, tmp_path)
 
 
 @pytest.fixture(scope="session")

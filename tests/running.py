@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from opdctl.core.context import Context
+from opdctl.launch import new_run
+from opdctl.recipe import resolve
+from opdctl.registry import member
 from opdctl.rundir import VOLATILE, RunDir, read_rows
 
 HERE = Path(__file__).parent
@@ -51,6 +55,19 @@ def broken(folder, stage, patch, log):
 
     exec(patch, {})
     child(folder, stage, log)
+
+
+def one_stage(folder, data, *overrides, context=Context, runtime=None, **stage):
+    """Context of the stage ``it`` in a new run directory: what a worker makes before it runs."""
+    tree = {"name": "one", "data": data, "stages": {"it": stage}, "runtime": runtime or {}}
+    recipe = resolve(tree, "one", overrides=overrides)
+    return context(new_run(recipe, "", Path(folder)), recipe, "it")
+
+
+def carry_out(ctx):
+    """The stage in this process; its metrics."""
+    member("stages", ctx.config.kind)().run(ctx)
+    return read_rows(ctx.folder / "metrics.jsonl")
 
 
 def plain(row):
