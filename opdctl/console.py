@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from opdctl.rundir import finite
-from opdctl.status import last_row
+from opdctl.status import Tail, last_row
 from opdctl.verdict import shown
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
@@ -91,7 +91,7 @@ def findings_table(found: list) -> Table:
     return table(columns, rows, "Preflight")
 
 
-def status_table(status: dict, live: dict[str, str] | None = None) -> Table:
+def status_table(status: dict) -> Table:
     """Stage, state, progress, seconds."""
     rows = []
     for name, s in status["stages"].items():
@@ -104,13 +104,21 @@ def status_table(status: dict, live: dict[str, str] | None = None) -> Table:
                 s["status"],
                 f"{bar} {s['step']}/{s['total']}",
                 round(s["seconds"], 1) or None,
-                (live or {}).get(name, s["error"][:60]),
+                s["error"].split("\n")[0] or _latest(s["warnings"]),
             ]
         )
     title = f"{status['recipe']} {status['size']} seed {status['seed']}: {status['state']}"
     return table(
         ["stage", "kind", "status", "step", "seconds", ""], rows, f"{title}   {status['run']}"
     )
+
+
+def _latest(warnings: list[str]) -> str:
+    """How many warnings, and the last of them."""
+    if not warnings:
+        return ""
+    count = f"{len(warnings)} warnings, the last in" if len(warnings) > 1 else "warning in"
+    return f"{count} {warnings[-1]}"
 
 
 def scores_table(scores: dict) -> Table:
@@ -161,9 +169,14 @@ def _number(value: Any) -> str:
 class Progress:
     """Shows jobs as they run: a live table on a terminal, else a line per change and minute."""
 
-    def __init__(self, every: float = 15.0) -> None:
+    def __init__(self, jobs: list, every: float = 15.0) -> None:
         self.live = Live(console=err, refresh_per_second=4) if err.is_terminal else None
-        self.jobs: list = []
+        self.jobs = jobs
+        self.tails = {
+            (str(job.run.path), stage): Tail(job.run.stage(stage) / "metrics.jsonl", new=True)
+            for job in jobs
+            for stage in job.status
+        }
         self.first: dict[tuple[str, str], tuple[float, int]] = {}
         self.seen: dict[tuple[str, str], str] = {}
         self.every, self.last, self.drawn = every, time.monotonic(), 0.0
@@ -181,10 +194,11 @@ class Progress:
 
     def __call__(self, jobs: list) -> None:
         now, self.jobs = time.monotonic(), jobs
-        if self.live and now - self.drawn > 0.25:
-            self.drawn = now
-            self.live.update(self._table(jobs))
+        due = now - self.drawn > 0.25
+        self.drawn = now if due else self.drawn
         if self.live:
+            if due:
+                self.live.update(self._table(jobs))
             return
         changed = [
             (j, s, w)
@@ -192,25 +206,31 @@ class Progress:
             for s, w in j.status.items()
             if w not in ("pending", self.seen.get((str(j.run.path), s)))
         ]
+        running = [(j, s, w) for j in jobs for s, w in j.status.items() if w == "running"]
+        for job, stage, _ in [*changed, *(running if due else [])]:
+            for text in self.tails[str(job.run.path), stage].read():
+                name = f"{_label(job, jobs)}{stage}"
+                say(f"[{now - self.start:6.1f}s] {name}: warning: {text}", "yellow")
         for job, stage, word in changed:
             if self.seen.setdefault((str(job.run.path), stage), "") != word:
                 self.seen[str(job.run.path), stage] = word
                 say(f"[{now - self.start:6.1f}s] {_label(job, jobs)}{stage}: {word}")
         if now - self.last > self.every:
             self.last = now
-            for job in jobs:
-                for stage, word in job.status.items():
-                    if word == "running":
-                        say(
-                            f"[{now - self.start:6.1f}s] {_label(job, jobs)}{stage}: "
-                            f"{self._doing(job, stage)}"
-                        )
+            for job, stage, _ in running:
+                say(
+                    f"[{now - self.start:6.1f}s] {_label(job, jobs)}{stage}: "
+                    f"{self._doing(job, stage)}"
+                )
 
     def _table(self, jobs: list) -> Table:
         rows = []
         for job in jobs:
             for stage, word in job.status.items():
-                doing = self._doing(job, stage) if word == "running" else ""
+                tail = self.tails[str(job.run.path), stage]
+                tail.read()
+                doing = [self._doing(job, stage)] if word == "running" else []
+                doing = "; ".join([*doing, *filter(None, [_latest(tail.found)])])
                 rows.append([_label(job, jobs) + stage, word, doing])
         done = sum(r[1] == "done" for r in rows)
         elapsed = time.monotonic() - self.start

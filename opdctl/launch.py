@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import sys
@@ -15,7 +14,7 @@ from opdctl.plan import differences, fingerprints, semantic
 from opdctl.positions import dump, parse
 from opdctl.recipe import Recipe, resolve
 from opdctl.rundir import RunDir, write_json, write_text
-from opdctl.settings import Runtime
+from opdctl.schema import role_of
 
 
 def new_run(recipe: Recipe, source: str, path: Path, only: tuple[str, ...] = ()) -> RunDir:
@@ -127,10 +126,9 @@ def reopen(run: RunDir, overrides: tuple[str, ...] = ()) -> tuple[Recipe, list[s
             raise UsageError(f"cannot read {run.stage(stage) / 'config.yaml'}: {error}") from None
         edited = differences(parse(text, "config.yaml")[0], semantic(old, stage))
         changed += [f"stages.{stage} (edited in resolved.yaml): {line}" for line in edited]
-    free = {f"runtime.{f.name}": f.metadata["role"] for f in dataclasses.fields(Runtime)}
     notes = []
     for line in differences(old.to_dict(), new.to_dict()):
-        role = free.get(line.split(":")[0], "semantic")
+        role = role_of(new, line.split(":")[0])
         if role == "semantic":
             changed.append(line)
         else:

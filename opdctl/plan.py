@@ -72,6 +72,8 @@ def revisions(recipe: Recipe, stage: str) -> dict[str, int]:
         for f in dataclasses.fields(node):
             value = getattr(node, f.name)
             family = f.metadata.get("family")
+            if f.metadata.get("role") == "operational":
+                continue
             if family:
                 for name, entry in value.items():
                     found[f"{family}/{name}"] = member(family, name).revision

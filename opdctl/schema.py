@@ -35,6 +35,7 @@ def key(
     ref: bool = False,
     domains: bool = False,
     neutral: bool = False,
+    keep: bool = False,
     least: float | None = None,
     most: float | None = None,
 ):
@@ -49,6 +50,7 @@ def key(
         domains: the value names a domain, or its keys do.
         neutral: the key came later and its default changes nothing: at its default it is left out
             of fingerprints, so that finished runs stay as they are.
+        keep: members of the default stay where others are given; with ``family``.
         least, most: bounds of a number, inclusive.
     """
     metadata = {
@@ -58,6 +60,7 @@ def key(
         "ref": ref,
         "domains": domains,
         "neutral": neutral,
+        "keep": keep,
         "least": least,
         "most": most,
     }
@@ -119,6 +122,8 @@ def build(
                 k: {**(below.get(k) or {}), **v} if isinstance(v, dict) else v
                 for k, v in value.items()
             }
+            if f.metadata.get("keep"):
+                value = {**below, **value}
         if dataclasses.is_dataclass(below) and isinstance(value, dict):
             values[name] = build(type(below), value, where, problems, lookup, below)
         else:
@@ -257,6 +262,21 @@ def with_role(config: Any, role: str) -> Any:
         if f.metadata.get("role", "semantic") == role or dataclasses.is_dataclass(value):
             kept[f.name] = with_role(value, role)
     return kept
+
+
+def role_of(config: Any, dotted: str) -> str:
+    """The role of a dotted key: the first on the way to it that is not semantic decides."""
+    for part in dotted.split("."):
+        if isinstance(config, dict):
+            config = config.get(part)
+            continue
+        if not dataclasses.is_dataclass(config) or not hasattr(config, part):
+            break
+        role = type(config).__dataclass_fields__[part].metadata.get("role", "semantic")
+        if role != "semantic":
+            return role
+        config = getattr(config, part)
+    return "semantic"
 
 
 def _default(f: dataclasses.Field) -> Any:

@@ -250,7 +250,7 @@ def _carry_out(
                 f"stage {planned.name} is blocked: {planned.reasons[0]}",
                 "put the model back where it was",
             )
-        with console.Progress() as progress:
+        with console.Progress(jobs) as progress:
             outcome = carry_out(jobs, progress)
         _conclude(parent, pairs, outcome)
     return outcome.code

@@ -10,6 +10,8 @@ from typing import ClassVar, Literal
 
 from opdctl.schema import REQUIRED, key
 
+WATCHDOGS = ("non_finite", "empty", "kl", "length", "entropy", "reward", "mismatch")
+
 
 @dataclass(kw_only=True)
 class Optim:
@@ -99,6 +101,16 @@ class ObjectiveConfig:
 
 
 @dataclass(kw_only=True)
+class WatchdogConfig:
+    """Keys of every watchdog."""
+
+    steps: int = key(5, "steps in a row before it acts", role="operational", least=1)
+    action: Literal["warn", "stop"] = key(
+        "warn", "warn, or stop the stage as failed", role="operational"
+    )
+
+
+@dataclass(kw_only=True)
 class StageConfig:
     """Keys of every stage."""
 
@@ -113,6 +125,13 @@ class TrainConfig(StageConfig):
     prompts: Prompts = key(Prompts(), "which prompts")
     optim: Optim = key(Optim(), "optimizer")
     seed_group: str = key("", "stages with one name here share prompts and draws (paired arms)")
+    watch: dict = key(
+        {name: {} for name in WATCHDOGS},
+        "eyes on every step; those not named stay as they are",
+        role="operational",
+        family="watchdogs",
+        keep=True,
+    )
 
 
 @dataclass(kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -50,7 +51,8 @@ def _stage(run: RunDir, recipe, planned: Planned) -> dict:
         found = "interrupted"  # killed: its lock died with it
     elif planned.action == "rerun":
         found = "stale"
-    step = total if found == "done" else last_step(run.stage(name) / "metrics.jsonl")
+    metrics = run.stage(name) / "metrics.jsonl"
+    step = total if found == "done" else last_step(metrics)
     return {
         "kind": recipe.stages[name].kind,
         "status": found,
@@ -61,6 +63,7 @@ def _stage(run: RunDir, recipe, planned: Planned) -> dict:
         "loop_seconds": round(record.get("loop_seconds", 0.0), 2),
         "fingerprint": record.get("fingerprint", planned.fingerprint),
         "error": record.get("error", ""),
+        "warnings": list(dict.fromkeys(Tail(metrics).read())),  # a step may stand there twice
     }
 
 
@@ -69,6 +72,41 @@ def _worst(states: list[str]) -> str:
         if state in states:
             return {"stale": "interrupted", "pending": "interrupted"}.get(state, state)
     return "done"
+
+
+class Tail:
+    """The warnings of a metrics file: ``found``, as of the last time it was read.
+
+    Args:
+        new: only what is written from now on.
+    """
+
+    def __init__(self, path: Path, new: bool = False) -> None:
+        self.path, self.at = path, 0
+        self.found: list[str] = []
+        if new:
+            with contextlib.suppress(OSError):
+                self.at = path.stat().st_size
+
+    def read(self) -> list[str]:
+        """What came since the last time: ``step 12: watch.kl math: ...``."""
+        try:
+            with open(self.path, "rb") as file:
+                if file.seek(0, 2) < self.at:
+                    self.at = 0  # it was begun again
+                file.seek(self.at)
+                *lines, rest = file.read().split(b"\n")
+                self.at = file.tell() - len(rest)
+        except OSError:
+            return []
+        new = []
+        for line in lines:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                if b'"warnings"' in line:
+                    row = json.loads(line)
+                    new += [f"step {row['step']}: {text}" for text in row["warnings"]]
+        self.found += new
+        return new
 
 
 def last_row(path: Path) -> dict:

@@ -16,11 +16,12 @@ import torch
 
 from opdctl.core import checkpoint, draws, tokens, update
 from opdctl.core.context import Clock, Context
-from opdctl.core.metrics import Metrics, by_domain, mean
+from opdctl.core.metrics import Metrics, Watch, by_domain, mean
 from opdctl.core.models import Model
 from opdctl.core.scored import Parts, Step, advantage, scored
 from opdctl.errors import Interrupted, StageFailed
 from opdctl.kernels.select import rows_class
+from opdctl.rundir import finite
 from opdctl.types import Compute, Rollout
 
 
@@ -46,7 +47,7 @@ class Loop:
         self.ctx, self.model, self.parts = ctx, model, parts
         self.steps, self.optim = ctx.config.steps, ctx.config.optim
         self.optimizer = update.make_optimizer(model, self.optim)
-        self.compute = Compute()
+        self.compute, self.watch = Compute(), Watch(ctx.config.watch, ctx.name)
         self.checkpoints = ctx.folder / "checkpoints"
 
     def run(self) -> Compute:
@@ -54,13 +55,14 @@ class Loop:
 
         Raises:
             Interrupted: a stop was asked for; a checkpoint is committed.
-            StageFailed: something is not finite, or there is nothing to train on.
+            StageFailed: a watchdog stops it, or there is nothing to train on.
         """
         state = checkpoint.restore(self.checkpoints, self.model, self.optimizer)
         done = 0
         if state:
             done = state["step"]
             self.compute = Compute(**state["compute"])
+            self.watch.state = state.get("watch", self.watch.state)
         metrics = Metrics(self.ctx.folder, self.ctx.attempt)
         runtime = self.ctx.runtime
         self.kernel = rows_class(runtime.kernel, self.model.device, self.model.wide).name
@@ -76,8 +78,12 @@ class Loop:
                     self.compute = before  # the step will be taken again
                     raise
                 done += 1
+                warnings, stop = self.watch.look(done, values)
+                values |= {"warnings": warnings} if warnings else {}
                 clock.lap("other")
                 metrics.row(done, values, clock.seconds)  # before the checkpoint that covers it
+                if stop:
+                    raise stop
                 if done % runtime.checkpoint_every == 0 and done < self.steps:
                     self._save(done)
                     clock.lap("other")
@@ -102,7 +108,7 @@ class Loop:
             done,
             self.model,
             self.optimizer,
-            {"compute": asdict(self.compute)},
+            {"compute": asdict(self.compute), "watch": self.watch.state},
             self.ctx.runtime.keep_checkpoints,
         )
         self.ctx.wal.drop(done)
@@ -140,7 +146,7 @@ class Loop:
         lengths = [r.length for r in rollouts]
         runtime = self.ctx.runtime
         lr = update.lr_at(done, self.steps, self.optim)
-        losses, norms, logged, asked = [], [], {}, 0
+        losses, norms, logged, asked, skipped = [], [], {}, 0, 0
         self.ctx.check()
         for _ in range(self.parts.updates):
             for sequences, part in tokens.parts(lengths, self.parts.minibatches):
@@ -159,8 +165,11 @@ class Loop:
                     rounded=runtime.rounded_logits,
                     taught=step.taught,
                 )
-                norms.append(update.step(model, self.optimizer, lr, self.optim.clip_norm))
+                clip = self.optim.clip_norm
+                norm, taken = update.step(model, self.optimizer, lr, clip, loss)
+                norms.append(norm)
                 losses.append(loss)
+                skipped += not taken
                 for name, vector_N in table.items():
                     logged.setdefault(name, []).append(vector_N)
                 self.compute.train_tokens += processed
@@ -175,20 +184,39 @@ class Loop:
             "length": mean(lengths),
             "truncated": mean(float(r.truncated) for r in rollouts),
         }
+        if skipped:
+            values["skipped"] = skipped
         if step.taught is not None:
             values["teachers"] = asked  # of each mini-batch, together
-        if all(r.reward is not None for r in rollouts):
+        if self.parts.rewards:
             values["reward"] = mean(r.reward for r in rollouts)
             values["reward_by_domain"] = by_domain(rollouts, [r.reward for r in rollouts])
         if self.parts.source.samples_from == "student" and runtime.log_accuracy:
             values["accuracy"] = by_domain(rollouts, map(self.ctx.verify, rollouts))
-        for name, parts in logged.items():
-            values[name] = float(torch.cat(parts).mean())
+        logged = {name: torch.cat(parts) for name, parts in logged.items()}
+        values |= {name: float(vector_N.mean()) for name, vector_N in logged.items()}
+        values |= self._sampler(step, logged)
         if "divergence" in logged and self.parts.updates == 1:
-            vector_N = torch.cat(logged["divergence"])
-            sums_B = tokens.per_sequence(vector_N, step.sequence_N, len(rollouts)).tolist()
-            each = [s / n for s, n in zip(sums_B, lengths, strict=True)]
+            sums_B = tokens.per_sequence(logged["divergence"], step.sequence_N, len(rollouts))
+            each = [s / n for s, n in zip(sums_B.tolist(), lengths, strict=True)]
             values["divergence_by_domain"] = by_domain(rollouts, each)
+        return values
+
+    def _sampler(self, step: Step, logged: dict) -> dict[str, float]:
+        """What the sampler's own log-probs say: ``surprise``, an unbiased estimate of the entropy
+        of what was sampled from, and how far the trainer's are from them, on average."""
+        if "behaviour" not in step.columns:
+            return {}
+        behaviour_N = step.columns["behaviour"]
+        values = {"surprise": -float(behaviour_N.mean())}
+        ours_N = step.columns.get("policy")
+        if ours_N is None and self.parts.updates * self.parts.minibatches == 1:
+            ours_N = logged.get("student_logprob")  # the weights that sampled
+        if ours_N is not None:
+            gap_N = (ours_N - behaviour_N).abs()
+            if "masked" in logged:
+                gap_N = gap_N[logged["masked"] == 0]
+            values["logprob_gap"] = float(gap_N.sum()) / max(1, len(gap_N))
         return values
 
     def _shuffled(self, rollouts: list[Rollout], done: int) -> list[Rollout]:
@@ -233,4 +261,4 @@ class Loop:
                     "ids": r.response_ids,
                     **{k: v[i] for k, v in vectors.items()},
                 }
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(finite(row)) + "\n")

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line a step, flushed, with ``step`` and ``attempt``.
+"""metrics.jsonl: one line a step, flushed, with ``step`` and ``attempt``; and who watches it.
 
 Readers keep the last attempt of each step (rundir.read_rows). Fields that time, host or memory
 determine are named in rundir.VOLATILE. Non-finite values become null and are counted.
@@ -11,7 +11,10 @@ import math
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
+from opdctl.errors import StageFailed
+from opdctl.registry import member
 from opdctl.rundir import finite
 
 
@@ -46,6 +49,46 @@ class Metrics:
 
     def close(self) -> None:
         self.file.close()
+
+
+class Watch:
+    """Shows every step to the watchdogs, and says what was wrong for long enough.
+
+    A watchdog acts once it has seen the same thing ``steps`` times in a row; warning, it speaks
+    again whenever that number has doubled.
+
+    Attributes:
+        state: how often in a row each thing was seen, and the numbers of the first step that had
+            tokens. It belongs in the checkpoint: a resumed stage says the same.
+    """
+
+    def __init__(self, configs: dict[str, Any], stage: str) -> None:
+        self.dogs = {name: member("watchdogs", name)(config) for name, config in configs.items()}
+        self.stage = stage
+        self.state: dict[str, dict] = {"row": {}, "first": {}}
+
+    def look(self, step: int, values: dict) -> tuple[list[str], StageFailed | None]:
+        """What to warn of in this step, and the failure if the stage is to stop."""
+        if not self.state["first"] and values["tokens"]:
+            self.state["first"] = {k: v for k, v in values.items() if isinstance(v, int | float)}
+        before, self.state["row"] = self.state["row"], {}
+        warnings, stop = [], None
+        for name, dog in self.dogs.items():
+            config = dog.config
+            for what, text in dog.look(values, self.state["first"]).items():
+                place = f"{name} {what}".strip()
+                row = self.state["row"][place] = before.get(place, 0) + 1
+                steps = "" if row == 1 else f", {row} steps in a row"
+                said = f"watch.{place}: {text}{steps}"
+                last = config.action == "stop" and row >= config.steps
+                start = 1 if dog.at_once else config.steps
+                if last or (row % start == 0 and (row // start).bit_count() == 1):
+                    warnings.append(said)
+                    print(f"{self.stage}: step {step}: warning: {said}", flush=True)
+                if last and stop is None:
+                    key = f"stages.{self.stage}.watch.{name}.action=warn"
+                    stop = StageFailed(f"step {step}: {said}", f"{dog.hint}; {key} goes on")
+        return warnings, stop
 
 
 def mean(values) -> float:

@@ -18,7 +18,6 @@ from opdctl.core.pairs import by_teacher, pairs, pooled_mean, share
 from opdctl.core.taught import Taught
 from opdctl.core.tokens import last_of_each, micro_batches, pack, per_sequence
 from opdctl.core.view import Term, weighted_sum
-from opdctl.errors import StageFailed
 from opdctl.kernels.select import rows_class
 from opdctl.settings import Optim
 from opdctl.types import ScoreRequest
@@ -95,7 +94,8 @@ def accumulate(
         taught: teachers for the columns teacher_index and teacher_row.
 
     Returns:
-        The loss, the per-token table of what was logged ([N] each), tokens processed.
+        The loss, the per-token table of what was logged ([N] each; ``masked`` where there are
+        masks), tokens processed.
     """
     lengths = list(map(len, spans))
     owner = torch.repeat_interleave(torch.arange(len(spans)), torch.tensor(lengths))
@@ -111,6 +111,8 @@ def accumulate(
         "taught": taught,
     }
     table: dict[str, Tensor] = {}
+    if any(t.masks for t in terms):
+        table["masked"] = (weight_N == 0).to(torch.float32)
     total, processed = 0.0, 0
     teacher_NM = columns.get("teacher_index")
     order = None
@@ -149,19 +151,21 @@ def accumulate(
     return total, table, processed
 
 
-def step(model: Model, optimizer: torch.optim.AdamW, lr: float, clip_norm: float) -> float:
-    """Clip, step, clear. Returns the gradient norm before clipping.
+def step(
+    model: Model, optimizer: torch.optim.AdamW, lr: float, clip_norm: float, loss: float = 0.0
+) -> tuple[float, bool]:
+    """Clip, step, clear. Where the loss or the gradient is not finite there is no step: weights and
+    moments stay as they were.
 
-    Raises:
-        StageFailed: the gradient is not finite; the weights are left as they were.
+    Returns:
+        The gradient norm before clipping, and whether the step was taken.
     """
     parameters = [p for p in model.net.parameters() if p.grad is not None]
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf, foreach=True))
-    if not math.isfinite(norm):
-        optimizer.zero_grad(set_to_none=True)
-        raise StageFailed("the gradient is not finite", "lower optim.lr, or look at the rollouts")
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
+    taken = math.isfinite(norm) and math.isfinite(loss)
+    if taken:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm, taken

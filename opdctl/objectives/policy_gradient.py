@@ -40,6 +40,7 @@ class PolicyGradient:
         import torch
 
         view.log("entropy", view.entropy_C)
+        view.log("student_logprob", view.logprob_C)
         advantage_C = view["advantage"]
         if self.config.advantage_clip:
             bound = self.config.advantage_clip

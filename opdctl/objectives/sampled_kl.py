@@ -69,4 +69,6 @@ class SampledKl:
         value_C = 0.5 * u_C**2 if self.config.estimator == "k2" else u_C.exp() - 1 - u_C
         view.log("sampled_kl", value_C)
         view.log("entropy", view.entropy_C)
+        view.log("student_logprob", view.logprob_C)
+        view.log("teacher_logprob", view["teacher"])
         return value_C * view["teacher_weight"]
