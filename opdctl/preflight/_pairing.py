@@ -13,8 +13,8 @@ from typing import Any
 
 from opdctl import references
 from opdctl.core import draws
-from opdctl.core.routing import routes
 from opdctl.errors import UsageError
+from opdctl.settings import routes
 from opdctl.types import Prompt, Rollout
 
 SAMPLED = 100  # prompts of a domain that are answered: .1 of accuracy is then two standard errors
