@@ -103,6 +103,7 @@ def finish(run: RunDir, path: Path) -> RunDir:
         if path.is_dir():
             path.rmdir()  # it is empty
         run.path.rename(path)
+        sync_file(path.parent)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}", "choose another --out") from None
     return RunDir(path)
@@ -142,6 +143,14 @@ def sync_file(path: Path) -> None:
         os.close(fd)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; their names are on the disk when this returns."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_file(folder.parent)
+
+
 def commit_folder(part: Path, place: Path) -> None:
     """Rename a finished folder into place and make that durable; an old one there is replaced."""
     sync_file(part)
@@ -158,7 +167,7 @@ def commit_folder(part: Path, place: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all, durably."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with open(part, "w", encoding="utf-8") as file:
         file.write(text)

@@ -112,3 +112,42 @@ def test_a_clock_that_goes_backwards(demo_run, tmp_path):
     words = [sys.executable, "-c", code, "resume", str(tmp_path / "run")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+SYNCED = """
+import os
+from pathlib import Path
+sync, rename = os.fsync, Path.rename
+def fsync(fd):
+    sync(fd)
+    print("synced", os.readlink(f"/proc/self/fd/{fd}"), flush=True)
+def renamed(self, target):
+    print("renamed", self, target, flush=True)
+    return rename(self, target)
+os.fsync, Path.rename = fsync, renamed
+"""
+
+
+def test_what_is_committed_is_on_the_disk_before_it_has_its_name(demo_run, tmp_path):
+    """Power loss: every file and its folder synced, then the rename, then the folder above."""
+    copy_without(demo_run[0], tmp_path / "run", "sft")
+    lines = worker(tmp_path / "run", "sft", SYNCED).stdout.splitlines()
+    events = [line.split() for line in lines if line.startswith(("synced ", "renamed "))]
+    stage = RunDir(tmp_path / "run").stage("sft")
+    commits = [
+        (i, Path(e[1]), Path(e[2]))
+        for i, e in enumerate(events)
+        if e[0] == "renamed" and Path(e[2]).name.startswith(("step-", "output"))
+    ]
+    assert [place.name for _, _, place in commits] == ["step-000002", "step-000004", "output"]
+    for at, part, place in commits:
+        before = {Path(e[1]) for e in events[:at] if e[0] == "synced"}
+        after = {Path(e[1]) for e in events[at:] if e[0] == "synced"}
+        files = [p.name for p in (stage / "output").iterdir()]
+        if place.name != "output":
+            files = ["weights.safetensors", "optimizer.safetensors", "state.json"]
+        assert {part, *(part / name for name in files)} <= before
+        assert part.parent.parent in before or place.name == "output"  # the folder of checkpoints
+        assert place.parent in after
+    record = [i for i, e in enumerate(events) if e[-1] == str(stage / "stage.json")]
+    assert record[-1] > commits[-1][0]  # done is said last

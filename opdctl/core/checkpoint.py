@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from opdctl.core import models
 from opdctl.core.models import Model
-from opdctl.rundir import commit_folder, sync_file
+from opdctl.rundir import commit_folder, make_folder, sync_file
 
 
 def save(
@@ -30,7 +30,7 @@ def save(
     """
     part = folder / f".step-{step:06d}.part"
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    make_folder(part)
     names = dict(model.net.named_parameters())
     save_file(
         {n: p.detach().cpu().contiguous() for n, p in names.items()}, part / "weights.safetensors"
