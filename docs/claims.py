@@ -54,8 +54,13 @@ def record(folder: str) -> None:
         "size": manifest["size"],
         "opdctl": __version__,
         "versions": versions,
-        "command": f"opdctl run recipes/{manifest['recipe']}.yaml --seeds "
-        f"{min(per_seed, key=int)}..{max(per_seed, key=int)}",
+        "command": " ".join(
+            [
+                f"opdctl run recipes/{manifest['recipe']}.yaml",
+                *semantic_overrides(manifest["command"]),
+                f"--seeds {min(per_seed, key=int)}..{max(per_seed, key=int)}",
+            ]
+        ),
         "fingerprints": {str(r.manifest()["seed"]): fingerprints(read_recipe(r)) for r in runs},
         "claims": judge(run),
         "accuracy": per_seed,
@@ -65,6 +70,12 @@ def record(folder: str) -> None:
     }
     path = HERE / "claims" / f"{manifest['recipe']}.json"
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def semantic_overrides(command: list[str]) -> list[str]:
+    """The ``key=value`` of a command line that change results."""
+    given = [word for word in command[1:] if "=" in word and not word.startswith("-")]
+    return [word for word in given if not word.startswith("runtime.")]
 
 
 def rounded(table: dict) -> dict:
