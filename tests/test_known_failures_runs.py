@@ -132,7 +132,7 @@ def test_a_failure_of_the_teacher_becomes_zeros(stage, on_disk, tmp_path):
 
 
 def test_a_teacher_that_answers_short(stage, monkeypatch):
-    """ms-swift #9671: an answer of another length than the response is aligned somehow."""
+    """ms-swift #9671: a served teacher out of step with the response, unnoticed. Ours fails."""
     whole = Local.score
 
     def short(self, requests, *rest):
