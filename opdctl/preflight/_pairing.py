@@ -59,6 +59,7 @@ class Pairing:
         self.teachers = {n: r for n, r in every.items() if n not in self.policy}
         self._given = student
         self._outlines: dict[str, Any] = {}
+        self._prompts: dict[str, list[Prompt]] = {}
         self._same: dict[str, bool] = {}
         self._answers: dict[str, list[Rollout]] = {}
 
@@ -110,16 +111,19 @@ class Pairing:
         return [name for name in self.teachers if not self.same(name)]
 
     def prompts(self, domain: str, most: int) -> list[Prompt]:
-        """Distinct training prompts of a domain, in an order of their own.
+        """At most ``most`` (itself at most SAMPLED) distinct training prompts of a domain, in an
+        order of their own.
 
         Raises:
             UsageError: it has none.
         """
-        pool = self.ctx.prompts(domain, "train")[: self.ctx.config.prompts.pool or None]
-        if not pool:
-            raise UsageError(f"data.{domain} has no training prompts")
-        order = draws.permutation(len(pool), self.ctx.seed, "preflight", domain)
-        return [pool[i] for i in order[:most].tolist()]
+        if domain not in self._prompts:
+            pool = self.ctx.prompts(domain, "train")[: self.ctx.config.prompts.pool or None]
+            if not pool:
+                raise UsageError(f"data.{domain} has no training prompts")
+            order = draws.permutation(len(pool), self.ctx.seed, "preflight", domain)
+            self._prompts[domain] = [pool[i] for i in order[:SAMPLED].tolist()]
+        return self._prompts[domain][:most]
 
     @cached_property
     def rollouts(self) -> list[Rollout]:
