@@ -26,7 +26,7 @@ from pathlib import Path
 from opdctl import provenance
 from opdctl.core.context import Context
 from opdctl.core.wal import Wal
-from opdctl.errors import EXIT_FAILED, Interrupted, OpdctlError, UsageError
+from opdctl.errors import EXIT_FAILED, EXIT_USAGE, Interrupted, OpdctlError, UsageError
 from opdctl.launch import read_recipe
 from opdctl.plan import fingerprints, revisions, semantic
 from opdctl.preflight._pairing import Finding
@@ -118,6 +118,8 @@ def _attempt(ctx: Context, start: float) -> int:
             problem = unwritten(ctx.folder, error)
         else:
             traceback.print_exc()
+    if code == EXIT_USAGE and not (ctx.folder / "metrics.jsonl").exists():
+        record["inputs"] = before.get("inputs", {})  # nothing was made from what was refused
     if problem:
         record |= {"status": "failed", "error": problem}
         with contextlib.suppress(OSError):  # a log on a full disk

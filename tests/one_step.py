@@ -66,6 +66,7 @@ class First:
         self.model = load(ctx.path_of(ctx.config.student), dtype=ctx.runtime.dtype)
         self.parts = on_policy(ctx, self.model, ctx.config.teachers)
         self.rollouts = rollouts(self.model) if rollouts else self.parts.source.draw(0)
+        ctx.wal.at(0)
         self.step = scored(self.rollouts, self.model, self.parts, ctx, Compute())
         self.columns = self.step.columns
         self.logged = advantage(self.step, self.parts.signals)

@@ -114,6 +114,7 @@ class Loop:
         self.ctx.wal.drop(done)
 
     def _step(self, done: int, clock: Clock) -> dict:
+        self.ctx.wal.at(done)
         rollouts = [r for r in self.parts.source.draw(done) if r.response_ids]
         for rollout in rollouts:
             assert 0 <= done - rollout.version <= 0, "rollouts are of the current weights"
