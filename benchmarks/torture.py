@@ -55,9 +55,6 @@ def markers(run: RunDir, aim: str) -> bool:
 
 def phase(run: RunDir) -> str:
     """What the kill hit, judged by what it left."""
-    running = [
-        s.name for s in run.path.glob("stages/*") if run.record(s.name).get("status") == "running"
-    ]
     for aim in ("export", "checkpoint", "sampling"):
         if markers(run, aim):
             return aim
