@@ -2,14 +2,19 @@
 
 Its questions carry long boilerplate; for a model of 0.1 M parameters the prompt is a template over
 the item's metadata. The scorer stays reasoning-gym's, and only a score of 1 counts: it gives
-partial credit to near misses.
+partial credit to near misses. No scorer gets to execute an answer: some would hand it to eval,
+which is made to read literals only, and some to sympy's parser, which is shown arithmetic only.
 """
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import string
+import sys
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, Literal
 
 from opdctl.core.questions import DomainKeys, Split, digest, distinct
@@ -17,6 +22,9 @@ from opdctl.core.thinking import Trace
 from opdctl.errors import Problem, UsageError
 from opdctl.schema import REQUIRED, key
 from opdctl.types import Prompt
+
+ARITHMETIC = re.compile(r"[\d\s.+*/()-]*")
+OF_ARITHMETIC = ("countdown", "puzzle24")  # their scorers parse an answer with sympy
 
 
 class ReasoningGym:
@@ -51,8 +59,12 @@ class ReasoningGym:
             self.dataset = reasoning_gym.create_dataset(
                 config.task, size=config.items, seed=seed, **config.config
             )
-        except (TypeError, ValueError, AssertionError) as error:
-            raise UsageError(f"data.{domain}: reasoning-gym refuses it: {error}") from error
+        except Exception as error:  # its settings are the recipe's: any of them may be wrong
+            raise UsageError(
+                f"data.{domain}.task: reasoning-gym refuses {config.task!r:.80}: {error!s:.300}",
+                "its names and settings stand in reasoning-gym's gallery",
+            ) from error
+        self.arithmetic = disarm(config.task, self.dataset, f"data.{domain}.task")
 
     @staticmethod
     def problems(config) -> list[Problem]:
@@ -85,7 +97,15 @@ class ReasoningGym:
         )
 
     def _prompt(self, index: int) -> Prompt:
-        config, item = self.config, self.dataset[index]
+        config = self.config
+        try:
+            item = self.dataset[index]
+        except Exception as error:
+            what = f"{type(error).__name__}: {error!s:.200}"
+            raise UsageError(
+                f"data.{self.domain}.config: {config.task} makes no question {index}: {what}",
+                "settings that pass its checks may still leave nothing to draw from",
+            ) from error
         text = self._filled("prompt", item) if config.prompt else item["question"]
         calls = (self._filled("call", item),) if config.call else ()
         thought, answer = self._filled("trace", item), item["answer"]
@@ -118,6 +138,8 @@ class ReasoningGym:
         if self.config.answer == "list":
             separator = self.config.separator
             answer = json.dumps(answer.split(separator) if separator else list(answer))
+        if self.arithmetic and (not ARITHMETIC.fullmatch(answer) or "**" in answer):
+            return 0.0
         index = prompt.item["index"]
         if index not in self.entries:
             self.entries[index] = self.dataset[index]
@@ -125,6 +147,30 @@ class ReasoningGym:
             return float(self.dataset.score_answer(answer, entry=self.entries[index]) == 1.0)
         except Exception:  # some scorers raise, anything, on an answer they cannot read
             return 0.0
+
+
+def disarm(task: str, dataset: Any, where: str) -> bool:
+    """Make a data set's scorer safe. Returns whether it is to be shown arithmetic only.
+
+    Raises:
+        UsageError: it would execute an answer, and cannot be made safe.
+    """
+    parts = [disarm(n, d, where) for n, d in getattr(dataset, "datasets", {}).items()]
+    scorer = type(dataset).score_answer
+    called = names_in(scorer.__code__)
+    if "eval" in called:
+        sys.modules[scorer.__module__].eval = ast.literal_eval
+    executes = called & {"parse_expr", "sympify", "exec", "compile", "__import__"}
+    if executes and task not in OF_ARITHMETIC:
+        hint = "another task, or data of your own with verifier: math"
+        raise UsageError(f"{where}: {task}: its scorer would execute a model's answer", hint)
+    return bool(executes) or any(parts)
+
+
+def names_in(code: CodeType) -> set[str]:
+    """Names that a function looks up, its inner functions included."""
+    inner = [names_in(c) for c in code.co_consts if isinstance(c, CodeType)]
+    return set(code.co_names).union(*inner)
 
 
 class Fields(string.Formatter):
