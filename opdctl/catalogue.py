@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from importlib import resources
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def detail(name: str) -> dict:
         for family, member in found:
             cls = registry.member(family, member)
             about.append(f"{family}/{member}: {(cls.__doc__ or '').strip()}")
-            about.append((__import__(cls.__module__, fromlist=["x"]).__doc__ or "").strip())
+            about.append((sys.modules[cls.__module__].__doc__ or "").strip())
             prefix = "" if len(found) == 1 else f"{family}/{member}: "
             if hasattr(cls, "Config"):
                 keys += describe(cls.Config, lookup, prefix)

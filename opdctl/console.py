@@ -47,8 +47,13 @@ def emit_json(content: Any) -> None:
 
 
 def say(text: str, style: str = "") -> None:
-    """A line for the person, on stderr."""
-    err.print(Text(text, style=style))
+    """A line for the person, on stderr; what a stranger wrote in it cannot steer the terminal."""
+    err.print(Text(plain(text), style=style))
+
+
+def plain(text: str) -> str:
+    """Text with every character that is not printable escaped, but line breaks."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def table(columns: list[str], rows: list[list[Any]], title: str = "") -> Table:
@@ -65,7 +70,9 @@ def table(columns: list[str], rows: list[list[Any]], title: str = "") -> Table:
         numeric = rows and all(isinstance(r[i], int | float) or r[i] in ("", None) for r in rows)
         grid.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        cells = ["" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in row]
+        cells = [
+            "" if v is None else f"{v:.3f}" if isinstance(v, float) else plain(str(v)) for v in row
+        ]
         grid.add_row(*[Text(c, style=STYLES.get(c, "")) for c in cells])
     return grid
 

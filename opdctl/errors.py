@@ -12,6 +12,7 @@ EXIT_USAGE = 2
 EXIT_PENDING = 3
 EXIT_BUSY = 4
 EXIT_INTERRUPTED = 75
+SHOWN = 100  # problems of one recipe
 
 
 class OpdctlError(Exception):
@@ -72,17 +73,19 @@ class Problem:
     where: str = ""
 
     def __str__(self) -> str:
-        line = f"{self.path}: {self.message}" if self.path else self.message
+        line = f"{self.path}: {self.message:.500}" if self.path else f"{self.message:.500}"
         if self.where:
             line += f" ({self.where})"
         return f"{line}\n      {self.hint}" if self.hint else line
 
 
 class RecipeError(UsageError):
-    """Every problem of a recipe, reported at once."""
+    """Every problem of a recipe, reported at once: the first in words, all as ``problems``."""
 
     def __init__(self, problems: list[Problem], name: str = "recipe") -> None:
         count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
-        body = "\n".join(f"  - {problem}" for problem in problems)
+        body = "\n".join(f"  - {problem}" for problem in problems[:SHOWN])
+        if len(problems) > SHOWN:
+            body += f"\n  and {len(problems) - SHOWN} more"
         super().__init__(f"{name}: {count}\n{body}")
         self.problems = problems

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import graphlib
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,9 @@ def _data(recipe, folders: bool) -> list[Problem]:
     found = []
     for domain, config in recipe.data.items():
         path = getattr(config, "path", "")
-        if path and (config.kind == "jsonl" or Path(path).expanduser().exists()):
-            config.path = str(Path(path).expanduser().absolute())
+        place = os.path.expanduser(path)
+        if path and (config.kind == "jsonl" or os.path.exists(place)):
+            config.path = str(Path(place).absolute())
         check = getattr(registry.member("data", config.kind), "problems", lambda _: [])
         wrong = problems(config) + (check(config) if folders else [])
         found += [replace(p, path=f"data.{domain}.{p.path}") for p in wrong]

@@ -16,6 +16,8 @@ from opdctl.recipe import Recipe, resolve
 from opdctl.rundir import RunDir, write_json, write_text
 from opdctl.schema import role_of
 
+MOST_SEEDS = 1000
+
 
 def new_run(recipe: Recipe, source: str, path: Path, only: tuple[str, ...] = ()) -> RunDir:
     """Create a run directory for a recipe.
@@ -76,13 +78,15 @@ def parse_seeds(text: str) -> list[int]:
     try:
         if ".." in text:
             first, last = map(int, text.split(".."))
-            seeds = list(range(first, last + 1))
+            seeds = list(range(first, min(last, first + MOST_SEEDS) + 1))
         else:
             seeds = [int(part) for part in text.split(",")]
     except ValueError:
         seeds = []
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
-        raise UsageError(f"--seeds {text!r} names no seeds", "--seeds 0..2 or --seeds 0,3,4")
+        raise UsageError(f"--seeds {text!r:.80} names no seeds", "--seeds 0..2 or --seeds 0,3,4")
+    if len(seeds) > MOST_SEEDS:
+        raise UsageError(f"--seeds {text!r:.80}: more than {MOST_SEEDS}", "--seeds 0..2")
     return seeds
 
 

@@ -9,6 +9,7 @@ full path, its line and what to type instead. Nothing is loaded and nothing is w
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -17,11 +18,13 @@ from typing import Any
 
 from opdctl import graph, references, registry
 from opdctl.errors import OpdctlError, Problem, RecipeError, UsageError
-from opdctl.positions import parse
+from opdctl.positions import LONGEST, parse
 from opdctl.resolution import TOP, Where, assign_all, choose, expand, interpolate, overlay, split
 from opdctl.schema import build, did_you_mean, to_dict
 from opdctl.schema import references as refs_of
 from opdctl.settings import Runtime, StageConfig
+
+LONGEST_NAME = 100  # bytes
 
 
 @dataclass
@@ -101,12 +104,28 @@ def find(name: str) -> Path:
         UsageError: neither.
     """
     path = Path(name)
-    if path.is_file():
+    if os.path.isfile(name):
         return path
     if name in shipped():
         return shipped()[name]
     near = did_you_mean(path.stem, shipped(), "shipped recipes:")
     raise UsageError(f"no recipe {name}", near)
+
+
+def read(path: Path) -> str:
+    """The text of a recipe file.
+
+    Raises:
+        UsageError: it cannot be read, is not UTF-8, or is too long for a recipe.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}", "a recipe is a text file, UTF-8") from None
+    if len(text) > LONGEST:
+        raise UsageError(f"{path} is longer than {LONGEST} characters", "is it a recipe?")
+    return text
 
 
 def load(name: str, *, size: str = "", seed: int | None = None, overrides: tuple[str, ...] = ()):
@@ -117,10 +136,7 @@ def load(name: str, *, size: str = "", seed: int | None = None, overrides: tuple
         RecipeError: everything that is wrong with it.
     """
     path = find(name)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from error
+    text = read(path)
     tree, lines, problems = parse(text, str(path))
     if seed is not None:
         overrides = (*overrides, f"seed={seed}")
@@ -180,8 +196,10 @@ def _build(tree: dict, problems: list[Problem]) -> Recipe | None:
         if not isinstance(value, kind) or isinstance(value, bool):
             problems.append(Problem(name, f"expected {kind.__name__}, got {value!r}"))
         values[name] = value
-    if not re.fullmatch(r"[\w.-]+", str(values["name"])):
-        problems.append(Problem("name", "letters, digits, _ . - only: it names the run directory"))
+    name = str(values["name"])
+    if not re.fullmatch(r"\w[\w.-]*", name) or len(name.encode()) > LONGEST_NAME:
+        what = f"letters, digits, _ . - only, {LONGEST_NAME} at most: it names the run directory"
+        problems.append(Problem("name", what))
     for part in ("options", "models", "data", "stages", "claims", "runtime"):
         value = tree.get(part) or {}
         if not isinstance(value, dict):
@@ -212,8 +230,9 @@ def _kinds(family: str, entries: dict, problems: list[Problem]) -> dict:
     built = {}
     for name, entry in entries.items():
         path = f"{family}.{name}"
-        if not re.fullmatch(r"[A-Za-z0-9][\w-]*", str(name)):
-            problems.append(Problem(path, "a name has letters, digits, _ and - only"))
+        if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name) or len(name.encode()) > LONGEST_NAME:
+            what = f"a name has letters, digits, _ and - only, {LONGEST_NAME} at most"
+            problems.append(Problem(path, what, "it is the name of a folder"))
             continue
         if not isinstance(entry, dict):
             problems.append(Problem(path, f"expected a mapping, got {entry!r}"))

@@ -9,12 +9,18 @@ Qwen/Qwen3-1.7B         a public name, with @revision if wanted
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from opdctl.schema import did_you_mean
 
+LONGEST = 1000  # characters; a longer one is no path
+LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+LARGEST_HEADER = 100_000_000  # bytes, as in safetensors itself
+SIZES = ("_size", "_dim", "heads", "layers", "n_layer", "n_head", "n_embd", "n_inner", "experts")
 _PUBLIC = re.compile(r"^[\w.-]+/[\w.-]+(@[\w.-]+)?$")
 
 
@@ -36,6 +42,8 @@ class Reference:
 
 def parse(text: str) -> Reference:
     """Never raises: what it cannot read has the form ``unknown``."""
+    if len(text) > LONGEST or not text.isprintable():
+        return Reference("unknown", text)
     if text == "policy":
         return Reference("policy", "policy")
     if text.startswith("stage:"):
@@ -43,16 +51,92 @@ def parse(text: str) -> Reference:
     if text.startswith(("http://", "https://")):
         return Reference("server", text)
     inside = "/" in text and is_model(str(Path(text).parent))  # model/part is no org/name
-    if text.startswith(("./", "../", "/", "~")) or inside or (text and Path(text).is_dir()):
-        return Reference("folder", str(Path(text).expanduser().absolute()))
+    if text.startswith(("./", "../", "/", "~")) or inside or os.path.isdir(text):
+        return Reference("folder", str(Path(os.path.expanduser(text)).absolute()))
     if _PUBLIC.match(text):
         return Reference("public", text)
     return Reference("unknown", text)
 
 
+def folder_complaint(folder: str) -> tuple[str, str] | None:
+    """``(message, hint)`` if a model folder cannot be what it says; None if it may be.
+
+    Reads config.json and the headers of the weights, and allocates nothing: a config that describes
+    more than the weights hold never gets as far as a model.
+    """
+    place = Path(folder)
+    hint = f"the model is in {place.parent}" if is_model(str(place.parent)) else ""
+    if not os.path.isdir(folder):
+        otherwise = "a model folder holds config.json and model.safetensors"
+        return f"no folder {folder}", hint or otherwise
+    if not is_model(folder):
+        otherwise = "name the folder a stage wrote: .../stages/NAME/output"
+        return f"{folder} has no config.json", hint or otherwise
+    weights = sorted(place.glob("*.safetensors"))
+    if not weights:
+        hint = "save it again with safetensors: a pickle would run code, and is not read"
+        return f"{folder} has no .safetensors file", hint
+    hint = "a file was cut short, or belongs to another model"
+    try:
+        path = place / "config.json"
+        config = _json(path.read_bytes())
+        shapes = []
+        for path in weights:
+            shapes += shapes_in(path)
+    except (OSError, ValueError, RecursionError) as error:
+        return f"cannot read {path}: {error!s:.200}", hint
+    numbers = sum(map(math.prod, shapes))
+    for name, value in _sizes(config):
+        if value > (len(shapes) if name in LAYERS else numbers):
+            what = f"says {name}: {value}, more than the weights beside it hold"
+            return f"{place / 'config.json'} {what}", hint
+    return None
+
+
+def _json(content: bytes) -> dict:
+    found = json.loads(content)
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
+    return found
+
+
+def shapes_in(path: Path) -> list[list[int]]:
+    """Shapes of the tensors in a safetensors file, from its header.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is shorter than its header says.
+    """
+    size = path.stat().st_size - 8
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= min(size, LARGEST_HEADER):
+            raise ValueError("not safetensors")
+        header = _json(file.read(length))
+    header.pop("__metadata__", None)
+    shapes, end = [], 0
+    for tensor in header.values():
+        try:
+            shapes.append([int(n) for n in tensor["shape"]])
+            end = max(end, int(tensor["data_offsets"][1]))
+        except (TypeError, KeyError, IndexError):
+            raise ValueError("not safetensors") from None
+    if length + end != size:
+        raise ValueError(f"{size + 8} bytes, and its header says {length + end + 8}")
+    return shapes
+
+
+def _sizes(config: dict):
+    """Every whole number of a config that is the size of something, at any depth."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _sizes(value)
+        elif isinstance(value, int) and name.endswith(SIZES):
+            yield name, value
+
+
 def is_model(folder: str) -> bool:
     """Whether a folder looks like a checkpoint in Hugging Face format."""
-    return (Path(folder) / "config.json").is_file()
+    return os.path.isfile(Path(folder) / "config.json")
 
 
 def written_in(folder: str) -> str:
@@ -60,7 +144,7 @@ def written_in(folder: str) -> str:
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         names = " ".join(config.get("architectures") or [])
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return ""
     return "classifier" if "Classification" in names else "model"
 
@@ -82,19 +166,12 @@ def complaint(
             "use a stage, a folder or a public name",
         )
     if ref.form == "folder" and folders:
-        above = str(Path(ref.name).parent)
-        hint = f"the model is in {above}" if is_model(above) else ""
-        if not Path(ref.name).is_dir():
-            otherwise = "a model folder holds config.json and model.safetensors"
-            return f"no folder {ref.name}", hint or otherwise
-        if not is_model(ref.name):
-            otherwise = "name the folder a stage wrote: .../stages/NAME/output"
-            return f"{ref.name} has no config.json", hint or otherwise
+        return folder_complaint(ref.name)
     if ref.form == "unknown":
         if text in stages:
-            return f"{text!r} is not a model reference", f"write stage:{text}"
+            return f"{text!r:.80} is not a model reference", f"write stage:{text}"
         return (
-            f"{text!r} is not a model reference",
+            f"{text!r:.80} is not a model reference",
             did_you_mean(text, aliases) if aliases else "write stage:NAME, ./folder or org/name",
         )
     return None
@@ -109,7 +186,7 @@ def vocabulary(folder: str) -> dict[str, int] | None:
         for token in content.get("added_tokens", []):
             vocab[token["content"]] = token["id"]
         return vocab
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -129,6 +206,6 @@ def origin(folder: str) -> dict | None:
     """The stage record of the run that wrote ``.../stages/NAME/output``; None elsewhere."""
     path = Path(folder).parent / "stage.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return _json(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
         return None

@@ -8,19 +8,21 @@ when:    baselines                        a stage or claim that is there if that
 matrix:  {domain: [math, code]}           one entry into many: a stage rl_{domain}, a domain, a
                                           teacher; {effort: {high: {tokens: 8}}} gives each value
                                           keys of its own: {effort} is high, {effort.tokens} is 8
+${a.b}                            the value of another key of the recipe, alone or inside a text
+
+Nothing here is evaluated, and nothing outside the recipe can be named: no environment variable, no
+resolver. What ${...} and matrices unfold to is bounded.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from opdctl.errors import Problem, UsageError
-from opdctl.positions import parse_value
+from opdctl.errors import Problem, RecipeError, UsageError
+from opdctl.positions import DEEPEST, parse_value
 from opdctl.schema import did_you_mean
 
 TOP = {
@@ -38,6 +40,11 @@ TOP = {
 }
 
 
+LARGEST = 2_000_000  # characters and entries of a recipe once ${...} and matrices are unfolded
+MOST = 1000  # entries that one matrix expands to
+REFERENCE = re.compile(r"\$\{([^${}]*)\}")
+
+
 class Where:
     """Knows the line, or the override, that a dotted key came from."""
 
@@ -46,6 +53,7 @@ class Where:
         self.overrides: dict[str, str] = {}
         self.templates: dict[str, str] = {}
         self.later: set[str] = set()
+        self.size = 0
 
     def place(self, problem: Problem) -> Problem:
         if problem.where:
@@ -80,14 +88,10 @@ def overlay(tree: dict, size: str, problems: list[Problem]) -> dict:
             if isinstance(entries, dict) and isinstance(tree.get(part), dict):
                 kinds = {k for k, v in entries.items() if isinstance(v, dict) and "kind" in v}
                 tree[part] = {k: v for k, v in tree[part].items() if k not in kinds}
-        try:
-            tree = OmegaConf.to_container(OmegaConf.merge(tree, sizes[size]), resolve=False)
-        except (
-            OmegaConfBaseException,
-            TypeError,
-            ValueError,
-        ) as error:  # a list over a mapping, say
-            problems.append(Problem(f"sizes.{size}", str(error).split("\n")[0]))
+        if isinstance(sizes[size], dict):
+            tree = _laid_over(tree, sizes[size])
+        else:
+            problems.append(Problem(f"sizes.{size}", "expected a mapping"))
     tree["size"] = size
     for part in ("stages", "data", "claims", "models"):
         if isinstance(tree.get(part), dict):
@@ -95,13 +99,20 @@ def overlay(tree: dict, size: str, problems: list[Problem]) -> dict:
     return tree
 
 
+def _laid_over(below: Any, above: Any) -> Any:
+    """Mappings are merged, anything else takes the place of what was there."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return below | {k: _laid_over(below.get(k), v) for k, v in above.items()}
+
+
 def split(text: str) -> tuple[list[str], Any, str]:
     if "=" not in text:
-        raise UsageError(f"{text!r} is not an override", "write key=value, with dots: a.b=1")
+        raise UsageError(f"{text!r:.80} is not an override", "write key=value, with dots: a.b=1")
     path, value = text.split("=", 1)
     parts = path.strip().split(".")
-    if not all(parts):
-        raise UsageError(f"{text!r} is not an override", "write key=value, with dots: a.b=1")
+    if not all(parts) or len(parts) > DEEPEST or not path.isprintable():
+        raise UsageError(f"{text!r:.80} is not an override", "write key=value, with dots: a.b=1")
     return parts, parse_value(value), text
 
 
@@ -189,14 +200,65 @@ def choose(tree: dict, problems: list[Problem]) -> dict:
 
 
 def interpolate(tree: dict, problems: list[Problem]) -> dict:
+    """Every ``${a.b}`` replaced: alone by the value of that key, inside a text by its text."""
     if not _has_interpolation(tree):
         return tree
     try:
-        return OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
-    except OmegaConfBaseException as error:
-        message = str(error).split("\n")[0]
-        problems.append(Problem(getattr(error, "full_key", "") or "", message))
+        return _Interpolation(tree).filled(tree, "", ())
+    except RecipeError as error:
+        problems += error.problems
         return tree
+
+
+class _Interpolation:
+    """Fills one tree; what a key means is found out once."""
+
+    def __init__(self, tree: dict) -> None:
+        self.tree, self.known = tree, {}
+        self.size = 0
+
+    def filled(self, node: Any, path: str, above: tuple[str, ...]) -> Any:
+        if isinstance(node, dict):
+            return {k: self.filled(v, f"{path}.{k}".lstrip("."), above) for k, v in node.items()}
+        if isinstance(node, list):
+            return [self.filled(v, f"{path}.{i}", above) for i, v in enumerate(node)]
+        if not isinstance(node, str) or "${" not in node:
+            return node
+        whole = REFERENCE.fullmatch(node)
+        if whole:
+            return self.value(whole[1], path, above)
+        text = REFERENCE.sub(lambda m: str(self.value(m[1], path, above)), node)
+        if "${" in REFERENCE.sub("", node):
+            raise _wrong(path, f"{node!r:.80} is not a reference", "${key.of.the.recipe}")
+        return text
+
+    def value(self, dotted: str, path: str, above: tuple[str, ...]) -> Any:
+        """What a key means, its own references filled.
+
+        Raises:
+            RecipeError: there is no such key, it leads back to itself, or it unfolds to too much.
+        """
+        if dotted in above or len(above) > DEEPEST:
+            trail = " -> ".join((*above, dotted))
+            raise _wrong(path, f"a cycle of references, or too long a chain: {trail}")
+        if dotted not in self.known:
+            node: Any = self.tree
+            for part in dotted.split("."):
+                if not isinstance(node, dict) or part not in node:
+                    what = f"${{{dotted:.80}}} names no key of the recipe"
+                    raise _wrong(path, what, "${key.of.the.recipe}; the environment is not read")
+                node = node[part]
+            value = self.filled(node, dotted, (*above, dotted))
+            self.known[dotted] = value, size_of(value)
+        value, size = self.known[dotted]
+        self.size += size
+        if self.size > LARGEST:
+            raise _wrong(path, "its references unfold to too much", "write less")
+        return value
+
+
+def _wrong(path: str, message: str, hint: str = "") -> RecipeError:
+    return RecipeError([Problem(path, message, hint)])
 
 
 def _has_interpolation(tree: Any) -> bool:
@@ -205,6 +267,15 @@ def _has_interpolation(tree: Any) -> bool:
     if isinstance(tree, list):
         return any(map(_has_interpolation, tree))
     return isinstance(tree, str) and "${" in tree
+
+
+def size_of(tree: Any, longest: int = 0) -> int:
+    """Characters and entries of a tree; ``longest``: of what stands for a placeholder."""
+    if isinstance(tree, dict):
+        return 1 + sum(size_of(k, longest) + size_of(v, longest) for k, v in tree.items())
+    if isinstance(tree, list):
+        return 1 + sum(size_of(v, longest) for v in tree)
+    return 1 + (len(tree) + longest * tree.count("{") if isinstance(tree, str) else 0)
 
 
 def expand(tree: Any, where: Where, problems: list[Problem], path: str = "") -> Any:
@@ -225,7 +296,12 @@ def expand(tree: Any, where: Where, problems: list[Problem], path: str = "") -> 
             continue
         body = {k: v for k, v in entry.items() if k != "matrix"}
         body = body["value"] if list(body) == ["value"] else body
+        cost = size_of({str(name): body}, len(str(entry["matrix"])))
         for values in _combinations(entry["matrix"], str(name), here, problems):
+            where.size += cost
+            if where.size > LARGEST:
+                problems.append(Problem(f"{here}.matrix", "matrices unfold to too much"))
+                break
             expanded = str(_fill(name, values))
             if expanded in out:
                 problems.append(Problem(here, f"expands to {expanded!r} twice"))
@@ -247,6 +323,9 @@ def _combinations(axes: Any, name: str, path: str, problems: list[Problem]) -> l
         if missing:
             message = f"the name lacks {{{missing[0]}}}"
         problems.append(Problem(f"{path}.matrix", message, "matrix: {domain: [a, b]}"))
+        return []
+    if math.prod(map(len, axes.values())) > MOST:
+        problems.append(Problem(f"{path}.matrix", f"expands to more than {MOST} entries"))
         return []
     found = []
     for combination in itertools.product(*axes.values()):

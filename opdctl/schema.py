@@ -169,6 +169,9 @@ def _value(hint, value, path, problems, lookup, meta):
             problems.append(Problem(path, f"expected a mapping, got {_shown(value)}"))
             return {}
         inner = typing.get_args(hint)[1]
+        for name in value:
+            if "." in str(name):  # a dotted key would lead elsewhere
+                problems.append(Problem(path, f"{name!r:.80}: a name has no dot"))
         return {
             str(k): _value(inner, v, f"{path}.{k}", problems, lookup, {}) for k, v in value.items()
         }
@@ -204,7 +207,7 @@ def _scalar(hint, value, path, problems, meta):
         allowed = typing.get_args(hint)
         if value not in allowed:
             problems.append(
-                Problem(path, f"{value!r} is not allowed", did_you_mean(str(value), allowed))
+                Problem(path, f"{value!r:.80} is not allowed", did_you_mean(str(value), allowed))
             )
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -234,7 +237,7 @@ def _name(hint) -> str:
 
 
 def _shown(value: Any) -> str:
-    return "nothing" if value is None else f"{type(value).__name__} {value!r}"
+    return "nothing" if value is None else f"{type(value).__name__} {value!r:.80}"
 
 
 def to_dict(config: Any) -> Any:

@@ -16,7 +16,7 @@ from opdctl.plan import Planned, plan, ready
 from opdctl.positions import dump
 from opdctl.preflight._pairing import Finding
 from opdctl.preflight._stage import refuse
-from opdctl.recipe import Recipe, find, load, resolve
+from opdctl.recipe import Recipe, find, load, read, resolve
 from opdctl.registry import member
 from opdctl.rundir import RunDir, lock, new_name, write_json, write_text
 from opdctl.runner import Job, Outcome, carry_out, examine
@@ -50,7 +50,7 @@ def run_recipe(
         console.show(console.plan_table(plan(recipe, old, only)))
         return 0
     _refuse_early(recipe, old, only)
-    source = find(name).read_text(encoding="utf-8")
+    source = read(find(name))
     path = out or Path("runs") / new_name(recipe.name)
     if not seeds:
         return _start(recipe, source, path, old, only)
