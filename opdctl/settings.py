@@ -161,6 +161,9 @@ class Runtime:
     resident_teachers: int = key(
         0, "frozen models kept loaded; others are read again; 0 is all", role="operational", least=0
     )
+    trust_remote_code: bool = key(
+        False, "run code that a model brings with it (auto_map); read it first", neutral=True
+    )
     checkpoint_every: int = key(20, "steps between checkpoints", role="operational", least=1)
     keep_checkpoints: int = key(2, "newest ones kept", role="operational", least=1)
     log_rollouts_every: int = key(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -60,17 +61,17 @@ def restore(folder: Path, model: Model, optimizer: torch.optim.AdamW) -> dict | 
 
     A checkpoint that cannot be read is named on stderr and the one before it is taken.
     """
+    names = dict(model.net.named_parameters())
     for step in reversed(committed(folder)):
         part = folder / f"step-{step:06d}"
         try:
             weights = load_file(part / "weights.safetensors")
             moments = load_file(part / "optimizer.safetensors")
             state = json.loads((part / "state.json").read_text())
+            _require_ours(names, weights, moments, state)
         except (OSError, ValueError, SafetensorError) as error:
             print(f"{part} cannot be read ({error}); taking the one before it", flush=True)
             continue
-        names = dict(model.net.named_parameters())
-        assert names.keys() == weights.keys(), "the checkpoint is of another model"
         with torch.no_grad():
             for name, parameter in names.items():
                 parameter.copy_(weights[name])
@@ -80,6 +81,17 @@ def restore(folder: Path, model: Model, optimizer: torch.optim.AdamW) -> dict | 
             optimizer.state[names[name]][slot] = value.to(device)
         return state
     return None
+
+
+def _require_ours(names: dict, weights: dict, moments: dict, state: Any) -> None:
+    """Raises ValueError where a checkpoint is not one of this model."""
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        raise ValueError("its state.json has no step")
+    shapes = {name: parameter.shape for name, parameter in names.items()}
+    if {name: weight.shape for name, weight in weights.items()} != shapes:
+        raise ValueError("its weights are of another model")
+    if not {flat.rpartition("|")[0] for flat in moments} <= names.keys():
+        raise ValueError("its moments are of another model")
 
 
 def store(path: Path, tensors: dict) -> None:

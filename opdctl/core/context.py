@@ -77,18 +77,32 @@ class Context:
             return self.path_of(self.config.student)
         return str(self.run.output(parsed.name)) if parsed.form == "stage" else parsed.name
 
+    def load(self, reference: str, *, device: str = "", classifier: bool = False) -> Any:
+        """A model, as the run's keys say.
+
+        Raises:
+            UsageError: it cannot be loaded, or is not whole.
+        """
+        from opdctl.core.models import load
+
+        return load(
+            self.path_of(reference),
+            dtype=self.runtime.dtype,
+            device=device or self.device,
+            classifier=classifier,
+            trust_remote_code=self.runtime.trust_remote_code,
+        )
+
     def frozen(self, reference: str) -> Any:
         """A frozen model, loaded on demand; the ones that name the same place share their weights.
 
         With ``runtime.resident_teachers`` the one that was used longest ago makes room.
         """
-        from opdctl.core.models import load
-
         path, most = self.path_of(reference), self.runtime.resident_teachers
         if path not in self._models:
             while most and len(self._models) >= most:
                 self._models.pop(next(iter(self._models)))
-            model = load(path, dtype=self.runtime.dtype, device=self.device)
+            model = self.load(reference)
             model.net.requires_grad_(False)
             self.loads += 1
             self._models[path] = model

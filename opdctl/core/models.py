@@ -2,7 +2,8 @@
 
 Logits are fp32 (fp64 for an fp64 model), softcapped as the model says, and -inf on the ids
 beyond the tokenizer's own: padded rows of the embedding change nothing, anywhere.
-Loading runs no code from a checkpoint and reads no pickle.
+Loading reads no pickle, runs code from a checkpoint only where a key allows it, and takes no model
+whose weights are not all there and finite.
 """
 
 from __future__ import annotations
@@ -13,15 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from opdctl.errors import UsageError
 from opdctl.kernels.head import Head
 from opdctl.references import first_difference
-
-_OPTIONS = {"trust_remote_code": False}
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 
 
 @dataclass
@@ -49,10 +46,14 @@ class Model:
         self.parameters = sum(p.numel() for p in self.net.parameters())
         token = self.tokenizer.eos_token_id
         if token is None:
-            raise UsageError(f"{self.name}: its tokenizer has no end token")
+            hint = "name one as eos_token in tokenizer_config.json: a response has to end"
+            raise UsageError(f"{self.name}: its tokenizer has no end token", hint)
         self.eos: int = token
         pad = self.tokenizer.pad_token_id
         self.pad: int = token if pad is None else pad
+        self.rows: int = self.net.get_input_embeddings().num_embeddings
+        for ids, what in (([self.eos], "its end token"), ([self.pad], "padding")):
+            self._known(ids, what)
 
     @property
     def device(self) -> torch.device:
@@ -106,12 +107,35 @@ class Model:
     def _render(self, text: str) -> list[int]:
         if self.tokenizer.chat_template:
             turn = [{"role": "user", "content": text}]
-            encoded = self.tokenizer.apply_chat_template(
-                turn, add_generation_prompt=True, tokenize=True, return_dict=True
+            try:
+                if not self.rendered and text.strip() not in self.tokenizer.apply_chat_template(
+                    turn, add_generation_prompt=True, tokenize=False
+                ):
+                    raise ValueError("it leaves the question out")
+                encoded = self.tokenizer.apply_chat_template(
+                    turn, add_generation_prompt=True, tokenize=True, return_dict=True
+                )
+            except Exception as error:  # a template may raise anything
+                raise UsageError(
+                    f"{self.name}: its chat template cannot show a question: {error!s:.200}",
+                    "mend chat_template.jinja, or remove it for plain text",
+                ) from error
+            return self._known(encoded["input_ids"], text)
+        return self._known(self.tokenizer(text)["input_ids"], text) or [self.eos]
+
+    def _known(self, ids: list[int], text: str) -> list[int]:
+        """The ids, each of which the embedding has a row for.
+
+        Raises:
+            UsageError: one has none: the tokenizer is larger than the model.
+        """
+        if ids and max(ids) >= self.rows:
+            what = f"its tokenizer gives id {max(ids)} in {text[:60]!r}"
+            raise UsageError(
+                f"{self.name}: {what}, and its embedding has {self.rows} rows",
+                "resize its embedding to its tokenizer",
             )
-            return list(encoded["input_ids"])
-        ids = self.tokenizer(text)["input_ids"]
-        return list(ids) or [self.eos]
+        return list(ids)
 
     def observation(self, text: str, role: str) -> list[int]:
         """Ids from the end of a turn of the model, past an environment's answer, to its next turn.
@@ -154,7 +178,7 @@ class Model:
         """Ids of a response, with the end token."""
         self.require_readable(answer)
         ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        return [*ids, self.eos]
+        return [*self._known(ids, answer), self.eos]
 
     def require_readable(self, text: str) -> None:
         """Every character must reach the model: some tokenizers drop what they do not know.
@@ -193,7 +217,7 @@ def pick_device(wanted: str) -> str:
     return "cuda" if there and wanted != "cpu" else "cpu"
 
 
-def outline(folder: str) -> Model:
+def outline(folder: str, trust_remote_code: bool = False) -> Model:
     """A language model without its weights, on the meta device: tokenizer, shapes, rendering.
 
     Raises:
@@ -201,34 +225,51 @@ def outline(folder: str) -> Model:
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    name, options = _source(folder)
+    name, options = _source(folder, trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         config = AutoConfig.from_pretrained(name, **options)
         with torch.device("meta"):
-            net = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except UNREADABLE as error:
+            net = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return Model(net.train(False), tokenizer, folder)
+    except Exception as error:  # files of a stranger make transformers raise anything
         raise _unreadable(folder, error) from error
-    return Model(net.train(False), tokenizer, folder)
 
 
-def _source(folder: str) -> tuple[str, dict]:
+def _source(folder: str, trust_remote_code: bool) -> tuple[str, dict]:
     """What transformers is to be asked for: a folder or a public name, and how."""
     name, _, revision = folder.partition("@") if not Path(folder).is_dir() else (folder, "", "")
-    return name, dict(_OPTIONS, **({"revision": revision} if revision else {}))
+    options = {"trust_remote_code": trust_remote_code}
+    return name, options | ({"revision": revision} if revision else {})
 
 
 def _unreadable(folder: str, error: Exception) -> UsageError:
-    what = str(error).strip().split("\n")[0]
-    return UsageError(f"cannot load {folder}: {what}", "is it a folder in Hugging Face format?")
+    if isinstance(error, UsageError):
+        return error
+    what = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+    if "trust_remote_code" in what:
+        hint = "it brings code of its own: read that, then runtime.trust_remote_code=true"
+        return UsageError(f"cannot load {folder}: {what}", hint)
+    return UsageError(
+        f"cannot load {folder}: {what}",
+        "a model is a folder in Hugging Face format: config.json, tokenizer, model.safetensors",
+    )
 
 
-def load(folder: str, *, dtype: str = "float32", device: str = "cpu", classifier: bool = False):
+def load(
+    folder: str,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    classifier: bool = False,
+    trust_remote_code: bool = False,
+) -> Model:
     """A model from a folder or a public name (``name@revision``).
 
     Args:
         classifier: with one score per token in place of the language-model head; the score
             starts at zero unless the folder has one.
+        trust_remote_code: run code that the model brings.
 
     Raises:
         UsageError: it cannot be loaded, or not all of it is there; says from where and why.
@@ -240,31 +281,51 @@ def load(folder: str, *, dtype: str = "float32", device: str = "cpu", classifier
         AutoTokenizer,
     )
 
-    name, options = _source(folder)
+    name, options = _source(folder, trust_remote_code)
+    kind = AutoModelForTokenClassification if classifier else AutoModelForCausalLM
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         config = AutoConfig.from_pretrained(name, **options)
-        kind = AutoModelForCausalLM
         if classifier:
-            kind, config.num_labels = AutoModelForTokenClassification, 1
-        options |= {"use_safetensors": True, "output_loading_info": True}
+            config.num_labels = 1
         net, found = kind.from_pretrained(
-            name, config=config, dtype=getattr(torch, dtype), **options
+            name,
+            config=config,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
         )
-    except UNREADABLE as error:
+        model = Model(net.to(device).train(False), tokenizer, folder)
+    except Exception as error:  # files of a stranger make transformers raise anything
         raise _unreadable(folder, error) from error
-    new = classifier and not any("Classification" in a for a in config.architectures or [])
-    missing = [n for n in found["missing_keys"] if not (new and n.startswith("score."))]
-    if missing:  # transformers would start them from random numbers
-        raise UsageError(
-            f"cannot load {folder}: its weights lack {min(missing)} and {len(missing) - 1} more",
-            "name the folder of the whole model, not that of an adapter or of one part",
-        )
-    if new:
-        nn.init.zeros_(net.score.weight)
-        if net.score.bias is not None:
-            nn.init.zeros_(net.score.bias)
-    return Model(net.to(device).train(False), tokenizer, folder)
+    missing, left_over = set(found["missing_keys"]), set(found["unexpected_keys"])
+    if classifier and not any("Classification" in a for a in config.architectures or []):
+        missing -= {f"score.{n}" for n, _ in net.score.named_parameters()}
+        left_over -= {n for n in left_over if n.startswith("lm_head.")}
+        for parameter in net.score.parameters():
+            nn.init.zeros_(parameter)
+    _require_whole(model, missing, left_over)
+    return model
+
+
+def _require_whole(model: Model, missing: set[str], left_over: set[str]) -> None:
+    """Every weight comes from the files, every tensor in the files is used, all are finite.
+
+    Raises:
+        UsageError: not so; names the first.
+    """
+    hint = "its config.json and its weights are of two models, or a file was cut short"
+    for names, what in ((missing, "lacks {} weights"), (left_over, "has {} weights of no use")):
+        if names:
+            count = what.format(len(names))
+            raise UsageError(f"{model.name} {count}, such as {min(names)}", hint)
+    for name, parameter in model.net.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise UsageError(
+                f"{model.name}: {name} holds numbers that are not finite",
+                "its training went wrong, or it was saved in too narrow a type",
+            )
 
 
 def different_tokens(student: Model, teacher: Model) -> tuple[str, str] | None:

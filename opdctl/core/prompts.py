@@ -26,7 +26,11 @@ class PromptOrder:
         self.pools = {d: ctx.prompts(d, "train")[: prompts.pool or None] for d in self.shares}
         empty = [d for d, pool in self.pools.items() if not pool]
         if empty:
-            raise UsageError(f"data.{empty[0]} has no training prompts")
+            where = getattr(ctx.recipe.data[empty[0]], "path", "")
+            raise UsageError(
+                f"data.{empty[0]} has no training prompts" + (f" in {where}" if where else ""),
+                "more rows, or a smaller eval_share: equal questions are one",
+            )
         self.orders: dict[tuple[str, int], list[int]] = {}
 
     def at(self, step: int) -> list[Prompt]:

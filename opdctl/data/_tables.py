@@ -41,22 +41,26 @@ class TableData(ABC):
         """Distinct prompts of one side of the split.
 
         Raises:
-            UsageError: a column is missing; says which there are.
+            UsageError: a column is missing, or a value is no text; says in which row.
         """
-        return distinct(map(self._prompt, self.rows(split)), split, self.config, self.config.limit)
+        prompts = (self._prompt(row, number) for number, row in enumerate(self.rows(split), 1))
+        return distinct(prompts, split, self.config, self.config.limit)
 
-    def _prompt(self, row: dict) -> Prompt:
+    def _prompt(self, row: dict, number: int) -> Prompt:
         config = self.config
+        where = f"data.{self.domain}: {config.path}, row {number}"
         for name in filter(
             None, (config.prompt_column, config.answer_column, config.thought_column)
         ):
             if name not in row:
                 raise UsageError(
-                    f"data.{self.domain}: no column {name!r}",
-                    did_you_mean(name, map(str, row), "columns:"),
+                    f"{where}: no column {name!r}", did_you_mean(name, map(str, row), "columns:")
                 )
-            if row[name] is None:
-                raise UsageError(f"data.{self.domain}: a row has no value in column {name!r}")
+            if not isinstance(row[name], str | int | float):
+                raise UsageError(
+                    f"{where}: column {name!r} holds {row[name]!r:.60}, and text is read there",
+                    "remove the row, or name another column: prompt_column, answer_column",
+                )
         text, answer = str(row[config.prompt_column]), str(row[config.answer_column])
         lead = config.thinking.lead(str(row.get(config.thought_column) or ""))
         item = {"answer": answer}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from opdctl.core.questions import Split
 from opdctl.data._tables import ColumnKeys, TableData
@@ -35,7 +35,7 @@ class Hf(TableData):
 
         config = self.config
         try:
-            if Path(config.path).is_dir():
+            if os.path.isdir(config.path):
                 found = datasets.load_from_disk(config.path)
                 if isinstance(found, datasets.DatasetDict):
                     found = found[config.split]
@@ -43,7 +43,10 @@ class Hf(TableData):
                 found = datasets.load_dataset(
                     config.path, config.subset or None, split=config.split
                 )
-        except (OSError, ValueError, KeyError, ConnectionError) as error:
-            what = str(error).strip().split("\n")[0]
-            raise UsageError(f"data.{self.domain}: cannot load {config.path}: {what}") from None
-        yield from found
+            yield from found
+        except Exception as error:  # files of a stranger make datasets raise anything
+            what = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+            raise UsageError(
+                f"data.{self.domain}.path: cannot load {config.path}: {what}",
+                "a public name, or a folder that save_to_disk wrote; split names one of its splits",
+            ) from None

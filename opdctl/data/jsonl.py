@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from opdctl.core.questions import Split
 from opdctl.data._tables import ColumnKeys, TableData
 from opdctl.errors import Problem, UsageError
 from opdctl.schema import REQUIRED, key
+
+LONGEST = 2**24  # bytes of a line
 
 
 class Jsonl(TableData):
@@ -27,7 +30,7 @@ class Jsonl(TableData):
     @staticmethod
     def problems(config) -> list[Problem]:
         """What the schema cannot see."""
-        if Path(config.path).is_file():
+        if os.path.isfile(config.path):
             return []
         return [Problem("path", f"no file {config.path}", "a .jsonl or .parquet file")]
 
@@ -37,22 +40,32 @@ class Jsonl(TableData):
         Raises:
             UsageError: no such file, or a line that is not a JSON object; says which.
         """
-        path = Path(self.config.path).expanduser()
-        if not path.is_file():
+        path = Path(self.config.path)
+        if not os.path.isfile(path):
             raise UsageError(f"data.{self.domain}.path: no file {path}")
         if path.suffix == ".parquet":
             yield from parquet_rows(path, self.domain)
             return
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+        hint = 'a line is one object, such as {"prompt": "1+1=", "answer": "2"}'
+        try:
+            file = open(path, "rb")  # noqa: SIM115
+        except OSError as error:
+            what = f"data.{self.domain}.path: cannot read {path}: {error.strerror}"
+            raise UsageError(what, "its owner may let you: chmod +r") from None
+        with file:
+            lines = iter(lambda: file.readline(LONGEST + 1), b"")
+            for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
+                where = f"data.{self.domain}.path: {path}:{number}"
+                if len(line) > LONGEST:
+                    raise UsageError(f"{where}: a line longer than {LONGEST} bytes", hint)
                 try:
                     row = json.loads(line)
-                except ValueError as error:  # not UTF-8 is one too
-                    raise UsageError(f"{path}:{number}: not JSON: {error}") from None
+                except (ValueError, RecursionError) as error:  # not UTF-8 is one too
+                    raise UsageError(f"{where}: not JSON: {error}", hint) from None
                 if not isinstance(row, dict):
-                    raise UsageError(f"{path}:{number}: expected an object")
+                    raise UsageError(f"{where}: expected an object", hint)
                 yield row
 
 
@@ -65,4 +78,5 @@ def parquet_rows(path: Path, domain: str) -> Iterator[dict]:
         for batch in parquet.ParquetFile(path).iter_batches():
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise UsageError(f"data.{domain}.path: {path} is not parquet: {error}") from None
+        what = f"data.{domain}.path: {path} is not parquet: {error!s:.200}"
+        raise UsageError(what, "anything that is not .parquet is read as JSON lines") from None

@@ -9,12 +9,8 @@ class Model:
     revision = 1
 
     def __init__(self, ctx, reference: str) -> None:
-        from opdctl.core.models import load
-
         self.ctx = ctx
-        self.model = load(
-            ctx.path_of(reference), dtype=ctx.runtime.dtype, device=ctx.device, classifier=True
-        )
+        self.model = ctx.load(reference, classifier=True)
         self.model.net.requires_grad_(False)
         self.parameters = self.model.parameters
 

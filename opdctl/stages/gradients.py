@@ -56,10 +56,9 @@ class Gradients:
         """Sample, score, and take each objective's gradient, batch by batch."""
         from opdctl.core.assemble import on_policy
         from opdctl.core.gradients import measure
-        from opdctl.core.models import load
 
         config = ctx.config
-        model = load(ctx.path_of(config.student), dtype=ctx.runtime.dtype, device=ctx.device)
+        model = ctx.load(config.student)
         return measure(ctx, model, on_policy(ctx, model, config.teachers))
 
 

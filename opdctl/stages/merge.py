@@ -67,18 +67,18 @@ class Merge:
         import torch
 
         from opdctl.core.checkpoint import commit
-        from opdctl.core.models import load, require_same_tokens
+        from opdctl.core.models import require_same_tokens
         from opdctl.errors import StageFailed
         from opdctl.types import Compute
 
         config = ctx.config
-        student = load(ctx.path_of(config.student), dtype=ctx.runtime.dtype)
+        student = ctx.load(config.student, device="cpu")
         own = student.net.state_dict()
         total = sum(m.weight for m in config.models.values())
         merged = {n: w.double().clone() for n, w in own.items() if w.is_floating_point()}
         for name, ingredient in config.models.items():
             ctx.check()
-            model = load(ctx.path_of(ingredient.model), dtype=ctx.runtime.dtype)
+            model = ctx.load(ingredient.model, device="cpu")
             where = f"stages.{ctx.name}.models.{name}"
             require_same_tokens(student, model, where)
             factor = ingredient.weight * (config.scale if config.method != "average" else 1 / total)

@@ -42,7 +42,6 @@ class Orm:
         """Sample, label, train, write the classifier."""
         from opdctl.core.assemble import Parts, reward_of, source_of, terms_of
         from opdctl.core.loop import train
-        from opdctl.core.models import load
 
         def parts(ctx, model):
             config = ctx.config
@@ -55,10 +54,4 @@ class Orm:
                 rewards=[reward_of(ctx, "verifier")],
             )
 
-        model = load(
-            ctx.path_of(ctx.config.student),
-            dtype=ctx.runtime.dtype,
-            device=ctx.device,
-            classifier=True,
-        )
-        return train(ctx, model, parts)
+        return train(ctx, ctx.load(ctx.config.student, classifier=True), parts)

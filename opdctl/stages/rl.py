@@ -182,7 +182,6 @@ class Rl:
         """Load the start, train, write the output."""
         from opdctl.core.assemble import on_policy
         from opdctl.core.loop import train
-        from opdctl.core.models import load
 
-        model = load(ctx.path_of(ctx.config.student), dtype=ctx.runtime.dtype, device=ctx.device)
+        model = ctx.load(ctx.config.student)
         return train(ctx, model, lambda ctx, model: on_policy(ctx, model, {}))

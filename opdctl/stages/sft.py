@@ -104,10 +104,9 @@ class Sft:
         """Load the start, train, write the output."""
         from opdctl.core.assemble import Parts, source_of, terms_of
         from opdctl.core.loop import train
-        from opdctl.core.models import load
 
         config = ctx.config
-        model = load(ctx.path_of(config.student), dtype=ctx.runtime.dtype, device=ctx.device)
+        model = ctx.load(config.student)
         return train(
             ctx,
             model,
