@@ -1,7 +1,7 @@
 """Input of a stranger: recipes and overrides broken by hypothesis, and bombs.
 
-Every one ends in exit code 2 with a message that says where, or is valid: never a traceback, never
-another code, and nothing is created on disk.
+Every one, of some hundreds, ends in exit code 2 with a message that says where, or is valid: never
+a traceback, never another code, and nothing is created on disk.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ DEMO_TEXT = DEMO.read_text()
 TREES = [yaml.safe_load(DEMO_TEXT)] * 3 + [yaml.safe_load(shipped()["mimo"].read_text())]
 SECRET = "xyzzy-of-the-environment"
 MANY = settings(
-    max_examples=260,
+    max_examples=190,
     deadline=None,
     derandomize=True,
     database=None,
@@ -212,13 +212,13 @@ def test_mutated_recipes(place):
         count.append(refused(place, text))
 
     check()
-    assert sum(count) >= 200
+    assert sum(count) >= 150
 
 
 def test_spoiled_texts(place):
     count = []
 
-    @settings(MANY, max_examples=80)
+    @settings(MANY, max_examples=60)
     @given(spoiled())
     def check(text):
         count.append(refused(place, text))
@@ -230,13 +230,13 @@ def test_spoiled_texts(place):
 def test_mutated_overrides(place):
     count = []
 
-    @settings(MANY, max_examples=120)
+    @settings(MANY, max_examples=110)
     @given(overrides())
     def check(made):
         count.append(refused(place, DEMO_TEXT, *made, names=""))
 
     check()
-    assert sum(count) >= 70
+    assert sum(count) >= 80
 
 
 # bombs -------------------------------------------------------------------------------------------
