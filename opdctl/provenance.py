@@ -42,12 +42,19 @@ def data(path: Path) -> str:
 
 
 def _hash(folder: Path, patterns: tuple[str, ...]) -> str:
-    """Names and contents of the matching files; empty if there are none."""
+    """Names and contents of the matching files; empty if there are none.
+
+    Raises:
+        UsageError: one of them cannot be read.
+    """
     files = sorted({p for pattern in patterns for p in folder.glob(pattern) if p.is_file()})
     whole = hashlib.sha256()
     for path in files:
-        with open(path, "rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            with open(path, "rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UsageError(f"cannot read {path}: {error.strerror}", "chmod +r") from error
         whole.update(f"{path.relative_to(folder)}\0{content}\n".encode())
     return whole.hexdigest()[:32] if files else ""
 

@@ -10,8 +10,8 @@ matrix:  {domain: [math, code]}           one entry into many: a stage rl_{domai
                                           keys of its own: {effort} is high, {effort.tokens} is 8
 ${a.b}                            the value of another key of the recipe, alone or inside a text
 
-Nothing here is evaluated, and nothing outside the recipe can be named: no environment variable, no
-resolver. What ${...} and matrices unfold to is bounded.
+OmegaConf merges and resolves, after it is known that nothing outside the recipe is named (no
+environment variable, no resolver) and that what ${...} and matrices unfold to is bounded.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ import itertools
 import math
 import re
 from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from opdctl.errors import Problem, RecipeError, UsageError
 from opdctl.positions import DEEPEST, parse_value
@@ -41,6 +44,7 @@ TOP = {
 
 
 LARGEST = 2_000_000  # characters and entries of a recipe once ${...} and matrices are unfolded
+UNFOLDED = 100_000  # of what one ${...} stands for
 MOST = 1000  # entries that one matrix expands to
 REFERENCE = re.compile(r"\$\{([^${}]*)\}")
 
@@ -88,22 +92,19 @@ def overlay(tree: dict, size: str, problems: list[Problem]) -> dict:
             if isinstance(entries, dict) and isinstance(tree.get(part), dict):
                 kinds = {k for k, v in entries.items() if isinstance(v, dict) and "kind" in v}
                 tree[part] = {k: v for k, v in tree[part].items() if k not in kinds}
-        if isinstance(sizes[size], dict):
-            tree = _laid_over(tree, sizes[size])
-        else:
-            problems.append(Problem(f"sizes.{size}", "expected a mapping"))
+        try:
+            tree = OmegaConf.to_container(OmegaConf.merge(tree, sizes[size]), resolve=False)
+        except (
+            OmegaConfBaseException,
+            TypeError,
+            ValueError,
+        ) as error:  # a list over a mapping, say
+            problems.append(Problem(f"sizes.{size}", str(error).split("\n")[0]))
     tree["size"] = size
     for part in ("stages", "data", "claims", "models"):
         if isinstance(tree.get(part), dict):
             tree[part] = {k: v for k, v in tree[part].items() if v is not None}
     return tree
-
-
-def _laid_over(below: Any, above: Any) -> Any:
-    """Mappings are merged, anything else takes the place of what was there."""
-    if not isinstance(below, dict) or not isinstance(above, dict):
-        return above
-    return below | {k: _laid_over(below.get(k), v) for k, v in above.items()}
 
 
 def split(text: str) -> tuple[list[str], Any, str]:
@@ -204,36 +205,37 @@ def interpolate(tree: dict, problems: list[Problem]) -> dict:
     if not _has_interpolation(tree):
         return tree
     try:
-        return _Interpolation(tree).filled(tree, "", ())
+        if _Unfolding(tree).size(tree, "", ()) > LARGEST:
+            raise _wrong("", "its references unfold to too much", "write less")
+        return OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except RecipeError as error:
         problems += error.problems
-        return tree
+    except OmegaConfBaseException as error:
+        key, message = getattr(error, "full_key", "") or "", str(error).split("\n")[0]
+        problems.append(Problem(key, message))
+    return tree
 
 
-class _Interpolation:
-    """Fills one tree; what a key means is found out once."""
+class _Unfolding:
+    """How large a tree is with every ``${a.b}`` replaced, found without replacing any."""
 
     def __init__(self, tree: dict) -> None:
         self.tree, self.known = tree, {}
-        self.size = 0
 
-    def filled(self, node: Any, path: str, above: tuple[str, ...]) -> Any:
+    def size(self, node: Any, path: str, above: tuple[str, ...]) -> int:
         if isinstance(node, dict):
-            return {k: self.filled(v, f"{path}.{k}".lstrip("."), above) for k, v in node.items()}
+            below = (self.size(v, f"{path}.{k}".lstrip("."), above) for k, v in node.items())
+            return 1 + sum(below)
         if isinstance(node, list):
-            return [self.filled(v, f"{path}.{i}", above) for i, v in enumerate(node)]
+            return 1 + sum(self.size(v, f"{path}.{i}", above) for i, v in enumerate(node))
         if not isinstance(node, str) or "${" not in node:
-            return node
-        whole = REFERENCE.fullmatch(node)
-        if whole:
-            return self.value(whole[1], path, above)
-        text = REFERENCE.sub(lambda m: str(self.value(m[1], path, above)), node)
+            return 1 + len(str(node))
         if "${" in REFERENCE.sub("", node):
             raise _wrong(path, f"{node!r:.80} is not a reference", "${key.of.the.recipe}")
-        return text
+        return 1 + sum(self.size_at(m[1], path, above) for m in REFERENCE.finditer(node))
 
-    def value(self, dotted: str, path: str, above: tuple[str, ...]) -> Any:
-        """What a key means, its own references filled.
+    def size_at(self, dotted: str, path: str, above: tuple[str, ...]) -> int:
+        """Of what a key means.
 
         Raises:
             RecipeError: there is no such key, it leads back to itself, or it unfolds to too much.
@@ -248,13 +250,10 @@ class _Interpolation:
                     what = f"${{{dotted:.80}}} names no key of the recipe"
                     raise _wrong(path, what, "${key.of.the.recipe}; the environment is not read")
                 node = node[part]
-            value = self.filled(node, dotted, (*above, dotted))
-            self.known[dotted] = value, size_of(value)
-        value, size = self.known[dotted]
-        self.size += size
-        if self.size > LARGEST:
-            raise _wrong(path, "its references unfold to too much", "write less")
-        return value
+            self.known[dotted] = self.size(node, dotted, (*above, dotted))
+            if self.known[dotted] > UNFOLDED:
+                raise _wrong(path, "its references unfold to too much", "write less")
+        return self.known[dotted]
 
 
 def _wrong(path: str, message: str, hint: str = "") -> RecipeError:

@@ -10,6 +10,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels' own source, witho
 
 import pytest
 
+from hostile import good, place  # noqa: F401
+
 ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz =+,"
 
 

@@ -4,22 +4,15 @@ Every one, of some hundreds, ends in exit code 2 with a message that says where,
 a traceback, never another code, and nothing is created on disk.
 """
 
-import contextlib
 import copy
-import functools
-import io
 import os
-import resource
-import sys
-from pathlib import Path
 
 import pytest
-import typer
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from opdctl import cli
+from hostile import SECRET, command, in_child
 from opdctl.positions import DUMPER, parse
 from opdctl.recipe import shipped
 from opdctl.resolution import interpolate
@@ -27,7 +20,6 @@ from running import DEMO
 
 DEMO_TEXT = DEMO.read_text()
 TREES = [yaml.safe_load(DEMO_TEXT)] * 3 + [yaml.safe_load(shipped()["mimo"].read_text())]
-SECRET = "xyzzy-of-the-environment"
 MANY = settings(
     max_examples=190,
     deadline=None,
@@ -36,35 +28,6 @@ MANY = settings(
     phases=[Phase.generate],  # a failure is shown as it was found: shrinking a recipe takes minutes
     suppress_health_check=list(HealthCheck),
 )
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """An empty working directory, and a secret in the environment."""
-    folder, before = tmp_path_factory.mktemp("hostile"), os.getcwd()
-    os.chdir(folder)
-    os.environ["OPDCTL_SECRET"] = SECRET
-    build = typer.main.get_command
-    typer.main.get_command = functools.cache(build)  # the same commands, hundreds of times
-    yield folder
-    typer.main.get_command = build
-    del os.environ["OPDCTL_SECRET"]
-    os.chdir(before)
-
-
-def command(*arguments):
-    """The command in this process: exit code, stdout, stderr. A traceback is an error here."""
-    out, err, before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["opdctl", *map(str, arguments)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    finally:
-        sys.argv = before
-    return code, out.getvalue(), err.getvalue()
 
 
 def refused(place, content, *overrides, names="r.yaml"):
@@ -289,29 +252,6 @@ BOMBS = {
 }
 
 
-def in_child(action, seconds=20, mib=1024):
-    """Run in a fork with bounds on its time and memory. Returns what ``action`` gives as text."""
-    ours, theirs = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(ours)
-        here = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (here + mib * 2**20,) * 2)
-        spent = int(sum(os.times()[:2])) + 1
-        resource.setrlimit(resource.RLIMIT_CPU, (spent + seconds,) * 2)
-        with os.fdopen(theirs, "w") as file:
-            try:
-                file.write(str(action()))
-            except BaseException as error:
-                file.write(f"{type(error).__name__}: {error}")
-        os._exit(0)
-    os.close(theirs)
-    with os.fdopen(ours) as file:
-        text = file.read()
-    _, status = os.waitpid(child, 0)
-    return text if not status else f"died of {status}"
-
-
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_are_refused_in_bounded_time_and_memory(place, name):
     text, says = BOMBS[name]
@@ -367,38 +307,3 @@ def test_references_inside_the_recipe_work(place):
     assert interpolate(tree, problems)["about"] == "seed 3 of demo" and not problems
     assert interpolate(tree, problems)["runtime"]["threads"] == 3
     assert interpolate(tree, problems)["models"]["start"] == "stage:sft"
-
-
-SEEDS = ["0..99999999999", "9..0", "-1..2", "0,0", "a", "1" * 5000, "0..\u0663x"]
-
-
-@pytest.mark.parametrize("seeds", SEEDS)
-def test_seeds_of_a_stranger(place, seeds):
-    code, _, err = command("run", DEMO, "--seeds", seeds, "--out", "made")
-    assert code == 2 and "--seeds" in err and len(err) < 300 and not os.path.exists("made")
-
-
-LONG = "a" * 5000
-ARGUMENTS = [
-    ("stage", "sft", "--student", LONG), ("stage", "../x"), ("stage", "sft", "--method", "../x"),
-    ("stage", "opd", "--student", "./x", "--teacher", "=", "--teacher", "a=b=c"), ("plan", LONG),
-    ("stage", "sft", "seed=1", "--out", "x/" * 3000), ("plan", "/dev/zero"), ("show", "../../x"),
-    ("validate", "/proc/self/mem"), ("validate", "."), ("show", LONG), ("ls", "../stages"),
-    ("report", LONG), ("claims", "/dev/null"), ("status", "/proc"), ("resume", "/dev/null"),
-    ("cp", "mimo", "/dev/null/x"), ("run", "mimo", "--from", "/dev/null"),
-    ("run", "mimo", "--only", "\x1b"), ("run", "mimo", "--size", "../x"),
-    ("show", "stages/../cli"), ("show", "stages/__init__"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("arguments", ARGUMENTS)
-def test_arguments_of_a_stranger(place, arguments):
-    before = sorted(os.listdir(place))
-    code, out, err = command(*arguments)
-    assert code == 2 and len(err) > 20 and not out and sorted(os.listdir(place)) == before
-    assert all(c.isprintable() or c == "\n" for c in err)
-
-
-def test_what_is_printed_cannot_steer_a_terminal(place):
-    code, _, err = command("validate", DEMO, "stages.sft.student=\x1b[2J\x07\r")
-    assert code == 2 and "\x1b" not in err and "\x07" not in err and "\\x1b[2J" in err

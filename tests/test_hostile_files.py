@@ -11,43 +11,23 @@ import os
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_hostile import command, in_child
 
 from conftest import make_model
+from hostile import ROWS, command, in_child, jsonl
 from opdctl.core import checkpoint, models
 from opdctl.core.update import make_optimizer
-from opdctl.data.reasoning_gym import ReasoningGym
-from opdctl.environments.calculator import Calculator
 from opdctl.errors import UsageError
 from opdctl.launch import new_run
 from opdctl.recipe import resolve
 from opdctl.rundir import RunDir
 from opdctl.settings import Optim
 from opdctl.worker import run_stage
-
-ROWS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(40)]
-
-
-def jsonl(rows=ROWS, start=""):
-    return start + "".join(json.dumps(r) + "\n" for r in rows)
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    """A folder with a whole model and a whole file of prompts."""
-    folder = tmp_path_factory.mktemp("good")
-    models.save(make_model(), folder / "model")
-    (folder / "data.jsonl").write_text(jsonl())
-    return folder
-
 
 # ways to break a model ---------------------------------------------------------------------------
 
@@ -247,6 +227,20 @@ def test_a_whole_model_is_taken(good, tmp_path):
     assert code == 0 and begun, said
 
 
+def test_a_part_beside_the_language_model_is_not_asked_for(good, tmp_path):
+    """A vision tower, say: no module of the model, and none more of its layers."""
+    folder = tmp_path / "model"
+    shutil.copytree(good / "model", folder)
+    weights(lambda t: {**t, "visual.blocks.0.norm.weight": torch.ones(4)})(folder)
+    assert models.load(str(folder)).name == str(folder)
+    for stray in ("model.layers.0.mlp.up_proj.bias", "model.layers.9.mlp.up_proj.weight",
+                  "model.norm.bias", "stray"):  # fmt: skip
+        weights(lambda t, stray=stray: {**t, stray: torch.ones(4)})(folder)
+        with pytest.raises(UsageError, match="of no use"):
+            models.load(str(folder))
+        weights(lambda t, stray=stray: {n: w for n, w in t.items() if n != stray})(folder)
+
+
 BAD_ROW = {"prompt": "1+1=", "answer": None}
 DATA = {
     "not JSON": (jsonl() + "{oops\n", ":41: not JSON"),
@@ -333,8 +327,9 @@ def test_a_wrong_place_of_prompts_is_refused(good, tmp_path, name):
     assert code == 2 and says in said and str(path)[:60] in said and "Traceback" not in said, said
 
 
-def test_files_that_may_not_be_read(good):
+def test_files_that_may_not_be_read(good, tmp_path):
     """As a user that is not root: nothing of a folder without permission is read."""
+    at_stage(tmp_path, good / "model", path=good / "data.jsonl")  # imports what that user may not
     with tempfile.TemporaryDirectory() as name:
         folder, root = Path(name), os.geteuid() == 0
         folder.chmod(0o777)
@@ -387,68 +382,3 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, capsys, name):
     assert found["step"] == 1 and "step-000002 cannot be read" in capsys.readouterr().out
     pairs = zip(model.net.parameters(), other.net.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-
-
-EVIL = "import pathlib\npathlib.Path('canary').touch()\nEvilConfig = Evil = None\n"
-
-
-def test_code_of_a_model_runs_only_where_a_key_allows_it(good, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(good / "model", folder)
-    config(model_type="evil", auto_map=REMOTE)(folder)
-    (folder / "evil.py").write_text(EVIL)
-    code = f"""
-import os
-from opdctl.core.models import load
-from opdctl.errors import UsageError
-for allowed in (False, True):
-    try:
-        load({str(folder)!r}, trust_remote_code=allowed)
-    except UsageError:
-        print(allowed, os.path.exists("canary"))
-"""
-    env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "m")}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["False False", "True True"], done.stderr
-
-
-ATTACKS = [
-    "[__import__('pathlib').Path('{}').touch()]",
-    "__import__('pathlib').Path('{}').touch()",
-    "[x for x in [open('{}', 'w')]]",
-    "(lambda: open('{}', 'w'))()",
-]
-
-
-@pytest.mark.parametrize(
-    "task", ["spiral_matrix", "binary_matrix", "string_insertion", "n_queens", "number_sorting",
-             "countdown", "puzzle24", "gcd"]
-)  # fmt: skip
-def test_an_answer_is_never_executed(tmp_path, task):
-    data = ReasoningGym(ReasoningGym.Config(kind="reasoning_gym", task=task, items=8), "d", 0)
-    canary = tmp_path / "canary"
-    for prompt in data.prompts("train"):
-        for attack in ATTACKS:
-            assert data.score(prompt, attack.format(canary)) == 0.0
-        assert data.score(prompt, prompt.answer) == 1.0
-    assert not canary.exists()
-
-
-def test_a_scorer_that_would_execute_an_answer_is_refused():
-    for task in ("polynomial_multiplication", "simple_integration", "intermediate_integration"):
-        with pytest.raises(UsageError, match="would execute a model's answer"):
-            ReasoningGym(ReasoningGym.Config(kind="reasoning_gym", task=task, items=2), "d", 0)
-    parts = [{"name": n, "weight": 1, "config": {}} for n in ("gcd", "polynomial_multiplication")]
-    keys = ReasoningGym.Config(
-        kind="reasoning_gym", task="composite", items=2, config={"datasets": parts}
-    )
-    with pytest.raises(UsageError, match=r"reasoning-gym refuses|would execute a model's answer"):
-        ReasoningGym(keys, "d", 0)
-
-
-def test_a_call_is_never_executed(tmp_path):
-    calculator, canary = Calculator(Calculator.Config()), tmp_path / "canary"
-    for attack in [*ATTACKS, "9**9**9**9", "1" * 5000 + "*" + "1" * 5000, "(" * 5000, "1//0"]:
-        assert calculator.reply(f"[{attack.format(canary)}]") == "error"
-    assert calculator.reply("[2 * (3 + 4)]") == "14" and not canary.exists()

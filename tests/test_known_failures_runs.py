@@ -123,7 +123,7 @@ def test_a_failure_of_the_teacher_becomes_zeros(stage, on_disk, tmp_path):
     """training-gym #155. Ours names the rollout, and nothing is written."""
     broken = load(on_disk / "t")
     with torch.no_grad():
-        broken.net.model.norm.weight[0] = torch.nan
+        broken.net.model.norm.weight[:] = 3e38  # finite, and its logits are not
     save(broken, tmp_path / "broken")
     ctx = stage(teacher=tmp_path / "broken")
     with pytest.raises(StageFailed, match=r"not finite in the rollout of prompt \w+ \(sums\)"):
@@ -184,7 +184,7 @@ def test_weights_that_are_missing_are_random(stage, on_disk, tmp_path, keep):
     path = tmp_path / "cut" / "model.safetensors"
     some = {n: t for n, t in load_file(path).items() if n.startswith(keep)}
     save_file(some, path, metadata={"format": "pt"})
-    with pytest.raises(UsageError, match=r"its weights lack \S+ and \d+ more"):
+    with pytest.raises(UsageError, match=r"lacks \d+ weights, such as|more than the weights"):
         carry_out(stage(student=tmp_path / "cut"))
 
 

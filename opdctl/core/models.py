@@ -9,6 +9,7 @@ whose weights are not all there and finite.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,7 +248,7 @@ def _unreadable(folder: str, error: Exception) -> UsageError:
     if isinstance(error, UsageError):
         return error
     what = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
-    if "trust_remote_code" in what:
+    if "trust_remote_code" in str(error):
         hint = "it brings code of its own: read that, then runtime.trust_remote_code=true"
         return UsageError(f"cannot load {folder}: {what}", hint)
     return UsageError(
@@ -305,12 +306,22 @@ def load(
         left_over -= {n for n in left_over if n.startswith("lm_head.")}
         for parameter in net.score.parameters():
             nn.init.zeros_(parameter)
+    left_over = {n for n in left_over if _inside(net, n)}
     _require_whole(model, missing, left_over)
     return model
 
 
+def _inside(net: nn.Module, name: str) -> bool:
+    """Whether a tensor that nothing took belongs to a module of the model, or to one more of its
+    layers; not so are parts beside a language model, such as a vision tower."""
+    modules = {re.sub(r"\d+", "*", n) for n, _ in net.named_modules()}
+    parts = re.sub(r"\d+", "*", name).split(".")
+    owners = [".".join(parts[:n]) for n in range(1, len(parts))]
+    return not owners or owners[-1] in modules or any("*" in o and o in modules for o in owners)
+
+
 def _require_whole(model: Model, missing: set[str], left_over: set[str]) -> None:
-    """Every weight comes from the files, every tensor in the files is used, all are finite.
+    """Every weight comes from the files, no tensor of theirs is left over, all are finite.
 
     Raises:
         UsageError: not so; names the first.

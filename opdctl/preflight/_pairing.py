@@ -86,7 +86,7 @@ class Pairing:
 
         path = self.ctx.path_of(reference)
         if path not in self._outlines:
-            self._outlines[path] = outline(path)
+            self._outlines[path] = outline(path, self.ctx.runtime.trust_remote_code)
             self._outlines[path].name = reference
         return self._outlines[path]
 
