@@ -97,6 +97,9 @@ def carry_out(jobs: list[Job], watch: Callable[[list[Job]], None]) -> Outcome:
                 for index, stage in _ready(jobs)[: slots(jobs[0].recipe) - len(running)]:
                     jobs[index].status[stage] = "running"
                     running[index, stage] = launcher.start(jobs[index].run, stage)
+                    if stopping:  # asked while the fork server was importing torch
+                        running[index, stage].stop()
+                        break
             if not running:
                 break
             time.sleep(0.02)

@@ -1,9 +1,11 @@
 """Kill a real run anywhere, resume it, and get the same bits."""
 
 import os
+import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -198,6 +200,20 @@ def test_a_worker_stopped_alone_is_not_success(tmp_path):
     os.kill(int(lock.read_text().split()[1]), signal.SIGTERM)
     assert process.wait(60) == 75
     assert RunDir(folder).record("base")["status"] == "interrupted"
+
+
+def test_a_stop_while_the_first_stage_is_being_started_is_heeded(tmp_path):
+    """The fork server imports torch for seconds; nobody could be told to stop in that time."""
+    folder = tmp_path / "run"
+    process = start("run", DEMO, "--out", folder, "stages.base.steps=100000")
+    status = Path(f"/proc/{process.pid}/status")
+
+    def listens():
+        caught = re.search(r"SigCgt:\s*(\w+)", status.read_text())[1]
+        return int(caught, 16) >> (signal.SIGTERM - 1) & 1
+
+    code = stop_when(process, listens, signal.SIGTERM)
+    assert code == 75 and RunDir(folder).record("base").get("status") in (None, "interrupted")
 
 
 def test_a_changed_input_leaves_nothing_behind(demo_run, tmp_path):
