@@ -123,8 +123,26 @@ def _data(recipe, folders: bool) -> list[Problem]:
         if path and (config.kind == "jsonl" or os.path.exists(place)):
             config.path = str(Path(place).absolute())
         check = getattr(registry.member("data", config.kind), "problems", lambda _: [])
-        wrong = problems(config) + (check(config) if folders else [])
+        wrong = problems(config) + _verifier(config) + (check(config) if folders else [])
         found += [replace(p, path=f"data.{domain}.{p.path}") for p in wrong]
+    return found
+
+
+def _verifier(config) -> list[Problem]:
+    """A table has one verifier, and the columns that it reads."""
+    if not hasattr(config, "verifier"):
+        return []  # the kind brings its own
+    if len(config.verifier) != 1:
+        return [Problem("verifier", f"{list(config.verifier)} given", "one: verifier: math")]
+    ((name, keys),) = config.verifier.items()
+    cls = registry.member("verifiers", name)
+    found = [
+        replace(p, path=f"verifier.{name}.{p.path}")
+        for p in getattr(cls, "problems", lambda _: [])(keys)
+    ]
+    if cls.needs_answer and not config.answer_column:
+        what = f"the verifier {name} compares with a reference answer"
+        found.append(Problem("answer_column", what, "answer_column: the column that holds it"))
     return found
 
 

@@ -65,8 +65,9 @@ def revisions(recipe: Recipe, stage: str) -> dict[str, int]:
     for domain in recipe.domains(stage):
         kind = recipe.data[domain].kind
         found[f"data/{kind}"] = member("data", kind).revision
-        for name in recipe.data[domain].environment:
-            found[f"environments/{name}"] = member("environments", name).revision
+        for family, key in (("environments", "environment"), ("verifiers", "verifier")):
+            for name in getattr(recipe.data[domain], key, {}):
+                found[f"{family}/{name}"] = member(family, name).revision
 
     def walk(node: Any) -> None:
         for f in dataclasses.fields(node):

@@ -17,7 +17,8 @@ from opdctl.schema import did_you_mean
 
 FAMILIES = {
     "stages": "what a recipe is made of",
-    "data": "where prompts, answers and their verifier come from",
+    "data": "where prompts, answers and what verifies them come from",
+    "verifiers": "whether an answer is right",
     "sources": "where a trajectory comes from",
     "environments": "answers to what a response asks, between its turns",
     "engines": "response ids with the sampler's own log-probs",

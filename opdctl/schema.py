@@ -117,6 +117,8 @@ def build(
         below = getattr(base, name, None)
         if below is None and f.default_factory is not REQUIRED:
             below = f.default_factory()
+        if f.metadata.get("family") and isinstance(value, str):
+            value = {value: {}}  # a member's name alone
         if f.metadata.get("family") and isinstance(below, dict) and isinstance(value, dict):
             value = {  # a member the default names too keeps the default's keys
                 k: {**(below.get(k) or {}), **v} if isinstance(v, dict) else v

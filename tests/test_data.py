@@ -1,6 +1,7 @@
 """Data: the split never overlaps, verifiers score, columns are keys, order is a function."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,11 +10,31 @@ from opdctl.data.hf import Hf
 from opdctl.data.jsonl import Jsonl
 from opdctl.data.reasoning_gym import ReasoningGym
 from opdctl.errors import UsageError
+from opdctl.recipe import lookup
+from opdctl.registry import member
+from opdctl.schema import build
 from opdctl.types import Prompt
 
 
 def gym(**keys):
     return ReasoningGym(ReasoningGym.Config(kind="reasoning_gym", **keys), "d", 5)
+
+
+def table(cls, verifier="exact", **keys):
+    """A tabular domain, its keys checked as those of a recipe are."""
+    problems = []
+    raw = {"kind": "it", "verifier": verifier, **keys}
+    config = build(cls.Config, raw, "data.d", problems, lookup)
+    assert not problems
+    return cls(config, "d", 0)
+
+
+def judged(data, prompt, text):
+    """The verdict on one answer, by the verifier that the data names."""
+    ((name, keys),) = data.config.verifier.items()
+    ctx = SimpleNamespace(check=lambda: None)
+    (found,) = member("verifiers", name)(keys, ctx, "d").score([(prompt, text)])
+    return found
 
 
 def test_split_is_a_function_of_the_question():
@@ -77,26 +98,16 @@ def test_jsonl_parquet_and_hf(tmp_path):
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "hf"))
     keys = {"prompt_column": "q", "answer_column": "a", "eval_share": 0.3}
     found = [
-        Jsonl(Jsonl.Config(kind="jsonl", path=str(tmp_path / "d.jsonl"), **keys), "d", 0),
-        Jsonl(Jsonl.Config(kind="jsonl", path=str(tmp_path / "d.parquet"), **keys), "d", 0),
-        Hf(Hf.Config(kind="hf", path=str(tmp_path / "hf"), **keys), "d", 0),
+        table(Jsonl, path=str(tmp_path / "d.jsonl"), **keys),
+        table(Jsonl, path=str(tmp_path / "d.parquet"), **keys),
+        table(Hf, path=str(tmp_path / "hf"), **keys),
     ]
     prompts = [d.prompts("train") for d in found]
     assert prompts[0] == prompts[1] == prompts[2]
     assert len(prompts[0]) + len(found[0].prompts("eval")) == 200
     first = prompts[0][0]
-    assert found[0].score(first, first.answer + " ") == 1.0 and found[0].score(first, "no") == 0.0
-
-
-def test_math_verifier(tmp_path):
-    (tmp_path / "d.jsonl").write_text('{"prompt": "half?", "answer": "$\\\\frac{1}{2}$"}\n')
-    data = Jsonl(
-        Jsonl.Config(kind="jsonl", path=str(tmp_path / "d.jsonl"), verifier="math", eval_share=0.0),
-        "d",
-        0,
-    )
-    (prompt,) = data.prompts("train")
-    assert data.score(prompt, "so it is $0.5$") == 1.0 and data.score(prompt, "$2$") == 0.0
+    assert judged(found[0], first, first.answer + " ") == 1.0
+    assert judged(found[0], first, "no") == 0.0
 
 
 @pytest.mark.parametrize(
@@ -109,14 +120,14 @@ def test_math_verifier(tmp_path):
 )
 def test_broken_files_are_named(tmp_path, text, message):
     (tmp_path / "d.jsonl").write_text(text)
-    data = Jsonl(Jsonl.Config(kind="jsonl", path=str(tmp_path / "d.jsonl")), "d", 0)
+    data = table(Jsonl, path=str(tmp_path / "d.jsonl"))
     with pytest.raises(UsageError, match=message):
         data.prompts("train")
-    missing = Jsonl(Jsonl.Config(kind="jsonl", path=str(tmp_path / "no.jsonl")), "d", 0)
+    missing = table(Jsonl, path=str(tmp_path / "no.jsonl"))
     with pytest.raises(UsageError, match="no file"):
         missing.prompts("train")
     (tmp_path / "d.parquet").write_text(text)
-    bad = Jsonl(Jsonl.Config(kind="jsonl", path=str(tmp_path / "d.parquet")), "d", 0)
+    bad = table(Jsonl, path=str(tmp_path / "d.parquet"))
     with pytest.raises(UsageError, match="not parquet"):
         bad.prompts("train")
 

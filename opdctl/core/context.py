@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,13 +12,15 @@ from typing import Any
 from opdctl import references
 from opdctl.core import draws
 from opdctl.core.wal import Wal
-from opdctl.errors import Interrupted
+from opdctl.errors import Interrupted, StageFailed
 from opdctl.recipe import Recipe
 from opdctl.registry import member
 from opdctl.rundir import RunDir, read_json, write_json
 from opdctl.schema import to_dict
 from opdctl.settings import Runtime
 from opdctl.types import Prompt, Rollout
+
+HOPELESS = 32  # answers that a verifier may raise on before the stage fails, if it passed none
 
 
 @dataclass
@@ -29,6 +32,7 @@ class Context:
         loop_seconds: time spent in the stage's loop, for the record.
         loads: frozen models loaded so far.
         wal: what was sampled and scored since the last checkpoint.
+        failed: answers that a domain's verifier raised on.
         inspect: called with the student before its teachers are first asked; may raise.
     """
 
@@ -42,7 +46,10 @@ class Context:
     loads: int = 0
     inspect: Callable[[Any], None] = lambda student: None
     wal: Wal | None = None
+    failed: Counter = field(default_factory=Counter)
+    _asked: Counter = field(default_factory=Counter)
     _data: dict[str, Any] = field(default_factory=dict)
+    _verifiers: dict[str, Any] = field(default_factory=dict)
     _models: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -126,16 +133,58 @@ class Context:
         """Whether the response thinks where its domain asks for it, and only there."""
         return self.data(rollout.prompt.domain).config.thinking.obeyed(rollout.text)
 
-    def verify(self, rollout: Rollout) -> float:
-        """1 if the verifier of its domain passes the answer.
+    def verify(self, rollouts: list[Rollout]) -> list[float]:
+        """1 for each whose answer the verifier of its domain passes; also set as ``right``.
 
-        One cut at the limit is wrong, and so is one that disobeys its mode.
+        One cut at the limit is wrong, and so is one that disobeys its mode. What a verifier raises
+        on an answer counts as wrong, in ``failed``, and is said once for each domain.
+
+        Raises:
+            StageFailed: the verifier of a domain raised on every one of its first answers.
         """
-        if rollout.right is None:
-            data, rollout.right = self.data(rollout.prompt.domain), 0.0
+        asked: dict[str, list[Rollout]] = {}
+        verdicts = {id(r): r.right for r in rollouts}
+        for rollout in (r for r in rollouts if r.right is None):
+            verdicts[id(rollout)] = 0.0
             if not rollout.truncated and self.obeyed(rollout):
-                rollout.right = data.score(rollout.prompt, rollout.text)
-        return rollout.right
+                asked.setdefault(rollout.prompt.domain, []).append(rollout)
+        for domain, waiting in asked.items():
+            for rollout, found in zip(waiting, self._verdicts(domain, waiting), strict=True):
+                self._asked[domain] += 1
+                if isinstance(found, Exception):
+                    self._raised(domain, rollout, found)
+                else:
+                    verdicts[id(rollout)] = found
+        for rollout in rollouts:
+            rollout.right = verdicts[id(rollout)]
+        return [r.right for r in rollouts]
+
+    def _verdicts(self, domain: str, rollouts: list[Rollout]) -> list[float | Exception]:
+        """Of the verifier that a domain names, made once; or of its data, which brings its own."""
+        data = self.data(domain)
+        if not hasattr(data.config, "verifier"):
+            return [data.score(r.prompt, r.text) for r in rollouts]
+        if domain not in self._verifiers:
+            ((name, config),) = data.config.verifier.items()
+            self._verifiers[domain] = member("verifiers", name)(config, self, domain)
+        thinking = data.config.thinking
+        return self._verifiers[domain].score(
+            [(r.prompt, thinking.split(r.text)[1]) for r in rollouts]
+        )
+
+    def _raised(self, domain: str, rollout: Rollout, error: Exception) -> None:
+        self.failed[domain] += 1
+        count, what = self.failed[domain], f"{type(error).__name__}: {error!s:.300}"
+        if count == 1:
+            said = (
+                f"the verifier of data.{domain} raised on an answer to prompt {rollout.prompt.id}"
+            )
+            print(f"[{self.name}] warning: {said}, which counts as wrong: {what}", flush=True)
+        if count == self._asked[domain] == HOPELESS:
+            raise StageFailed(
+                f"the verifier of data.{domain} raised on each of {count} answers, lastly: {what}",
+                f"data.{domain}.verifier: does it fit the data?",
+            )
 
     def prompts(self, domain: str, split: str) -> list[Prompt]:
         """Prompts of a domain. Procedural ones are generated once a run and kept in ``cache/``."""

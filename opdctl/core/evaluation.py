@@ -105,9 +105,10 @@ def _domain(ctx: Context, model, name: str, domain: str) -> dict:
         raise UsageError(f"data.{domain} holds out no prompts", "raise eval_share")
     rollouts = sample_group(ctx, model, prompts, 0, "student")
     right, obeyed = [0] * len(prompts), [0] * len(prompts)
-    for rollout in rollouts:
-        right[rollout.group] += int(ctx.verify(rollout) == 1.0)
+    for rollout, verdict in zip(rollouts, ctx.verify(rollouts), strict=True):
+        right[rollout.group] += int(verdict == 1.0)
         obeyed[rollout.group] += int(ctx.obeyed(rollout))
     lengths = [r.length for r in rollouts]
     summary = record(name, domain, config.prompts.samples, right, lengths, obeyed)
-    return {**summary, "processed": sum(r.forwarded for r in rollouts)}
+    failed = {"verifier_errors": ctx.failed[domain]} if ctx.failed[domain] else {}
+    return {**summary, **failed, "processed": sum(r.forwarded for r in rollouts)}

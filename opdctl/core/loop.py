@@ -115,6 +115,7 @@ class Loop:
 
     def _step(self, done: int, clock: Clock) -> dict:
         self.ctx.wal.at(done)
+        failed = self.ctx.failed.total()
         rollouts = [r for r in self.parts.source.draw(done) if r.response_ids]
         for rollout in rollouts:
             assert 0 <= done - rollout.version <= 0, "rollouts are of the current weights"
@@ -137,6 +138,8 @@ class Loop:
                 "heads": step.taught.most,
                 "teacher_loads": self.ctx.loads - before,
             }
+        if self.ctx.failed.total() > failed:
+            values["verifier_errors"] = self.ctx.failed.total() - failed
         clock.lap("train")
         self._log_rollouts(done + 1, step)
         return values
@@ -193,7 +196,7 @@ class Loop:
             values["reward"] = mean(r.reward for r in rollouts)
             values["reward_by_domain"] = by_domain(rollouts, [r.reward for r in rollouts])
         if self.parts.source.samples_from == "student" and runtime.log_accuracy:
-            values["accuracy"] = by_domain(rollouts, map(self.ctx.verify, rollouts))
+            values["accuracy"] = by_domain(rollouts, self.ctx.verify(rollouts))
         logged = {name: torch.cat(parts) for name, parts in logged.items()}
         values |= {name: float(vector_N.mean()) for name, vector_N in logged.items()}
         values |= self._sampler(step, logged)

@@ -7,7 +7,8 @@ which side a question falls on depends on the question alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -62,18 +63,32 @@ def side(question: str, eval_share: float) -> Split:
     return "eval" if int.from_bytes(text, "little") < eval_share * 2**64 else "train"
 
 
-def distinct(prompts: Iterable[Prompt], split: Split, keys: DomainKeys, limit: int = 0):
+def distinct(
+    prompts: Iterable[Prompt], split: Split, keys: DomainKeys, limit: int = 0
+) -> list[Prompt]:
+    """All of ``chosen``, in memory."""
+    return list(chosen(prompts, split, keys, limit, Counter()))
+
+
+def chosen(
+    prompts: Iterable[Prompt], split: Split, keys: DomainKeys, limit: int, counts: Counter
+) -> Iterator[Prompt]:
     """The first ``limit`` distinct prompts of one side, in order; 0 is all.
 
     The tag of a mode is put on after the split: a question is on one side in all of its modes.
+
+    Args:
+        counts: what is left out of that side is added to it: ``empty`` and ``repeated`` questions.
     """
-    seen: set[str] = set()
-    kept: list[Prompt] = []
+    seen: set[int] = set()
     for prompt in prompts:
-        if side(prompt.text, keys.eval_share) != split or prompt.id in seen:
+        if side(prompt.text, keys.eval_share) != split:
             continue
-        seen.add(prompt.id)
-        kept.append(replace(prompt, text=prompt.text + keys.thinking.tag))
-        if len(kept) == limit:
+        number = int(prompt.id, 16)  # a third of the memory that its text would take
+        if not prompt.text.strip() or number in seen:
+            counts["repeated" if number in seen else "empty"] += 1
+            continue
+        seen.add(number)
+        yield replace(prompt, text=prompt.text + keys.thinking.tag)
+        if len(seen) == limit:
             break
-    return kept

@@ -1,14 +1,15 @@
-"""What file and Hugging Face data share: columns -> prompts, split and verifier."""
+"""What file and Hugging Face data share: columns -> prompts, split, what the verifier is given."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
-from opdctl.core.questions import DomainKeys, Split, digest, distinct
+from opdctl.core.questions import DomainKeys, Split, chosen, digest
 from opdctl.errors import UsageError
+from opdctl.registry import member
 from opdctl.schema import did_you_mean, key
 from opdctl.types import Prompt
 
@@ -18,8 +19,8 @@ class ColumnKeys(DomainKeys):
     """Keys of every tabular domain."""
 
     prompt_column: str = key("prompt", "column of the question")
-    answer_column: str = key("answer", "column of the reference answer")
-    verifier: Literal["exact", "math"] = key("exact", "exact: equal text; math: math-verify")
+    answer_column: str = key("answer", "column of the reference answer; empty: there is none")
+    verifier: dict = key({"exact": {}}, "what passes an answer", family="verifiers")
     thought_column: str = key(
         "", "column of the thinking that leads to the answer; empty: none", neutral=True
     )
@@ -28,10 +29,18 @@ class ColumnKeys(DomainKeys):
 
 
 class TableData(ABC):
-    """Prompts from rows; a subclass says where the rows come from."""
+    """Prompts from rows; a subclass says where the rows come from.
+
+    Attributes:
+        counts: by side: ``rows`` read, prompts ``kept``, and of that side left out ``empty`` and
+            ``repeated`` ones.
+    """
 
     def __init__(self, config, domain: str, seed: int) -> None:
         self.config, self.domain = config, domain
+        self.counts: dict[str, Counter] = {}
+        ((name, self.keys),) = config.verifier.items()
+        self.verifier = member("verifiers", name)
 
     @abstractmethod
     def rows(self, split: Split) -> Iterator[dict]:
@@ -43,34 +52,49 @@ class TableData(ABC):
         Raises:
             UsageError: a column is missing, or a value is no text; says in which row.
         """
-        prompts = (self._prompt(row, number) for number, row in enumerate(self.rows(split), 1))
-        return distinct(prompts, split, self.config, self.config.limit)
+        counts = self.counts[split] = Counter()
+        found = list(chosen(self._read(split), split, self.config, self.config.limit, counts))
+        counts["kept"] = len(found)
+        return found
 
-    def _prompt(self, row: dict, number: int) -> Prompt:
+    def _read(self, split: Split) -> Iterator[Prompt]:
+        for number, row in enumerate(self.rows(split), 1):
+            self.counts[split]["rows"] = number
+            yield self._prompt(row, f"data.{self.domain}: {self.config.path}, row {number}")
+
+    def _prompt(self, row: dict, where: str) -> Prompt:
         config = self.config
-        where = f"data.{self.domain}: {config.path}, row {number}"
-        for name in filter(
-            None, (config.prompt_column, config.answer_column, config.thought_column)
-        ):
-            if name not in row:
-                raise UsageError(
-                    f"{where}: no column {name!r}", did_you_mean(name, map(str, row), "columns:")
-                )
-            if not isinstance(row[name], str | int | float):
-                raise UsageError(
-                    f"{where}: column {name!r} holds {row[name]!r:.60}, and text is read there",
-                    "remove the row, or name another column: prompt_column, answer_column",
-                )
-        text, answer = str(row[config.prompt_column]), str(row[config.answer_column])
-        lead = config.thinking.lead(str(row.get(config.thought_column) or ""))
+        text = self._text(row, config.prompt_column, where)
+        answer = self._text(row, config.answer_column, where)
+        thought = self._text(row, config.thought_column, where)
         item = {"answer": answer}
+        if hasattr(self.verifier, "item"):
+            try:
+                item |= self.verifier.item(self.keys, row)
+            except KeyError as error:
+                raise _missing(str(error.args[0]), row, where) from None
+            except (ValueError, TypeError) as error:
+                raise UsageError(
+                    f"{where}: {error}", "what the verifier of the data reads"
+                ) from None
+        lead = config.thinking.lead(thought)
         return Prompt(digest(self.domain, text), self.domain, text, answer, item, lead)
 
-    def score(self, prompt: Prompt, text: str) -> float:
-        """1 if an answer, without its thinking, passes the domain's verifier, else 0."""
-        _, text = self.config.thinking.split(text)
-        if self.config.verifier == "exact":
-            return float(text.strip() == prompt.answer.strip())
-        from math_verify import parse, verify
+    def _text(self, row: dict, column: str, where: str) -> str:
+        if not column:
+            return ""
+        if column not in row:
+            raise _missing(column, row, where)
+        if not isinstance(row[column], str | int | float):
+            raise UsageError(
+                f"{where}: column {column!r} holds {row[column]!r:.60}, and text is read there",
+                "remove the row, or name another column: prompt_column, answer_column",
+            )
+        return str(row[column])
 
-        return float(verify(parse(prompt.answer), parse(text)))
+
+def _missing(column: str, row: dict, where: str) -> UsageError:
+    names = [str(name) for name in row]
+    near = did_you_mean(column, names, "")
+    there = f"columns: {', '.join(names) or 'none'}"
+    return UsageError(f"{where}: no column {column!r}", "; ".join(filter(None, (near, there))))

@@ -15,7 +15,7 @@ from opdctl.schema import REQUIRED, key
 class Hf(TableData):
     """A Hugging Face data set, by name or local folder, with column names as keys."""
 
-    revision = 1
+    revision = 2
 
     @dataclass(kw_only=True)
     class Config(ColumnKeys):

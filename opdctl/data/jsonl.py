@@ -19,7 +19,7 @@ LONGEST = 2**24  # bytes of a line
 class Jsonl(TableData):
     """A .jsonl or .parquet file, with column names as keys."""
 
-    revision = 1
+    revision = 2
 
     @dataclass(kw_only=True)
     class Config(ColumnKeys):

@@ -34,7 +34,7 @@ class Gain:
         from opdctl.core.evaluation import half_width
 
         student, teacher = (
-            [pairing.ctx.verify(r) for r in rollouts if r.prompt.domain == domain]
+            pairing.ctx.verify([r for r in rollouts if r.prompt.domain == domain])
             for rollouts in (pairing.rollouts, pairing.answers(name))
         )
         gaps = [t - s for s, t in zip(student, teacher, strict=True)]

@@ -14,5 +14,5 @@ class Verifier:
 
     def score(self, rollouts) -> None:
         """Sets ``reward`` of every rollout."""
-        for rollout in rollouts:
-            rollout.reward = self.ctx.verify(rollout)
+        for rollout, right in zip(rollouts, self.ctx.verify(rollouts), strict=True):
+            rollout.reward = right

@@ -58,8 +58,8 @@ class Teacher:
         self.sampled = sum(r.forwarded for r in rollouts)
         self.parameters = flops / max(1, self.sampled)  # of the mean expert, by tokens
         if self.config.keep == "verified":
-            for rollout in rollouts:
-                rollout.reward = self.ctx.verify(rollout)
+            for rollout, right in zip(rollouts, self.ctx.verify(rollouts), strict=True):
+                rollout.reward = right
             rollouts = [r for r in rollouts if r.reward == 1.0]
         for rollout in rollouts:
             rollout.behaviour_logprobs = None
