@@ -42,7 +42,19 @@ class Sampling:
 
 
 @dataclass(kw_only=True)
-class Prompts:
+class PromptLength:
+    """What is done with prompts that are too long."""
+
+    max_tokens: int = key(
+        0, "longest prompt, in tokens as the student reads it; 0 is any", least=0, neutral=True
+    )
+    too_long: Literal["error", "drop"] = key(
+        "error", "error: the stage is refused; drop: they are left out and counted", neutral=True
+    )
+
+
+@dataclass(kw_only=True)
+class Prompts(PromptLength):
     """Which prompts a step takes. Order is a pure function of seed, epoch and position."""
 
     domains: dict[str, float] = key({}, "domain: share of each step; empty is all, equally")

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from opdctl.core.models import load
+from opdctl.core.prompts import PromptOrder, fitting
 from opdctl.core.questions import canonical, side
 from opdctl.data.hf import Hf
 from opdctl.data.jsonl import Jsonl
@@ -14,6 +16,7 @@ from opdctl.recipe import lookup
 from opdctl.registry import member
 from opdctl.schema import build
 from opdctl.types import Prompt
+from running import carry_out, one_stage, plain
 
 
 def gym(**keys):
@@ -138,7 +141,7 @@ class Fixed:
     def __init__(self, shares, per_step, count):
         from types import SimpleNamespace as Bag
 
-        self.config = Bag(prompts=Bag(per_step=per_step, pool=0, samples=1))
+        self.config = Bag(prompts=Bag(per_step=per_step, pool=0, samples=1, max_tokens=0))
         self.seed, self.name = 3, "s"
         self.recipe = Bag(domains=lambda _: shares)
         pool = [Bag(id=i) for i in range(count)]
@@ -146,9 +149,7 @@ class Fixed:
 
 
 def test_order_is_exact_over_epochs_and_shares():
-    from opdctl.core.prompts import PromptOrder
-
-    order = PromptOrder(Fixed({"a": 0.5, "b": 0.3, "c": 0.2}, 7, 10))
+    order = PromptOrder(Fixed({"a": 0.5, "b": 0.3, "c": 0.2}, 7, 10), None)
     taken = [order.at(step) for step in range(100)]
     assert all(len(t) == 7 for t in taken)
     flat = [p for t in taken for p in t]
@@ -158,7 +159,7 @@ def test_order_is_exact_over_epochs_and_shares():
     for epoch in range(35):
         assert len(set(of_a[10 * epoch : 10 * epoch + 10])) == 10
     assert of_a[:10] != of_a[10:20]
-    fresh = PromptOrder(Fixed({"a": 0.5, "b": 0.3, "c": 0.2}, 7, 10))
+    fresh = PromptOrder(Fixed({"a": 0.5, "b": 0.3, "c": 0.2}, 7, 10), None)
     assert fresh.at(57) == taken[57]  # no state: a step needs no step before it
 
 
@@ -171,3 +172,111 @@ def test_corruption_is_a_stated_share_and_always_wrong():
         assert prompt.answer not in wrong and len(wrong) > 3
     alone = Prompt("x", "d", "q", "1", {})
     assert corrupted(alone, [alone], "t")[1] != "1"
+
+
+def sums(tmp_path, count=60, **more):
+    """A file of questions, some of them empty or said twice."""
+    rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i), **more} for i in range(count)]
+    rows += [{"prompt": f" {i}+{i}= ", "answer": "?"} for i in range(0, count, 6)]
+    rows += [{"prompt": " ", "answer": "1"}] * 3
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def test_empty_and_repeated_prompts_are_left_out_and_counted(tmp_path):
+    data = table(Jsonl, path=sums(tmp_path), eval_share=0.2)
+    kept = {side: data.prompts(side) for side in ("train", "eval")}
+    assert len(kept["train"]) + len(kept["eval"]) == 60
+    counts = data.counts["train"] + data.counts["eval"]
+    assert counts["repeated"] == 10 and counts["empty"] == 3 and counts["rows"] == 2 * 73
+    assert data.counts["train"]["kept"] == len(kept["train"])
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hf"])
+def test_a_stream_is_the_list(tmp_path, kind):
+    """The same prompts in the same places; slices and picks read nothing; a second opening none."""
+    import datasets
+
+    path, cls = sums(tmp_path), Jsonl
+    rows = datasets.Dataset.from_list([json.loads(x) for x in open(path)])
+    if kind == "parquet":
+        path = str(tmp_path / "sums.parquet")
+        rows.to_parquet(path)
+    elif kind == "hf":
+        path, cls = str(tmp_path / "saved"), Hf
+        rows.save_to_disk(path)
+    data = table(cls, path=path, eval_share=0.2, limit=30)
+    listed, spooled = data.prompts("train"), data.stored("train", tmp_path / "cache")
+    assert list(spooled) == listed and len(spooled) == 30
+    assert [p.item for p in spooled] == [p.item for p in listed]
+    assert spooled[7] == listed[7] and spooled[-1] == listed[-1]
+    assert list(spooled[5:20:3]) == listed[5:20:3] and list(spooled[10:][:3]) == listed[10:13]
+    assert list(spooled.pick([4, 2])[1:]) == [listed[2]] and list(spooled[9:].pick([1])) == [
+        listed[10]
+    ]
+    again = table(cls, path=path, eval_share=0.2, limit=30)
+    again.rows = None  # not to be read again
+    assert list(again.stored("train", tmp_path / "cache")) == listed
+    assert again.counts == {"train": data.counts["train"]}
+
+
+def test_a_stream_is_written_again_for_other_rows(tmp_path):
+    data = table(Jsonl, path=sums(tmp_path), eval_share=0.0)
+    assert len(data.stored("train", tmp_path / "cache")) == 60
+    sums(tmp_path, 50)
+    assert len(data.stored("train", tmp_path / "cache")) == 50
+
+
+def staged(on_disk, tmp_path, name, prompts=None, **data):
+    keys = {"kind": "jsonl", "path": sums(tmp_path), "eval_share": 0.3, **data}
+    given = {"per_step": 7, "samples": 1, **(prompts or {})}
+    return one_stage(
+        tmp_path / name, {"s": keys}, kind="sft", student=str(on_disk / "s"), steps=9, prompts=given
+    )
+
+
+def test_a_stage_on_a_stream_takes_the_same_steps(on_disk, tmp_path):
+    """Over an epoch's end: the same rows in the same order, the same numbers."""
+    rows = {}
+    for stream in (False, True):
+        ctx = staged(on_disk, tmp_path, f"run{stream}", stream=stream)
+        rows[stream] = [plain(r) for r in carry_out(ctx)]
+        assert ctx.counts["s"]["train"]["repeated"] > 0
+    assert rows[True] == rows[False] and len(rows[True]) == 9
+    order, other = (PromptOrder(ctx, None) for _ in range(2))
+    assert [order.at(s) for s in (8, 3)] == [other.at(s) for s in (8, 3)]
+
+
+def test_prompts_that_are_too_long(on_disk, tmp_path, capsys):
+    with pytest.raises(
+        UsageError, match=r"has \d tokens, and stages.it.prompts.max_tokens is 5\n.*drop"
+    ):
+        carry_out(staged(on_disk, tmp_path, "refused", {"max_tokens": 5}))
+    lengths = {}
+    for stream in (False, True):
+        drop = {"max_tokens": 5, "too_long": "drop"}
+        ctx = staged(on_disk, tmp_path, f"run{stream}", drop, stream=stream)
+        model = load(ctx.path_of(ctx.config.student))
+        pool = PromptOrder(ctx, model).pools["s"]
+        lengths[stream] = [len(model.render(p.text)) for p in pool]
+        left = len(ctx.prompts("s", "train")) - len(pool)
+        assert ctx.counts["s"]["train"]["too long"] == left > 0
+        assert f"{left} too long" in capsys.readouterr().out
+        assert len(fitting(ctx, model, "s", "train", 3)) == 3
+    assert max(lengths[True]) == 5 and lengths[True] == lengths[False]
+
+
+def test_a_saved_folder_with_several_splits(tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"prompt": "q", "answer": "a"}])
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(str(tmp_path / "d"))
+    assert (
+        len(table(Hf, path=str(tmp_path / "d"), split="test", eval_share=0.0).prompts("train")) == 1
+    )
+    with pytest.raises(UsageError, match="no split 'tset'.*\n.*'test'"):
+        table(Hf, path=str(tmp_path / "d"), split="tset").prompts("train")
+    for keys in ({"revision": "main"}, {"subset": "x"}):
+        config = table(Hf, path=str(tmp_path / "d"), **keys).config
+        assert next(iter(keys)) == Hf.problems(config)[0].path

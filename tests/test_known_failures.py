@@ -172,7 +172,7 @@ def test_labels_that_are_not_shifted(stage, on_disk, tmp_path):
     ctx = one_stage(tmp_path / "run", {"sums": prompts(on_disk)}, **sft)
     (row,) = carry_out(ctx)
     model, total, count = load(on_disk / "s"), 0.0, 0
-    for prompt in PromptOrder(ctx).at(0):
+    for prompt in PromptOrder(ctx, model).at(0):
         ids, answer = model.render(prompt.text), model.encode(prompt.answer)
         labels = torch.tensor([[-100] * len(ids) + answer])
         loss = model.net(torch.tensor([ids + answer]), labels=labels).loss

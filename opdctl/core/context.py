@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class Context:
         loads: frozen models loaded so far.
         wal: what was sampled and scored since the last checkpoint.
         failed: answers that a domain's verifier raised on.
+        counts: what became of the rows of tables, by domain and side of the split.
         inspect: called with the student before its teachers are first asked; may raise.
     """
 
@@ -49,6 +50,8 @@ class Context:
     failed: Counter = field(default_factory=Counter)
     _asked: Counter = field(default_factory=Counter)
     _data: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
+    _prompts: dict[tuple[str, str], Sequence[Prompt]] = field(default_factory=dict)
     _verifiers: dict[str, Any] = field(default_factory=dict)
     _models: dict[str, Any] = field(default_factory=dict)
 
@@ -186,11 +189,26 @@ class Context:
                 f"data.{domain}.verifier: does it fit the data?",
             )
 
-    def prompts(self, domain: str, split: str) -> list[Prompt]:
-        """Prompts of a domain. Procedural ones are generated once a run and kept in ``cache/``."""
+    def counted(self, domain: str, split: str, counts: dict[str, int]) -> None:
+        """Keep for the record what became of a domain's rows; say what was left out."""
+        place = self.counts.setdefault(domain, {}).setdefault(split, {})
+        place |= {name: n for name, n in counts.items() if n}
+        out = [f"{n} {name}" for name, n in counts.items() if n and name not in ("rows", "kept")]
+        if out:
+            print(f"[{self.name}] data.{domain}, {split}: left out {', '.join(out)}", flush=True)
+
+    def prompts(self, domain: str, split: str) -> Sequence[Prompt]:
+        """Prompts of a domain. Procedural ones are generated once a run and kept in ``cache/``;
+        those of tables are, where the data says so, on disk and not in memory.
+        """
         data = self.data(domain)
         if not getattr(data, "procedural", False):
-            return data.prompts(split)
+            if (domain, split) not in self._prompts:
+                stream = data.config.stream
+                found = data.stored(split, self.run / "cache") if stream else data.prompts(split)
+                self._prompts[domain, split] = found
+                self.counted(domain, split, data.counts[split])
+            return self._prompts[domain, split]
         config = to_dict(data.config)
         name = f"{domain}-{split}-{draws.key(self.recipe.seed, config, data.revision):016x}.json"
         kept = read_json(self.run / "cache" / name, list)

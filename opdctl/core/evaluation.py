@@ -6,6 +6,7 @@ import math
 
 from opdctl.core.context import Clock, Context
 from opdctl.core.metrics import Metrics, mean
+from opdctl.core.prompts import fitting
 from opdctl.core.sampling import sample_group
 from opdctl.errors import UsageError
 from opdctl.rundir import read_json, write_json
@@ -100,7 +101,7 @@ def evaluate(ctx: Context) -> Compute:
 
 def _domain(ctx: Context, model, name: str, domain: str) -> dict:
     config = ctx.config
-    prompts = ctx.prompts(domain, "eval")[: config.prompts.limit]
+    prompts = fitting(ctx, model, domain, "eval", config.prompts.limit)
     if not prompts:
         raise UsageError(f"data.{domain} holds out no prompts", "raise eval_share")
     rollouts = sample_group(ctx, model, prompts, 0, "student")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from opdctl.errors import UsageError
 from opdctl.kernels.head import Head
 from opdctl.references import first_difference
+from opdctl.types import Prompt
 
 
 @dataclass
@@ -104,6 +105,10 @@ class Model:
             self.require_readable(text)
             self.rendered[text] = self._render(text)
         return self.rendered[text]
+
+    def prompt_length(self, prompt: Prompt) -> int:
+        """Tokens of a rendered prompt, which is not kept."""
+        return len(self._render(prompt.text))
 
     def _render(self, text: str) -> list[int]:
         if self.tokenizer.chat_template:

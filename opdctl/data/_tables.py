@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from opdctl.core.questions import DomainKeys, Split, chosen, digest
 from opdctl.errors import UsageError
 from opdctl.registry import member
-from opdctl.schema import did_you_mean, key
+from opdctl.schema import did_you_mean, key, with_role
 from opdctl.types import Prompt
+
+if TYPE_CHECKING:
+    from opdctl.data._spool import Spool
 
 
 @dataclass(kw_only=True)
@@ -26,6 +33,11 @@ class ColumnKeys(DomainKeys):
     )
     eval_share: float = key(0.1, "share of questions held out", least=0, most=1)
     limit: int = key(0, "distinct prompts kept of each side; 0 is all", least=0)
+    stream: bool = key(
+        False,
+        "keep prompts on disk and read them when needed: for large sets; the order is the same",
+        role="operational",
+    )
 
 
 class TableData(ABC):
@@ -56,6 +68,42 @@ class TableData(ABC):
         found = list(chosen(self._read(split), split, self.config, self.config.limit, counts))
         counts["kept"] = len(found)
         return found
+
+    def stored(self, split: Split, cache: Path) -> Spool:
+        """The same prompts, on disk under ``cache``: written there once, in one pass over the rows.
+
+        Raises:
+            UsageError: as ``prompts``.
+        """
+        from opdctl.data._spool import Spool, write
+
+        name = (
+            self.revision,
+            self.domain,
+            split,
+            with_role(self.config, "semantic"),
+            self.version(),
+        )
+        code = hashlib.blake2b(json.dumps(name).encode(), digest_size=8).hexdigest()
+        folder = cache / f"{self.domain}-{split}-{code}"
+        if not folder.is_dir():
+            counts = self.counts[split] = Counter()
+            rows = chosen(self._read(split), split, self.config, self.config.limit, counts)
+            try:
+                write(folder, rows, counts)
+            except TypeError as error:  # a date or bytes, in a column that a verifier reads
+                what = f"data.{self.domain}.stream: a row cannot be kept as JSON: {error}"
+                raise UsageError(what, "stream: false, or write that column as text") from None
+        found = Spool(folder)
+        self.counts[split] = Counter(found.counts)
+        return found
+
+    def version(self) -> list:
+        """What tells the files of a path from later ones: name, size and time of change of each."""
+        path = Path(self.config.path)
+        files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
+        stats = [(str(f.relative_to(path.parent)), f.stat()) for f in files]
+        return [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
 
     def _read(self, split: Split) -> Iterator[Prompt]:
         for number, row in enumerate(self.rows(split), 1):

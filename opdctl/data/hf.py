@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from opdctl.core.questions import Split
 from opdctl.data._tables import ColumnKeys, TableData
-from opdctl.errors import UsageError
-from opdctl.schema import REQUIRED, key
+from opdctl.errors import Problem, UsageError
+from opdctl.schema import REQUIRED, did_you_mean, key
 
 
 class Hf(TableData):
@@ -24,6 +24,18 @@ class Hf(TableData):
         path: str = key(REQUIRED, "public name, or a folder written by save_to_disk")
         subset: str = key("", "configuration of the data set, where it has several")
         split: str = key("train", "its split")
+        revision: str = key(
+            "", "commit, tag or branch of a public one; empty: the newest", neutral=True
+        )
+
+    @staticmethod
+    def problems(config) -> list[Problem]:
+        """What the schema cannot see."""
+        if os.path.isdir(config.path) and (config.revision or config.subset):
+            name = "revision" if config.revision else "subset"
+            what = f"{config.path} is a folder, which has no {name}"
+            return [Problem(name, what, "leave it out, or name a public data set")]
+        return []
 
     def rows(self, split: Split) -> Iterator[dict]:
         """Rows of the data set.
@@ -38,12 +50,22 @@ class Hf(TableData):
             if os.path.isdir(config.path):
                 found = datasets.load_from_disk(config.path)
                 if isinstance(found, datasets.DatasetDict):
+                    if config.split not in found:
+                        near = did_you_mean(config.split, found, "splits:")
+                        what = f"data.{self.domain}.split: no split {config.split!r}"
+                        raise UsageError(f"{what} in {config.path}", near)
                     found = found[config.split]
             else:
                 found = datasets.load_dataset(
-                    config.path, config.subset or None, split=config.split
+                    config.path,
+                    config.subset or None,
+                    split=config.split,
+                    revision=config.revision or None,
+                    streaming=config.stream,  # row by row, without a copy of the whole
                 )
             yield from found
+        except UsageError:
+            raise
         except Exception as error:  # files of a stranger make datasets raise anything
             what = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
             raise UsageError(

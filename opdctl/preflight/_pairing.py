@@ -13,6 +13,7 @@ from typing import Any
 
 from opdctl import references
 from opdctl.core import draws
+from opdctl.core.prompts import fitting
 from opdctl.errors import UsageError
 from opdctl.settings import routes
 from opdctl.types import Prompt, Rollout
@@ -118,7 +119,8 @@ class Pairing:
             UsageError: it has none.
         """
         if domain not in self._prompts:
-            pool = self.ctx.prompts(domain, "train")[: self.ctx.config.prompts.pool or None]
+            most = self.ctx.config.prompts.pool
+            pool = fitting(self.ctx, self.student, domain, "train", most)
             if not pool:
                 raise UsageError(f"data.{domain} has no training prompts")
             order = draws.permutation(len(pool), self.ctx.seed, "preflight", domain)

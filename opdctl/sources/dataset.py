@@ -33,7 +33,7 @@ class Dataset:
 
     def __init__(self, config, ctx, model) -> None:
         self.config, self.ctx, self.model, self.seed = config, ctx, model, ctx.seed
-        self.order = PromptOrder(ctx, config.domains)
+        self.order = PromptOrder(ctx, model, config.domains)
         self.environments = {d: ctx.environment(d) for d in self.order.pools}
 
     def draw(self, step: int):

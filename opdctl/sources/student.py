@@ -20,7 +20,7 @@ class Student:
 
     def __init__(self, config, ctx, model) -> None:
         self.ctx, self.model = ctx, model
-        self.order = PromptOrder(ctx)
+        self.order = PromptOrder(ctx, model)
         self.parameters = model.parameters
 
     def draw(self, step: int):

@@ -35,7 +35,7 @@ class Teacher:
 
     def __init__(self, config, ctx, model) -> None:
         self.config, self.ctx, self.student = config, ctx, model
-        self.order = PromptOrder(ctx, config.domains)
+        self.order = PromptOrder(ctx, model, config.domains)
         self.parameters = 0.0
 
     def draw(self, step: int):

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 from opdctl.errors import Problem
 from opdctl.schema import REQUIRED, key
-from opdctl.settings import Sampling, StageConfig
+from opdctl.settings import PromptLength, Sampling, StageConfig
 
 
 @dataclass(kw_only=True)
-class HeldOut:
+class HeldOut(PromptLength):
     """Which held-out prompts."""
 
     domains: dict[str, float] = key({}, "domains, each with any number above 0; empty is all")
