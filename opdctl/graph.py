@@ -33,7 +33,7 @@ def check(recipe: Any, folders: bool) -> list[Problem]:
     found = _aliases(recipe, folders)
     for stage in recipe.stages:
         found += _references(recipe, stage, folders)
-    found += _data(recipe, folders)
+    found += _data(recipe, folders) + _judges(recipe, folders)
     if found:
         return found
     try:
@@ -100,6 +100,25 @@ def _references(recipe, stage: str, folders: bool) -> list[Problem]:
     return found
 
 
+def _judges(recipe, folders: bool) -> list[Problem]:
+    """The models that verifiers name. That of a stage is an edge to every stage of the domain."""
+    found = []
+    for domain, config in recipe.data.items():
+        verifier = getattr(config, "verifier", {})
+        for dotted, text in refs_of(verifier):
+            target = recipe.models.get(text, text)
+            reference = references.parse(target)
+            _set(verifier, dotted, str(reference))
+            names, aliases = list(recipe.stages), list(recipe.models)
+            wrong = references.complaint(target, names, aliases, folders)
+            if wrong is None and reference.form == "policy":
+                wrong = "policy is a teacher's reference", "write stage:NAME"
+            wrong = wrong or _kind(recipe, reference, "model", folders)
+            if wrong:
+                found.append(Problem(f"data.{domain}.verifier.{dotted}", *wrong))
+    return found
+
+
 def _kind(recipe, reference, wanted: str, folders: bool) -> tuple[str, str] | None:
     """Whether a reference names a language model where one is read, a classifier where not."""
     hint = (
@@ -140,7 +159,8 @@ def _verifier(config) -> list[Problem]:
         replace(p, path=f"verifier.{name}.{p.path}")
         for p in getattr(cls, "problems", lambda _: [])(keys)
     ]
-    if cls.needs_answer and not config.answer_column:
+    needed = cls.needs_answer(keys) if callable(cls.needs_answer) else cls.needs_answer
+    if needed and not config.answer_column:
         what = f"the verifier {name} compares with a reference answer"
         found.append(Problem("answer_column", what, "answer_column: the column that holds it"))
     return found

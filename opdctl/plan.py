@@ -17,7 +17,6 @@ from opdctl.recipe import Recipe
 from opdctl.registry import member
 from opdctl.rundir import RunDir
 from opdctl.schema import flatten, with_role
-from opdctl.schema import references as refs_of
 
 
 @dataclass
@@ -91,7 +90,7 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
     found: dict[str, str] = {}
     for stage in recipe.order():
         inputs = {}
-        for dotted, text in refs_of(recipe.stages[stage]):
+        for dotted, text in recipe.references(stage):
             ref = references.parse(text)
             if ref.form == "stage":
                 inputs[dotted] = found[ref.name]
@@ -166,7 +165,7 @@ def ready(
 
 
 def _action(recipe, stage, prints, record, run, changed) -> tuple[str, list[str]]:
-    folders = [references.parse(text) for _, text in refs_of(recipe.stages[stage])]
+    folders = [references.parse(text) for _, text in recipe.references(stage)]
     missing = [r.name for r in folders if r.form == "folder" and not references.is_model(r.name)]
     if missing and record.get("status") == "done":
         return "skip", [f"done; the model in {missing[0]} is gone since"]

@@ -17,8 +17,8 @@ from opdctl import __version__, references
 from opdctl.errors import UsageError
 from opdctl.plan import fingerprints
 from opdctl.recipe import Recipe
+from opdctl.registry import member
 from opdctl.rundir import RunDir
-from opdctl.schema import references as refs_of
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "reasoning_gym")
 PARTS = {
@@ -62,12 +62,16 @@ def _hash(folder: Path, patterns: tuple[str, ...]) -> str:
 def inputs(run: RunDir, recipe: Recipe, stage: str) -> dict[str, dict[str, str]]:
     """Dotted key -> the path it reads on this machine, and the hashes of what is there."""
     found: dict[str, dict[str, str]] = {}
-    for dotted, text in refs_of(recipe.stages[stage]):
+    for dotted, text in recipe.references(stage):
         ref = references.parse(text)
         if ref.form in ("stage", "folder"):
             path = run.output(ref.name) if ref.form == "stage" else Path(ref.name)
             found[dotted] = {"path": str(path), **model(path)}
     for domain in recipe.domains(stage):
+        for name, keys in getattr(recipe.data[domain], "verifier", {}).items():
+            for path in getattr(member("verifiers", name), "files", lambda _: [])(keys):
+                where = f"data.{domain}.verifier.{name}"
+                found[where] = {"path": str(Path(path).absolute()), "code": data(Path(path))}
         path = Path(getattr(recipe.data[domain], "path", "") or "")
         if path.name and path.exists():
             found[f"data.{domain}.path"] = {"path": str(path.absolute()), "data": data(path)}

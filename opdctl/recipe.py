@@ -67,11 +67,20 @@ class Recipe:
             found += [replace(n, path=f"stages.{stage}.{n.path}") for n in notes(config)]
         return found
 
+    def references(self, stage: str) -> list[tuple[str, str]]:
+        """``(key, model reference)`` of all that a stage reads, its domains' judges included."""
+        found = refs_of(self.stages[stage])
+        if hasattr(self.stages[stage], "prompts"):
+            for domain in self.domains(stage):
+                verifier = getattr(self.data[domain], "verifier", {})
+                found += refs_of(verifier, f"data.{domain}.verifier")
+        return found
+
     def upstream(self, stage: str) -> list[str]:
         """Stages whose output this stage reads, without repetition."""
         names = [
             references.parse(text).name
-            for _, text in refs_of(self.stages[stage])
+            for _, text in self.references(stage)
             if references.parse(text).form == "stage"
         ]
         return list(dict.fromkeys(names))

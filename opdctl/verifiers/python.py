@@ -33,6 +33,11 @@ class Python(OneByOne):
         call: str = key(REQUIRED, "package.module:function, or path/to/file.py:function")
         columns: list[str] = key([], "columns of the data that it is given as row")
 
+        def __post_init__(self) -> None:
+            where, _, name = self.call.rpartition(":")
+            if where.endswith(".py"):  # a run may be resumed from another folder
+                self.call = f"{Path(where).expanduser().absolute()}:{name}"
+
     @staticmethod
     def item(config, row: dict) -> dict:
         """What a row says of its answer.

@@ -1,0 +1,96 @@
+"""A model behind an OpenAI-compatible server judges, over ``/chat/completions``: text in, text out.
+
+With the standard library. A request that fails is tried again with growing pauses; a server that
+does not answer ends the stage, with its name: no answer of it is taken for wrong. What a server
+writes need not be the same twice, so a resumed stage may get other verdicts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from opdctl.errors import Problem, StageFailed
+from opdctl.schema import REQUIRED, key
+from opdctl.verifiers._judging import JudgeKeys, Judging, problems
+
+
+class JudgeServer(Judging):
+    """A model behind an OpenAI-compatible server says whether an answer is right."""
+
+    revision = 1
+
+    @dataclass(kw_only=True)
+    class Config(JudgeKeys):
+        """Keys of a judge behind a server."""
+
+        url: str = key(REQUIRED, "up to /v1, as in http://localhost:8000/v1")
+        name: str = key(REQUIRED, "the model's name on the server")
+        token_env: str = key("", "environment variable with its API token; empty: none")
+        temperature: float = key(0.0, "of the server's sampling", least=0.0)
+        max_tokens: int = key(256, "longest verdict, in tokens", least=1)
+        timeout: float = key(60.0, "seconds of one request", role="operational", least=0.1)
+        tries: int = key(4, "requests before the stage fails", role="operational", least=1)
+        jobs: int = key(16, "requests at once", role="operational", least=1)
+
+    @staticmethod
+    def problems(config) -> list[Problem]:
+        """What the schema cannot see."""
+        found = problems(config)
+        if not config.url.startswith(("http://", "https://")):
+            found.append(
+                Problem("url", f"{config.url!r} is no http address", "http://HOST:PORT/v1")
+            )
+        return found
+
+    def replies(self, asked):
+        """Several at once.
+
+        Raises:
+            StageFailed: the server does not answer, or refuses.
+            Interrupted: a stop was asked for.
+        """
+        with ThreadPoolExecutor(self.config.jobs) as pool:
+            parts = [pool.submit(self._ask, question) for _, question in asked]
+            try:
+                return [part.result() for part in parts]
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _ask(self, question: str) -> str:
+        config = self.config
+        body = {
+            "model": config.name,
+            "messages": [{"role": "user", "content": question}],
+            "temperature": config.temperature,
+            "max_tokens": config.max_tokens,
+        }
+        headers = {"Content-Type": "application/json"}
+        if config.token_env:
+            headers["Authorization"] = f"Bearer {os.environ.get(config.token_env, '')}"
+        url = f"{config.url.rstrip('/')}/chat/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        for tried in range(1, config.tries + 1):
+            self.ctx.check()
+            try:
+                with urllib.request.urlopen(request, timeout=config.timeout) as answer:
+                    return str(json.loads(answer.read())["choices"][0]["message"]["content"] or "")
+            except urllib.error.HTTPError as error:
+                what = f"HTTP {error.code}: {error.read()[:200].decode('utf-8', 'replace')}"
+                if error.code not in (408, 429) and error.code < 500:
+                    break  # it will refuse again
+            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+                what = f"{type(error).__name__}: {error}"
+            if tried < config.tries:
+                time.sleep(min(0.25 * 2**tried, 10.0))
+        raise StageFailed(
+            f"the judge {config.name} of data.{self.domain} at {config.url}: {what} "
+            f"(tried {tried} times)",
+            "is it up? curl " + config.url.rstrip("/") + "/models",
+        )
