@@ -75,12 +75,15 @@ def test_a_right_solution_passes(sandbox):
 def test_a_builtin_that_a_solution_covers_is_not_what_tests_call(sandbox):
     cheat = "def double(x): return 0\ndef all(_): return True\n"
     assert not sandbox.run(cheat, tests=["assert all([double(2) == 4])"]).passed
+    called_sum = "def sum(a, b): return a + b\n"  # as some tasks ask for
+    assert sandbox.run(called_sum, tests=["assert sum(2, 3) == 5"]).passed
+    assert not sandbox.run(called_sum, tests=["assert sum(2, 3) == 6"]).passed
 
 
 READS = """
 import glob, os, sys
 found = "".join(sys.argv) + repr(dict(os.environ)) + repr(globals())
-for path in ["/proc/self/cmdline", "/proc/self/environ", *glob.glob("*"), *glob.glob("/tmp/*")]:
+for path in ["/proc/self/cmdline", "/proc/self/environ", *glob.glob("*")]:
     try:
         found += open(path).read()
     except (OSError, UnicodeDecodeError):

@@ -115,18 +115,20 @@ class TableData(ABC):
         text = self._text(row, config.prompt_column, where)
         answer = self._text(row, config.answer_column, where)
         thought = self._text(row, config.thought_column, where)
-        item = {"answer": answer}
-        if hasattr(self.verifier, "item"):
-            try:
-                item |= self.verifier.item(self.keys, row)
-            except KeyError as error:
-                raise _missing(str(error.args[0]), row, where) from None
-            except (ValueError, TypeError) as error:
-                raise UsageError(
-                    f"{where}: {error}", "what the verifier of the data reads"
-                ) from None
+        item = {"answer": answer, **self._item(row, where)}
         lead = config.thinking.lead(thought)
         return Prompt(digest(self.domain, text), self.domain, text, answer, item, lead)
+
+    def _item(self, row: dict, where: str) -> dict:
+        """What the verifier is given of a row."""
+        if not hasattr(self.verifier, "item"):
+            return {}
+        try:
+            return self.verifier.item(self.keys, row)
+        except KeyError as error:
+            raise _missing(str(error.args[0]), row, where) from None
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{where}: {error}", "the domain's verifier reads it") from None
 
     def _text(self, row: dict, column: str, where: str) -> str:
         if not column:

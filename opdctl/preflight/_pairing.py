@@ -119,8 +119,8 @@ class Pairing:
             UsageError: it has none.
         """
         if domain not in self._prompts:
-            most = self.ctx.config.prompts.pool
-            pool = fitting(self.ctx, self.student, domain, "train", most)
+            kept = self.ctx.config.prompts.pool
+            pool = fitting(self.ctx, self.student, domain, "train", kept)
             if not pool:
                 raise UsageError(f"data.{domain} has no training prompts")
             order = draws.permutation(len(pool), self.ctx.seed, "preflight", domain)

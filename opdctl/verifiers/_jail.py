@@ -40,8 +40,9 @@ def alone():
     if user:
         for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"),
                            ("gid_map", f"{group} {group} 1")):
-            with open(f"/proc/self/{name}", "w") as file:
-                file.write(text)
+            file = os.open(f"/proc/self/{name}", os.O_WRONLY)
+            os.write(file, text.encode())
+            os.close(file)
 
 
 def furnish(root, owner):
@@ -118,6 +119,11 @@ def whole(fd):
     return json.loads(text[8:])
 
 
+def named(code):
+    inner = [named(c) for c in code.co_consts if hasattr(c, "co_names")]
+    return set(code.co_names).union(*inner)
+
+
 def solve(owner, isolated):
     for fd, place in ((keys["input"], 0), (keys["output"], 1)):
         os.dup2(fd, place)
@@ -129,7 +135,7 @@ def solve(owner, isolated):
     give_up(owner, isolated)
     sys.argv = ["solution.py"]
     run, parse, write, leave, names = exec, compile, os.write, os._exit, dict(vars(builtins))
-    read, listen, copy = whole, control, dict
+    read, listen, copy, look = whole, control, dict, named
     asked = read(listen)
     if asked["script"]:
         os.close(control)
@@ -141,11 +147,16 @@ def solve(owner, isolated):
     run(parse(asked["solution"], "solution.py", "exec"), spaces)
     write(listen, b"loaded")
     asked = read(listen)
-    own = copy(names)  # as it was before the solution: what it put over a builtin is not tested by
-    own.update((k, v) for k, v in spaces.items() if k not in names and k[:2] != "__")
+    tests = [parse(test, "tests.py", "exec") for test in asked["tests"]]
+    used = set().union(*[look(test) for test in tests])
+    theirs = {k: v for k, v in spaces.items() if k in used and k[:2] != "__"}
+    if any(k not in names for k in theirs):  # else it is a function called sum that is tested
+        theirs = {k: v for k, v in theirs.items() if k not in names}
+    own = copy(names)  # as it was before the solution: tests do not see what it puts over builtins
+    own.update(theirs)
     own["__builtins__"], own["__name__"] = copy(names), "tests"
-    for test in asked["tests"]:
-        run(parse(test, "tests.py", "exec"), own)
+    for test in tests:
+        run(test, own)
     write(listen, asked["token"].encode())
     leave(0)
 
