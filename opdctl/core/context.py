@@ -149,7 +149,8 @@ class Context:
             found = data.prompts(split)
             write_json(self.run / "cache" / name, [asdict(p) for p in found])
             return found
-        return [Prompt(**{**p, "calls": tuple(p["calls"])}) for p in kept]
+        lists = ("calls", "messages", "tools")
+        return [Prompt(**{**p, **{k: tuple(p.get(k, ())) for k in lists}}) for p in kept]
 
 
 class Clock:

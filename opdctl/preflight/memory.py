@@ -85,7 +85,7 @@ def estimate(pairing: Pairing) -> Estimate:
         places[pairing.ctx.path_of(config.student)] = student
     sizes = sorted((m.parameters * each for m in places.values()), reverse=True)
     prompts = [p for d in pairing.route for p in pairing.prompts(d, PROMPTS)]
-    longest = max(len(student.render(p.text)) for p in prompts) + config.sampling.max_tokens
+    longest = max(len(student.render(p)) for p in prompts) + config.sampling.max_tokens
     wave = min(runtime.wave, config.prompts.per_step * config.prompts.samples)
     chunk = runtime.chunk_mib or (3072 if pairing.ctx.device == "cuda" else 256)
     return Estimate(
