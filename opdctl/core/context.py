@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opdctl import references
+from opdctl.chat.example import example, plain
 from opdctl.core import draws
 from opdctl.core.wal import Wal
 from opdctl.errors import Interrupted
@@ -108,6 +109,12 @@ class Context:
             self._models[path] = model
         self._models[path] = self._models.pop(path)  # the newest stands last
         return self._models[path]
+
+    def show_first(self, rollout: Rollout, tokenizer: Any, trained: bool = True) -> None:
+        """Leave the stage's first prompt in ``example.json`` and, the loss in [[ ]], in the log."""
+        found = example(rollout, tokenizer, trained)
+        write_json(self.folder / "example.json", found)
+        print(f"{self.name}: {plain(found)}", flush=True)
 
     def data(self, domain: str) -> Any:
         """The data of a domain, built once."""

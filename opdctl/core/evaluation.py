@@ -104,6 +104,8 @@ def _domain(ctx: Context, model, name: str, domain: str) -> dict:
     if not prompts:
         raise UsageError(f"data.{domain} holds out no prompts", "raise eval_share")
     rollouts = sample_group(ctx, model, prompts, 0, "student")
+    if domain == next(iter(ctx.recipe.domains(ctx.name))):
+        ctx.show_first(rollouts[0], model.tokenizer, trained=False)
     right, obeyed = [0] * len(prompts), [0] * len(prompts)
     for rollout in rollouts:
         right[rollout.group] += int(ctx.verify(rollout) == 1.0)

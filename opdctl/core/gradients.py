@@ -36,6 +36,8 @@ def measure(ctx: Context, model: Model, parts: Parts) -> Compute:
         ctx.check()
         clock = Clock()
         rollouts = parts.source.draw(batch)
+        if not batch:
+            ctx.show_first(rollouts[0], model.tokenizer)
         compute.rollout_tokens += parts.source.sampled
         compute.flops["rollout"] += 2.0 * model.parameters * parts.source.sampled
         clock.lap("rollout")

@@ -122,6 +122,8 @@ class Loop:
         clock.lap("rollout")
         if not rollouts:
             return {"rollouts": 0, "tokens": 0}  # the source refused all of its samples
+        if not done:
+            self.ctx.show_first(rollouts[0], self.model.tokenizer)
         if self.parts.minibatches > 1:
             rollouts = self._shuffled(rollouts, done)
         before = self.ctx.loads
