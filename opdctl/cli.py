@@ -109,18 +109,34 @@ def plan(
     overrides: Overrides = None,
     size: Size = "",
     reuse: From = None,
+    gpu: Annotated[
+        str,
+        typer.Option(
+            help="estimate memory and time of each stage on h100, h200, a100, b200, l40s, rtx4090; "
+            "where the recipe runs on cuda, h100 if not given",
+            metavar="GPU",
+        ),
+    ] = "",
     exit_code: Annotated[bool, typer.Option("--exit-code", help="3 if work is pending")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what would run, and why. Nothing is loaded or written."""
+    """Say what would run, and why; for a GPU, what it would hold and take. Nothing is loaded."""
     from opdctl import console
     from opdctl.session import plan_of
 
-    planned = plan_of(target, tuple(overrides or ()), size=size, reuse=reuse)
+    planned, found = plan_of(target, tuple(overrides or ()), size=size, reuse=reuse, gpu=gpu)
     if as_json:
-        console.emit_json({"stages": [p.to_dict() for p in planned]})
+        content = {"stages": [p.to_dict() for p in planned]}
+        if found:
+            content |= {"gpu": found.gpu.name, "assumed": found.assumed}
+            for entry in content["stages"]:
+                entry["estimate"] = found.of(entry["name"])
+        console.emit_json(content)
     else:
         console.show(console.plan_table(planned))
+        if found:
+            console.show(console.costs_table(found, planned))
+            print(f"assumed: {found.assumed}")
     if exit_code and any(p.action != "skip" for p in planned):
         sys.exit(EXIT_PENDING)
 

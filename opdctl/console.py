@@ -92,6 +92,41 @@ def plan_table(planned: list) -> Table:
     return table(["stage", "kind", "action", "why", "reads"], rows)
 
 
+def costs_table(costs: Any, planned: list) -> Table:
+    """What each stage would hold and take on a GPU; stages that are done are left out."""
+    rows, total = [], 0.0
+    for name in (p.name for p in planned if p.action != "skip"):
+        found = costs.stages[name]
+        if isinstance(found, str):
+            rows.append([name, "", "", "", "", "", "", found])
+            continue
+        m, hours = found.memory, {k: v / 3600 for k, v in found.seconds.items()}
+        total += sum(hours.values())
+        held = [m.parameters + m.gradients + m.moments, m.teachers, m.cache]
+        update = m.chunk + m.activations
+        word = "fits" if found.fits else f"needs {m.peak / costs.gpu.memory:.1f} GPUs of memory"
+        rows.append(
+            [
+                name,
+                *(_gib(size) for size in (*held, update, m.peak)),
+                " + ".join(f"{hours[k]:.1f}" for k in ("rollout", "score", "train")),
+                "; ".join(filter(None, (word, found.unknown))),
+            ]
+        )
+    size = costs.gpu.memory / 2**30
+    rows.append(["together", "", "", "", "", "", f"{total:.1f}", ""])
+    columns = ["stage", "student", "frozen", "cache", "logits, activations", "peak GiB"]
+    return table(
+        [*columns, "hours: rollout + score + train", ""],
+        rows,
+        f"Estimate for one {costs.gpu.name} of {size:.0f} GiB; another: --gpu NAME",
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f}"
+
+
 def findings_table(found: list) -> Table:
     """What the checks of student and teachers found, and what to do about it."""
     rows = [[f.stage, f.check, f.teacher, f.severity, f.what, f.do] for f in found]

@@ -12,6 +12,8 @@ from typing import Any
 from opdctl import catalogue, console, references
 from opdctl import launch as run_launch
 from opdctl.errors import OpdctlError, UsageError
+from opdctl.estimate import gpus
+from opdctl.estimate.work import Costs, costs
 from opdctl.plan import Planned, plan, ready
 from opdctl.positions import dump
 from opdctl.preflight._pairing import Finding
@@ -137,17 +139,32 @@ def resume_run(directory: Path, overrides: tuple[str, ...]) -> int:
 
 
 def plan_of(
-    target: str, overrides: tuple[str, ...], *, size: str = "", reuse: Path | None = None
-) -> list[Planned]:
-    """``opdctl plan`` of a recipe, or of a run directory as it stands."""
+    target: str,
+    overrides: tuple[str, ...],
+    *,
+    size: str = "",
+    reuse: Path | None = None,
+    gpu: str = "",
+) -> tuple[list[Planned], Costs | None]:
+    """``opdctl plan`` of a recipe, or of a run directory as it stands; and what its stages would
+    hold and take on a GPU, where the recipe runs on one or ``gpu`` names one.
+
+    Raises:
+        UsageError: no such GPU.
+    """
+    device = gpus.gpu(gpu or gpus.DEFAULT)
     if (Path(target) / "run.json").is_file():
         if size or reuse:
             raise UsageError("--size and --from belong to a recipe, and this is a run directory")
-        runs = RunDir(target).runs()
-        found = [(r, p) for r in runs for p in plan(run_launch.read_recipe(r, overrides), r)]
-        return [replace(p, run=r.path.name if len(runs) > 1 else "") for r, p in found]
-    recipe = load(target, size=size, overrides=overrides)
-    return plan(recipe, RunDir(reuse) if reuse else None)
+        pairs = [(r, run_launch.read_recipe(r, overrides)) for r in RunDir(target).runs()]
+    else:
+        old = RunDir(reuse) if reuse else None
+        pairs = [(old, load(target, size=size, overrides=overrides))]
+    several = len(pairs) > 1
+    found = [(r, p) for r, recipe in pairs for p in plan(recipe, r)]
+    planned = [replace(p, run=r.path.name if r and several else "") for r, p in found]
+    first = pairs[0][1]
+    return planned, costs(first, device) if gpu or first.runtime.device == "cuda" else None
 
 
 def recipes_of(

@@ -132,11 +132,14 @@ class ScoreRequest:
         return places
 
 
+FORWARD, TRAIN = 2.0, 6.0  # floating-point operations a parameter and token
+
+
 @dataclass
 class Compute:
     """Tokens and floating-point operations of one stage.
 
-    A forward pass is counted as 2 x parameters a token, a training pass as 6 x.
+    A forward pass is counted as FORWARD x parameters a token, a training pass as TRAIN x.
     """
 
     rollout_tokens: int = 0

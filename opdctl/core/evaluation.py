@@ -9,7 +9,7 @@ from opdctl.core.metrics import Metrics, mean
 from opdctl.core.sampling import sample_group
 from opdctl.errors import UsageError
 from opdctl.rundir import read_json, write_json
-from opdctl.types import Compute
+from opdctl.types import FORWARD, Compute
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
@@ -83,7 +83,7 @@ def evaluate(ctx: Context) -> Compute:
             found = _domain(ctx, model, name, domain)
             write_json(kept, found)
         compute.rollout_tokens += found["processed"]
-        compute.flops["rollout"] += 2.0 * model.parameters * found.pop("processed")
+        compute.flops["rollout"] += FORWARD * model.parameters * found.pop("processed")
         records.append(found)
         clock.lap("rollout")
         compute.seconds["rollout"] += clock.seconds["rollout"]

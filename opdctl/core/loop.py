@@ -22,7 +22,7 @@ from opdctl.core.scored import Parts, Step, advantage, scored
 from opdctl.errors import Interrupted, StageFailed
 from opdctl.kernels.select import rows_class
 from opdctl.rundir import finite
-from opdctl.types import Compute, Rollout
+from opdctl.types import FORWARD, TRAIN, Compute, Rollout
 
 
 def train(ctx: Context, model: Model, parts_of: Callable[[Context, Model], Parts]) -> Compute:
@@ -176,7 +176,7 @@ class Loop:
                 for name, vector_N in table.items():
                     logged.setdefault(name, []).append(vector_N)
                 self.compute.train_tokens += processed
-                self.compute.flops["train"] += 6.0 * model.parameters * processed
+                self.compute.flops["train"] += TRAIN * model.parameters * processed
         values = {
             "loss": mean(losses),
             "grad_norm": mean(norms),
@@ -232,7 +232,7 @@ class Loop:
     def _count_rollouts(self) -> None:
         """Everything the source sampled, what it then refused included."""
         source = self.parts.source
-        flops = 2.0 * source.parameters * source.sampled
+        flops = FORWARD * source.parameters * source.sampled
         if source.samples_from == "teacher":
             self.compute.teacher_sampled_tokens += source.sampled
             self.compute.flops["teacher_sampling"] += flops
