@@ -73,7 +73,9 @@ def stage(
     teacher: Annotated[
         list[str] | None, typer.Option(help="[DOMAIN=]REF; once for each teacher")
     ] = None,
-    method: Annotated[str, typer.Option(help="`opdctl ls methods` lists them")] = "",
+    method: Annotated[
+        str, typer.Option(help="`opdctl ls methods` lists them; or a file, as `opdctl cp` writes")
+    ] = "",
     out: Annotated[Path | None, typer.Option(help="the run directory to make")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="plan, and stop")] = False,
 ) -> None:
@@ -249,7 +251,7 @@ def show(
     name: Annotated[str, typer.Argument(help="a stage kind, a member, a method or a recipe")],
     as_json: Json = False,
 ) -> None:
-    """Every key of a stage kind or a member with type, default and meaning."""
+    """Every key of a stage kind, a member, a method or the runtime: type, default, meaning."""
     from opdctl import console
     from opdctl.catalogue import detail
 
@@ -267,17 +269,19 @@ def show(
                 [list(r.values()) for r in found["keys"]],
             )
         )
+    if found.get("more"):
+        print(found["more"])
 
 
 @app.command()
 def cp(
-    name: Annotated[str, typer.Argument(help="a shipped recipe")],
+    name: Annotated[str, typer.Argument(help="a shipped recipe or method")],
     dest: Annotated[Path, typer.Argument(help="the file to write")],
 ) -> None:
-    """Copy a shipped recipe, comments and all, to change it."""
-    from opdctl.catalogue import copy_recipe
+    """Copy a shipped recipe or method, comments and all, to change it."""
+    from opdctl.catalogue import copy
 
-    print(copy_recipe(name, dest))
+    print(copy(name, dest))
 
 
 def main() -> None:

@@ -7,9 +7,8 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from opdctl import catalogue, console, references
+from opdctl import console, references
 from opdctl import launch as run_launch
 from opdctl.errors import OpdctlError, UsageError
 from opdctl.estimate import gpus
@@ -19,10 +18,10 @@ from opdctl.positions import dump
 from opdctl.preflight._pairing import Finding
 from opdctl.preflight._stage import refuse
 from opdctl.recipe import Recipe, find, load, read, resolve
-from opdctl.registry import member
 from opdctl.rundir import RunDir, lock, new_name, write_json, write_text
 from opdctl.runner import Job, Outcome, carry_out, examine
 from opdctl.schema import did_you_mean
+from opdctl.single.tree import one_stage
 
 STARTED = time.time()
 
@@ -75,34 +74,15 @@ def run_stage(
     dry_run: bool,
 ) -> int:
     """``opdctl stage``: a recipe of one stage, built in memory. Returns the exit code."""
-    config = member("stages", kind).Config
-    keys = config.__dataclass_fields__
-    entry: dict[str, Any] = {"kind": kind}
-    if method:
-        chosen = catalogue.method(method)
-        if chosen.get("kind", kind) != kind:
-            raise UsageError(
-                f"method {method} is for stage {chosen['kind']}",
-                f"opdctl stage {chosen['kind']} --method {method}",
-            )
-        entry |= {k: v for k, v in chosen.items() if k not in ("about", "kind")}
-    if student:
-        entry["student"] = student
-    named = [t.split("=", 1) if "=" in t else ["teacher", t] for t in teachers]
-    if len({n for n, _ in named}) < len(named):
-        raise UsageError("two teachers with one name", "--teacher math=REF --teacher sort=REF")
-    if named:
-        entry["teachers"] = dict(named)
-    tree = {"name": kind, "stages": {kind: entry}}
-    full = tuple(
-        f"stages.{kind}.{o}" if o.split("=")[0].split(".")[0] in keys else o for o in overrides
-    )
-    data = _data_of([student, *(r for _, r in named)])
+    tree, full, named, said = one_stage(kind, overrides, student, teachers, method)
+    data = _data_of([student, *(t.split("=", 1)[-1] for t in teachers)])
     own = any(o.startswith("data.") and o.split("=")[0].endswith(".kind") for o in full)
-    if data and not own:
-        wanted = [n for n, _ in named if n in data]
+    if data and not own and "data" not in tree:
+        wanted = [n for n in named if n in data]
         tree["data"] = {d: c for d, c in data.items() if not wanted or d in wanted}
-        console.say(f"prompts: {', '.join(tree['data'])}, as in the run that wrote the model")
+        said.append(f"prompts: {', '.join(tree['data'])}, as in the run that wrote the model")
+    for line in said:
+        console.say(line)
     recipe = resolve(tree, f"opdctl stage {kind}", overrides=full)
     _notes(recipe)
     if dry_run:

@@ -21,7 +21,7 @@ def complaint(messages: Any) -> str:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             return f"message {i} has no role"
         content = message.get("content")
-        if content is None and message.get("tool_calls"):
+        if content is None and message.get("tool_calls"):  # a call without a word
             continue
         if not isinstance(content, str):
             return f"the content of message {i} is {type(content).__name__}, not text"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from opdctl.chat.messages import answer_of, complaint, text_of
 from opdctl.core.questions import DomainKeys, Split, digest, distinct
 from opdctl.errors import UsageError
 from opdctl.schema import did_you_mean, key
@@ -22,6 +23,15 @@ class ColumnKeys(DomainKeys):
     verifier: Literal["exact", "math"] = key("exact", "exact: equal text; math: math-verify")
     thought_column: str = key(
         "", "column of the thinking that leads to the answer; empty: none", neutral=True
+    )
+    messages_column: str = key(
+        "",
+        "column of conversations, in place of prompt_column; where the assistant speaks last, sft "
+        "learns its turns and the last one is the answer",
+        neutral=True,
+    )
+    tools_column: str = key(
+        "", "column of what the chat template is told of tools; empty: none", neutral=True
     )
     eval_share: float = key(0.1, "share of questions held out", least=0, most=1)
     limit: int = key(0, "distinct prompts kept of each side; 0 is all", least=0)
@@ -49,6 +59,8 @@ class TableData(ABC):
     def _prompt(self, row: dict, number: int) -> Prompt:
         config = self.config
         where = f"data.{self.domain}: {config.path}, row {number}"
+        if config.messages_column:
+            return self._conversation(row, where)
         for name in filter(
             None, (config.prompt_column, config.answer_column, config.thought_column)
         ):
@@ -65,6 +77,40 @@ class TableData(ABC):
         lead = config.thinking.lead(str(row.get(config.thought_column) or ""))
         item = {"answer": answer}
         return Prompt(digest(self.domain, text), self.domain, text, answer, item, lead)
+
+    def _conversation(self, row: dict, where: str) -> Prompt:
+        """A prompt of several turns; its answer is the answer column's, or the last turn."""
+        config = self.config
+        for name in filter(None, (config.messages_column, config.tools_column)):
+            if name not in row:
+                near = did_you_mean(name, map(str, row), "columns:")
+                raise UsageError(f"{where}: no column {name!r}", near)
+        messages = row[config.messages_column]
+        wrong = complaint(messages)
+        if wrong:
+            raise UsageError(
+                f"{where}: column {config.messages_column!r}: {wrong}",
+                '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]',
+            )
+        # a table gives every message the fields that any of them has
+        messages = tuple({k: v for k, v in m.items() if v is not None} for m in messages)
+        tools = (row[config.tools_column] or ()) if config.tools_column else ()
+        if not isinstance(tools, list | tuple) or not all(isinstance(t, dict) for t in tools):
+            raise UsageError(
+                f"{where}: column {config.tools_column!r} is no list of JSON schemas",
+                '[{"type": "function", "function": {"name": "..."}}]',
+            )
+        text, given = text_of(messages), row.get(config.answer_column)
+        answer = answer_of(messages) if given is None else str(given)
+        return Prompt(
+            digest(self.domain, text),
+            self.domain,
+            text,
+            answer,
+            {"answer": answer},
+            messages=messages,
+            tools=tuple(tools),
+        )
 
     def score(self, prompt: Prompt, text: str) -> float:
         """1 if an answer, without its thinking, passes the domain's verifier, else 0."""
