@@ -97,7 +97,7 @@ def test_sft_learns_the_end_of_the_template(stage):
 
 def test_sft_on_conversations(stage):
     data = ("data.talk.messages_column=messages", "data.talk.thinking.mode=free")
-    run, printed = stage("sft", *STUDENT, *SHORT, *data, data="data.talk.path=talks.jsonl")
+    run, _ = stage("sft", *STUDENT, *SHORT, *data, data="data.talk.path=talks.jsonl")
     text = shown(run, "sft")
     assert text.startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n")
     assert "assistant\n[[ok<|im_end|>]]\n<|im_start|>tool\n7<|im_end|>\n<|im_start|>" in text
