@@ -120,6 +120,15 @@ def test_what_the_template_ends_a_turn_by_is_an_end_too(tmp_path):
     assert plain.ends == (plain.eos,) and plain.render("1+1") == plain.tokenizer("1+1").input_ids
 
 
+def test_an_end_that_is_none_is_refused_and_one_out_of_reach_is_not_kept():
+    model = chat(CHATML)
+    model.net.generation_config = GenerationConfig(eos_token_id=[model.eos, 10**6])
+    assert Model(model.net, model.tokenizer, "far").ends == (model.eos,)
+    model.net.generation_config.eos_token_id = "<|im_end|>"
+    with pytest.raises(UsageError, match="eos_token_id of the generation config"):
+        Model(model.net, model.tokenizer, "text")
+
+
 def test_student_and_teacher_agree_on_the_ends():
     base = chat(CHATML, eos="<|endoftext|>", stops=["<|endoftext|>"], specials=["<|im_end|>"])
     names = base.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])

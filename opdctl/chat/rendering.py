@@ -50,7 +50,7 @@ class Chat:
         if token is None:
             hint = "name one as eos_token in tokenizer_config.json: a response has to end"
             raise UsageError(f"{self.name}: its tokenizer has no end token", hint)
-        stops = _listed(generation)
+        stops = [i for i in _listed(generation) if 0 <= i < self.rows]  # others are never sampled
         self.eos: int = token
         self.end_of_turn: int = self._end_of_turn(stops)
         self.ends: tuple[int, ...] = tuple(dict.fromkeys((self.end_of_turn, self.eos, *stops)))
@@ -278,9 +278,18 @@ class Chat:
 
 
 def _listed(generation: Any) -> list[int]:
-    """The end tokens of a generation config, which names none, one or several."""
+    """The end tokens of a generation config, which names none, one or several.
+
+    Raises:
+        UsageError: it names something else.
+    """
     found = getattr(generation, "eos_token_id", None)
-    return [found] if isinstance(found, int) else list(found or [])
+    ids = [] if found is None else [found] if isinstance(found, int) else found
+    if not isinstance(ids, list | tuple) or not all(isinstance(i, int) for i in ids):
+        raise UsageError(
+            f"eos_token_id of the generation config is {found!r:.60}", "one id, or a list of ids"
+        )
+    return list(ids)
 
 
 def different_ends(student: Chat, teacher: Chat) -> tuple[str, str] | None:
