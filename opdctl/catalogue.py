@@ -12,7 +12,8 @@ from opdctl.errors import UsageError
 from opdctl.positions import parse
 from opdctl.recipe import find, lookup, shipped
 from opdctl.rundir import RunDir, read_json
-from opdctl.schema import describe, did_you_mean
+from opdctl.schema import describe, did_you_mean, flatten
+from opdctl.settings import Runtime
 
 
 def methods() -> dict[str, Path]:
@@ -21,15 +22,26 @@ def methods() -> dict[str, Path]:
     return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
 
 
+def method_file(name: str) -> Path | None:
+    """The file of a shipped method, or of one's own: a path that ends in .yaml."""
+    own = Path(name)
+    return own if own.suffix in (".yaml", ".yml") and own.is_file() else methods().get(name)
+
+
 def method(name: str) -> dict:
     """The keys a method sets, and its ``about`` and ``kind``.
 
     Raises:
-        UsageError: no such method.
+        UsageError: no such method, or its file is a recipe.
     """
-    if name not in methods():
-        raise UsageError(f"no method {name!r}", did_you_mean(name, methods(), "methods:"))
-    return parse(methods()[name].read_text(encoding="utf-8"), name)[0]
+    path = method_file(name)
+    if path is None:
+        otherwise = "a file of your own, or one of"
+        raise UsageError(f"no method {name!r}", did_you_mean(name, methods(), otherwise))
+    found = parse(path.read_text(encoding="utf-8"), name)[0]
+    if "stages" in found:
+        raise UsageError(f"{name} is a recipe, not a method", f"opdctl run {name}")
+    return found
 
 
 def listing(what: str) -> list[dict[str, str]]:
@@ -98,13 +110,16 @@ def detail(name: str) -> dict:
             prefix = "" if len(found) == 1 else f"{family}/{member}: "
             if hasattr(cls, "Config"):
                 keys += describe(cls.Config, lookup, prefix)
-        return {"name": name, "about": "\n".join(about), "keys": keys}
+        return {"name": name, "about": "\n".join(about), "keys": keys, "more": _more(keys)}
+    if name == "runtime":
+        about = "keys of `runtime:` in a recipe, or runtime.KEY=VALUE behind any command that runs"
+        return {"name": name, "about": about, "keys": describe(Runtime, lookup, "runtime.")}
     if name in methods():
-        text = methods()[name].read_text(encoding="utf-8")
-        return {"name": name, "about": method(name).get("about", ""), "text": text}
+        return _method(name)
     if name in shipped() or Path(name).is_file():
         return {"name": name, "about": str(find(name)), "text": find(name).read_text("utf-8")}
     everything = [
+        "runtime",
         *shipped(),
         *methods(),
         *(m for f in registry.FAMILIES for m in registry.members(f)),
@@ -112,13 +127,38 @@ def detail(name: str) -> dict:
     raise UsageError(f"nothing called {name!r}", did_you_mean(name, everything, "try `opdctl ls`:"))
 
 
-def copy_recipe(name: str, dest: Path) -> str:
-    """Write a shipped recipe to a new file.
+def _method(name: str) -> dict:
+    """A method's file, and every key of its stage kind with the method's values."""
+    found, kind = method(name), method(name)["kind"]
+    chosen = {k: v for k, v in flatten(found).items() if k not in ("about", "kind")}
+    keys = describe(registry.member("stages", kind).Config, lookup)
+    for row in keys:
+        if row["key"] in chosen:
+            row["default"] = str(chosen[row["key"]])
+        elif row["key"] in found:
+            row["default"] = str(found[row["key"]])
+    about = f"{found.get('about', '')}\nopdctl stage {kind} --method {name}"
+    text = methods()[name].read_text(encoding="utf-8")
+    return {"name": name, "about": about, "text": text, "keys": keys, "more": _more(keys)}
+
+
+def _more(keys: list[dict]) -> str:
+    """Where keys that take members lead on to."""
+    families = dict.fromkeys(row["type"][:-1] for row in keys if row["type"].endswith("/"))
+    lines = [f"{f}: `opdctl ls {f}`, keys of one: `opdctl show {f}/NAME`" for f in families]
+    return "\n".join(lines)
+
+
+def copy(name: str, dest: Path) -> str:
+    """Write a shipped recipe or method to a new file.
 
     Raises:
-        UsageError: no such recipe, or the file exists.
+        UsageError: neither, or the file exists.
     """
-    source = find(name)
+    known = {**methods(), **shipped()}  # a name of both is the recipe
+    if name not in known and not Path(name).is_file():
+        raise UsageError(f"no recipe or method {name}", did_you_mean(name, known, "one of"))
+    source = known.get(name) or find(name)
     if dest.is_dir():
         dest = dest / source.name
     if dest.exists():

@@ -73,7 +73,9 @@ def stage(
     teacher: Annotated[
         list[str] | None, typer.Option(help="[DOMAIN=]REF; once for each teacher")
     ] = None,
-    method: Annotated[str, typer.Option(help="`opdctl ls methods` lists them")] = "",
+    method: Annotated[
+        str, typer.Option(help="`opdctl ls methods` lists them; or a file, as `opdctl cp` writes")
+    ] = "",
     out: Annotated[Path | None, typer.Option(help="the run directory to make")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="plan, and stop")] = False,
 ) -> None:
@@ -109,18 +111,34 @@ def plan(
     overrides: Overrides = None,
     size: Size = "",
     reuse: From = None,
+    gpu: Annotated[
+        str,
+        typer.Option(
+            help="estimate memory and time of each stage on h100, h200, a100, b200, l40s, rtx4090; "
+            "where the recipe runs on cuda, h100 if not given",
+            metavar="GPU",
+        ),
+    ] = "",
     exit_code: Annotated[bool, typer.Option("--exit-code", help="3 if work is pending")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what would run, and why. Nothing is loaded or written."""
+    """Say what would run, and why; for a GPU, what it would hold and take. Nothing is loaded."""
     from opdctl import console
     from opdctl.session import plan_of
 
-    planned = plan_of(target, tuple(overrides or ()), size=size, reuse=reuse)
+    planned, found = plan_of(target, tuple(overrides or ()), size=size, reuse=reuse, gpu=gpu)
     if as_json:
-        console.emit_json({"stages": [p.to_dict() for p in planned]})
+        content = {"stages": [p.to_dict() for p in planned]}
+        if found:
+            content |= {"gpu": found.gpu.name, "assumed": found.assumed}
+            for entry in content["stages"]:
+                entry["estimate"] = found.of(entry["name"])
+        console.emit_json(content)
     else:
         console.show(console.plan_table(planned))
+        if found:
+            console.show(console.costs_table(found, planned))
+            print(f"assumed: {found.assumed}")
     if exit_code and any(p.action != "skip" for p in planned):
         sys.exit(EXIT_PENDING)
 
@@ -233,7 +251,7 @@ def show(
     name: Annotated[str, typer.Argument(help="a stage kind, a member, a method or a recipe")],
     as_json: Json = False,
 ) -> None:
-    """Every key of a stage kind or a member with type, default and meaning."""
+    """Every key of a stage kind, a member, a method or the runtime: type, default, meaning."""
     from opdctl import console
     from opdctl.catalogue import detail
 
@@ -251,17 +269,19 @@ def show(
                 [list(r.values()) for r in found["keys"]],
             )
         )
+    if found.get("more"):
+        print(found["more"])
 
 
 @app.command()
 def cp(
-    name: Annotated[str, typer.Argument(help="a shipped recipe")],
+    name: Annotated[str, typer.Argument(help="a shipped recipe or method")],
     dest: Annotated[Path, typer.Argument(help="the file to write")],
 ) -> None:
-    """Copy a shipped recipe, comments and all, to change it."""
-    from opdctl.catalogue import copy_recipe
+    """Copy a shipped recipe or method, comments and all, to change it."""
+    from opdctl.catalogue import copy
 
-    print(copy_recipe(name, dest))
+    print(copy(name, dest))
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from opdctl.rundir import finite
+from opdctl.chat.example import heading
+from opdctl.rundir import finite, read_json
 from opdctl.status import Tail, last_row
 from opdctl.verdict import shown
 
@@ -89,6 +90,41 @@ def plan_table(planned: list) -> Table:
         name = f"{p.run}/{p.name}" if p.run else p.name
         rows.append([name, p.kind, p.action, "; ".join(p.reasons), ", ".join(p.upstream)])
     return table(["stage", "kind", "action", "why", "reads"], rows)
+
+
+def costs_table(costs: Any, planned: list) -> Table:
+    """What each stage would hold and take on a GPU; stages that are done are left out."""
+    rows, total = [], 0.0
+    for name in (p.name for p in planned if p.action != "skip"):
+        found = costs.stages[name]
+        if isinstance(found, str):
+            rows.append([name, "", "", "", "", "", "", found])
+            continue
+        m, hours = found.memory, {k: v / 3600 for k, v in found.seconds.items()}
+        total += sum(hours.values())
+        held = [m.parameters + m.gradients + m.moments, m.teachers, m.cache]
+        update = m.chunk + m.activations
+        word = "fits" if found.fits else f"needs {m.peak / costs.gpu.memory:.1f} GPUs of memory"
+        rows.append(
+            [
+                name,
+                *(_gib(size) for size in (*held, update, m.peak)),
+                " + ".join(f"{hours[k]:.1f}" for k in ("rollout", "score", "train")),
+                "; ".join(filter(None, (word, found.unknown))),
+            ]
+        )
+    size = costs.gpu.memory / 2**30
+    rows.append(["together", "", "", "", "", "", f"{total:.1f}", ""])
+    columns = ["stage", "student", "frozen", "cache", "logits, activations", "peak GiB"]
+    return table(
+        [*columns, "hours: rollout + score + train", ""],
+        rows,
+        f"Estimate for one {costs.gpu.name} of {size:.0f} GiB; another: --gpu NAME",
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f}"
 
 
 def findings_table(found: list) -> Table:
@@ -173,6 +209,15 @@ def _number(value: Any) -> str:
     return shown(value) if isinstance(value, float) else str(value)
 
 
+def example_text(stage: str, found: dict) -> Text:
+    """The first prompt of a stage: what is trained on in green and in [[ ]], the context dim."""
+    lines = Text(f"{stage}: {heading(found)}\n", style="bold")
+    for part in found["parts"]:
+        text = f"[[{part['text']}]]" if part["written"] else part["text"]
+        lines.append(text, style="not bold green" if part["written"] else "not bold dim")
+    return lines
+
+
 class Progress:
     """Shows jobs as they run: a live table on a terminal, else a line per change and minute."""
 
@@ -186,6 +231,12 @@ class Progress:
         }
         self.first: dict[tuple[str, str], tuple[float, int]] = {}
         self.seen: dict[tuple[str, str], str] = {}
+        self.examples = {
+            (str(job.run.path), stage): job.run.stage(stage) / "example.json"
+            for job in jobs[:1]  # of several seeds the first
+            for stage in job.status
+        }
+        self.examples = {k: path for k, path in self.examples.items() if not path.exists()}
         self.every, self.last, self.drawn = every, time.monotonic(), 0.0
         self.start = time.monotonic()
 
@@ -195,6 +246,7 @@ class Progress:
         return self
 
     def __exit__(self, *_) -> None:
+        self._show_examples()
         if self.live:
             self.live.update(self._table(self.jobs))
             self.live.stop()
@@ -203,6 +255,8 @@ class Progress:
         now, self.jobs = time.monotonic(), jobs
         due = now - self.drawn > 0.25
         self.drawn = now if due else self.drawn
+        if due:
+            self._show_examples()
         if self.live:
             if due:
                 self.live.update(self._table(jobs))
@@ -229,6 +283,14 @@ class Progress:
                     f"[{now - self.start:6.1f}s] {_label(job, jobs)}{stage}: "
                     f"{self._doing(job, stage)}"
                 )
+
+    def _show_examples(self) -> None:
+        """The first prompt of each stage, once, as it appears."""
+        for key, path in list(self.examples.items()):
+            found = read_json(path)
+            if found:
+                del self.examples[key]
+                err.print(example_text(key[1], found))
 
     def _table(self, jobs: list) -> Table:
         rows = []

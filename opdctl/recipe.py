@@ -18,6 +18,7 @@ from typing import Any
 
 from opdctl import graph, references, registry
 from opdctl.errors import OpdctlError, Problem, RecipeError, UsageError
+from opdctl.estimate.shape import Shape
 from opdctl.positions import LONGEST, parse
 from opdctl.resolution import TOP, Where, assign_all, choose, expand, interpolate, overlay, split
 from opdctl.schema import build, did_you_mean, to_dict
@@ -37,6 +38,7 @@ class Recipe:
     seed: int = 0
     options: dict[str, bool] = field(default_factory=dict)
     models: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, Shape] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     stages: dict[str, StageConfig] = field(default_factory=dict)
     claims: dict[str, Any] = field(default_factory=dict)
@@ -209,7 +211,7 @@ def _build(tree: dict, problems: list[Problem]) -> Recipe | None:
     if not re.fullmatch(r"\w[\w.-]*", name) or len(name.encode()) > LONGEST_NAME:
         what = f"letters, digits, _ . - only, {LONGEST_NAME} at most: it names the run directory"
         problems.append(Problem("name", what))
-    for part in ("options", "models", "data", "stages", "claims", "runtime"):
+    for part in ("options", "models", "shapes", "data", "stages", "claims", "runtime"):
         value = tree.get(part) or {}
         if not isinstance(value, dict):
             problems.append(Problem(part, f"expected a mapping, got {value!r}"))
@@ -218,6 +220,10 @@ def _build(tree: dict, problems: list[Problem]) -> Recipe | None:
     for alias, text in values["models"].items():
         if not isinstance(text, str):
             problems.append(Problem(f"models.{alias}", "expected a model reference"))
+    values["shapes"] = {
+        name: build(Shape, entry, f"shapes.{name}", problems, lookup)
+        for name, entry in values["shapes"].items()
+    }
     values["data"] = _kinds("data", values["data"], problems)
     values["stages"] = _kinds("stages", values["stages"], problems)
     if not values["stages"]:

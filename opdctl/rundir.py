@@ -119,6 +119,7 @@ def clear_stage(folder: Path) -> None:
         "rollouts",
         "results.json",
         "facts.json",
+        "example.json",
         "metrics.jsonl",
     ]
     for path in (folder / name for name in [*names, "stage.json"]):

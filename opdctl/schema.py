@@ -345,6 +345,9 @@ def describe(cls: type, lookup: Lookup, prefix: str = "") -> list[dict[str, str]
         )
         if nested:
             rows += describe(type(default), lookup, f"{name}.")
+        values = typing.get_args(hint)[1:] if typing.get_origin(hint) is dict else ()
+        if values and dataclasses.is_dataclass(values[0]):
+            rows += describe(values[0], lookup, f"{name}.NAME.")
     return rows
 
 
@@ -357,4 +360,6 @@ def _type_name(hint) -> str:
         return " | ".join(str(a) for a in typing.get_args(hint))
     if isinstance(hint, type) and typing.get_origin(hint) is None:
         return hint.__name__
+    if typing.get_origin(hint) is dict and dataclasses.is_dataclass(typing.get_args(hint)[1]):
+        return f"NAME: {typing.get_args(hint)[1].__name__.lower()}"
     return str(hint).replace("opdctl.settings.", "").replace("typing.", "")

@@ -7,20 +7,21 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from opdctl import catalogue, console, references
+from opdctl import console, references
 from opdctl import launch as run_launch
 from opdctl.errors import OpdctlError, UsageError
+from opdctl.estimate import gpus
+from opdctl.estimate.work import Costs, costs
 from opdctl.plan import Planned, plan, ready
 from opdctl.positions import dump
 from opdctl.preflight._pairing import Finding
 from opdctl.preflight._stage import refuse
 from opdctl.recipe import Recipe, find, load, read, resolve
-from opdctl.registry import member
 from opdctl.rundir import RunDir, lock, new_name, write_json, write_text
 from opdctl.runner import Job, Outcome, carry_out, examine
 from opdctl.schema import did_you_mean
+from opdctl.single.tree import one_stage
 
 STARTED = time.time()
 
@@ -73,34 +74,15 @@ def run_stage(
     dry_run: bool,
 ) -> int:
     """``opdctl stage``: a recipe of one stage, built in memory. Returns the exit code."""
-    config = member("stages", kind).Config
-    keys = config.__dataclass_fields__
-    entry: dict[str, Any] = {"kind": kind}
-    if method:
-        chosen = catalogue.method(method)
-        if chosen.get("kind", kind) != kind:
-            raise UsageError(
-                f"method {method} is for stage {chosen['kind']}",
-                f"opdctl stage {chosen['kind']} --method {method}",
-            )
-        entry |= {k: v for k, v in chosen.items() if k not in ("about", "kind")}
-    if student:
-        entry["student"] = student
-    named = [t.split("=", 1) if "=" in t else ["teacher", t] for t in teachers]
-    if len({n for n, _ in named}) < len(named):
-        raise UsageError("two teachers with one name", "--teacher math=REF --teacher sort=REF")
-    if named:
-        entry["teachers"] = dict(named)
-    tree = {"name": kind, "stages": {kind: entry}}
-    full = tuple(
-        f"stages.{kind}.{o}" if o.split("=")[0].split(".")[0] in keys else o for o in overrides
-    )
-    data = _data_of([student, *(r for _, r in named)])
+    tree, full, named, said = one_stage(kind, overrides, student, teachers, method)
+    data = _data_of([student, *(t.split("=", 1)[-1] for t in teachers)])
     own = any(o.startswith("data.") and o.split("=")[0].endswith(".kind") for o in full)
-    if data and not own:
-        wanted = [n for n, _ in named if n in data]
+    if data and not own and "data" not in tree:
+        wanted = [n for n in named if n in data]
         tree["data"] = {d: c for d, c in data.items() if not wanted or d in wanted}
-        console.say(f"prompts: {', '.join(tree['data'])}, as in the run that wrote the model")
+        said.append(f"prompts: {', '.join(tree['data'])}, as in the run that wrote the model")
+    for line in said:
+        console.say(line)
     recipe = resolve(tree, f"opdctl stage {kind}", overrides=full)
     _notes(recipe)
     if dry_run:
@@ -137,17 +119,32 @@ def resume_run(directory: Path, overrides: tuple[str, ...]) -> int:
 
 
 def plan_of(
-    target: str, overrides: tuple[str, ...], *, size: str = "", reuse: Path | None = None
-) -> list[Planned]:
-    """``opdctl plan`` of a recipe, or of a run directory as it stands."""
+    target: str,
+    overrides: tuple[str, ...],
+    *,
+    size: str = "",
+    reuse: Path | None = None,
+    gpu: str = "",
+) -> tuple[list[Planned], Costs | None]:
+    """``opdctl plan`` of a recipe, or of a run directory as it stands; and what its stages would
+    hold and take on a GPU, where the recipe runs on one or ``gpu`` names one.
+
+    Raises:
+        UsageError: no such GPU.
+    """
+    device = gpus.gpu(gpu or gpus.DEFAULT)
     if (Path(target) / "run.json").is_file():
         if size or reuse:
             raise UsageError("--size and --from belong to a recipe, and this is a run directory")
-        runs = RunDir(target).runs()
-        found = [(r, p) for r in runs for p in plan(run_launch.read_recipe(r, overrides), r)]
-        return [replace(p, run=r.path.name if len(runs) > 1 else "") for r, p in found]
-    recipe = load(target, size=size, overrides=overrides)
-    return plan(recipe, RunDir(reuse) if reuse else None)
+        pairs = [(r, run_launch.read_recipe(r, overrides)) for r in RunDir(target).runs()]
+    else:
+        old = RunDir(reuse) if reuse else None
+        pairs = [(old, load(target, size=size, overrides=overrides))]
+    several = len(pairs) > 1
+    found = [(r, p) for r, recipe in pairs for p in plan(recipe, r)]
+    planned = [replace(p, run=r.path.name if r and several else "") for r, p in found]
+    first = pairs[0][1]
+    return planned, costs(first, device) if gpu or first.runtime.device == "cuda" else None
 
 
 def recipes_of(

@@ -21,6 +21,11 @@ class Prompt:
         item: what the verifier needs to score an answer.
         lead: what a demonstration writes before the answer: its thinking, with its marks.
         calls: what a demonstration asks the environment first, one a turn.
+        messages: the conversation where it is more than ``text`` as a user turn, its answer
+            included if the data has one; see ``chat/messages.py``.
+        tools: what the chat template is told of tools, as JSON schemas.
+        system: the system turn, where ``messages`` has none of its own.
+        enable_thinking: what the chat template is told; None says nothing.
     """
 
     id: str
@@ -30,6 +35,10 @@ class Prompt:
     item: dict = field(compare=False, hash=False, repr=False)
     lead: str = ""
     calls: tuple[str, ...] = ()
+    messages: tuple[dict, ...] = field(default=(), compare=False, repr=False)
+    tools: tuple[dict, ...] = field(default=(), compare=False, repr=False)
+    system: str = ""
+    enable_thinking: bool | None = None
 
 
 @dataclass
@@ -123,11 +132,14 @@ class ScoreRequest:
         return places
 
 
+FORWARD, TRAIN = 2.0, 6.0  # floating-point operations a parameter and token
+
+
 @dataclass
 class Compute:
     """Tokens and floating-point operations of one stage.
 
-    A forward pass is counted as 2 x parameters a token, a training pass as 6 x.
+    A forward pass is counted as FORWARD x parameters a token, a training pass as TRAIN x.
     """
 
     rollout_tokens: int = 0

@@ -311,7 +311,7 @@ def test_an_answer_in_the_words_of_a_chat_template(model):
     for end in ("<|im_end|>", "<|endoftext|>"):
         tokenizer.add_special_tokens({"eos_token": end})
         chat = Model(model.net, tokenizer, "chat")
-        shown = tokenizer.decode(chat.observation("42", "tool"))
+        shown = tokenizer.decode(chat.observation("42", "tool", chat.eos))
         after = "\n<|im_start|>user\n<tool_response>\n42\n</tool_response><|im_end|>\n"
         after += "<|im_start|>assistant\n"
         # a model that ends by another token than its template keeps the template's own end

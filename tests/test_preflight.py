@@ -15,7 +15,7 @@ from opdctl.launch import new_run
 from opdctl.plan import ready
 from opdctl.preflight._pairing import Pairing, same_weights
 from opdctl.preflight._stage import check
-from opdctl.preflight.memory import estimate
+from opdctl.preflight.memory import holds
 from opdctl.preflight.step0 import compare
 from opdctl.recipe import resolve
 from opdctl.registry import members
@@ -216,7 +216,7 @@ def test_memory(folder, tmp_path):
 
     run = context(tmp_path, recipe_of(folder, altered(folder, tmp_path, shapes_alone)))
     pairing = Pairing(run)
-    assert estimate(pairing).teachers == 4 * pairing.outline("sums").parameters > 10**11
+    assert holds(pairing).teachers == 4 * pairing.outline("sums").parameters > 10**11
     bad = [f for f in check(run) if f.check == "memory"]
     assert bad[0].severity == "error" and "resident_teachers" in bad[0].do
     long = {"max_tokens": 10**9}
@@ -231,7 +231,7 @@ def test_the_estimate_is_what_torch_holds(folder, tmp_path):
     teachers = {"sums": f"{folder}/teacher", "more": "policy"}
     run = context(tmp_path, recipe_of(folder, teachers))
     pairing = Pairing(run)
-    guess, model = estimate(pairing), load(str(folder / "student"))
+    guess, model = holds(pairing), load(str(folder / "student"))
     optimizer = torch.optim.AdamW(model.net.parameters())
     cache = DynamicCache(config=model.net.config)
     longest = max(len(model.render(p.text)) for p in pairing.prompts("sums", 16)) + 4

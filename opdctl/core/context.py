@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opdctl import references
+from opdctl.chat.example import example, plain
 from opdctl.core import draws
 from opdctl.core.wal import Wal
 from opdctl.errors import Interrupted, StageFailed
@@ -119,6 +120,12 @@ class Context:
         self._models[path] = self._models.pop(path)  # the newest stands last
         return self._models[path]
 
+    def show_first(self, rollout: Rollout, tokenizer: Any, trained: bool = True) -> None:
+        """Leave the stage's first prompt in ``example.json`` and, the loss in [[ ]], in the log."""
+        found = example(rollout, tokenizer, trained)
+        write_json(self.folder / "example.json", found)
+        print(f"{self.name}: {plain(found)}", flush=True)
+
     def data(self, domain: str) -> Any:
         """The data of a domain, built once."""
         if domain not in self._data:
@@ -216,7 +223,8 @@ class Context:
             found = data.prompts(split)
             write_json(self.run / "cache" / name, [asdict(p) for p in found])
             return found
-        return [Prompt(**{**p, "calls": tuple(p["calls"])}) for p in kept]
+        lists = ("calls", "messages", "tools")
+        return [Prompt(**{**p, **{k: tuple(p.get(k, ())) for k in lists}}) for p in kept]
 
 
 class Clock:

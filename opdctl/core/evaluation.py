@@ -10,7 +10,7 @@ from opdctl.core.prompts import fitting
 from opdctl.core.sampling import sample_group
 from opdctl.errors import UsageError
 from opdctl.rundir import read_json, write_json
-from opdctl.types import Compute
+from opdctl.types import FORWARD, Compute
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
@@ -84,7 +84,7 @@ def evaluate(ctx: Context) -> Compute:
             found = _domain(ctx, model, name, domain)
             write_json(kept, found)
         compute.rollout_tokens += found["processed"]
-        compute.flops["rollout"] += 2.0 * model.parameters * found.pop("processed")
+        compute.flops["rollout"] += FORWARD * model.parameters * found.pop("processed")
         records.append(found)
         clock.lap("rollout")
         compute.seconds["rollout"] += clock.seconds["rollout"]
@@ -105,6 +105,8 @@ def _domain(ctx: Context, model, name: str, domain: str) -> dict:
     if not prompts:
         raise UsageError(f"data.{domain} holds out no prompts", "raise eval_share")
     rollouts = sample_group(ctx, model, prompts, 0, "student")
+    if domain == next(iter(ctx.recipe.domains(ctx.name))):
+        ctx.show_first(rollouts[0], model.tokenizer, trained=False)
     right, obeyed = [0] * len(prompts), [0] * len(prompts)
     for rollout, verdict in zip(rollouts, ctx.verify(rollouts), strict=True):
         right[rollout.group] += int(verdict == 1.0)

@@ -18,7 +18,7 @@ from opdctl.core.models import Model
 from opdctl.core.scored import Parts, Step, advantage, scored
 from opdctl.core.tokens import pack
 from opdctl.rundir import write_json
-from opdctl.types import Compute
+from opdctl.types import FORWARD, TRAIN, Compute
 
 
 def measure(ctx: Context, model: Model, parts: Parts) -> Compute:
@@ -36,8 +36,10 @@ def measure(ctx: Context, model: Model, parts: Parts) -> Compute:
         ctx.check()
         clock = Clock()
         rollouts = parts.source.draw(batch)
+        if not batch:
+            ctx.show_first(rollouts[0], model.tokenizer)
         compute.rollout_tokens += parts.source.sampled
-        compute.flops["rollout"] += 2.0 * model.parameters * parts.source.sampled
+        compute.flops["rollout"] += FORWARD * model.parameters * parts.source.sampled
         clock.lap("rollout")
         step = scored(rollouts, model, parts, ctx, compute)
         advantage(step, parts.signals)
@@ -48,7 +50,7 @@ def measure(ctx: Context, model: Model, parts: Parts) -> Compute:
         for name, term in terms.items():
             g_P, processed = _gradient(ctx, model, parts, step, term)
             compute.train_tokens += processed
-            compute.flops["train"] += 6.0 * model.parameters * processed
+            compute.flops["train"] += TRAIN * model.parameters * processed
             sums[name] = sums[name] + g_P
             norms[name] = float(g_P.norm())
             squares[name] += norms[name] ** 2

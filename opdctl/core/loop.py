@@ -22,7 +22,7 @@ from opdctl.core.scored import Parts, Step, advantage, scored
 from opdctl.errors import Interrupted, StageFailed
 from opdctl.kernels.select import rows_class
 from opdctl.rundir import finite
-from opdctl.types import Compute, Rollout
+from opdctl.types import FORWARD, TRAIN, Compute, Rollout
 
 
 def train(ctx: Context, model: Model, parts_of: Callable[[Context, Model], Parts]) -> Compute:
@@ -123,6 +123,8 @@ class Loop:
         clock.lap("rollout")
         if not rollouts:
             return {"rollouts": 0, "tokens": 0}  # the source refused all of its samples
+        if not done:
+            self.ctx.show_first(rollouts[0], self.model.tokenizer)
         if self.parts.minibatches > 1:
             rollouts = self._shuffled(rollouts, done)
         before = self.ctx.loads
@@ -177,7 +179,7 @@ class Loop:
                 for name, vector_N in table.items():
                     logged.setdefault(name, []).append(vector_N)
                 self.compute.train_tokens += processed
-                self.compute.flops["train"] += 6.0 * model.parameters * processed
+                self.compute.flops["train"] += TRAIN * model.parameters * processed
         values = {
             "loss": mean(losses),
             "grad_norm": mean(norms),
@@ -233,7 +235,7 @@ class Loop:
     def _count_rollouts(self) -> None:
         """Everything the source sampled, what it then refused included."""
         source = self.parts.source
-        flops = 2.0 * source.parameters * source.sampled
+        flops = FORWARD * source.parameters * source.sampled
         if source.samples_from == "teacher":
             self.compute.teacher_sampled_tokens += source.sampled
             self.compute.flops["teacher_sampling"] += flops

@@ -8,6 +8,7 @@ whose weights are not all there and finite.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
@@ -17,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opdctl.chat.rendering import Chat, different_ends
 from opdctl.errors import UsageError
 from opdctl.kernels.head import Head
 from opdctl.references import first_difference
-from opdctl.types import Prompt
 
 
 @dataclass
-class Model:
+class Model(Chat):
     """A causal language model, or a token classifier, and its tokenizer.
 
     Attributes:
@@ -38,24 +39,13 @@ class Model:
     name: str = ""
 
     def __post_init__(self) -> None:
-        self.rendered: dict[str, list[int]] = {}
-        self.answers: dict[tuple[str, str], list[int]] = {}
-        self.readable: set[str] = set()
+        self.rows: int = self.net.get_input_embeddings().num_embeddings
+        self.begin_chat(getattr(self.net, "generation_config", None) or self.net.config)
         ids = 1 + max(self.tokenizer.get_vocab().values())  # len() would miss ids after a hole
         self.valid_V = min(ids, self.net.config.get_text_config().vocab_size)
         config = self.net.config.get_text_config()
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self.parameters = sum(p.numel() for p in self.net.parameters())
-        token = self.tokenizer.eos_token_id
-        if token is None:
-            hint = "name one as eos_token in tokenizer_config.json: a response has to end"
-            raise UsageError(f"{self.name}: its tokenizer has no end token", hint)
-        self.eos: int = token
-        pad = self.tokenizer.pad_token_id
-        self.pad: int = token if pad is None else pad
-        self.rows: int = self.net.get_input_embeddings().num_embeddings
-        for ids, what in (([self.eos], "its end token"), ([self.pad], "padding")):
-            self._known(ids, what)
 
     @property
     def device(self) -> torch.device:
@@ -99,117 +89,6 @@ class Model:
             nn.functional.pad(logits_NV, (0, missing), value=-torch.inf) if missing else logits_NV
         )
 
-    def render(self, text: str) -> list[int]:
-        """Ids of a user turn, up to where the response starts."""
-        if text not in self.rendered:
-            self.require_readable(text)
-            self.rendered[text] = self._render(text)
-        return self.rendered[text]
-
-    def prompt_length(self, prompt: Prompt) -> int:
-        """Tokens of a rendered prompt, which is not kept."""
-        return len(self._render(prompt.text))
-
-    def _render(self, text: str) -> list[int]:
-        if self.tokenizer.chat_template:
-            turn = [{"role": "user", "content": text}]
-            try:
-                if not self.rendered and text.strip() not in self.tokenizer.apply_chat_template(
-                    turn, add_generation_prompt=True, tokenize=False
-                ):
-                    raise ValueError("it leaves the question out")
-                encoded = self.tokenizer.apply_chat_template(
-                    turn, add_generation_prompt=True, tokenize=True, return_dict=True
-                )
-            except Exception as error:  # a template may raise anything
-                raise UsageError(
-                    f"{self.name}: its chat template cannot show a question: {error!s:.200}",
-                    "mend chat_template.jinja, or remove it for plain text",
-                ) from error
-            return self._known(encoded["input_ids"], text)
-        return self._known(self.tokenizer(text)["input_ids"], text) or [self.eos]
-
-    def _known(self, ids: list[int], text: str) -> list[int]:
-        """The ids, each of which the embedding has a row for.
-
-        Raises:
-            UsageError: one has none: the tokenizer is larger than the model.
-        """
-        if ids and max(ids) >= self.rows:
-            what = f"its tokenizer gives id {max(ids)} in {text[:60]!r}"
-            raise UsageError(
-                f"{self.name}: {what}, and its embedding has {self.rows} rows",
-                "resize its embedding to its tokenizer",
-            )
-        return list(ids)
-
-    def observation(self, text: str, role: str) -> list[int]:
-        """Ids from the end of a turn of the model, past an environment's answer, to its next turn.
-
-        Raises:
-            UsageError: the tokenizer's chat template has no place for it.
-        """
-        if (text, role) not in self.answers:
-            self.require_readable(text)
-            self.answers[text, role] = self._observation(text, role)
-        return self.answers[text, role]
-
-    def _observation(self, text: str, role: str) -> list[int]:
-        said = "\x02said\x03"  # cut out again, so that it does not matter how it is shown
-        turns = [
-            {"role": "user", "content": "x"},
-            {"role": "assistant", "content": said},
-            {"role": role, "content": text},
-        ]
-        try:
-            whole = self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=False
-            )
-        except Exception as error:  # a template may raise anything
-            raise UsageError(
-                f"{self.name}: its chat template has no place for a turn of role {role}: {error}",
-                "another role of the environment: role=user",
-            ) from error
-        _, shown, after = whole.rpartition(said)
-        if not shown or text not in after:
-            raise UsageError(
-                f"{self.name}: its chat template does not show a turn and the answer to it",
-                "use a model with a chat template of several turns",
-            )
-        # the model has written its end token; where the template ends a turn by another, it stays
-        after = after.removeprefix(self.tokenizer.eos_token)
-        return self.tokenizer(after, add_special_tokens=False)["input_ids"]
-
-    def encode(self, answer: str) -> list[int]:
-        """Ids of a response, with the end token."""
-        self.require_readable(answer)
-        ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        return [*self._known(ids, answer), self.eos]
-
-    def require_readable(self, text: str) -> None:
-        """Every character must reach the model: some tokenizers drop what they do not know.
-
-        Raises:
-            UsageError: one would be dropped; says which.
-        """
-        if not self.tokenizer.is_fast or text in self.readable:
-            return
-        spans = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        covered = {i for start, stop in spans["offset_mapping"] for i in range(start, stop)}
-        lost = [c for i, c in enumerate(text) if i not in covered and not c.isspace()]
-        if lost:
-            raise UsageError(
-                f"{self.name}: its tokenizer has no token for {lost[0]!r}, as in {text[:60]!r}",
-                "train the tokenizer on this data too, or use a public one",
-            )
-        self.readable.add(text)
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of a response without its end token. Other special tokens stay: a verifier must not
-        be shown a cleaner answer than was given."""
-        body = ids[:-1] if ids and ids[-1] == self.eos else ids
-        return self.tokenizer.decode(body, skip_special_tokens=False)
-
 
 def pick_device(wanted: str) -> str:
     """``auto`` is CUDA if there is one.
@@ -229,7 +108,7 @@ def outline(folder: str, trust_remote_code: bool = False) -> Model:
     Raises:
         UsageError: its tokenizer or its configuration cannot be read.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     name, options = _source(folder, trust_remote_code)
     try:
@@ -237,6 +116,8 @@ def outline(folder: str, trust_remote_code: bool = False) -> Model:
         config = AutoConfig.from_pretrained(name, **options)
         with torch.device("meta"):
             net = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        with contextlib.suppress(OSError):  # a folder may lack it: the configuration stands in
+            net.generation_config = GenerationConfig.from_pretrained(name, **options)
         return Model(net.train(False), tokenizer, folder)
     except Exception as error:  # files of a stranger make transformers raise anything
         raise _unreadable(folder, error) from error
@@ -354,14 +235,7 @@ def different_tokens(student: Model, teacher: Model) -> tuple[str, str] | None:
             f"{difference}",
             "use a teacher of the same tokenizer, or its texts: an sft stage with sources.teacher",
         )
-    if student.eos != teacher.eos:
-        ends = [m.tokenizer.eos_token for m in (student, teacher)]
-        return (
-            f"the student ends a response by {ends[0]!r}, {teacher.name} by {ends[1]!r}",
-            "give both the same eos_token in tokenizer_config.json: the student would unlearn its "
-            "own",
-        )
-    return None
+    return different_ends(student, teacher)
 
 
 def require_same_tokens(student: Model, teacher: Model, where: str) -> None:
@@ -384,6 +258,7 @@ def require_same_tokens(student: Model, teacher: Model, where: str) -> None:
 
 def save(model: Model, folder: Path) -> None:
     """Write a checkpoint in Hugging Face format, each file synced to disk."""
+    model.write_ends(getattr(model.net, "generation_config", None))
     model.net.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
     for path in folder.rglob("*"):

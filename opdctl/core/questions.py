@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from opdctl.chat.messages import tagged
 from opdctl.core.thinking import Thinking
 from opdctl.errors import Problem
 from opdctl.schema import REQUIRED, key
@@ -28,6 +29,9 @@ class DomainKeys:
     thinking: Thinking = key(
         Thinking(), "whether a response thinks before it answers", neutral=True
     )
+    system: str = key(
+        "", "system turn before each question that has none of its own; empty: none", neutral=True
+    )
     environment: dict = key(
         {}, "what answers a call; one at most", family="environments", neutral=True
     )
@@ -38,6 +42,9 @@ def problems(keys: DomainKeys) -> list[Problem]:
     found, thinking = [], keys.thinking
     if not (thinking.open and thinking.close) or thinking.open == thinking.close:
         found.append(Problem("thinking.close", "two different marks open and close the block"))
+    if thinking.switch and thinking.mode == "free":
+        what = "in mode free there is nothing to tell the chat template"
+        found.append(Problem("thinking.switch", what, "thinking.mode=think, or no_think"))
     if len(keys.environment) > 1:
         found.append(Problem("environment", "one at most", "remove all but one"))
     for name, config in keys.environment.items():
@@ -75,11 +82,15 @@ def chosen(
 ) -> Iterator[Prompt]:
     """The first ``limit`` distinct prompts of one side, in order; 0 is all.
 
-    The tag of a mode is put on after the split: a question is on one side in all of its modes.
+    The tag of a mode is put on after the split: a question is on one side in all of its modes. So
+    are the domain's system turn, and what the chat template is told.
 
     Args:
         counts: what is left out of that side is added to it: ``empty`` and ``repeated`` questions.
     """
+    tag, switch = keys.thinking.tag, None
+    if keys.thinking.switch:
+        switch = keys.thinking.mode == "think"
     seen: set[int] = set()
     for prompt in prompts:
         if side(prompt.text, keys.eval_share) != split:
@@ -89,6 +100,12 @@ def chosen(
             counts["repeated" if number in seen else "empty"] += 1
             continue
         seen.add(number)
-        yield replace(prompt, text=prompt.text + keys.thinking.tag)
+        yield replace(
+            prompt,
+            text=prompt.text + tag,
+            messages=tagged(prompt.messages, tag) if prompt.messages else (),
+            system=keys.system,
+            enable_thinking=switch,
+        )
         if len(seen) == limit:
             break

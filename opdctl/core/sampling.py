@@ -33,7 +33,7 @@ def sample_group(
     rollouts: list[Rollout] = []
     keys: list[int] = []
     for group, prompt in enumerate(prompts):
-        ids = model.render(prompt.text)
+        ids = model.render(prompt)
         first = times[prompt.id] * samples
         times[prompt.id] += 1
         for s in range(samples):
@@ -81,8 +81,8 @@ def answered(rollout: Rollout, turn: int, environments: dict[str, Any], model) -
     reply = environment.reply(rollout.text)
     if reply is None:
         return False
-    ids = model.observation(reply, environment.role)
     end = len(rollout.response_ids)
+    ids = model.observation(reply, environment.role, rollout.response_ids[-1], rollout.prompt)
     rollout.response_ids = [*rollout.response_ids, *ids]
     rollout.observed += ((end, end + len(ids)),)
     rollout.before += (rollout.text, reply)

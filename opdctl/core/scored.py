@@ -25,7 +25,7 @@ from opdctl.core.tokens import per_sequence
 from opdctl.core.view import Term
 from opdctl.errors import StageFailed
 from opdctl.kernels.select import rows_class
-from opdctl.types import Compute, Rollout
+from opdctl.types import FORWARD, Compute, Rollout
 
 
 @dataclass
@@ -96,7 +96,7 @@ def scored(
     for reward in parts.rewards:
         reward.score(rollouts)
         read = sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
-        compute.flops["teacher"] += 2.0 * reward.parameters * read
+        compute.flops["teacher"] += FORWARD * reward.parameters * read
     device, runtime = model.device, ctx.runtime
     lengths = torch.tensor([r.length for r in rollouts])
     sequence_N = torch.repeat_interleave(torch.arange(len(rollouts)), lengths).to(device)
@@ -165,7 +165,7 @@ def _policy(step, requests, model, parts, ctx, compute) -> Scores:
     )
     if found.logprobs_N is not None:
         step.columns["policy"] = found.logprobs_N
-    compute.flops["train"] += 2.0 * model.parameters * sum(len(q.ids) for q in requests)
+    compute.flops["train"] += FORWARD * model.parameters * sum(len(q.ids) for q in requests)
     return found
 
 
@@ -202,7 +202,7 @@ def _teach(step, requests, model, parts, ctx, compute) -> None:
             step.rollouts[i].teacher = "+".join(routes[i])
         forwarded = sum(len(q.ids) for q in asked)
         compute.teacher_tokens += forwarded
-        compute.flops["teacher"] += 2.0 * parameters * forwarded
+        compute.flops["teacher"] += FORWARD * parameters * forwarded
     total_N = weight_NM.sum(1)
     columns["teacher_weight"] = total_N
     if "logprobs" in parts.teacher_wants:

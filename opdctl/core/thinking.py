@@ -2,7 +2,9 @@
 
 A mode is part of the question (Qwen3's ``/think`` and ``/no_think``, arXiv 2505.09388; the efforts
 of DeepSeek-V4, arXiv 2606.19348), so a task in a mode is a domain of its own, with its own teacher.
-A response is ``open thought close answer``; without thinking its block is empty, as in Qwen3.
+A response is ``open thought close answer``; without thinking its block is empty, as in Qwen3, or
+not there where the chat template writes it as it asks. White space around the marks is written and
+not looked for.
 
 For models that are trained from nothing the demonstrated thought is the answer to each prefix of
 the question's items: a count, a reversed word, a sorted list, grown by one item at a time.
@@ -24,6 +26,9 @@ class Thinking:
         "free", "free: all of a response is the answer; else a response of the other mode is wrong"
     )
     tag: str = key("", "put after the question, such as ' /think'")
+    switch: bool = key(
+        False, "tell the chat template: enable_thinking is true in mode think", neutral=True
+    )
     open: str = key("<think>", "opens the block")
     close: str = key("</think>", "closes it")
 
@@ -37,8 +42,9 @@ class Thinking:
         """(thought, answer) of a response. Without a closing mark there is no thought."""
         if self.mode == "free":
             return "", text
-        before, mark, after = text.rpartition(self.close)
-        return (before.strip().removeprefix(self.open).strip() if mark else ""), after
+        before, mark, after = text.rpartition(self.close.strip() or self.close)
+        opened = self.open.strip()
+        return (before.strip().removeprefix(opened).strip() if mark else ""), after
 
     def obeyed(self, text: str) -> bool:
         """Whether a response thinks if and only if its mode says so.
@@ -48,7 +54,8 @@ class Thinking:
         if self.mode == "free":
             return True
         thought, answer = self.split(text)
-        return bool(thought) == (self.mode == "think") and self.open not in answer
+        opened = self.open.strip() or self.open
+        return bool(thought) == (self.mode == "think") and opened not in answer
 
 
 @dataclass(kw_only=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from opdctl.chat.messages import answer_of, complaint, text_of
 from opdctl.core.questions import DomainKeys, Split, chosen, digest
 from opdctl.errors import UsageError
 from opdctl.registry import member
@@ -30,6 +31,15 @@ class ColumnKeys(DomainKeys):
     verifier: dict = key({"exact": {}}, "what passes an answer", family="verifiers")
     thought_column: str = key(
         "", "column of the thinking that leads to the answer; empty: none", neutral=True
+    )
+    messages_column: str = key(
+        "",
+        "column of conversations, in place of prompt_column; where the assistant speaks last, sft "
+        "learns its turns and the last one is the answer",
+        neutral=True,
+    )
+    tools_column: str = key(
+        "", "column of what the chat template is told of tools; empty: none", neutral=True
     )
     eval_share: float = key(0.1, "share of questions held out", least=0, most=1)
     limit: int = key(0, "distinct prompts kept of each side; 0 is all", least=0)
@@ -112,6 +122,8 @@ class TableData(ABC):
 
     def _prompt(self, row: dict, where: str) -> Prompt:
         config = self.config
+        if config.messages_column:
+            return self._conversation(row, where)
         text = self._text(row, config.prompt_column, where)
         answer = self._text(row, config.answer_column, where)
         thought = self._text(row, config.thought_column, where)
@@ -129,6 +141,39 @@ class TableData(ABC):
             raise _missing(str(error.args[0]), row, where) from None
         except (ValueError, TypeError) as error:
             raise UsageError(f"{where}: {error}", "the domain's verifier reads it") from None
+
+    def _conversation(self, row: dict, where: str) -> Prompt:
+        """A prompt of several turns; its answer is the answer column's, or the last turn."""
+        config = self.config
+        for name in filter(None, (config.messages_column, config.tools_column)):
+            if name not in row:
+                raise _missing(name, row, where)
+        messages = row[config.messages_column]
+        wrong = complaint(messages)
+        if wrong:
+            raise UsageError(
+                f"{where}: column {config.messages_column!r}: {wrong}",
+                '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]',
+            )
+        # a table gives every message the fields that any of them has
+        messages = tuple({k: v for k, v in m.items() if v is not None} for m in messages)
+        tools = (row[config.tools_column] or ()) if config.tools_column else ()
+        if not isinstance(tools, list | tuple) or not all(isinstance(t, dict) for t in tools):
+            raise UsageError(
+                f"{where}: column {config.tools_column!r} is no list of JSON schemas",
+                '[{"type": "function", "function": {"name": "..."}}]',
+            )
+        text, given = text_of(messages), row.get(config.answer_column)
+        answer = answer_of(messages) if given is None else str(given)
+        return Prompt(
+            digest(self.domain, text),
+            self.domain,
+            text,
+            answer,
+            {"answer": answer, **self._item(row, where)},
+            messages=messages,
+            tools=tuple(tools),
+        )
 
     def _text(self, row: dict, column: str, where: str) -> str:
         if not column:

@@ -77,9 +77,9 @@ class Transformers:
         asked = (model.name, prompts, keys_B.tolist(), temperature, max_tokens)
         name = f"wave {draws.key(*asked):016x}"
         logged = self._recall(name, tokens_BT, logprobs_BT)
-        ended_B = (tokens_BT[:, :logged] == model.eos).any(1)
+        ended_B = np.isin(tokens_BT[:, :logged], model.ends).any(1)
         if logged == max_tokens or ended_B.all():
-            return cut(tokens_BT, logprobs_BT, model.eos)
+            return cut(tokens_BT, logprobs_BT, model.ends)
         distinct = list(dict.fromkeys(map(tuple, prompts)))
         place = {prompt: u for u, prompt in enumerate(distinct)}
         owner_B = torch.tensor([place[tuple(p)] for p in prompts], device=device)
@@ -125,7 +125,7 @@ class Transformers:
                     tokens_BT[alive, t] = token_B.cpu().numpy()
                     logprobs_BT[alive, t] = logprob_B.cpu().numpy()
                     self._log(name, alive, tokens_BT[alive, t], logprobs_BT[alive, t])
-                ended_B[alive] |= tokens_BT[alive, t] == model.eos
+                ended_B[alive] |= np.isin(tokens_BT[alive, t], model.ends)
                 going = ~ended_B[alive]
                 if not going.any():
                     break
@@ -140,7 +140,7 @@ class Transformers:
                     "position_ids": position_B1,
                     "attention_mask": additive(seen_UT[:, None, None, : T + t + 1]),
                 }
-        return cut(tokens_BT, logprobs_BT, model.eos)
+        return cut(tokens_BT, logprobs_BT, model.ends)
 
     def _recall(self, name: str, tokens_BT, logprobs_BT) -> int:
         """Fill in what an earlier attempt drew; for how many tokens of a response."""
@@ -171,10 +171,11 @@ def draw(logits_BV, uniform_B: np.ndarray):
     return token_B, logprob_B
 
 
-def cut(tokens_BT: np.ndarray, logprobs_BT: np.ndarray, eos: int) -> list[Sample]:
-    """Cut each row after its first end token; without one it is truncated."""
+def cut(tokens_BT: np.ndarray, logprobs_BT: np.ndarray, ends: tuple[int, ...]) -> list[Sample]:
+    """Cut each row after the first token that ends a response; without one it is truncated."""
     samples = []
     for row, logprobs in zip(tokens_BT.tolist(), logprobs_BT.tolist(), strict=True):
-        end = row.index(eos) + 1 if eos in row else len(row)
-        samples.append(Sample(row[:end], logprobs[:end], eos not in row))
+        end = next((i + 1 for i, token in enumerate(row) if token in ends), 0)
+        stop = end or len(row)
+        samples.append(Sample(row[:stop], logprobs[:stop], not end))
     return samples

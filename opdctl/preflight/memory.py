@@ -1,44 +1,19 @@
 """What the stage will hold at once, against the device or the machine.
 
-Assumed: AdamW with two moments in the parameters' type; every teacher loaded, or as many as
-``runtime.resident_teachers`` says, the largest ones; full attention in every layer; a wave of
-responses as long as they may get, after the longest of the prompts looked at; and that sampling and
-updates take turns. Not counted: activations, a reward model, the teachers' kept hidden rows, other
+The formula and what it assumes stand in ``estimate/memory.py``; prompts are as long as the longest
+of those looked at. Not counted: activations, a reward model, the teachers' kept hidden rows, other
 stages at the same time.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
+from opdctl.estimate.memory import Estimate, estimate, shown
 from opdctl.preflight._pairing import Finding, Pairing
 
 PROMPTS = 16  # of each domain, for their length
-
-
-@dataclass
-class Estimate:
-    """Bytes by what they are for."""
-
-    parameters: int
-    gradients: int
-    moments: int
-    teachers: int
-    chunk: int
-    cache: int
-
-    @property
-    def certain(self) -> int:
-        """What no setting of waves and chunks makes smaller."""
-        return self.parameters + self.gradients + self.moments + self.teachers
-
-    @property
-    def peak(self) -> int:
-        """The larger of sampling and an update."""
-        held = self.parameters + self.moments + self.teachers
-        return held + max(self.cache, self.gradients + self.chunk)
 
 
 class Memory:
@@ -54,7 +29,7 @@ class Memory:
     def look(self, pairing: Pairing) -> list[Finding]:
         """One finding a stage."""
         there = capacity(pairing.ctx.device)
-        found = estimate(pairing)
+        found = holds(pairing)
         what = (
             f"about {shown(found.peak)} of {shown(there)} on {pairing.ctx.device}: parameters "
             f"{shown(found.parameters)}, gradients {shown(found.gradients)}, moments "
@@ -73,28 +48,26 @@ class Memory:
         return [Finding("ok", what)]
 
 
-def estimate(pairing: Pairing) -> Estimate:
-    """See the module for what is assumed."""
-    import torch
-
+def holds(pairing: Pairing) -> Estimate:
+    """See ``estimate/memory.py`` for what is assumed."""
     config, runtime, student = pairing.ctx.config, pairing.ctx.runtime, pairing.student
-    each = getattr(torch, runtime.dtype).itemsize
-    size = student.parameters * each
     places = {pairing.ctx.path_of(r): pairing.outline(n) for n, r in pairing.teachers.items()}
     if pairing.policy:
         places[pairing.ctx.path_of(config.student)] = student
-    sizes = sorted((m.parameters * each for m in places.values()), reverse=True)
     prompts = [p for d in pairing.route for p in pairing.prompts(d, PROMPTS)]
-    longest = max(len(student.render(p.text)) for p in prompts) + config.sampling.max_tokens
+    longest = max(len(student.render(p)) for p in prompts) + config.sampling.max_tokens
     wave = min(runtime.wave, config.prompts.per_step * config.prompts.samples)
-    chunk = runtime.chunk_mib or (3072 if pairing.ctx.device == "cuda" else 256)
-    return Estimate(
-        parameters=size,
-        gradients=size,
-        moments=2 * size if hasattr(config, "optim") else 0,
-        teachers=sum(sizes[: runtime.resident_teachers or None]),
-        chunk=chunk << 20,
-        cache=wave * longest * per_token(student.net.config.get_text_config()) * each,
+    return estimate(
+        student.parameters,
+        [m.parameters for m in places.values()],
+        dtype=runtime.dtype,
+        learns=True,
+        steps=hasattr(config, "optim"),
+        resident=runtime.resident_teachers,
+        chunk_mib=runtime.chunk_mib,
+        device=pairing.ctx.device,
+        cached=per_token(student.net.config.get_text_config()),
+        sampled=wave * longest,
     )
 
 
@@ -115,8 +88,3 @@ def capacity(device: str) -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else "max"
     return min(machine, int(text)) if text.isdigit() else machine
-
-
-def shown(size: int) -> str:
-    """Bytes in GiB, or below one in MiB."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

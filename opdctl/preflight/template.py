@@ -30,13 +30,16 @@ class Template:
         student, teacher = pairing.student, pairing.outline(name)
         count = 0
         for domain in pairing.domains(name):
-            shown = [("prompt", p.text, "") for p in pairing.prompts(domain, RENDERED)]
+            shown = [("prompt", p.text, "", p) for p in pairing.prompts(domain, RENDERED)]
             environment = pairing.ctx.environment(domain)
             if environment:
-                shown.append((f"{environment.role} turn", environment.refusal, environment.role))
-            for what, text, role in shown:
+                role = environment.role
+                shown.append((f"{role} turn", environment.refusal, role, shown[0][3]))
+            for what, text, role, prompt in shown:
                 ours, theirs = (
-                    m.observation(text, role) if role else m.render(text)
+                    m.observation(text, role, student.end_of_turn, prompt)
+                    if role
+                    else m.render(prompt)
                     for m in (student, teacher)
                 )
                 count += 1

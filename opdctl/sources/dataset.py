@@ -7,7 +7,10 @@ that imitation does not: a model that learns the corpus at temperature 1 makes i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
 
+from opdctl.chat.conversation import spoken
 from opdctl.core import draws
 from opdctl.core.prompts import PromptOrder
 from opdctl.core.sampling import answered
@@ -30,6 +33,9 @@ class Dataset:
             {}, "domain: true; empty is all, or all no other source has", neutral=True
         )
         corrupt: float = key(0.0, "share of answers made wrong", least=0, most=1)
+        turns: Literal["all", "last"] = key(
+            "all", "of a conversation: which turns of the assistant are learnt", neutral=True
+        )
 
     def __init__(self, config, ctx, model) -> None:
         self.config, self.ctx, self.model, self.seed = config, ctx, model, ctx.seed
@@ -45,9 +51,12 @@ class Dataset:
                 name = (self.seed, "corrupt", step, group, sample)
                 if draws.unit(*name) < self.config.corrupt:
                     lead, answer = corrupted(prompt, self.order.pools[prompt.domain], *name)
+                if prompt.messages and prompt.messages[-1]["role"] == "assistant":
+                    rollouts.append(self._conversation(prompt, group, step))
+                    continue
                 rollout = Rollout(
                     prompt,
-                    self.model.render(prompt.text),
+                    self.model.render(prompt),
                     [],
                     source="dataset",
                     group=group,
@@ -67,9 +76,47 @@ class Dataset:
                         f"data.{prompt.domain}: a demonstration without the thinking it asks for",
                         "a trace, a thought_column, or a teacher as the source",
                     )
-                self._write(rollout, lead + answer)
+                self._write(rollout, self._unprompted(prompt, lead) + answer)
                 rollouts.append(rollout)
         return rollouts
+
+    def _conversation(self, prompt: Prompt, group: int, step: int) -> Rollout:
+        """What the assistant says in a conversation; the other turns between are context."""
+        thinking = self.ctx.data(prompt.domain).config.thinking
+        if self.config.corrupt:
+            raise UsageError(
+                f"data.{prompt.domain}: a conversation has no answer that could be corrupted",
+                "sources.dataset.corrupt=0",
+            )
+        found = spoken(self.model, prompt, self.config.turns == "all")
+        first, end = found.spans[0][0], found.spans[-1][1]
+        gaps = [(a[1] - first, b[0] - first) for a, b in pairwise(found.spans)]
+        said = [self.model.decode(found.ids[a:b]) for a, b in found.spans]
+        heard = [self.model.tokenizer.decode(found.ids[first:][a:b]) for a, b in gaps]
+        before = [t for pair in zip(said, heard, strict=False) for t in pair]
+        if thinking.mode != "free" and not thinking.obeyed(said[-1]):
+            raise UsageError(
+                f"data.{prompt.domain}: a conversation without the thinking it asks for",
+                "thinking.mode=free, or conversations that show it",
+            )
+        return Rollout(
+            prompt,
+            found.ids[:first],
+            found.ids[first:end],
+            source="dataset",
+            group=group,
+            version=step,
+            text=said[-1],
+            before=tuple(before),
+            observed=tuple(gaps),
+        )
+
+    def _unprompted(self, prompt: Prompt, lead: str) -> str:
+        """The thinking of a demonstration, without what the rendered prompt has of it already."""
+        thinking = self.ctx.data(prompt.domain).config.thinking
+        if thinking.mode == "free" or prompt.calls:
+            return lead
+        return self.model.after_prompt(prompt, lead, thinking.open, thinking.close)
 
     def _write(self, rollout: Rollout, text: str) -> None:
         rollout.response_ids = [*rollout.response_ids, *self.model.encode(text)]

@@ -69,11 +69,11 @@ class Teacher:
     def _retell(self, rollout) -> None:
         """The same turns in the student's tokens."""
         student, said, spoken = self.student, [], rollout.before[::2]
-        rollout.prompt_ids, rollout.observed = student.render(rollout.prompt.text), ()
+        rollout.prompt_ids, rollout.observed = student.render(rollout.prompt), ()
         environment = self.ctx.environment(rollout.prompt.domain) if spoken else None
         for text, reply in zip(spoken, rollout.before[1::2], strict=True):
             said += student.encode(text)
-            answer = student.observation(reply, environment.role)
+            answer = student.observation(reply, environment.role, prompt=rollout.prompt)
             rollout.observed += ((len(said), len(said) + len(answer)),)
             said += answer
         ids = student.encode(rollout.text)

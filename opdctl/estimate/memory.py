@@ -1,0 +1,84 @@
+"""What a stage holds at once, in bytes: one formula, for ``plan`` and for the check before a start.
+
+Assumed: AdamW with two moments and gradients in the parameters' type; frozen models in it too, all
+loaded or as many as ``runtime.resident_teachers`` says, the largest ones; full attention in every
+layer; a wave of responses as long as they may get; that sampling and updates take turns; nothing
+recomputed in the backward pass. Not counted: kept hidden rows of teachers, fragments, other stages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+CHUNK_MIB = {"cuda": 3072, "cpu": 256}  # where runtime.chunk_mib is 0
+
+
+@dataclass
+class Estimate:
+    """Bytes by what they are for."""
+
+    parameters: int
+    gradients: int
+    moments: int
+    teachers: int
+    chunk: int
+    cache: int
+    activations: int = 0
+
+    @property
+    def certain(self) -> int:
+        """What no setting of waves and chunks makes smaller."""
+        return self.parameters + self.gradients + self.moments + self.teachers
+
+    @property
+    def peak(self) -> int:
+        """The larger of sampling and an update."""
+        held = self.parameters + self.moments + self.teachers
+        return held + max(self.cache, self.gradients + self.chunk + self.activations)
+
+
+def estimate(
+    parameters: float,
+    frozen: list[float],
+    *,
+    dtype: str,
+    learns: bool,
+    steps: bool,
+    resident: int = 0,
+    chunk_mib: int = 0,
+    device: str = "cuda",
+    cached: int = 0,
+    sampled: int = 0,
+    activated: int = 0,
+    trained: int = 0,
+) -> Estimate:
+    """See the module for what is assumed.
+
+    Args:
+        parameters: of the student.
+        frozen: parameters of each other model.
+        learns: it takes gradients; ``steps``: and an optimizer's steps.
+        resident: most of them loaded at once; 0 is all.
+        cached: numbers a cache keeps of a token.
+        sampled: tokens in the caches of a wave, at most.
+        activated: numbers a training pass keeps of a token.
+        trained: tokens of a micro-batch.
+    """
+    each = BYTES[dtype]
+    size = int(parameters * each)
+    largest = sorted(frozen, reverse=True)[: resident or None]
+    return Estimate(
+        parameters=size,
+        gradients=size if learns else 0,
+        moments=2 * size if steps else 0,
+        teachers=int(sum(largest) * each),
+        chunk=(chunk_mib or CHUNK_MIB[device]) << 20 if learns else 0,
+        cache=sampled * cached * each,
+        activations=trained * activated * each if learns else 0,
+    )
+
+
+def shown(size: float) -> str:
+    """Bytes in GiB, or below one in MiB."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

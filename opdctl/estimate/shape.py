@@ -1,0 +1,116 @@
+"""How large a model is, without loading it: from the recipe, a folder, or the stage that makes it.
+
+Parameters stand in the recipe beside each public name (``shapes:``), so no network is needed. A
+number that is not known is 0, and what follows from it is left out and said to be.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opdctl import references
+from opdctl.schema import REQUIRED, key
+
+CHARACTERS = 128  # vocabulary of a model that a recipe makes: at most so many
+
+
+@dataclass(kw_only=True)
+class Shape:
+    """Size of a public model, for ``opdctl plan``; nothing else reads it."""
+
+    parameters: float = key(REQUIRED, "all of them, embedding included, as 1.7206e9", least=1)
+    active: float = key(0.0, "those a token goes through, of a mixture of experts; 0 is all")
+    layers: int = key(0, "transformer layers; 0 is not known", least=0)
+    hidden: int = key(0, "width; 0 is not known", least=0)
+    intermediate: int = key(0, "width of the feed-forward part; 0 is not known", least=0)
+    kv_heads: int = key(0, "key-value heads; 0 is not known", least=0)
+    head_dim: int = key(0, "width of a head; 0 is not known", least=0)
+    vocabulary: int = key(0, "rows of the head; 0 is not known", least=0)
+
+    @property
+    def per_token(self) -> float:
+        """Parameters that a token goes through."""
+        return self.active or self.parameters
+
+    @property
+    def cached(self) -> int:
+        """Numbers that a cache keeps of one token: keys and values of every layer."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+    @property
+    def activated(self) -> int:
+        """Numbers that a training pass keeps of one token, without recomputation: about ten widths
+        of each attention block and four of its feed-forward part."""
+        return self.layers * (10 * self.hidden + 4 * self.intermediate)
+
+
+def shape_of(recipe: Any, reference: str, stage: str = "") -> Shape | None:
+    """Size of a referenced model; None where nothing says.
+
+    Args:
+        stage: whose ``policy`` is meant.
+    """
+    ref = references.parse(reference)
+    if ref.form == "policy":
+        return shape_of(recipe, recipe.stages[stage].student)
+    if ref.form == "stage":
+        config = recipe.stages[ref.name]
+        if hasattr(config, "student"):
+            return shape_of(recipe, config.student)
+        return made(config.model)
+    if ref.form == "folder":
+        return of_folder(Path(ref.name))
+    return recipe.shapes.get(ref.name) or recipe.shapes.get(ref.name.partition("@")[0])
+
+
+def made(model: Any) -> Shape:
+    """Size of the Qwen3 that a pretrain stage makes, of CHARACTERS tokens."""
+    width = model.head_dim
+    attention = model.hidden * width * 2 * (model.heads + model.kv_heads) + 2 * width
+    layer = attention + 3 * model.hidden * model.intermediate + 2 * model.hidden
+    embedding = CHARACTERS * model.hidden * (1 if model.tied else 2)
+    return Shape(
+        parameters=float(embedding + model.layers * layer + model.hidden),
+        layers=model.layers,
+        hidden=model.hidden,
+        intermediate=model.intermediate,
+        kv_heads=model.kv_heads,
+        head_dim=width,
+        vocabulary=CHARACTERS,
+    )
+
+
+def of_folder(folder: Path) -> Shape | None:
+    """Size of a model in a folder: parameters from the headers of its weight files."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        count = sum(_parameters(path) for path in folder.glob("model*.safetensors"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    config = config.get("text_config") or config
+    heads = config.get("num_attention_heads") or 1
+    hidden = config.get("hidden_size") or 0
+    return (
+        Shape(
+            parameters=float(count),
+            layers=config.get("num_hidden_layers") or 0,
+            hidden=hidden,
+            intermediate=config.get("intermediate_size") or 0,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or hidden // heads,
+            vocabulary=config.get("vocab_size") or 0,
+        )
+        if count
+        else None
+    )
+
+
+def _parameters(path: Path) -> int:
+    """Numbers in a safetensors file, from its header alone."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")

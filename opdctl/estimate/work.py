@@ -1,0 +1,260 @@
+"""What a stage will do, in tokens, and how long a GPU takes for it: from its keys, without data.
+
+The ledger of a finished stage (``types.Compute``) counts the same tokens with the same factors;
+here the lengths that only a run can tell are assumed (``ASSUMED``), and so are the utilisations.
+Left out: loading, checkpoints, verifiers, the preflight, and time between stages.
+
+    opdctl plan qwen3 --size small --gpu h100
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from opdctl import references
+from opdctl.estimate.gpus import Gpu
+from opdctl.estimate.memory import BYTES, Estimate, estimate
+from opdctl.estimate.shape import Shape, made, shape_of
+from opdctl.schema import references as refs_of
+from opdctl.types import FORWARD, TRAIN
+
+PROMPT = 256  # tokens of a rendered prompt
+DEMONSTRATION = 512  # tokens of an answer that the data gives
+LENGTH = 0.5  # a sampled response, as a share of sampling.max_tokens
+COMPUTE = 0.4  # of the peak of multiplications: prompts, scoring, training
+DECODE = 0.5  # of the bandwidth: one token of every response of a wave
+LAUNCH = 5e-4  # seconds a layer and token: launching kernels one by one, whatever the batch
+ASSUMED = (
+    "parameters, gradients and two moments of AdamW in runtime.dtype; keys and values of a wave of "
+    "responses of the full sampling.max_tokens; activations of a micro-batch, none recomputed; "
+    f"prompts of {PROMPT} tokens, demonstrations of {DEMONSTRATION}, responses of {LENGTH:.0%} of "
+    f"sampling.max_tokens; {FORWARD:g} operations a parameter and token forward, {TRAIN:g} in "
+    f"training, at {COMPUTE:.0%} of the GPU's dense peak in runtime.dtype; decoding at "
+    f"{DECODE:.0%} of its bandwidth, and no faster than {1e3 * LAUNCH:g} ms a layer and token "
+    "(transformers engine); one GPU; nothing measured. Not counted: loading, checkpoints, "
+    "verifiers, teachers' kept hidden rows."
+)
+
+
+@dataclass
+class Sampled:
+    """Responses that one model of a stage writes: ``rounds`` times ``batch`` of them."""
+
+    model: Shape
+    rounds: int
+    batch: int
+    longest: int
+
+    @property
+    def mean(self) -> float:
+        """Tokens of a response, as assumed."""
+        return max(1.0, LENGTH * self.longest)
+
+    @property
+    def responses(self) -> int:
+        return self.rounds * self.batch
+
+
+@dataclass
+class Work:
+    """What a stage does.
+
+    Attributes:
+        samples: who writes what.
+        scored: ``(model, tokens)`` that are run forward with a gradient for nobody.
+        trained: tokens that are trained on, every pass counted.
+    """
+
+    samples: list[Sampled] = field(default_factory=list)
+    scored: list[tuple[Shape, float]] = field(default_factory=list)
+    trained: float = 0.0
+
+
+@dataclass
+class Cost:
+    """A stage on a GPU.
+
+    Attributes:
+        memory: bytes by what they are for.
+        seconds: by phase: rollout, score, train.
+        flops: of all phases.
+        fits: whether its peak is within the GPU's memory.
+        unknown: what was left out as no shape says it, in words.
+    """
+
+    memory: Estimate
+    seconds: dict[str, float]
+    flops: float
+    fits: bool
+    unknown: str
+
+    def to_dict(self) -> dict:
+        """For ``plan --json``: bytes and seconds."""
+        memory = {**asdict(self.memory), "peak": self.memory.peak}
+        return {**asdict(self), "memory": memory}
+
+
+@dataclass
+class Costs:
+    """What every stage of a recipe would hold and take on a GPU.
+
+    Attributes:
+        stages: stage -> its cost, or in words why there is no telling.
+    """
+
+    gpu: Gpu
+    stages: dict[str, Cost | str]
+    assumed: str = ASSUMED
+
+    def of(self, stage: str) -> dict:
+        """For ``plan --json``."""
+        found = self.stages[stage]
+        return {"unknown": found} if isinstance(found, str) else found.to_dict()
+
+
+def costs(recipe: Any, gpu: Gpu) -> Costs:
+    """Of every stage, in the order they run."""
+    return Costs(gpu, {stage: cost(recipe, stage, gpu) for stage in recipe.order()})
+
+
+def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
+    """Memory and time of a stage, or in words why there is no telling."""
+    config, runtime = recipe.stages[stage], recipe.runtime
+    named = [t for _, t in refs_of(config) if references.parse(t).form != "unknown"]
+    shapes = {text: shape_of(recipe, text, stage) for text in named}  # the verifier is no model
+    missing = [text for text, shape in shapes.items() if shape is None]
+    if missing:
+        return f"no size of {missing[0]}; shapes: {{{missing[0]}: {{parameters: N, layers: N}}}}"
+    start = getattr(config, "student", "")
+    student = shapes[start] if start else made(config.model)
+    work = work_of(config, recipe.domains(stage), student, shapes)
+    wave, longest = _wave(work, runtime.wave)
+    learns = work.trained > 0
+    frozen = {r: s.parameters for r, s in shapes.items() if r != start}
+    per_pass = work.samples[0].longest if work.samples else DEMONSTRATION
+    memory = estimate(
+        student.parameters,
+        list(frozen.values()),
+        dtype=runtime.dtype,
+        learns=learns,
+        steps=hasattr(config, "optim"),
+        resident=1 if config.kind == "merge" else runtime.resident_teachers,
+        chunk_mib=runtime.chunk_mib,
+        cached=max((s.model.cached for s in work.samples), default=0),
+        sampled=wave * (PROMPT + longest),
+        activated=student.activated,
+        trained=(runtime.micro_batch or 16) * (PROMPT + per_pass),
+    )
+    each = BYTES[runtime.dtype]
+    peak = COMPUTE * gpu.flops[runtime.dtype]
+    flops = {
+        "rollout": sum(
+            FORWARD * s.model.per_token * s.responses * (PROMPT + s.mean) for s in work.samples
+        ),
+        "score": sum(FORWARD * model.per_token * tokens for model, tokens in work.scored),
+        "train": TRAIN * student.per_token * work.trained,
+    }
+    seconds = {
+        "rollout": sum(decode_seconds(s, runtime.wave, each, gpu, peak) for s in work.samples),
+        "score": flops["score"] / peak,
+        "train": flops["train"] / peak,
+    }
+    blind = any(s.model.layers == 0 for s in work.samples) or (learns and not student.layers)
+    unknown = "cache and activations: a shape has no layers" if blind else ""
+    return Cost(memory, seconds, sum(flops.values()), memory.peak <= gpu.memory, unknown)
+
+
+def decode_seconds(s: Sampled, wave: int, each: int, gpu: Gpu, peak: float) -> float:
+    """Prompts once, then a token of every response at a time until the longest is over.
+
+    The batch shrinks as responses end: on average LENGTH of it is there.
+    """
+    waves = s.rounds * math.ceil(s.batch / wave)
+    alive = LENGTH * min(s.batch, wave)
+    read = each * (s.model.per_token + alive * s.model.cached * (PROMPT + s.mean / 2))
+    step = max(
+        read / (DECODE * gpu.bandwidth),
+        FORWARD * s.model.per_token * alive / peak,
+        LAUNCH * s.model.layers,
+    )
+    prompts = FORWARD * s.model.per_token * s.responses * PROMPT / peak
+    return prompts + waves * s.longest * step
+
+
+def _wave(work: Work, most: int) -> tuple[int, int]:
+    """Responses at once, and the longest of them."""
+    batch = max((min(s.batch, most) for s in work.samples), default=0)
+    return batch, max((s.longest for s in work.samples), default=0)
+
+
+def work_of(config: Any, domains: dict[str, float], student: Shape, shapes: dict) -> Work:
+    """What the keys of a stage ask for.
+
+    Args:
+        domains: domain -> share of each step.
+        shapes: of every model the stage names.
+    """
+    kind = config.kind
+    if kind == "merge":
+        return Work()
+    if kind == "evaluate":
+        batch = config.prompts.limit * config.prompts.samples
+        return Work([Sampled(student, len(domains), batch, config.sampling.max_tokens)])
+    rounds = config.batches if kind == "gradients" else config.steps
+    batch = config.prompts.per_step * config.prompts.samples
+    if kind == "pretrain":
+        return Work(trained=rounds * batch * (PROMPT + DEMONSTRATION))
+    if kind == "sft":
+        return _imitation(config, domains, rounds, batch, shapes)
+    longest = config.sampling.max_tokens
+    judge = shapes[config.policy] if kind == "orm" else student
+    sampled = Sampled(judge, rounds, batch, longest)
+    tokens = sampled.responses * (PROMPT + sampled.mean)
+    if kind == "orm":
+        return Work([sampled], trained=tokens)
+    scored = _scored(config, domains, tokens, shapes)
+    passes = getattr(config, "updates_per_rollout", 1)
+    if passes * getattr(config, "minibatches", 1) > 1:
+        scored.append((student, tokens))  # the log-probs before the first update
+    if kind == "gradients":
+        passes = sum(o.coef > 0 for o in config.objectives.values())
+    return Work([sampled], scored, tokens * passes)
+
+
+def _imitation(config, domains, rounds: int, batch: int, shapes: dict) -> Work:
+    """An sft stage: a teacher samples its share of each step, the data has the rest."""
+    teacher = config.sources.get("teacher")
+    share = 0.0
+    if teacher:
+        own = {d for d, on in teacher.domains.items() if on}
+        other = {d for n, s in config.sources.items() if n != "teacher" for d in s.domains}
+        share = sum(v for d, v in domains.items() if (d in own if own else d not in other))
+    work = Work(trained=rounds * batch * (1 - share) * (PROMPT + DEMONSTRATION))
+    if teacher:
+        model, longest = shapes[teacher.model], teacher.sampling.max_tokens
+        sampled = Sampled(model, rounds, max(1, round(batch * share)), longest)
+        work.samples.append(sampled)
+        work.trained += sampled.responses * (PROMPT + sampled.mean)
+    return work
+
+
+def _scored(config, domains, tokens: float, shapes: dict) -> list[tuple[Shape, float]]:
+    """Teachers score what is of their domains; a reward model scores everything."""
+    found = []
+    teachers = getattr(config, "teachers", {})
+    for name, teacher in teachers.items():
+        if teacher.model == "policy":
+            shape = shapes[config.student]
+        else:
+            shape = shapes[teacher.model]
+        served = [d for d, on in teacher.serves.items() if on] or [name]
+        share = sum(domains.get(d, 0.0) for d in served)
+        alone = len(teachers) == 1 and not share
+        found.append((shape, tokens * (1.0 if alone else share)))
+    for signal in config.signals.values():
+        reward = getattr(signal, "reward", "verifier")
+        if signal.coef and references.parse(reward).form in ("stage", "folder", "public"):
+            found.append((shapes[reward], tokens))
+    return found
