@@ -1,18 +1,21 @@
 """What the stage will hold at once, against the device or the machine.
 
-Assumed: AdamW with two moments in the parameters' type; every teacher loaded, or as many as
-``runtime.resident_teachers`` says, the largest ones; full attention in every layer; a wave of
-responses as long as they may get, after the longest of the prompts looked at; and that sampling and
-updates take turns. Not counted: activations, a reward model, the teachers' kept hidden rows, other
-stages at the same time.
+Assumed: AdamW with two moments in the type of what it moves (float32 for adapters, and for copies
+of bfloat16 parameters, which are counted with the moments); every teacher loaded, or as many as
+``runtime.resident_teachers`` says, the largest ones, and a base with all of its adapters once; full
+attention in every layer; a wave of responses as long as they may get, after the longest of the
+prompts looked at; and that sampling and updates take turns. Not counted: activations, a reward
+model, the teachers' kept hidden rows, other stages at the same time.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from opdctl import references
 from opdctl.preflight._pairing import Finding, Pairing
 
 PROMPTS = 16  # of each domain, for their length
@@ -79,23 +82,52 @@ def estimate(pairing: Pairing) -> Estimate:
 
     config, runtime, student = pairing.ctx.config, pairing.ctx.runtime, pairing.student
     each = getattr(torch, runtime.dtype).itemsize
-    size = student.parameters * each
-    places = {pairing.ctx.path_of(r): pairing.outline(n) for n, r in pairing.teachers.items()}
+    size, grown, kept = trained(pairing, each)
+    held = {pairing.ctx.path_of(r): pairing.outline(n) for n, r in pairing.teachers.items()}
     if pairing.policy:
-        places[pairing.ctx.path_of(config.student)] = student
-    sizes = sorted((m.parameters * each for m in places.values()), reverse=True)
+        held[pairing.ctx.path_of(config.student)] = student
+    places: dict[str, int] = {}
+    for path, model in held.items():  # the outline of an adapter is that of its base
+        base = references.base_of(path)
+        whole = places.get(base or path, model.parameters * each)
+        places[base or path] = whole + (adapter_bytes(path) if base else 0)
+    sizes = sorted(places.values(), reverse=True)
     prompts = [p for d in pairing.route for p in pairing.prompts(d, PROMPTS)]
     longest = max(len(student.render(p.text)) for p in prompts) + config.sampling.max_tokens
     wave = min(runtime.wave, config.prompts.per_step * config.prompts.samples)
     chunk = runtime.chunk_mib or (3072 if pairing.ctx.device == "cuda" else 256)
     return Estimate(
         parameters=size,
-        gradients=size,
-        moments=2 * size if hasattr(config, "optim") else 0,
+        gradients=grown,
+        moments=kept if hasattr(config, "optim") else 0,
         teachers=sum(sizes[: runtime.resident_teachers or None]),
         chunk=chunk << 20,
         cache=wave * longest * per_token(student.net.config.get_text_config()) * each,
     )
+
+
+def trained(pairing: Pairing, each: int) -> tuple[int, int, int]:
+    """Bytes of the student's parameters, of its gradients, and of what the optimizer keeps."""
+    config, student = pairing.ctx.config, pairing.student
+    lora, whole = getattr(config, "lora", None), student.parameters
+    if lora is not None and lora.rank:
+        from opdctl.nets.lora import size
+
+        added = student.trained if student.adapter else size(student.net, lora)
+        own = whole - (added if student.adapter else 0)
+        wide = added * max(each, 4)
+        return own * each + wide, wide, 2 * wide
+    if hasattr(config, "optim") and pairing.ctx.runtime.masters_of(config.optim.lr):
+        return whole * each, whole * 4, 3 * whole * 4
+    return whole * each, whole * each, 2 * whole * each
+
+
+def adapter_bytes(folder: str) -> int:
+    """Bytes of an adapter in float32."""
+    from safetensors import safe_open
+
+    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+        return sum(4 * math.prod(file.get_slice(n).get_shape()) for n in list(file.keys()))
 
 
 def per_token(config) -> int:
