@@ -21,7 +21,7 @@ from opdctl.errors import UsageError
 from opdctl.kernels.head import Head
 from opdctl.nets.own_logits import keeps_apart, require_own_logits, shaped
 from opdctl.nets.recomputed import recompute, recomputing
-from opdctl.nets.whole import require_whole
+from opdctl.nets.whole import require_whole, unreadable
 from opdctl.references import first_difference
 
 
@@ -265,7 +265,7 @@ def outline(folder: str, trust_remote_code: bool = False) -> Model:
             net = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         return Model(net.train(False), tokenizer, folder)
     except Exception as error:  # files of a stranger make transformers raise anything
-        raise _unreadable(folder, error) from error
+        raise unreadable(folder, error) from error
 
 
 def _source(folder: str, trust_remote_code: bool) -> tuple[str, dict]:
@@ -273,23 +273,6 @@ def _source(folder: str, trust_remote_code: bool) -> tuple[str, dict]:
     name, _, revision = folder.partition("@") if not Path(folder).is_dir() else (folder, "", "")
     options = {"trust_remote_code": trust_remote_code}
     return name, options | ({"revision": revision} if revision else {})
-
-
-def _unreadable(folder: str, error: Exception) -> UsageError:
-    if isinstance(error, UsageError):
-        return error
-    if isinstance(error, ImportError):  # the library of an attention
-        return UsageError(
-            f"cannot load {folder}: {error!s:.200}", "install it, or runtime.attn=auto"
-        )
-    what = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
-    if "trust_remote_code" in str(error):
-        hint = "it brings code of its own: read that, then runtime.trust_remote_code=true"
-        return UsageError(f"cannot load {folder}: {what}", hint)
-    return UsageError(
-        f"cannot load {folder}: {what}",
-        "a model is a folder in Hugging Face format: config.json, tokenizer, model.safetensors",
-    )
 
 
 def load(
@@ -342,19 +325,8 @@ def load(
         )
         model = Model(net.to(device).train(False), tokenizer, folder)
     except Exception as error:  # files of a stranger make transformers raise anything
-        raise _unreadable(folder, error) from error
-    missing, left_over = set(found["missing_keys"]), set(found["unexpected_keys"])
-    if classifier and not hasattr(net, "score"):
-        what = (
-            f"{folder}: a token classifier of {config.model_type} has no linear head called score"
-        )
-        raise UsageError(what, "start from a model of another architecture")
-    if classifier and not any("Classification" in a for a in config.architectures or []):
-        missing -= {f"score.{n}" for n, _ in net.score.named_parameters()}
-        left_over -= {n for n in left_over if n.startswith("lm_head.")}
-        for parameter in net.score.parameters():
-            nn.init.zeros_(parameter)
-    require_whole(model, missing, left_over)
+        raise unreadable(folder, error) from error
+    require_whole(model, classifier, found)
     require_own_logits(model)
     implementation = str(net.config.get_text_config()._attn_implementation)
     if packing == "packed" or (packing == "auto" and implementation.startswith("flash")):
