@@ -8,6 +8,7 @@ whose weights are not all there and finite.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ class Model:
         name: where it came from, for messages.
         adapter: what a student's stage trains in place of its weights, see nets/lora.py.
         masters: fp32 copies of the parameters, see nets/masters.py.
+        recomputed: a pass that needs a gradient computes activations again, see nets/recomputed.py.
         one_row: sequences stand one after another in a pass, without padding.
         switch: called before each forward; a teacher that is an adapter turns it on.
     """
@@ -44,6 +46,7 @@ class Model:
     name: str = ""
     adapter: Any = None
     masters: Any = None
+    recomputed: bool = False
     one_row: bool = False
     switch: Callable[[], None] = lambda: None
 
@@ -96,7 +99,8 @@ class Model:
     def trunk(self, input_ids: Tensor, **options: Any) -> Any:
         """The transformer without its head; causal, padding on the right. Hidden is [B, T, D]."""
         self.switch()
-        with recomputing(self.net):
+        again = self.recomputed and torch.is_grad_enabled()
+        with recomputing(self.net) if again else contextlib.nullcontext():
             return self.net.base_model(input_ids=input_ids, **options)
 
     def own_logits(self, ids_BT: Tensor) -> Tensor:
@@ -333,6 +337,7 @@ def load(
         model.one_row = keeps_apart(model, required=packing == "packed")
     if recomputed:
         recompute(net, folder)
+        model.recomputed = True
     return model
 
 

@@ -157,7 +157,8 @@ def merge(peft: Any) -> None:
 def merged(model: Model, folder: str) -> Model:
     """The model with the adapter in a folder merged into it."""
     merge(read(model, folder))
-    return Model(model.net, tokenizer(model, folder), folder, one_row=model.one_row)
+    kept = {"recomputed": model.recomputed, "one_row": model.one_row}
+    return Model(model.net, tokenizer(model, folder), folder, **kept)
 
 
 def tokenizer(model: Model, folder: str) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
 from opdctl.errors import UsageError
@@ -35,15 +34,14 @@ def recompute(net: nn.Module, name: str) -> None:
 
 @contextlib.contextmanager
 def recomputing(net: nn.Module) -> Iterator[None]:
-    """For the forward of a pass that needs a gradient; no effect on others."""
+    """For the forward of a pass that needs a gradient."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [m for m in net.modules() if isinstance(m, GradientCheckpointingLayer)]
-    on = torch.is_grad_enabled() and any(layer.gradient_checkpointing for layer in layers)
-    for layer in layers if on else ():
+    for layer in layers:
         layer.training = True  # not train(): what is inside it stays as it is
     try:
         yield
     finally:
-        for layer in layers if on else ():
+        for layer in layers:
             layer.training = False
