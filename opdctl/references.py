@@ -74,6 +74,12 @@ def folder_complaint(folder: str) -> tuple[str, str] | None:
     if not is_model(folder):
         otherwise = "name the folder a stage wrote: .../stages/NAME/output"
         return f"{folder} has no config.json", hint or otherwise
+    if os.path.isfile(place / "adapter_config.json"):  # transformers would take the adapter's base
+        what = f"{folder} holds the weights of a model and an adapter"
+        return (
+            what,
+            "keep adapter_config.json and adapter_model.safetensors in a folder of their own",
+        )
     weights = sorted(place.glob("*.safetensors"))
     if not weights:
         hint = "save it again with safetensors: a pickle would run code, and is not read"
@@ -142,8 +148,9 @@ def is_model(folder: str) -> bool:
 
 
 def is_adapter(folder: str) -> bool:
-    """Whether a folder holds an adapter of peft."""
-    return os.path.isfile(Path(folder) / "adapter_config.json") and not is_model(folder)
+    """Whether a folder holds an adapter of peft, and no weights of a model."""
+    there = os.path.isfile(Path(folder) / "adapter_config.json")
+    return there and not any(Path(folder).glob("model*.safetensors"))
 
 
 def base_of(folder: str) -> str:

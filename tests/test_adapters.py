@@ -185,6 +185,10 @@ def test_what_cannot_be_an_adapter(on_disk, adapters, tmp_path):
         path.write_text(json.dumps(config | {"base_model_name_or_path": base}))
         with pytest.raises(RecipeError, match=says):
             opd(on_disk, tmp_path, teacher=lost)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(on_disk / "t" / name, lost)
+    with pytest.raises(RecipeError, match="a model and an adapter"):
+        opd(on_disk, tmp_path, teacher=lost)
     with pytest.raises(UsageError, match=r"lora.targets=\['qproj'\]") as caught:
         opd(on_disk, tmp_path, lora={"rank": 2, "targets": ["qproj"]}).student()
     assert "q_proj" in caught.value.hint
