@@ -20,8 +20,8 @@ from opdctl.errors import Interrupted, RecipeError, UsageError
 from opdctl.preflight._pairing import Pairing
 from opdctl.preflight._weights import same_weights
 from opdctl.preflight.memory import estimate
-from opdctl.rundir import read_rows
-from running import carry_out, one_stage
+from opdctl.rundir import RunDir, read_rows
+from running import carry_out, one_stage, opdctl
 
 peft = pytest.importorskip("peft", reason="the extra peft")
 KEYS = {"optim": {"lr": 1e-2}, "objectives": {"divergence": {}}, "signals": {}}
@@ -237,3 +237,40 @@ def test_what_the_checks_make_of_adapters(on_disk, adapters, tmp_path):
         file.write_bytes(file.read_bytes() + b" ")
         now = provenance.model(twin)
         assert [k for k in now if now[k] != before[k]] == [changed]
+
+
+@pytest.mark.slow
+def test_a_run_of_adapters(on_disk, adapters, tmp_path):
+    """An adapter is made, taught by two on one base, evaluated and merged, by the command."""
+    paths = {n: str(on_disk / n) for n in ("a", "b", "s")}
+    two = dict.fromkeys(("x", "y"), prompts(on_disk) | {"eval_share": 0.4})
+    lora = {"rank": 4, "output": "adapter"}
+    short = {"steps": 2, "prompts": {"per_step": 4}, "optim": {"lr": 1e-2}}
+    stages = {
+        "sft": {"kind": "sft", "student": paths["s"], "lora": lora, **short},
+        "opd": {
+            "kind": "opd",
+            "student": "stage:sft",
+            "teachers": {"x": paths["a"], "y": paths["b"]},
+            "lora": lora | {"output": "merged"},
+            "sampling": {"max_tokens": 6},
+            **short,
+        },
+        "soup": {"kind": "merge", "student": paths["s"], "models": {"a": "stage:sft"}},
+        "eval": {"kind": "evaluate", "student": "stage:sft", "sampling": {"max_tokens": 6}},
+    }
+    recipe = tmp_path / "adapters.yaml"
+    recipe.write_text(json.dumps({"name": "adapters", "data": two, "stages": stages}))
+    done = opdctl("run", recipe, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    run = RunDir(tmp_path / "run")
+    assert run.record("opd")["status"] == run.record("eval")["status"] == "done"
+    made, read = run.record("sft")["output"], run.record("opd")["inputs"]
+    assert made["base weights"] == read["student"]["base weights"] != read["student"]["weights"]
+    assert read["teachers.x.model"]["base weights"] == read["teachers.y.model"]["base weights"]
+    sft = load(str(on_disk / "s"))
+    dense = peft.PeftModel.from_pretrained(sft.net, run.output("sft")).merge_and_unload()
+    soup = load(str(run.output("soup"))).net.state_dict()
+    assert all(torch.allclose(w, soup[n], atol=1e-6) for n, w in dense.state_dict().items())
+    assert not (run.output("opd") / "adapter_config.json").exists()
+    assert len(read_rows(run.stage("opd") / "metrics.jsonl")) == 2
