@@ -153,6 +153,12 @@ def is_adapter(folder: str) -> bool:
     return there and not any(Path(folder).glob("model*.safetensors"))
 
 
+def is_there(folder: str) -> bool:
+    """Whether a folder holds a model, or an adapter and what it stands on."""
+    base = base_of(folder)
+    return is_model(base or folder) or parse(base).form == "public"
+
+
 def base_of(folder: str) -> str:
     """What an adapter stands on: a folder, or a public name; empty for a model of its own.
 
