@@ -186,7 +186,7 @@ def _unfounded(folder: str) -> tuple[str, str] | None:
             return f"{folder} is an adapter, and its base {base} {wrong}", hint
         return folder_complaint(base) or _broken(Path(folder, "adapter_model.safetensors"))
     if parse(base).form == "public":
-        return None
+        return _broken(Path(folder, "adapter_model.safetensors"))
     return f"{folder} is an adapter, and its base {base} is not there", hint
 
 

@@ -185,6 +185,14 @@ def test_what_cannot_be_an_adapter(on_disk, adapters, tmp_path):
         path.write_text(json.dumps(config | {"base_model_name_or_path": base}))
         with pytest.raises(RecipeError, match=says):
             opd(on_disk, tmp_path, teacher=lost)
+    (lost / "adapter_config.json").write_text(json.dumps(config))
+    weights = lost / "adapter_model.safetensors"
+    pickled = weights.rename(lost / "adapter_model.bin")
+    with pytest.raises(RecipeError, match=r"cannot read .*adapter_model\.safetensors"):
+        opd(on_disk, tmp_path, teacher=lost)
+    with pytest.raises(UsageError, match="has no adapter_model"):
+        opd(on_disk, tmp_path).frozen(str(lost))
+    pickled.rename(weights)
     for name in ("config.json", "model.safetensors"):
         shutil.copy(on_disk / "t" / name, lost)
     with pytest.raises(RecipeError, match="a model and an adapter"):

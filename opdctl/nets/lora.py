@@ -134,12 +134,26 @@ def read(model: Model, folder: str, name: str = NAME, trainable: bool = False) -
     Raises:
         UsageError: peft cannot read it, or it does not fit the model.
     """
+    peft = library()
+    require_safe(folder)
     try:
-        return library().PeftModel.from_pretrained(
+        return peft.PeftModel.from_pretrained(
             model.net, folder, adapter_name=name, is_trainable=trainable
         )
-    except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
+    except Exception as error:  # files of a stranger make peft raise anything
         raise unfit(folder, error) from error
+
+
+def require_safe(folder: str) -> None:
+    """peft would read a pickle where there is no safetensors.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not Path(folder, "adapter_model.safetensors").is_file():
+        what = f"{folder} has no adapter_model.safetensors"
+        hint = "save it again with safetensors: a pickle would run code, and is not read"
+        raise UsageError(what, hint)
 
 
 def unfit(folder: str, error: Exception) -> UsageError:
@@ -169,7 +183,7 @@ def tokenizer(model: Model, folder: str) -> Any:
         return model.tokenizer
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # files of a stranger make transformers raise anything
         raise unfit(folder, error) from error
 
 
@@ -190,17 +204,17 @@ def deltas(folder: str) -> dict[str, Any]:
     Raises:
         UsageError: it holds something else than pairs of A and B of one rank.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    peft = library()
     try:
-        config = library().PeftConfig.from_pretrained(folder)
+        config = peft.PeftConfig.from_pretrained(folder)
         tensors = load_file(Path(folder) / "adapter_model.safetensors")
         scale = config.lora_alpha / config.r
         others = config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern
         if others or not all(n.endswith((".lora_A.weight", ".lora_B.weight")) for n in tensors):
             raise ValueError("only pairs of A and B of one rank can be compared with weights")
-    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+    except Exception as error:  # files of a stranger make peft raise anything
         raise unfit(folder, error) from error
 
     def product(stem: str) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from opdctl.core.models import Model
-from opdctl.nets.lora import read, tokenizer, unfit
+from opdctl.nets.lora import read, require_safe, tokenizer, unfit
 
 
 class Shared:
@@ -46,9 +46,10 @@ class Shared:
             self.peft = read(self.base, folder, name)
             self.base.switch = lambda: self._turn("")
         else:
+            require_safe(folder)
             try:
                 self.peft.load_adapter(folder, name)
-            except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
+            except Exception as error:  # files of a stranger make peft raise anything
                 raise unfit(folder, error) from error
         self.base.net.requires_grad_(False)
         self.names[folder], self.on = name, None  # whatever peft left on
