@@ -166,7 +166,7 @@ def ready(
 
 def _action(recipe, stage, prints, record, run, changed) -> tuple[str, list[str]]:
     folders = [references.parse(text) for _, text in recipe.references(stage)]
-    missing = [r.name for r in folders if r.form == "folder" and not references.is_model(r.name)]
+    missing = [r.name for r in folders if r.form == "folder" and not references.is_there(r.name)]
     if missing and record.get("status") == "done":
         return "skip", [f"done; the model in {missing[0]} is gone since"]
     if missing:

@@ -8,6 +8,7 @@ Left out: public models, whose revision the hub keeps (``org/name@revision`` pin
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import subprocess
 import sys
 from importlib import metadata
@@ -21,16 +22,21 @@ from opdctl.registry import member
 from opdctl.rundir import RunDir
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "reasoning_gym")
+EXTRAS = ("peft",)  # where they are installed
 PARTS = {
     "weights": ("*.safetensors", "*.safetensors.index.json"),
     "tokenizer": ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "chat_template*"),
-    "config": ("config.json", "generation_config.json"),
+    "config": ("config.json", "generation_config.json", "adapter_config.json"),
 }
 
 
 def model(folder: Path) -> dict[str, str]:
-    """Hashes of the weights, the tokenizer and the configuration in a model folder."""
+    """Hashes of the weights, the tokenizer and the configuration in a model folder, and of those of
+    an adapter's base."""
     found = {what: _hash(folder, patterns) for what, patterns in PARTS.items()}
+    base = references.base_of(str(folder))
+    if base and Path(base).is_dir():
+        found |= {f"base {what}": _hash(Path(base), PARTS[what]) for what in PARTS}
     return {what: value for what, value in found.items() if value}
 
 
@@ -111,6 +117,7 @@ def versions() -> dict[str, str]:
         "opdctl": __version__,
         "python": sys.version.split()[0],
         **{name: metadata.version(name) for name in LIBRARIES},
+        **{name: metadata.version(name) for name in EXTRAS if importlib.util.find_spec(name)},
     }
 
 

@@ -69,9 +69,17 @@ def folder_complaint(folder: str) -> tuple[str, str] | None:
     if not os.path.isdir(folder):
         otherwise = "a model folder holds config.json and model.safetensors"
         return f"no folder {folder}", hint or otherwise
+    if is_adapter(folder):
+        return _unfounded(folder)
     if not is_model(folder):
         otherwise = "name the folder a stage wrote: .../stages/NAME/output"
         return f"{folder} has no config.json", hint or otherwise
+    if os.path.isfile(place / "adapter_config.json"):  # transformers would take the adapter's base
+        what = f"{folder} holds the weights of a model and an adapter"
+        return (
+            what,
+            "keep adapter_config.json and adapter_model.safetensors in a folder of their own",
+        )
     weights = sorted(place.glob("*.safetensors"))
     if not weights:
         hint = "save it again with safetensors: a pickle would run code, and is not read"
@@ -139,8 +147,63 @@ def is_model(folder: str) -> bool:
     return os.path.isfile(Path(folder) / "config.json")
 
 
+def is_adapter(folder: str) -> bool:
+    """Whether a folder holds an adapter of peft, and no weights of a model."""
+    there = os.path.isfile(Path(folder) / "adapter_config.json")
+    return there and not any(Path(folder).glob("model*.safetensors"))
+
+
+def is_there(folder: str) -> bool:
+    """Whether a folder holds a model, or an adapter and what it stands on."""
+    base = base_of(folder)
+    return is_model(base or folder) or parse(base).form == "public"
+
+
+def base_of(folder: str) -> str:
+    """What an adapter stands on: a folder, or a public name; empty for a model of its own.
+
+    A folder is looked for beside the adapter, then from the working directory.
+    """
+    if not is_adapter(folder):
+        return ""
+    try:
+        config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+        name, revision = str(config["base_model_name_or_path"]), config.get("revision")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return str(Path(folder) / "adapter_config.json")  # names none: refused as a base
+    for place in (Path(folder, name), Path(os.path.expanduser(name))):
+        if os.path.isdir(place):
+            return str(place.resolve())
+    return f"{name}@{revision}" if revision else name
+
+
+def _unfounded(folder: str) -> tuple[str, str] | None:
+    """``(message, hint)`` if an adapter's base cannot be what its configuration says."""
+    base, hint = base_of(folder), "base_model_name_or_path in adapter_config.json names its base"
+    if os.path.isdir(base):
+        if not is_model(base):
+            wrong = "has no config.json: an adapter stands on a whole model"
+            return f"{folder} is an adapter, and its base {base} {wrong}", hint
+        return folder_complaint(base) or _broken(Path(folder, "adapter_model.safetensors"))
+    if parse(base).form == "public":
+        return _broken(Path(folder, "adapter_model.safetensors"))
+    return f"{folder} is an adapter, and its base {base} is not there", hint
+
+
+def _broken(weights: Path) -> tuple[str, str] | None:
+    try:
+        shapes_in(weights)
+    except (OSError, ValueError, RecursionError) as error:
+        return f"cannot read {weights}: {error!s:.200}", "a file is missing or was cut short"
+    return None
+
+
 def written_in(folder: str) -> str:
     """``model``, ``classifier``, or empty: what the config.json of a folder says is in it."""
+    if is_adapter(folder):
+        folder = base_of(folder)
+        if not Path(folder).is_dir():
+            return "model"  # a public name
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         names = " ".join(config.get("architectures") or [])

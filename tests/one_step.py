@@ -8,7 +8,7 @@ import torch
 
 from opdctl.core import update
 from opdctl.core.assemble import on_policy
-from opdctl.core.models import load, save
+from opdctl.core.models import save
 from opdctl.core.scored import advantage, scored
 from opdctl.errors import RecipeError
 from opdctl.types import Compute
@@ -63,7 +63,8 @@ class First:
     """A stage up to its first gradient: rollouts, their scores, the advantage."""
 
     def __init__(self, ctx, rollouts=None):
-        self.model = load(ctx.path_of(ctx.config.student), dtype=ctx.runtime.dtype)
+        self.model = ctx.student() if hasattr(ctx.config, "lora") else ctx.load(ctx.config.student)
+        self.optim = ctx.config.optim
         self.parts = on_policy(ctx, self.model, ctx.config.teachers)
         self.rollouts = rollouts(self.model) if rollouts else self.parts.source.draw(0)
         ctx.wal.at(0)
@@ -92,20 +93,20 @@ class First:
         return loss, torch.cat(grads), table
 
 
-def by_transformers(model, rollouts, temperature=1.0):
+def by_transformers(model, rollouts, temperature=1.0, valid_V=None):
     """log-softmax of transformers' own forward, one response at a time: [N, V]."""
     rows = []
     for r in rollouts:
         ids = torch.tensor([[*r.prompt_ids, *r.response_ids]])
         logits = model.net(ids).logits[0, len(r.prompt_ids) - 1 : -1]
-        rows.append((logits / temperature).log_softmax(-1))
+        rows.append((logits[:, :valid_V] / temperature).log_softmax(-1))
     return torch.cat(rows)
 
 
-def said(rows_NV, rollouts):
+def said(rows_NV, rollouts, detach=True):
     """Log-probs of the tokens of the responses. Shape [N]."""
     target_N = torch.tensor([i for r in rollouts for i in r.response_ids])
-    return rows_NV.detach().gather(-1, target_N[:, None])[:, 0]
+    return (rows_NV.detach() if detach else rows_NV).gather(-1, target_N[:, None])[:, 0]
 
 
 def apart(a, b):

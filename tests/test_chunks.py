@@ -59,8 +59,9 @@ def divergence(hidden, head, taught, columns, weight, *, level="chunked", size=3
 
 
 def plain_logits(hidden, head):
-    """A head by its definition: invalid ids at -inf, then softcap, then temperature."""
+    """A head by its definition: factor, softcap, temperature; invalid ids at -inf."""
     logits = hidden @ head.weight_VD.T + (0 if head.bias_V is None else head.bias_V)
+    logits = logits * head.scale
     if head.softcap:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     invalid = torch.arange(logits.shape[-1]) >= head.valid_V
@@ -81,7 +82,9 @@ def plain(hidden, head, teacher_hidden, teacher_head, beta):
 
 GRID = list(
     itertools.product(
-        (0.0, 0.3, 0.5, 1.0), ((1.0, None), (0.7, None), (1.0, 3.0), (2.0, 3.0)), (False, True)
+        (0.0, 0.3, 0.5, 1.0),
+        ((1.0, None, 1.0), (0.7, None, 1.3), (1.0, 3.0, 1.0), (2.0, 3.0, 0.6)),
+        (False, True),
     )
 )
 
@@ -89,9 +92,10 @@ GRID = list(
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(("beta", "scaling", "bias"), GRID)
 def test_equals_float64_autograd(level, beta, scaling, bias):
-    """Temperature, softcap, bias, padded vocabularies of unequal size, hidden sizes, weights."""
-    temperature, softcap = scaling
-    keys = {"temperature": temperature, "softcap": softcap, "bias": bias, "valid": 29}
+    """Temperature, factor, softcap, bias, padded vocabularies, unequal sizes, weights."""
+    temperature, softcap, scale = scaling
+    keys = {"temperature": temperature, "softcap": softcap, "scale": scale}
+    keys |= {"bias": bias, "valid": 29}
     hidden = tensor(11, 8, seed=1).requires_grad_()
     head = head_of(31, 8, 2, trained=True, **keys)
     teachers = [(tensor(7, 12, seed=5), head_of(37, 12, 6, **keys))]

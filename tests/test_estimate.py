@@ -10,7 +10,7 @@ from test_architecture import BLOCKED, ROOT
 from conftest import make_model
 from opdctl.core.models import save
 from opdctl.estimate.gpus import GPUS, gpu
-from opdctl.estimate.memory import estimate
+from opdctl.estimate.memory import estimate, of_student
 from opdctl.estimate.shape import CHARACTERS, Shape, made, of_folder
 from opdctl.estimate.work import LENGTH, PROMPT, Sampled, cost, decode_seconds
 from opdctl.recipe import load, resolve
@@ -79,14 +79,19 @@ def test_a_folder_and_a_stage_tell_their_size(tmp_path):
 
 def test_memory_and_seconds_by_hand():
     found = estimate(
-        10, [5, 7, 6], dtype="float32", learns=True, steps=True, resident=2, chunk_mib=1,
-        cached=3, sampled=100, activated=2, trained=50,
+        of_student(10, "float32"), [20, 28, 24], dtype="float32", learns=True, steps=True,
+        resident=2, chunk_mib=1, cached=3, sampled=100, activated=2, trained=50,
     )  # fmt: skip
     assert (found.parameters, found.gradients, found.moments, found.teachers) == (40, 40, 80, 52)
     assert (found.cache, found.activations, found.chunk) == (1200, 400, 2**20)
     assert found.peak == 40 + 80 + 52 + 40 + 400 + 2**20
-    frozen = estimate(10, [], dtype="bfloat16", learns=False, steps=False, cached=3, sampled=100)
+    student = of_student(10, "bfloat16")
+    frozen = estimate(
+        student, [], dtype="bfloat16", learns=False, steps=False, cached=3, sampled=100
+    )
     assert frozen.certain == 20 and frozen.peak == 20 + 600
+    assert of_student(10, "bfloat16", masters=True) == (20, 40, 120)  # a copy and two moments
+    assert of_student(10, "bfloat16", adapter=3) == (20 + 12, 12, 24)
     shape = Shape(parameters=1e9, layers=10, hidden=8, kv_heads=2, head_dim=4)
     h100 = GPUS["h100"]
     few = Sampled(shape, rounds=3, batch=10, longest=100)

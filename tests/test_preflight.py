@@ -13,8 +13,9 @@ from opdctl.core.models import load, outline, save
 from opdctl.errors import UsageError
 from opdctl.launch import new_run
 from opdctl.plan import ready
-from opdctl.preflight._pairing import Pairing, same_weights
+from opdctl.preflight._pairing import Pairing
 from opdctl.preflight._stage import check
+from opdctl.preflight._weights import same_weights
 from opdctl.preflight.memory import holds
 from opdctl.preflight.step0 import compare
 from opdctl.recipe import resolve

@@ -32,7 +32,7 @@ def save(
     part = folder / f".step-{step:06d}.part"
     shutil.rmtree(part, ignore_errors=True)
     make_folder(part)
-    names = dict(model.net.named_parameters())
+    names = model.moved()  # of an adapter's base, or of bfloat16 copies, nothing is kept
     save_file(
         {n: p.detach().cpu().contiguous() for n, p in names.items()}, part / "weights.safetensors"
     )
@@ -61,7 +61,7 @@ def restore(folder: Path, model: Model, optimizer: torch.optim.AdamW) -> dict | 
 
     A checkpoint that cannot be read is named on stderr and the one before it is taken.
     """
-    names = dict(model.net.named_parameters())
+    names = model.moved()
     for step in reversed(committed(folder)):
         part = folder / f"step-{step:06d}"
         try:
@@ -75,6 +75,8 @@ def restore(folder: Path, model: Model, optimizer: torch.optim.AdamW) -> dict | 
         with torch.no_grad():
             for name, parameter in names.items():
                 parameter.copy_(weights[name])
+        if model.masters is not None:
+            model.masters.publish()
         for flat, value in moments.items():
             name, slot = flat.rsplit("|", 1)
             device = "cpu" if slot == "step" else model.device

@@ -89,36 +89,67 @@ class Context:
         return str(self.run.output(parsed.name)) if parsed.form == "stage" else parsed.name
 
     def load(self, reference: str, *, device: str = "", classifier: bool = False) -> Any:
-        """A model, as the run's keys say.
+        """A model, as the run's keys say; an adapter is merged into its base.
 
         Raises:
             UsageError: it cannot be loaded, or is not whole.
         """
+        path = self.path_of(reference)
+        base = references.base_of(path)
+        model = self._load(base or path, device=device or self.device, classifier=classifier)
+        if base:
+            from opdctl.nets.lora import merged
+
+            return merged(model, path)
+        return model
+
+    def _load(self, path: str, **options: Any) -> Any:
         from opdctl.core.models import load
 
-        return load(
-            self.path_of(reference),
-            dtype=self.runtime.dtype,
-            device=device or self.device,
-            classifier=classifier,
-            trust_remote_code=self.runtime.trust_remote_code,
-        )
+        runtime = self.runtime
+        options |= {"dtype": runtime.dtype, "attn": runtime.attn, "packing": runtime.packing}
+        options["trust_remote_code"] = runtime.trust_remote_code
+        return load(path, **options)
+
+    def student(self) -> Any:
+        """The model that the stage trains, at its start, with an adapter if the keys say so; one
+        that it starts from is trained further."""
+        lora, path = getattr(self.config, "lora", None), self.path_of(self.config.student)
+        options = {"device": self.device, "recomputed": self.runtime.gradient_checkpointing}
+        base = references.base_of(path)
+        model = self._load(base or path, **options)
+        if lora is not None and lora.rank:
+            from opdctl.nets.lora import attach, go_on
+
+            if base:
+                go_on(model, path, lora, base)
+            else:
+                attach(model, lora, path, draws.key(self.seed, "lora") % 2**63)
+            return model
+        if base:
+            from opdctl.nets.lora import merged
+
+            return merged(model, path)
+        return model
 
     def frozen(self, reference: str) -> Any:
-        """A frozen model, loaded on demand; the ones that name the same place share their weights.
+        """A frozen model, loaded on demand; the ones that name the same place share their weights,
+        and adapters share those of their base.
 
         With ``runtime.resident_teachers`` the one that was used longest ago makes room.
         """
+        from opdctl.nets.shared import Shared
+
         path, most = self.path_of(reference), self.runtime.resident_teachers
-        if path not in self._models:
+        base = references.base_of(path)
+        place = base or path
+        if place not in self._models:
             while most and len(self._models) >= most:
                 self._models.pop(next(iter(self._models)))
-            model = self.load(reference)
-            model.net.requires_grad_(False)
+            self._models[place] = Shared(self._load(place, device=self.device))
             self.loads += 1
-            self._models[path] = model
-        self._models[path] = self._models.pop(path)  # the newest stands last
-        return self._models[path]
+        self._models[place] = self._models.pop(place)  # the newest stands last
+        return self._models[place].view(path if base else "")
 
     def show_first(self, rollout: Rollout, tokenizer: Any, trained: bool = True) -> None:
         """Leave the stage's first prompt in ``example.json`` and, the loss in [[ ]], in the log."""

@@ -18,7 +18,7 @@ from opdctl.core.models import Model
 from opdctl.core.scored import Parts, Step, advantage, scored
 from opdctl.core.tokens import pack
 from opdctl.rundir import write_json
-from opdctl.types import FORWARD, TRAIN, Compute
+from opdctl.types import FORWARD, Compute
 
 
 def measure(ctx: Context, model: Model, parts: Parts) -> Compute:
@@ -50,7 +50,7 @@ def measure(ctx: Context, model: Model, parts: Parts) -> Compute:
         for name, term in terms.items():
             g_P, processed = _gradient(ctx, model, parts, step, term)
             compute.train_tokens += processed
-            compute.flops["train"] += TRAIN * model.parameters * processed
+            compute.flops["train"] += model.flops * processed
             sums[name] = sums[name] + g_P
             norms[name] = float(g_P.norm())
             squares[name] += norms[name] ** 2
@@ -116,7 +116,7 @@ def rebuilt(ctx: Context, step: Step, parts: Parts, compute: Compute) -> float:
         cached = teacher.score(own, 1.0, ("hidden",))
         logits_NV = teacher.model.projection().logits(cached.hidden_ND)
         packed = pack(own, teacher.model.pad, teacher.model.device)
-        direct = teacher.model.net(packed.ids_BT).logits.flatten(0, 1)
+        direct = teacher.model.own_logits(packed.ids_BT).flatten(0, 1)
         direct_NV = direct[packed.prediction_N, : logits_NV.shape[1]].to(logits_NV.dtype)
         gap = max(gap, float((logits_NV - direct_NV).abs().max()))
         compute.teacher_tokens += 2 * packed.positions

@@ -21,8 +21,9 @@ from opdctl.core.models import Model
 from opdctl.core.scored import Parts, Step, advantage, scored
 from opdctl.errors import Interrupted, StageFailed
 from opdctl.kernels.select import rows_class
+from opdctl.nets.masters import Masters
 from opdctl.rundir import finite
-from opdctl.types import FORWARD, TRAIN, Compute, Rollout
+from opdctl.types import FORWARD, Compute, Rollout
 
 
 def train(ctx: Context, model: Model, parts_of: Callable[[Context, Model], Parts]) -> Compute:
@@ -46,6 +47,9 @@ class Loop:
     def __init__(self, ctx: Context, model: Model, parts: Parts) -> None:
         self.ctx, self.model, self.parts = ctx, model, parts
         self.steps, self.optim = ctx.config.steps, ctx.config.optim
+        if model.adapter is None and ctx.runtime.masters_of(self.optim.lr):
+            model.masters = Masters(model.net)
+            print(f"{ctx.name}: the optimizer moves float32 copies of the parameters", flush=True)
         self.optimizer = update.make_optimizer(model, self.optim)
         self.compute, self.watch = Compute(), Watch(ctx.config.watch, ctx.name)
         self.checkpoints = ctx.folder / "checkpoints"
@@ -179,7 +183,7 @@ class Loop:
                 for name, vector_N in table.items():
                     logged.setdefault(name, []).append(vector_N)
                 self.compute.train_tokens += processed
-                self.compute.flops["train"] += TRAIN * model.parameters * processed
+                self.compute.flops["train"] += model.flops * processed
         values = {
             "loss": mean(losses),
             "grad_norm": mean(norms),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from opdctl.chat.rendering import Chat, different_ends
 from opdctl.errors import UsageError
 from opdctl.kernels.head import Head
+from opdctl.nets.own_logits import keeps_apart, require_own_logits, shaped
+from opdctl.nets.recomputed import recompute, recomputing
+from opdctl.nets.whole import require_whole, unreadable
 from opdctl.references import first_difference
 
 
@@ -32,20 +35,42 @@ class Model(Chat):
         net: the transformers module.
         tokenizer: its tokenizer.
         name: where it came from, for messages.
+        adapter: what a student's stage trains in place of its weights, see nets/lora.py.
+        masters: fp32 copies of the parameters, see nets/masters.py.
+        recomputed: a pass that needs a gradient computes activations again, see nets/recomputed.py.
+        one_row: sequences stand one after another in a pass, without padding.
+        switch: called before each forward; a teacher that is an adapter turns it on.
     """
 
     net: nn.Module
     tokenizer: Any
     name: str = ""
+    adapter: Any = None
+    masters: Any = None
+    recomputed: bool = False
+    one_row: bool = False
+    switch: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self.rows: int = self.net.get_input_embeddings().num_embeddings
         self.begin_chat(getattr(self.net, "generation_config", None) or self.net.config)
         ids = 1 + max(self.tokenizer.get_vocab().values())  # len() would miss ids after a hole
         self.valid_V = min(ids, self.net.config.get_text_config().vocab_size)
-        config = self.net.config.get_text_config()
-        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.softcap, self.scale = shaped(self.net.config.get_text_config())
+        self.count()
+
+    def count(self) -> None:
+        """Set ``parameters``, of them ``trained``, and ``flops`` of an update, a token: two a
+        parameter forward, two back through it, and two for its own gradient."""
         self.parameters = sum(p.numel() for p in self.net.parameters())
+        self.trained = sum(p.numel() for p in self.net.parameters() if p.requires_grad)
+        self.flops = 4.0 * self.parameters + 2.0 * self.trained
+
+    def moved(self) -> dict[str, Tensor]:
+        """What an optimizer moves, by name: fp32 masters, or the parameters that are trained."""
+        if self.masters is not None:
+            return self.masters.named
+        return {n: p for n, p in self.net.named_parameters() if p.requires_grad}
 
     @property
     def device(self) -> torch.device:
@@ -61,9 +86,17 @@ class Model(Chat):
         """The language-model head, or the score head of a classifier."""
         return self.net.score if hasattr(self.net, "score") else self.net.get_output_embeddings()
 
-    def trunk(self, ids_BT: Tensor, **options: Any) -> Any:
+    def trunk(self, input_ids: Tensor, **options: Any) -> Any:
         """The transformer without its head; causal, padding on the right. Hidden is [B, T, D]."""
-        return self.net.base_model(input_ids=ids_BT, **options)
+        self.switch()
+        again = self.recomputed and torch.is_grad_enabled()
+        with recomputing(self.net) if again else contextlib.nullcontext():
+            return self.net.base_model(input_ids=input_ids, **options)
+
+    def own_logits(self, ids_BT: Tensor) -> Tensor:
+        """The model's own logits, [B, T, V], to compare."""
+        self.switch()
+        return self.net(ids_BT).logits
 
     def projection(self, temperature: float = 1.0, rounded: bool = False) -> Head:
         """The head as a linear map, with the guarantees the mathematics needs.
@@ -79,7 +112,8 @@ class Model(Chat):
             )
         valid_V = min(self.valid_V, layer.out_features)
         softcap = None if hasattr(self.net, "score") else self.softcap
-        return Head(layer.weight, valid_V, layer.bias, softcap, temperature, rounded)
+        scale = 1.0 if hasattr(self.net, "score") else self.scale
+        return Head(layer.weight, valid_V, layer.bias, softcap, temperature, rounded, scale)
 
     def logits(self, hidden_ND: Tensor, temperature: float = 1.0) -> Tensor:
         """Next-token logits [N, V] at a temperature, in at least fp32, invalid ids at -inf."""
@@ -120,7 +154,7 @@ def outline(folder: str, trust_remote_code: bool = False) -> Model:
             net.generation_config = GenerationConfig.from_pretrained(name, **options)
         return Model(net.train(False), tokenizer, folder)
     except Exception as error:  # files of a stranger make transformers raise anything
-        raise _unreadable(folder, error) from error
+        raise unreadable(folder, error) from error
 
 
 def _source(folder: str, trust_remote_code: bool) -> tuple[str, dict]:
@@ -130,19 +164,6 @@ def _source(folder: str, trust_remote_code: bool) -> tuple[str, dict]:
     return name, options | ({"revision": revision} if revision else {})
 
 
-def _unreadable(folder: str, error: Exception) -> UsageError:
-    if isinstance(error, UsageError):
-        return error
-    what = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
-    if "trust_remote_code" in str(error):
-        hint = "it brings code of its own: read that, then runtime.trust_remote_code=true"
-        return UsageError(f"cannot load {folder}: {what}", hint)
-    return UsageError(
-        f"cannot load {folder}: {what}",
-        "a model is a folder in Hugging Face format: config.json, tokenizer, model.safetensors",
-    )
-
-
 def load(
     folder: str,
     *,
@@ -150,6 +171,9 @@ def load(
     device: str = "cpu",
     classifier: bool = False,
     trust_remote_code: bool = False,
+    attn: str = "auto",
+    recomputed: bool = False,
+    packing: str = "auto",
 ) -> Model:
     """A model from a folder or a public name (``name@revision``).
 
@@ -157,6 +181,9 @@ def load(
         classifier: with one score per token in place of the language-model head; the score
             starts at zero unless the folder has one.
         trust_remote_code: run code that the model brings.
+        attn: implementation of attention, by transformers' name; auto leaves it to transformers.
+        recomputed: gradient checkpointing.
+        packing: ``packed`` without padding, ``padded``, or ``auto``: packed with flash attention.
 
     Raises:
         UsageError: it cannot be loaded, or not all of it is there; says from where and why.
@@ -175,6 +202,8 @@ def load(
         config = AutoConfig.from_pretrained(name, **options)
         if classifier:
             config.num_labels = 1
+        if attn != "auto":
+            options["attn_implementation"] = attn
         net, found = kind.from_pretrained(
             name,
             config=config,
@@ -185,44 +214,16 @@ def load(
         )
         model = Model(net.to(device).train(False), tokenizer, folder)
     except Exception as error:  # files of a stranger make transformers raise anything
-        raise _unreadable(folder, error) from error
-    missing, left_over = set(found["missing_keys"]), set(found["unexpected_keys"])
-    if classifier and not any("Classification" in a for a in config.architectures or []):
-        missing -= {f"score.{n}" for n, _ in net.score.named_parameters()}
-        left_over -= {n for n in left_over if n.startswith("lm_head.")}
-        for parameter in net.score.parameters():
-            nn.init.zeros_(parameter)
-    left_over = {n for n in left_over if _inside(net, n)}
-    _require_whole(model, missing, left_over)
+        raise unreadable(folder, error) from error
+    require_whole(model, classifier, found)
+    require_own_logits(model)
+    implementation = str(net.config.get_text_config()._attn_implementation)
+    if packing == "packed" or (packing == "auto" and implementation.startswith("flash")):
+        model.one_row = keeps_apart(model, required=packing == "packed")
+    if recomputed:
+        recompute(net, folder)
+        model.recomputed = True
     return model
-
-
-def _inside(net: nn.Module, name: str) -> bool:
-    """Whether a tensor that nothing took belongs to a module of the model, or to one more of its
-    layers; not so are parts beside a language model, such as a vision tower."""
-    modules = {re.sub(r"\d+", "*", n) for n, _ in net.named_modules()}
-    parts = re.sub(r"\d+", "*", name).split(".")
-    owners = [".".join(parts[:n]) for n in range(1, len(parts))]
-    return not owners or owners[-1] in modules or any("*" in o and o in modules for o in owners)
-
-
-def _require_whole(model: Model, missing: set[str], left_over: set[str]) -> None:
-    """Every weight comes from the files, no tensor of theirs is left over, all are finite.
-
-    Raises:
-        UsageError: not so; names the first.
-    """
-    hint = "its config.json and its weights are of two models, or a file was cut short"
-    for names, what in ((missing, "lacks {} weights"), (left_over, "has {} weights of no use")):
-        if names:
-            count = what.format(len(names))
-            raise UsageError(f"{model.name} {count}, such as {min(names)}", hint)
-    for name, parameter in model.net.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise UsageError(
-                f"{model.name}: {name} holds numbers that are not finite",
-                "its training went wrong, or it was saved in too narrow a type",
-            )
 
 
 def different_tokens(student: Model, teacher: Model) -> tuple[str, str] | None:
@@ -259,7 +260,10 @@ def require_same_tokens(student: Model, teacher: Model, where: str) -> None:
 def save(model: Model, folder: Path) -> None:
     """Write a checkpoint in Hugging Face format, each file synced to disk."""
     model.write_ends(getattr(model.net, "generation_config", None))
-    model.net.save_pretrained(folder)
+    if model.adapter is not None:
+        model.adapter.finish(model, folder)
+    else:
+        model.net.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
     for path in folder.rglob("*"):
         if path.is_file():

@@ -75,8 +75,8 @@ def score(
     rows = rows_in(chunk_mib, head)
     for group, tokens_N in micro_batches(requests, micro_batch, model.device):
         check()
-        packed = pack([requests[i] for i in group], model.pad, model.device)
-        hidden = model.trunk(packed.ids_BT).last_hidden_state
+        packed = pack([requests[i] for i in group], model.pad, model.device, model.one_row)
+        hidden = model.trunk(**packed.inputs).last_hidden_state
         hidden_ND = hidden.flatten(0, 1)[packed.prediction_N]
         if found.hidden_ND is not None:
             found.hidden_ND[tokens_N] = hidden_ND

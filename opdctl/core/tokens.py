@@ -20,10 +20,14 @@ from opdctl.types import ScoreRequest
 
 @dataclass
 class Packed:
-    """Sequences in one right-padded rectangle. Causal attention never sees the padding.
+    """Sequences in one right-padded rectangle, or one after another in one row without padding.
+
+    Causal attention never sees the padding; in one row, positions that start again at 0 keep the
+    sequences apart, where the model reads them so (``nets/own_logits.py`` looks).
 
     Attributes:
-        ids_BT: token ids.
+        ids_BT: token ids; [1, T] in one row.
+        position_BT: places within the sequences; None where every sequence has a row of its own.
         target_N: the supervised ids.
         prediction_N: rows of the flattened [B*T] trunk output that predict them.
         token_N: rows of the flattened [B*T] trunk output that have seen them.
@@ -39,19 +43,35 @@ class Packed:
     sequence_N: Tensor
     length_B: Tensor
     positions: int
+    position_BT: Tensor | None = None
+
+    @property
+    def inputs(self) -> dict:
+        """For the trunk; nothing is to be generated from its state."""
+        found = {"input_ids": self.ids_BT, "use_cache": False}
+        return found if self.position_BT is None else found | {"position_ids": self.position_BT}
 
 
-def pack(spans: Sequence[ScoreRequest], pad: int, device="cpu") -> Packed:
+def pack(spans: Sequence[ScoreRequest], pad: int, device="cpu", one_row: bool = False) -> Packed:
     """Pack spans; their targets are supervised. A span without a target is allowed."""
-    B = len(spans)
-    T = max((len(span.ids) for span in spans), default=1)
+    whole = [len(span.ids) for span in spans]
+    B, T = len(spans), max(whole, default=1)
+    position_BT = None
+    if one_row:
+        B, T = 1, max(1, sum(whole))
+        position_BT = torch.zeros(1, T, dtype=torch.long)
     ids_BT = torch.full((B, T), pad, dtype=torch.long)
     target, token, sequence, lengths = [], [], [], []
+    start = 0
     for b, span in enumerate(spans):
-        ids_BT[b, : len(span.ids)] = torch.tensor(span.ids, dtype=torch.long)
+        if position_BT is not None:
+            position_BT[0, start : start + whole[b]] = torch.arange(whole[b])
+        first = start if one_row else b * T
+        ids_BT.view(-1)[first : first + whole[b]] = torch.tensor(span.ids, dtype=torch.long)
+        start += whole[b]
         places = span.targets
         target.extend(span.ids[p] for p in places)
-        token.extend(b * T + p for p in places)
+        token.extend(first + p for p in places)
         sequence.extend([b] * len(places))
         lengths.append(len(places))
     token_N = torch.tensor(token, dtype=torch.long)
@@ -62,7 +82,8 @@ def pack(spans: Sequence[ScoreRequest], pad: int, device="cpu") -> Packed:
         token_N=token_N,
         sequence_N=torch.tensor(sequence, dtype=torch.long),
         length_B=torch.tensor(lengths, dtype=torch.long),
-        positions=sum(len(span.ids) for span in spans),
+        positions=sum(whole),
+        position_BT=position_BT,
     )
     for name, value in vars(packed).items():
         if isinstance(value, Tensor):

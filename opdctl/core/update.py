@@ -37,7 +37,7 @@ def lr_at(step: int, steps: int, optim: Optim) -> float:
 
 def make_optimizer(model: Model, optim: Optim) -> torch.optim.AdamW:
     """AdamW with decoupled weight decay on matrices only."""
-    named = [p for p in model.net.parameters() if p.requires_grad]
+    named = list(model.moved().values())
     groups = [
         {"params": [p for p in named if p.ndim >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in named if p.ndim < 2], "weight_decay": 0.0},
@@ -119,8 +119,8 @@ def accumulate(
     if teacher_NM is not None:  # sequences of one teacher together, so that its head is read once
         order = last_of_each(teacher_NM[:, 0], torch.tensor(lengths)).tolist()
     for group, tokens_N in micro_batches(spans, micro_batch, model.device, order):
-        packed = pack([spans[i] for i in group], model.pad, model.device)
-        hidden = model.trunk(packed.ids_BT).last_hidden_state.flatten(0, 1)
+        packed = pack([spans[i] for i in group], model.pad, model.device, model.one_row)
+        hidden = model.trunk(**packed.inputs).last_hidden_state.flatten(0, 1)
         index_N = packed.prediction_N if "prediction" in which else packed.token_N
         kept_N = weight_N[tokens_N].nonzero()[:, 0]
         place_N = torch.zeros_like(kept_N)
@@ -160,12 +160,14 @@ def step(
     Returns:
         The gradient norm before clipping, and whether the step was taken.
     """
-    parameters = [p for p in model.net.parameters() if p.grad is not None]
+    parameters = [p for p in model.moved().values() if p.grad is not None]
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf, foreach=True))
     taken = math.isfinite(norm) and math.isfinite(loss)
     if taken:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
+        if model.masters is not None:
+            model.masters.publish()
     optimizer.zero_grad(set_to_none=True)
     return norm, taken

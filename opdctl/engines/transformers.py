@@ -69,7 +69,7 @@ class Transformers:
     def _wave(self, prompts, keys_B, temperature, max_tokens) -> list[Sample]:
         import numpy as np
         import torch
-        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicCache, DynamicLayer
 
         model, device = self.model, self.model.device
         tokens_BT = np.full((len(prompts), max_tokens), model.eos)
@@ -90,27 +90,21 @@ class Transformers:
             ids_UT[u, pads[u] :] = torch.tensor(prompt)
         pad_U = torch.tensor(pads, device=device)
         seen_UT = torch.arange(T + max_tokens, device=device) >= pad_U[:, None]
-        causal_TT = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-        self_TT = torch.eye(T, dtype=torch.bool, device=device)  # padding attends to itself
-        dtype = next(model.net.parameters()).dtype
-
-        def additive(allowed):
-            """0 where allowed, else the lowest number: every attention reads that alike."""
-            zeros = torch.zeros(allowed.shape, dtype=dtype, device=device)
-            return zeros.masked_fill(~allowed, torch.finfo(dtype).min)
-
+        cache = DynamicCache(config=model.net.config)
+        given = model.net.config._attn_implementation in ("eager", "sdpa")
+        sees_all = given and all(type(layer) is DynamicLayer for layer in cache.layers)
+        mask = additive(next(model.net.parameters()).dtype) if sees_all else own_mask
         inputs = {
             "input_ids": ids_UT.to(device),
-            "attention_mask": additive((seen_UT[:, None, None, :T] & causal_TT) | self_TT),
+            "attention_mask": mask(seen_UT[:, :T], T),
             "position_ids": (torch.arange(T, device=device) - pad_U[:, None]).clamp(min=0),
         }
-        cache = DynamicCache(config=model.net.config)
         alive = np.arange(len(prompts))  # rows still in the batch
         ended_B = np.zeros(len(prompts), bool)
         with torch.inference_mode():
             for t in range(max_tokens):
                 self.check()
-                hidden = model.net.base_model(**inputs, past_key_values=cache, use_cache=True)
+                hidden = model.trunk(**inputs, past_key_values=cache, use_cache=True)
                 last = hidden.last_hidden_state[:, -1]
                 if t == 0:  # a prompt is read once, whatever the size of its group
                     last, seen_UT = last[owner_B], seen_UT[owner_B]
@@ -138,7 +132,7 @@ class Transformers:
                 inputs = {
                     "input_ids": token_B[:, None],
                     "position_ids": position_B1,
-                    "attention_mask": additive(seen_UT[:, None, None, : T + t + 1]),
+                    "attention_mask": mask(seen_UT[:, : T + t + 1], 1),
                 }
         return cut(tokens_BT, logprobs_BT, model.ends)
 
@@ -153,6 +147,30 @@ class Transformers:
     def _log(self, name: str, alive, tokens_B, logprobs_B) -> None:
         if self.wal is not None:
             self.wal.put(name, {"alive": alive, "tokens": tokens_B, "logprobs": logprobs_B})
+
+
+def additive(dtype):
+    """Makes masks [B, 1, queries, T]: 0 where allowed, else the lowest number, which eager and sdpa
+    read alike. For models each of whose layers sees all that was before: it is made once a step and
+    not once a layer, which at tiny sizes is a third of the time."""
+    import torch
+
+    def mask(seen_BT, queries: int):
+        allowed = seen_BT[:, None, None, :]
+        if queries > 1:
+            square_TT = torch.ones(queries, queries, dtype=torch.bool, device=seen_BT.device)
+            self_TT = torch.eye(queries, dtype=torch.bool, device=seen_BT.device)
+            allowed = (allowed & square_TT.tril()) | self_TT  # padding attends to itself
+        zeros = torch.zeros(allowed.shape, dtype=dtype, device=seen_BT.device)
+        return zeros.masked_fill(~allowed, torch.finfo(dtype).min)
+
+    return mask
+
+
+def own_mask(seen_BT, queries: int):
+    """What is no padding, [B, T]: the model makes the mask of each layer from it, windows and all,
+    and attentions without a mask of that kind (flash) read it."""
+    return seen_BT.long()
 
 
 def draw(logits_BV, uniform_B: np.ndarray):

@@ -1,9 +1,10 @@
 """What a stage holds at once, in bytes: one formula, for ``plan`` and for the check before a start.
 
-Assumed: AdamW with two moments and gradients in the parameters' type; frozen models in it too, all
-loaded or as many as ``runtime.resident_teachers`` says, the largest ones; full attention in every
-layer; a wave of responses as long as they may get; that sampling and updates take turns; nothing
-recomputed in the backward pass. Not counted: kept hidden rows of teachers, fragments, other stages.
+Assumed: AdamW with two moments and gradients in the parameters' type, or in float32 for copies of
+bfloat16 parameters (counted with the moments) and for adapters; frozen models, all loaded or as
+many as ``runtime.resident_teachers`` says, the largest ones; full attention in every layer; a wave
+of responses as long as they may get; that sampling and updates take turns; nothing recomputed in
+the backward pass. Not counted: kept hidden rows of teachers, fragments, other stages.
 """
 
 from __future__ import annotations
@@ -38,8 +39,27 @@ class Estimate:
         return held + max(self.cache, self.gradients + self.chunk + self.activations)
 
 
+def of_student(
+    parameters: float, dtype: str, *, masters: bool = False, adapter: float | None = None
+) -> tuple[int, int, int]:
+    """Bytes of its parameters, of gradients, and of what the optimizer keeps.
+
+    Args:
+        masters: the optimizer moves float32 copies.
+        adapter: parameters of an adapter beside it; it alone is trained.
+    """
+    each = BYTES[dtype]
+    size = int(parameters * each)
+    if adapter is not None:
+        wide = int(adapter * max(each, 4))
+        return size + wide, wide, 2 * wide
+    if masters:
+        return size, int(4 * parameters), int(12 * parameters)
+    return size, size, 2 * size
+
+
 def estimate(
-    parameters: float,
+    student: tuple[int, int, int],
     frozen: list[float],
     *,
     dtype: str,
@@ -56,8 +76,8 @@ def estimate(
     """See the module for what is assumed.
 
     Args:
-        parameters: of the student.
-        frozen: parameters of each other model.
+        student: bytes, see ``of_student``.
+        frozen: bytes of each other model.
         learns: it takes gradients; ``steps``: and an optimizer's steps.
         resident: most of them loaded at once; 0 is all.
         cached: numbers a cache keeps of a token.
@@ -66,13 +86,13 @@ def estimate(
         trained: tokens of a micro-batch.
     """
     each = BYTES[dtype]
-    size = int(parameters * each)
+    size, grown, kept = student
     largest = sorted(frozen, reverse=True)[: resident or None]
     return Estimate(
         parameters=size,
-        gradients=size if learns else 0,
-        moments=2 * size if steps else 0,
-        teachers=int(sum(largest) * each),
+        gradients=grown if learns else 0,
+        moments=kept if steps else 0,
+        teachers=int(sum(largest)),
         chunk=(chunk_mib or CHUNK_MIB[device]) << 20 if learns else 0,
         cache=sampled * cached * each,
         activations=trained * activated * each if learns else 0,

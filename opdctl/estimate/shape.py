@@ -47,6 +47,11 @@ class Shape:
         of each attention block and four of its feed-forward part."""
         return self.layers * (10 * self.hidden + 4 * self.intermediate)
 
+    def adapter(self, rank: int) -> float:
+        """Parameters of a low-rank adapter: rank times the two widths of each linear layer, four in
+        an attention block and three in its feed-forward part."""
+        return rank * self.layers * (8.0 * self.hidden + 3 * (self.hidden + self.intermediate))
+
 
 def shape_of(recipe: Any, reference: str, stage: str = "") -> Shape | None:
     """Size of a referenced model; None where nothing says.

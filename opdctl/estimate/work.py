@@ -15,7 +15,7 @@ from typing import Any
 
 from opdctl import references
 from opdctl.estimate.gpus import Gpu
-from opdctl.estimate.memory import BYTES, Estimate, estimate
+from opdctl.estimate.memory import BYTES, Estimate, estimate, of_student
 from opdctl.estimate.shape import Shape, made, shape_of
 from opdctl.schema import references as refs_of
 from opdctl.types import FORWARD, TRAIN
@@ -27,7 +27,9 @@ COMPUTE = 0.4  # of the peak of multiplications: prompts, scoring, training
 DECODE = 0.5  # of the bandwidth: one token of every response of a wave
 LAUNCH = 5e-4  # seconds a layer and token: launching kernels one by one, whatever the batch
 ASSUMED = (
-    "parameters, gradients and two moments of AdamW in runtime.dtype; keys and values of a wave of "
+    "parameters, gradients and two moments of AdamW in runtime.dtype; in float32 for copies of "
+    "bfloat16 parameters (runtime.masters) and adapters on every linear layer; keys and "
+    "values of a wave of "
     "responses of the full sampling.max_tokens; activations of a micro-batch, none recomputed; "
     f"prompts of {PROMPT} tokens, demonstrations of {DEMONSTRATION}, responses of {LENGTH:.0%} of "
     f"sampling.max_tokens; {FORWARD:g} operations a parameter and token forward, {TRAIN:g} in "
@@ -131,12 +133,17 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
     student = shapes[start] if start else made(config.model)
     work = work_of(config, recipe.domains(stage), student, shapes)
     wave, longest = _wave(work, runtime.wave)
-    learns = work.trained > 0
+    learns, lora = work.trained > 0, getattr(config, "lora", None)
     frozen = {r: s.parameters for r, s in shapes.items() if r != start}
     per_pass = work.samples[0].longest if work.samples else DEMONSTRATION
     memory = estimate(
-        student.parameters,
-        list(frozen.values()),
+        of_student(
+            student.parameters,
+            runtime.dtype,
+            masters=hasattr(config, "optim") and runtime.masters_of(config.optim.lr),
+            adapter=student.adapter(lora.rank) if lora and lora.rank else None,
+        ),
+        [n * BYTES[runtime.dtype] for n in frozen.values()],
         dtype=runtime.dtype,
         learns=learns,
         steps=hasattr(config, "optim"),

@@ -37,6 +37,7 @@ class Head:
         softcap: ``c tanh(z / c)`` on the logits (Gemma 2, arXiv 2408.00118), if any.
         temperature: divides the logits, after the softcap.
         rounded: round the logits to bfloat16, as most frameworks do; for comparison only.
+        scale: multiplies the logits, before the softcap (Cohere; Granite, which divides).
     """
 
     weight_VD: Tensor
@@ -45,6 +46,7 @@ class Head:
     softcap: float | None = None
     temperature: float = 1.0
     rounded: bool = False
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         assert self.valid_V <= len(self.weight_VD), "every valid id has a row"
@@ -70,9 +72,11 @@ class Head:
         return self._shape(out_CV, bias_V)
 
     def _shape(self, logits: Tensor, bias: Tensor | None) -> Tensor:
-        """Bias, softcap, temperature and rounding, in place."""
+        """Bias, scale, softcap, temperature and rounding, in place."""
         if bias is not None:
             logits += bias
+        if self.scale != 1.0:
+            logits *= self.scale
         if self.softcap:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
         if self.temperature != 1.0:
@@ -88,11 +92,12 @@ class Head:
         return self._shape(logits_CK, None if self.bias_V is None else self.bias_V.detach()[ids_CK])
 
     def slope(self, logits_CV: Tensor) -> Tensor | None:
-        """d logits / d (hidden x weight), where it is not the constant 1 / temperature."""
+        """d logits / d (hidden x weight), where it is not the constant scale / temperature."""
         if not self.softcap:
             return None
         uncapped_CV = logits_CV * (self.temperature / self.softcap)
-        return (1 - uncapped_CV.square_()).div_(self.temperature)
+        slope_CV = (1 - uncapped_CV.square_()).div_(self.temperature)
+        return slope_CV if self.scale == 1.0 else slope_CV.mul_(self.scale)
 
     def new_grad(self) -> HeadGrad:
         """Zeros where a parameter is trained; a frozen head allocates nothing."""
@@ -121,8 +126,11 @@ class Head:
         """
         if slope_CV is not None:
             grad_CV *= slope_CV
-        elif self.temperature != 1.0:
-            grad_CV /= self.temperature
+        else:
+            if self.temperature != 1.0:
+                grad_CV /= self.temperature
+            if self.scale != 1.0:
+                grad_CV *= self.scale
         grad_CV = grad_CV.to(self.operand)
         scaled_CD = hidden_CD
         if factor_C is not None:

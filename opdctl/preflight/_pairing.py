@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from opdctl import references
 from opdctl.core import draws
 from opdctl.core.prompts import fitting
 from opdctl.errors import UsageError
+from opdctl.preflight._weights import same_weights
 from opdctl.settings import routes
 from opdctl.types import Prompt, Rollout
 
@@ -87,7 +87,12 @@ class Pairing:
 
         path = self.ctx.path_of(reference)
         if path not in self._outlines:
-            self._outlines[path] = outline(path, self.ctx.runtime.trust_remote_code)
+            base, trusted = references.base_of(path), self.ctx.runtime.trust_remote_code
+            self._outlines[path] = outline(base or path, trusted)
+            if base:
+                from opdctl.nets.lora import tokenizer
+
+                self._outlines[path].tokenizer = tokenizer(self._outlines[path], path)
             self._outlines[path].name = reference
         return self._outlines[path]
 
@@ -103,7 +108,7 @@ class Pairing:
         """Whether a teacher's weights are the student's, as they stand on disk."""
         if name not in self._same:
             places = [self.ctx.path_of(r) for r in (self.ctx.config.student, self.teachers[name])]
-            self._same[name] = len(set(places)) == 1 or same_weights(*map(folder_of, places))
+            self._same[name] = len(set(places)) == 1 or same_weights(*places)
         return self._same[name]
 
     @property
@@ -145,49 +150,3 @@ class Pairing:
         prompts = [p for d in domains for p in self.prompts(d, SAMPLED)]
         model = self.ctx.frozen(reference)
         return sample_group(self.ctx, model, prompts, 0, source, samples=1)
-
-
-def folder_of(place: str) -> Path:
-    """The folder with a model's weights; those of a public name are fetched."""
-    if Path(place).is_dir():
-        return Path(place)
-    from huggingface_hub import snapshot_download
-
-    name, _, revision = place.partition("@")
-    try:
-        found = snapshot_download(
-            name, revision=revision or None, allow_patterns="model*.safetensors"
-        )
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot load {place}: {str(error).strip().splitlines()[0]}") from error
-    return Path(found)
-
-
-def same_weights(ours: Path, theirs: Path) -> bool:
-    """Whether two folders hold the same tensors, whatever their files and types.
-
-    Reads no further than the first tensor that differs.
-    """
-    import torch
-    from safetensors import safe_open
-
-    def tensors(folder: Path) -> dict[str, Path]:
-        found = {}
-        for path in sorted(folder.glob("model*.safetensors")):
-            with safe_open(path, "pt") as file:
-                found |= dict.fromkeys(file.keys(), path)
-        return found
-
-    def read(path: Path, name: str):
-        with safe_open(path, "pt") as file:
-            return file.get_tensor(name)
-
-    a, b = tensors(ours), tensors(theirs)
-    if a.keys() != b.keys():
-        return False
-    for name in a:
-        x, y = read(a[name], name), read(b[name], name)
-        wide = torch.promote_types(x.dtype, y.dtype)
-        if not torch.equal(x.to(wide), y.to(wide)):
-            return False
-    return True

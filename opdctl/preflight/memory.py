@@ -1,16 +1,18 @@
 """What the stage will hold at once, against the device or the machine.
 
-The formula and what it assumes stand in ``estimate/memory.py``; prompts are as long as the longest
-of those looked at. Not counted: activations, a reward model, the teachers' kept hidden rows, other
-stages at the same time.
+The formula and what it assumes stand in ``estimate/memory.py``; a base with all of its adapters
+counts once, and prompts are as long as the longest of those looked at. Not counted: activations, a
+reward model, the teachers' kept hidden rows, other stages at the same time.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
-from opdctl.estimate.memory import Estimate, estimate, shown
+from opdctl import references
+from opdctl.estimate.memory import BYTES, Estimate, estimate, of_student, shown
 from opdctl.preflight._pairing import Finding, Pairing
 
 PROMPTS = 16  # of each domain, for their length
@@ -51,15 +53,21 @@ class Memory:
 def holds(pairing: Pairing) -> Estimate:
     """See ``estimate/memory.py`` for what is assumed."""
     config, runtime, student = pairing.ctx.config, pairing.ctx.runtime, pairing.student
-    places = {pairing.ctx.path_of(r): pairing.outline(n) for n, r in pairing.teachers.items()}
+    each = BYTES[runtime.dtype]
+    held = {pairing.ctx.path_of(r): pairing.outline(n) for n, r in pairing.teachers.items()}
     if pairing.policy:
-        places[pairing.ctx.path_of(config.student)] = student
+        held[pairing.ctx.path_of(config.student)] = student
+    places: dict[str, int] = {}
+    for path, model in held.items():  # the outline of an adapter is that of its base
+        base = references.base_of(path)
+        whole = places.get(base or path, model.parameters * each)
+        places[base or path] = whole + (adapter_bytes(path) if base else 0)
     prompts = [p for d in pairing.route for p in pairing.prompts(d, PROMPTS)]
     longest = max(len(student.render(p)) for p in prompts) + config.sampling.max_tokens
     wave = min(runtime.wave, config.prompts.per_step * config.prompts.samples)
     return estimate(
-        student.parameters,
-        [m.parameters for m in places.values()],
+        trained(pairing),
+        list(places.values()),
         dtype=runtime.dtype,
         learns=True,
         steps=hasattr(config, "optim"),
@@ -69,6 +77,28 @@ def holds(pairing: Pairing) -> Estimate:
         cached=per_token(student.net.config.get_text_config()),
         sampled=wave * longest,
     )
+
+
+def trained(pairing: Pairing) -> tuple[int, int, int]:
+    """Bytes of the student's parameters, of its gradients, and of what the optimizer keeps."""
+    config, runtime, student = pairing.ctx.config, pairing.ctx.runtime, pairing.student
+    lora = getattr(config, "lora", None)
+    if lora is not None and lora.rank:
+        from opdctl.nets.lora import size
+
+        added = student.trained if student.adapter else size(student.net, lora)
+        own = student.parameters - (added if student.adapter else 0)
+        return of_student(own, runtime.dtype, adapter=added)
+    masters = hasattr(config, "optim") and runtime.masters_of(config.optim.lr)
+    return of_student(student.parameters, runtime.dtype, masters=masters)
+
+
+def adapter_bytes(folder: str) -> int:
+    """Bytes of an adapter in float32."""
+    from safetensors import safe_open
+
+    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+        return sum(4 * math.prod(file.get_slice(n).get_shape()) for n in list(file.keys()))
 
 
 def per_token(config) -> int:

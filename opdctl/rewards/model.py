@@ -24,8 +24,9 @@ class Model:
         with torch.no_grad():
             for group, _ in micro_batches(spans, self.ctx.runtime.micro_batch):
                 self.ctx.check()
-                packed = pack([spans[i] for i in group], self.model.pad, self.model.device)
-                hidden = self.model.trunk(packed.ids_BT).last_hidden_state.flatten(0, 1)
+                model = self.model
+                packed = pack([spans[i] for i in group], model.pad, model.device, model.one_row)
+                hidden = model.trunk(**packed.inputs).last_hidden_state.flatten(0, 1)
                 score_N = self.model.head(hidden[packed.token_N])[:, 0].float()
                 right_B = last_of_each(score_N, packed.length_B).sigmoid().tolist()
                 for i, right in zip(group, right_B, strict=True):

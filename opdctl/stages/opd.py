@@ -73,7 +73,7 @@ class Opd:
         from opdctl.core.assemble import on_policy
         from opdctl.core.loop import train
 
-        model = ctx.load(ctx.config.student)
+        model = ctx.student()
         return train(ctx, model, lambda ctx, model: on_policy(ctx, model, ctx.config.teachers))
 
 

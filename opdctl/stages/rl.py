@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from opdctl.errors import Problem
 from opdctl.registry import member
 from opdctl.schema import REQUIRED, key
-from opdctl.settings import Prompts, Sampling, TrainConfig
+from opdctl.settings import Lora, Prompts, Sampling, TrainConfig
 from opdctl.stages.sft import needs_domains
 
 
@@ -22,6 +22,7 @@ class OnPolicyConfig(TrainConfig):
     """Keys of a stage whose student samples."""
 
     student: str = key(REQUIRED, "where it starts", ref=True)
+    lora: Lora = key(Lora(), "an adapter in place of the weights", neutral=True)
     sampling: Sampling = key(Sampling(), "how the student samples")
     updates_per_rollout: int = key(1, "passes over a step's rollouts", least=1)
     minibatches: int = key(1, "optimizer steps in a pass", least=1)
@@ -183,5 +184,5 @@ class Rl:
         from opdctl.core.assemble import on_policy
         from opdctl.core.loop import train
 
-        model = ctx.load(ctx.config.student)
+        model = ctx.student()
         return train(ctx, model, lambda ctx, model: on_policy(ctx, model, {}))

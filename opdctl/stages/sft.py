@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from opdctl.errors import Problem
 from opdctl.schema import REQUIRED, key
-from opdctl.settings import TrainConfig
+from opdctl.settings import Lora, TrainConfig
 
 
 def needs_domains(recipe, stage) -> list[Problem]:
@@ -75,6 +75,7 @@ class Sft:
         """Keys of an sft stage."""
 
         student: str = key(REQUIRED, "where it starts", ref=True)
+        lora: Lora = key(Lora(), "an adapter in place of the weights", neutral=True)
         sources: dict = key(
             {"dataset": {}}, "dataset, teacher, or both with their domains", family="sources"
         )
@@ -106,7 +107,7 @@ class Sft:
         from opdctl.core.loop import train
 
         config = ctx.config
-        model = ctx.load(config.student)
+        model = ctx.student()
         return train(
             ctx,
             model,

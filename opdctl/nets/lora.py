@@ -1,0 +1,226 @@
+"""LoRA adapters through peft: put on a student, read from a folder, merged, written.
+
+Hu et al. 2021 (arXiv 2106.09685): W + (alpha / rank) B A, with W frozen. An adapter folder holds
+adapter_config.json, which names the base, and adapter_model.safetensors; plain peft reads it.
+Adapters are fp32 on a bfloat16 base. Leaves out dropout, adapters of the head, and other kinds of
+adapters in training (what peft reads can be a start or a teacher).
+
+    opdctl stage opd --student FOLDER --teacher math=ADAPTER lora.rank=16 lora.output=adapter
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opdctl.core.models import Model
+from opdctl.errors import UsageError
+from opdctl.settings import Lora
+
+NAME = "default"  # what plain peft calls the only adapter of a model
+
+
+@dataclass
+class Adapter:
+    """The adapter of a student.
+
+    Attributes:
+        peft: the PeftModel around the student's module.
+        base: the reference of what it stands on.
+        merged: whether the stage writes the model with its adapter merged, or the adapter alone.
+    """
+
+    peft: Any
+    base: str
+    merged: bool
+
+    def finish(self, model: Model, folder: Path) -> None:
+        """Write the weights of a stage's output; merging is in place, so it is the last act."""
+        if self.merged:
+            merge(self.peft)
+            model.net.save_pretrained(folder)
+            return
+        config = self.peft.peft_config[NAME]
+        name, _, revision = self.base.partition("@") if "/" in self.base else (self.base, "", "")
+        if Path(self.base).is_dir():
+            name, revision = self.base, ""
+        config.base_model_name_or_path, config.revision = name, revision or None
+        config.target_modules = sorted(config.target_modules)  # a set, in no order that stays
+        self.peft.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # a form with nothing filled in
+
+
+def library() -> Any:
+    """peft.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise UsageError("adapters need peft", "pip install 'opdctl[peft]'") from error
+    return peft
+
+
+def attach(model: Model, lora: Lora, base: str, seed: int) -> None:
+    """A new adapter: B is zero, so it changes nothing yet; A is drawn from the seed. Nothing else
+    of the model is trained.
+
+    Raises:
+        UsageError: a target is no module of the model, or not one that can have an adapter.
+    """
+    peft = library()
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.targets) or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    head = model.head
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            found = peft.get_peft_model(model.net, config)
+        except ValueError as error:
+            names = {n.rsplit(".", 1)[-1] for n, m in model.net.named_modules() if _linear(m)}
+            raise UsageError(
+                f"{model.name}: lora.targets={lora.targets}: {str(error).splitlines()[0]}",
+                f"its linear layers: {', '.join(sorted(names))}",
+            ) from error
+    if model.head is not head:
+        raise UsageError(
+            f"{model.name}: lora.targets={lora.targets} has its head in it",
+            "leave the head out: its logits are computed a chunk at a time, from one plain matrix",
+        )
+    model.adapter = Adapter(found, base, lora.output == "merged")
+    model.count()
+
+
+def _linear(module: Any) -> bool:
+    return type(module).__name__ in ("Linear", "Conv1D")
+
+
+def go_on(model: Model, folder: str, lora: Lora, base: str) -> None:
+    """The adapter in a folder, to be trained further.
+
+    Raises:
+        UsageError: its shape is not the one asked for.
+    """
+    found = read(model, folder, trainable=True)
+    config = found.peft_config[NAME]
+    theirs = {"rank": getattr(config, "r", 0), "alpha": getattr(config, "lora_alpha", 0)}
+    if lora.targets and isinstance(config.target_modules, set):
+        theirs["targets"] = sorted(config.target_modules)
+    for key, value in theirs.items():
+        asked = getattr(lora, key)
+        if value != (sorted(asked) if key == "targets" else asked):
+            raise UsageError(
+                f"{folder} is an adapter of {key} {value}, and lora.{key} is {asked}",
+                f"lora.{key}={value} trains it further; for a new one merge it first: opdctl stage "
+                f"merge --student {base} models.a={folder}",
+            )
+    model.adapter = Adapter(found, base, lora.output == "merged")
+    model.count()
+
+
+def read(model: Model, folder: str, name: str = NAME, trainable: bool = False) -> Any:
+    """Put the adapter in a folder on a model; the PeftModel around its module.
+
+    Raises:
+        UsageError: peft cannot read it, or it does not fit the model.
+    """
+    peft = library()
+    require_safe(folder)
+    try:
+        return peft.PeftModel.from_pretrained(
+            model.net, folder, adapter_name=name, is_trainable=trainable
+        )
+    except Exception as error:  # files of a stranger make peft raise anything
+        raise unfit(folder, error) from error
+
+
+def require_safe(folder: str) -> None:
+    """peft would read a pickle where there is no safetensors.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not Path(folder, "adapter_model.safetensors").is_file():
+        what = f"{folder} has no adapter_model.safetensors"
+        hint = "save it again with safetensors: a pickle would run code, and is not read"
+        raise UsageError(what, hint)
+
+
+def unfit(folder: str, error: Exception) -> UsageError:
+    """What to say of an adapter that does not fit its base."""
+    what = " ".join(str(error).split())
+    hint = "its adapter_config.json names its base: is that the one it was trained on?"
+    return UsageError(f"cannot load the adapter {folder}: {what:.300}", hint)
+
+
+def merge(peft: Any) -> None:
+    """W + (alpha / rank) B A in place of W, in the type of W; the module is a plain one again."""
+    peft.merge_and_unload()
+
+
+def merged(model: Model, folder: str) -> Model:
+    """The model with the adapter in a folder merged into it."""
+    merge(read(model, folder))
+    kept = {"recomputed": model.recomputed, "one_row": model.one_row}
+    return Model(model.net, tokenizer(model, folder), folder, **kept)
+
+
+def tokenizer(model: Model, folder: str) -> Any:
+    """The one in an adapter's folder, or that of its base."""
+    from transformers import AutoTokenizer
+
+    if not (Path(folder) / "tokenizer_config.json").is_file():
+        return model.tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # files of a stranger make transformers raise anything
+        raise unfit(folder, error) from error
+
+
+def size(net: torch.nn.Module, lora: Lora) -> int:
+    """Parameters that ``attach`` would add; the module may be on the meta device."""
+    found, head = 0, net.get_output_embeddings()
+    for name, module in net.named_modules():
+        wanted = name.rsplit(".", 1)[-1] in lora.targets if lora.targets else module is not head
+        if wanted and _linear(module):
+            found += lora.rank * sum(module.weight.shape)
+    return found
+
+
+def deltas(folder: str) -> dict[str, Any]:
+    """What an adapter's folder adds to each weight, by the weight's name: functions that make
+    (alpha / rank) B A, [out, in] in fp32.
+
+    Raises:
+        UsageError: it holds something else than pairs of A and B of one rank.
+    """
+    from safetensors.torch import load_file
+
+    peft = library()
+    try:
+        config = peft.PeftConfig.from_pretrained(folder)
+        tensors = load_file(Path(folder) / "adapter_model.safetensors")
+        scale = config.lora_alpha / config.r
+        others = config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern
+        if others or not all(n.endswith((".lora_A.weight", ".lora_B.weight")) for n in tensors):
+            raise ValueError("only pairs of A and B of one rank can be compared with weights")
+    except Exception as error:  # files of a stranger make peft raise anything
+        raise unfit(folder, error) from error
+
+    def product(stem: str) -> torch.Tensor:
+        b, a = (tensors[f"{stem}.lora_{x}.weight"].float() for x in "BA")
+        return scale * (b @ a)
+
+    stems = sorted({n.rpartition(".lora_")[0] for n in tensors})
+    prefix = "base_model.model."
+    return {f"{s.removeprefix(prefix)}.weight": functools.partial(product, s) for s in stems}

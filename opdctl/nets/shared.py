@@ -1,0 +1,67 @@
+"""A frozen model and the adapters on it: several teachers whose base is loaded once.
+
+A teacher is a view: the same module, and which adapter is on is set before each of its forward
+passes. Switching copies nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from opdctl.core.models import Model
+from opdctl.nets.lora import read, require_safe, tokenizer, unfit
+
+
+class Shared:
+    """A frozen base.
+
+    Args:
+        base: its model, which becomes the view without an adapter.
+    """
+
+    def __init__(self, base: Model) -> None:
+        base.net.requires_grad_(False)
+        self.base, self.peft = base, None
+        self.on: str | None = ""
+        self.names: dict[str, str] = {}
+        self.views: dict[str, Model] = {"": base}
+
+    def view(self, folder: str) -> Model:
+        """The base with the adapter in a folder, read when first asked for; without one for "".
+
+        Raises:
+            UsageError: the adapter does not fit.
+        """
+        if folder not in self.views:
+            self._read(folder)
+            view = Model(self.base.net, tokenizer(self.base, folder), folder)
+            view.one_row = self.base.one_row
+            view.switch = lambda: self._turn(folder)
+            self.views[folder] = view
+        return self.views[folder]
+
+    def _read(self, folder: str) -> None:
+        name = f"a{len(self.views)}"
+        if self.peft is None:
+            self.peft = read(self.base, folder, name)
+            self.base.switch = lambda: self._turn("")
+        else:
+            require_safe(folder)
+            try:
+                self.peft.load_adapter(folder, name)
+            except Exception as error:  # files of a stranger make peft raise anything
+                raise unfit(folder, error) from error
+        self.base.net.requires_grad_(False)
+        self.names[folder], self.on = name, None  # whatever peft left on
+
+    def _turn(self, folder: str) -> None:
+        """Have this adapter on, and no other."""
+        if self.on == folder:
+            return
+        layers: Any = self.peft.base_model
+        if folder:
+            layers.enable_adapter_layers()
+            self.peft.set_adapter(self.names[folder], inference_mode=True)
+        else:
+            layers.disable_adapter_layers()
+        self.on = folder

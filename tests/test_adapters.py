@@ -1,0 +1,284 @@
+"""LoRA through peft: a student's adapter, teachers that share a base, outputs, resume, merging.
+
+Real adapters on models of the project's own; against dense weights, and against plain peft and
+transformers on the same folders.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from one_step import First, opd, prompts, said
+
+from opdctl import provenance
+from opdctl.core import checkpoint
+from opdctl.core.context import Context
+from opdctl.core.models import load, save
+from opdctl.errors import Interrupted, RecipeError, UsageError
+from opdctl.preflight._pairing import Pairing
+from opdctl.preflight._weights import same_weights
+from opdctl.preflight.memory import estimate
+from opdctl.rundir import RunDir, read_rows
+from running import carry_out, one_stage, opdctl
+
+peft = pytest.importorskip("peft", reason="the extra peft")
+KEYS = {"optim": {"lr": 1e-2}, "objectives": {"divergence": {}}, "signals": {}}
+IDS = torch.arange(3, 19)[None]
+
+
+def adapter(base, folder, seed, rank=3):
+    """A random adapter on a model folder, written by plain peft; its dense weights by name."""
+    net = transformers.AutoModelForCausalLM.from_pretrained(base)
+    config = peft.LoraConfig(r=rank, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(net, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.3)
+    model.save_pretrained(folder)
+    return {n: w.clone() for n, w in model.merge_and_unload().state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def adapters(on_disk):
+    """Adapters a and b on the model t; what their dense weights are."""
+    return {n: adapter(on_disk / "t", on_disk / n, i) for i, n in enumerate("ab")}
+
+
+def dense(on_disk, weights):
+    """The model t with those weights."""
+    net = transformers.AutoModelForCausalLM.from_pretrained(on_disk / "t")
+    net.load_state_dict(weights)
+    return net.train(False)
+
+
+def test_teachers_share_a_base(on_disk, adapters, tmp_path):
+    """Three teachers, one load; each scores as its dense weights do, in any order."""
+    teachers = {n: {"model": str(on_disk / n)} for n in ("a", "b", "t")}
+    data = dict.fromkeys(teachers, prompts(on_disk))
+    ctx = opd(on_disk, tmp_path, teachers=teachers, data=data, **{"signals": {"reverse_kl": {}}})
+    first = First(ctx)
+    assert ctx.loads == 1
+    lengths = [r.length for r in first.rollouts]
+    for rollout, scored in zip(
+        first.rollouts, first.columns["teacher"].split(lengths), strict=True
+    ):
+        own = adapters.get(rollout.teacher)
+        net = dense(on_disk, own) if own else load(str(on_disk / "t")).net
+        with torch.no_grad():
+            logits = net(torch.tensor([[*rollout.prompt_ids, *rollout.response_ids]])).logits[0]
+        rows = logits[len(rollout.prompt_ids) - 1 : -1].log_softmax(-1)
+        assert (scored - said(rows, [rollout])).abs().max() < 1e-5
+    assert {r.teacher for r in first.rollouts} == {"a", "b", "t"}
+    views = [ctx.frozen(t["model"]) for t in teachers.values()]
+    assert len({id(v.net) for v in views}) == 1
+    with torch.no_grad():
+        rows = [v.trunk(IDS).last_hidden_state for v in (*views, *views)]
+    assert all(torch.equal(rows[i], rows[i + 3]) for i in range(3))
+    assert (rows[0] - rows[1]).abs().max() > 1e-2 < (rows[0] - rows[2]).abs().max()
+    assert not any(p.requires_grad for p in views[0].net.parameters())
+
+
+@pytest.mark.parametrize("output", ["merged", "adapter"])
+def test_a_students_adapter(on_disk, tmp_path, output):
+    """Only it moves; the output loads in plain transformers or peft, and as a reference here."""
+    keys = KEYS | {"lora": {"rank": 4, "output": output}, "steps": 3}
+    ctx = opd(on_disk, tmp_path, **keys)
+    model = ctx.student()
+    moved = model.moved()
+    assert moved and all("lora_" in n for n in moved) and "lm_head" not in str(list(moved))
+    assert model.trained == sum(p.numel() for p in moved.values()) < 0.5 * model.parameters
+    before = model.own_logits(IDS)
+    assert torch.equal(before, load(str(on_disk / "s")).own_logits(IDS))  # B is zero
+    rows = carry_out(ctx)
+    assert rows[-1]["loss"] < rows[0]["loss"] and rows[0]["grad_norm"] > 0
+    out = ctx.folder / "output"
+    if output == "merged":
+        plain = transformers.AutoModelForCausalLM.from_pretrained(out)
+        assert not list(out.glob("adapter*"))
+    else:
+        base = transformers.AutoModelForCausalLM.from_pretrained(on_disk / "s")
+        plain = peft.PeftModel.from_pretrained(base, out)
+        config = json.loads((out / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(on_disk / "s")
+        assert not list(out.glob("model*.safetensors"))
+    with torch.no_grad():
+        expected = plain.train(False)(IDS).logits
+    assert (expected - before).abs().max() > 1e-2
+    other = opd(on_disk, tmp_path, student=out, teacher=out)
+    for model in (other.student(), other.frozen(str(out)), other.load(str(out))):
+        with torch.no_grad():
+            assert torch.allclose(model.own_logits(IDS), expected, atol=1e-5)
+    base = load(str(on_disk / "s")).net.state_dict()
+    now = other.student().net.state_dict()
+    changed = {n for n, w in now.items() if not torch.equal(w, base[n])}
+    assert changed and all("proj" in n for n in changed)
+
+
+class Stopped(Context):
+    """A stage that is asked to stop after two steps."""
+
+    def check(self):
+        self.stop = len(read_rows(self.folder / "metrics.jsonl")) >= 2
+        super().check()
+
+
+def test_resume_with_an_adapter_gives_the_same_bits(on_disk, tmp_path):
+    keys = KEYS | {"lora": {"rank": 4, "output": "adapter"}, "steps": 4}
+    whole, cut = (opd(on_disk, tmp_path, context=c, **keys) for c in (Context, Stopped))
+    carry_out(whole)
+    with pytest.raises(Interrupted):
+        carry_out(cut)
+    kept = checkpoint.stored(next((cut.folder / "checkpoints").glob("*/weights.safetensors")))
+    assert kept and all("lora_" in n for n in kept)
+    carry_out(Context(cut.run, cut.recipe, "it", attempt=2))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        ours, theirs = ((c.folder / "output" / name).read_bytes() for c in (whole, cut))
+        assert ours == theirs
+
+
+def test_an_adapter_is_trained_further(on_disk, adapters, tmp_path):
+    keys = KEYS | {"student": "a", "steps": 1}
+    lora = {"rank": 3, "alpha": 8, "output": "adapter"}
+    ctx = opd(on_disk, tmp_path, **keys, lora=lora)
+    model = ctx.student()
+    with torch.no_grad():
+        expected = dense(on_disk, adapters["a"])(IDS).logits
+        assert torch.allclose(model.own_logits(IDS), expected, atol=1e-5)
+    assert len(model.moved()) == 2 * 2 * 2  # A and B, two targets, two layers
+    carry_out(ctx)
+    config = json.loads((ctx.folder / "output" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(on_disk / "t") and config["r"] == 3
+    with pytest.raises(UsageError, match=r"adapter of rank 3, and lora\.rank is 4"):
+        opd(on_disk, tmp_path, **keys, lora=lora | {"rank": 4}).student()
+
+
+@pytest.mark.parametrize("scale", [None, 0.5, 1.5])
+def test_adapters_are_merged_as_their_products(on_disk, adapters, tmp_path, scale):
+    """Average, task arithmetic and extrapolation equal those of the dense weights, and differ from
+    those of the factors."""
+    paths = {n: str(on_disk / n) for n in "ab"}
+    keys = {"method": "task_arithmetic", "scale": scale} if scale else {}
+    given = {"kind": "merge", "student": str(on_disk / "t"), "models": paths, **keys}
+    ctx = one_stage(tmp_path / "run", {}, **given)
+    carry_out(ctx)
+    found = load(str(ctx.folder / "output")).net.state_dict()
+    base = load(str(on_disk / "t")).net.state_dict()
+    factor = scale or 0.5
+    for name, weight in found.items():
+        deltas = [adapters[n][name].double() - base[name].double() for n in "ab"]
+        expected = base[name].double() + factor * sum(deltas)
+        assert torch.allclose(weight.double(), expected, atol=1e-6), name
+
+
+def test_what_cannot_be_an_adapter(on_disk, adapters, tmp_path):
+    lost = tmp_path / "lost"
+    lost.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (lost / name).write_bytes((on_disk / "a" / name).read_bytes())
+    config = json.loads((lost / "adapter_config.json").read_text())
+    for base, says in (("./gone", "is not there"), (str(on_disk / "b"), "stands on a whole model")):
+        path = lost / "adapter_config.json"
+        path.write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        with pytest.raises(RecipeError, match=says):
+            opd(on_disk, tmp_path, teacher=lost)
+    (lost / "adapter_config.json").write_text(json.dumps(config))
+    weights = lost / "adapter_model.safetensors"
+    pickled = weights.rename(lost / "adapter_model.bin")
+    with pytest.raises(RecipeError, match=r"cannot read .*adapter_model\.safetensors"):
+        opd(on_disk, tmp_path, teacher=lost)
+    with pytest.raises(UsageError, match="has no adapter_model"):
+        opd(on_disk, tmp_path).frozen(str(lost))
+    pickled.rename(weights)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(on_disk / "t" / name, lost)
+    with pytest.raises(RecipeError, match="a model and an adapter"):
+        opd(on_disk, tmp_path, teacher=lost)
+    with pytest.raises(UsageError, match=r"lora.targets=\['qproj'\]") as caught:
+        opd(on_disk, tmp_path, lora={"rank": 2, "targets": ["qproj"]}).student()
+    assert "q_proj" in caught.value.hint
+    with pytest.raises(UsageError, match="has its head in it"):
+        opd(on_disk, tmp_path, lora={"rank": 2, "targets": ["lm_head"]}).student()
+    for keys, says in (({"alpha": 8}, "0 is no adapter"), ({"dropout": 0.1}, "unknown key")):
+        with pytest.raises(RecipeError, match=says):
+            opd(on_disk, tmp_path, lora=keys)
+
+
+def test_what_the_checks_make_of_adapters(on_disk, adapters, tmp_path):
+    """A factor may differ where the product is the same; a base is counted once."""
+    twin, nothing = tmp_path / "twin", tmp_path / "nothing"
+    for folder, factor in ((twin, -2.0), (nothing, 0.0)):
+        adapter(on_disk / "t", folder, 0)
+        weights = checkpoint.stored(on_disk / "a" / "adapter_model.safetensors")
+        scaled = {n: w * factor if "lora_A" in n else w / (factor or 1) for n, w in weights.items()}
+        checkpoint.store(folder / "adapter_model.safetensors", scaled)
+    merged = opd(on_disk, tmp_path).load(str(on_disk / "a"))
+    save(merged, tmp_path / "dense")
+    a, b, t = (on_disk / n for n in "abt")
+    assert (
+        same_weights(a, twin) and same_weights(tmp_path / "dense", a) and same_weights(t, nothing)
+    )
+    assert not same_weights(a, b) and not same_weights(a, t) and not same_weights(on_disk / "s", a)
+
+    def memory(**keys):
+        return estimate(Pairing(opd(on_disk, tmp_path, **keys)))
+
+    one, both = {n: str(a) for n in "ab"}, {n: str(on_disk / n) for n in "ab"}
+    data = dict.fromkeys("ab", prompts(on_disk))
+    size = sum(4 * w.numel() for w in weights.values())
+    found = [memory(teachers=x, data=data).teachers for x in (one, both)]
+    assert found == [merged.parameters * 4 + size, merged.parameters * 4 + 2 * size]
+    ctx = opd(on_disk, tmp_path, lora={"rank": 4})
+    outlined, loaded = estimate(Pairing(ctx)), estimate(Pairing(ctx, ctx.student()))
+    assert outlined == loaded and loaded.gradients == 4 * ctx.student().trained
+    before = provenance.model(a)
+    copy = tmp_path / "t"
+    shutil.copytree(t, copy)
+    path = twin / "adapter_config.json"
+    path.write_text(path.read_text().replace(str(t), str(copy)))
+    for folder, changed in ((copy, "base weights"), (twin, "weights")):
+        before = provenance.model(twin)
+        file = next(folder.glob("*.safetensors"))
+        file.write_bytes(file.read_bytes() + b" ")
+        now = provenance.model(twin)
+        assert [k for k in now if now[k] != before[k]] == [changed]
+
+
+@pytest.mark.slow
+def test_a_run_of_adapters(on_disk, adapters, tmp_path):
+    """An adapter is made, taught by two on one base, evaluated and merged, by the command."""
+    paths = {n: str(on_disk / n) for n in ("a", "b", "s")}
+    two = dict.fromkeys(("x", "y"), prompts(on_disk) | {"eval_share": 0.4})
+    lora = {"rank": 4, "output": "adapter"}
+    short = {"steps": 2, "prompts": {"per_step": 4}, "optim": {"lr": 1e-2}}
+    stages = {
+        "sft": {"kind": "sft", "student": paths["s"], "lora": lora, **short},
+        "opd": {
+            "kind": "opd",
+            "student": "stage:sft",
+            "teachers": {"x": paths["a"], "y": paths["b"]},
+            "lora": lora | {"output": "merged"},
+            "sampling": {"max_tokens": 6},
+            **short,
+        },
+        "soup": {"kind": "merge", "student": paths["s"], "models": {"a": "stage:sft"}},
+        "eval": {"kind": "evaluate", "student": "stage:sft", "sampling": {"max_tokens": 6}},
+    }
+    recipe = tmp_path / "adapters.yaml"
+    recipe.write_text(json.dumps({"name": "adapters", "data": two, "stages": stages}))
+    done = opdctl("run", recipe, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    run = RunDir(tmp_path / "run")
+    assert run.record("opd")["status"] == run.record("eval")["status"] == "done"
+    made, read = run.record("sft")["output"], run.record("opd")["inputs"]
+    assert made["base weights"] == read["student"]["base weights"] != read["student"]["weights"]
+    assert read["teachers.x.model"]["base weights"] == read["teachers.y.model"]["base weights"]
+    sft = load(str(on_disk / "s"))
+    dense = peft.PeftModel.from_pretrained(sft.net, run.output("sft")).merge_and_unload()
+    soup = load(str(run.output("soup"))).net.state_dict()
+    assert all(torch.allclose(w, soup[n], atol=1e-6) for n, w in dense.state_dict().items())
+    assert not (run.output("opd") / "adapter_config.json").exists()
+    assert len(read_rows(run.stage("opd") / "metrics.jsonl")) == 2

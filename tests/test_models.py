@@ -1,0 +1,143 @@
+"""Architectures of transformers through the whole step: load, sample, score, train, save, reload.
+
+Random models in Hugging Face format, made here; against transformers' own forward of each response
+alone and autograd through it.
+"""
+
+import functools
+import json
+
+import pytest
+import torch
+import transformers
+from architectures import SHAPES, write
+from one_step import First, apart, by_transformers, opd, said
+
+from opdctl.core import update
+from opdctl.core.models import load, save
+from opdctl.core.scoring import score
+from opdctl.core.tokens import pack
+from opdctl.errors import UsageError
+from opdctl.nets.own_logits import keeps_apart
+from opdctl.types import ScoreRequest
+
+KEYS = {"signals": {"reverse_kl": {}}, "objectives": {"policy_gradient": {}, "divergence": {}}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Prompts of unequal length; models are written beside them."""
+    place = tmp_path_factory.mktemp("models")
+    rows = [{"prompt": "7" * (i % 7) + f"+{i}=", "answer": str(i)} for i in range(12)]
+    (place / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return place
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_step_of_every_architecture(name, folder, tmp_path):
+    write(folder / f"{name} s", name)
+    write(folder / f"{name} t", name, seed=1)
+    keys = KEYS | {"sampling": {"max_tokens": 9, "temperature": 0.7}}
+    first = First(opd(folder, tmp_path, student=f"{name} s", teacher=f"{name} t", **keys))
+    model, rollouts, columns = first.model, first.rollouts, first.columns
+    assert len({len(r.prompt_ids) for r in rollouts}) > 2  # padded on the left in the sampler
+    ours_NV = by_transformers(model, rollouts, 0.7, model.valid_V)
+    theirs_NV = by_transformers(load(str(folder / f"{name} t")), rollouts, 0.7, model.valid_V)
+    theirs_NV = theirs_NV.detach()
+    assert (columns["behaviour"] - said(ours_NV, rollouts)).abs().max() < 2e-5
+    assert (columns["teacher"] - said(theirs_NV, rollouts)).abs().max() < 2e-5
+    assert (columns["behaviour"] - columns["teacher"]).abs().max() > 0.1
+
+    loss, grad, _ = first.gradient(micro_batch=4)
+    lengths = torch.tensor([r.length for r in rollouts])
+    weight_N = torch.repeat_interleave(1 / (lengths * len(rollouts)), lengths)
+    credit_N = columns["teacher"] - columns["behaviour"]
+    divergence_N = (ours_NV.exp() * (ours_NV - theirs_NV)).nan_to_num().sum(-1)
+    ours_N = said(ours_NV, rollouts, detach=False)
+    expected = (weight_N * (divergence_N - credit_N * ours_N)).sum()
+    trained = [p for p in model.net.parameters() if p.requires_grad]
+    exact = torch.autograd.grad(expected, trained, allow_unused=True)
+    assert abs(loss - float(expected.detach())) < 1e-4
+    assert apart(grad, torch.cat([g.flatten() for g in exact if g is not None])) < 1e-3
+
+    before = {n: p.detach().clone() for n, p in model.net.named_parameters()}
+    optimizer = update.make_optimizer(model, first.optim)
+    assert update.step(model, optimizer, 1e-2, 1.0)[1]
+    assert any((p - before[n]).abs().max() > 5e-3 for n, p in model.net.named_parameters())
+    save(model, tmp_path / "out")
+    ids = torch.tensor([rollouts[0].prompt_ids])
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").train(False)
+    with torch.no_grad():
+        assert torch.equal(plain(ids).logits, model.net(ids).logits)
+    again = load(str(tmp_path / "out"))
+    assert torch.equal(again.trunk(ids).last_hidden_state, model.trunk(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"logits_scaling": 4.0}, "are off from its own by"), ({"is_causal": False}, "sees later")],
+)
+def test_an_architecture_that_would_be_computed_wrongly_is_refused(
+    folder, tmp_path, monkeypatch, change, says
+):
+    """A factor that is not known here; attention in both directions."""
+    write(tmp_path / "m", "granite", **change)
+    if "logits_scaling" in change:
+        monkeypatch.setattr("opdctl.core.models.shaped", lambda config: (None, 1.0))
+    with pytest.raises(UsageError, match=says):
+        load(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "deepseek_v3", "gpt_oss", "gpt2"])
+def test_sequences_in_one_row_are_as_in_rows_of_their_own(name, folder, tmp_path):
+    """Scores, loss and gradient without padding equal those with it, windows included."""
+    if not (folder / f"{name} s").exists():
+        write(folder / f"{name} s", name)
+        write(folder / f"{name} t", name, seed=1)
+    found = []
+    for packing in ("padded", "packed"):
+        keys = KEYS | {"sampling": {"max_tokens": 9}, "runtime": {"packing": packing}}
+        keys |= {"student": f"{name} s", "teacher": f"{name} t"}
+        ctx = opd(folder, tmp_path, **keys)
+        first = First(ctx)
+        assert first.model.one_row == (packing == "packed")
+        found.append((first.columns["teacher"], *first.gradient(micro_batch=4)[:2]))
+    (scores, loss, grad), (packed_scores, packed_loss, packed_grad) = found
+    assert (scores - packed_scores).abs().max() < 1e-5 and abs(loss - packed_loss) < 1e-5
+    assert apart(packed_grad, grad) < 1e-4
+
+
+def test_one_row_in_float64(model64):
+    """To 1e-12: nothing but rounding is between the two."""
+    spans = [ScoreRequest(tuple(range(3, 3 + n)), n // 3) for n in (4, 9, 6)]
+    model64.net.requires_grad_(True)
+    grads, rows = [], []
+    for model64.one_row in (False, True):
+        packed = pack(spans, model64.pad, one_row=model64.one_row)
+        assert packed.ids_BT.shape == ((1, 19) if model64.one_row else (3, 9))
+        hidden_ND = model64.trunk(**packed.inputs).last_hidden_state.flatten(0, 1)
+        rows.append(hidden_ND[packed.prediction_N])
+        model64.net.zero_grad()
+        model64.logits(rows[-1]).logsumexp(-1).square().sum().backward()
+        kept = [p.grad.flatten() for p in model64.net.parameters() if p.grad is not None]
+        grads.append(torch.cat(kept))
+        found = score(model64, spans, temperature=1.0).logprobs_N
+        grads.append(found)
+    assert (rows[0] - rows[1]).abs().max() < 1e-12
+    assert apart(grads[2], grads[0]) < 1e-12 and (grads[3] - grads[1]).abs().max() < 1e-12
+
+
+def test_sequences_that_would_see_each_other_are_not_packed(folder):
+    """A model that is given positions and no mask of its own: here one whose layers ignore them."""
+    write(folder / "seen", "qwen3")
+    model = load(str(folder / "seen"), packing="packed")
+    assert model.one_row
+    model.net.base_model.forward = functools.partial(unpositioned, model.net.base_model.forward)
+    assert not keeps_apart(model, required=False)
+    with pytest.raises(UsageError, match="see each other in qwen3"):
+        keeps_apart(model, required=True)
+
+
+def unpositioned(forward, position_ids=None, **options):
+    """A trunk that reads no positions."""
+    return forward(**options)

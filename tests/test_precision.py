@@ -1,0 +1,147 @@
+"""Types, attention and memory of a stage: float32 copies of bfloat16 parameters, implementations of
+attention, activations computed again."""
+
+import pytest
+import torch
+from architectures import write
+from one_step import apart, opd
+from torch import nn
+
+from conftest import make_model
+from opdctl.core import checkpoint, update
+from opdctl.core.context import Context
+from opdctl.core.models import load
+from opdctl.errors import Interrupted, UsageError
+from opdctl.nets.masters import Masters
+from opdctl.nets.recomputed import recompute
+from opdctl.rundir import read_rows
+from opdctl.settings import Optim, Runtime
+from running import carry_out
+
+
+def test_when_copies_are_kept():
+    kept = {
+        (dtype, how): [Runtime(dtype=dtype, masters=how).masters_of(lr) for lr in (1e-5, 2e-5)]
+        for dtype in ("bfloat16", "float32")
+        for how in ("auto", "float32", "none")
+    }
+    assert kept["bfloat16", "auto"] == [True, False] and kept["bfloat16", "float32"] == [True] * 2
+    assert sum(map(sum, kept.values())) == 3
+
+
+def test_the_optimizer_moves_float32_copies():
+    """Gradients of several passes are summed in float32, the step is AdamW's on the copies, and a
+    parameter is its copy rounded."""
+    model = make_model(dtype="bfloat16")
+    names = dict(model.net.named_parameters())
+    plain = {n: nn.Parameter(p.detach().float()) for n, p in names.items()}
+    model.masters = Masters(model.net)
+    optim = Optim(lr=1e-6, weight_decay=0.1)
+    ours = update.make_optimizer(model, optim)
+    matrices = [p for p in plain.values() if p.ndim > 1]
+    vectors = [p for p in plain.values() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    theirs = torch.optim.AdamW(groups, lr=1e-6, betas=(0.9, 0.95), fused=True)
+    twin = make_model(dtype="bfloat16")
+    for step in range(3):
+        for part in range(4):
+            ids = torch.arange(5 + part, 15)[None] + step
+            model.own_logits(ids).logsumexp(-1).sum().backward()
+            twin.net.zero_grad()
+            twin.own_logits(ids).logsumexp(-1).sum().backward()
+            for name, parameter in twin.net.named_parameters():
+                grad = parameter.grad.float()
+                mine = plain[name]
+                mine.grad = grad if mine.grad is None else mine.grad + grad
+        norm, taken = update.step(model, ours, 1e-6, 1.0)
+        assert taken and all(p.grad is None for p in names.values())
+        expected = torch.nn.utils.clip_grad_norm_(plain.values(), 1.0, foreach=True)
+        assert abs(norm - float(expected)) < 1e-5 * norm
+        theirs.step()
+        theirs.zero_grad()
+        with torch.no_grad():
+            for name, parameter in twin.net.named_parameters():
+                parameter.copy_(plain[name])
+        for name, parameter in names.items():
+            assert torch.equal(model.masters.named[name], plain[name]), name
+            assert torch.equal(parameter, plain[name].bfloat16()), name
+
+
+class Stopped(Context):
+    """A stage that is asked to stop after two steps."""
+
+    def check(self):
+        self.stop = len(read_rows(self.folder / "metrics.jsonl")) >= 2
+        super().check()
+
+
+def test_small_steps_in_bfloat16_are_kept_and_resumed(on_disk, tmp_path):
+    """Of the copies nearly every weight has moved; of the parameters hardly one, and the sampler
+    and the trainer agree as far as bfloat16 does."""
+    keys = {"runtime": {"dtype": "bfloat16"}, "optim": {"lr": 1e-6}, "steps": 4}
+    whole, cut = (opd(on_disk, tmp_path, context=c, **keys) for c in (Context, Stopped))
+    rows = carry_out(whole)
+    assert all(r["logprob_gap"] < 0.05 for r in rows)
+    with pytest.raises(Interrupted):
+        carry_out(cut)
+    kept = checkpoint.stored(next((cut.folder / "checkpoints").glob("*/weights.safetensors")))
+    start = load(str(on_disk / "s"), dtype="bfloat16").net.state_dict()
+    assert all(w.dtype == torch.float32 for w in kept.values())
+    moved = [(w != start[n].float()).float().mean() for n, w in kept.items() if "proj" in n]
+    rounded = [(w.bfloat16() != start[n]).float().mean() for n, w in kept.items() if "proj" in n]
+    assert min(moved) > 0.9 and max(rounded) < 0.1
+    carry_out(Context(cut.run, cut.recipe, "it", attempt=2))
+    ours, theirs = (c.folder / "output" / "model.safetensors" for c in (whole, cut))
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert {w.dtype for w in checkpoint.stored(ours).values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_the_attention_asked_for(on_disk, tmp_path, attn):
+    ctx = opd(on_disk, tmp_path, runtime={"attn": attn})
+    model = ctx.student()
+    assert {m.config._attn_implementation for m in model.net.modules() if hasattr(m, "config")} == {
+        attn
+    }
+    assert ctx.frozen(str(on_disk / "t")).net.config._attn_implementation == attn
+    rows = carry_out(ctx)
+    assert all(r["logprob_gap"] < 1e-5 for r in rows)
+
+
+def test_an_attention_that_is_not_there(on_disk, tmp_path):
+    with pytest.raises(UsageError, match="Flash") as caught:
+        opd(on_disk, tmp_path, runtime={"attn": "flash_attention_2"}).student()
+    assert "runtime.attn" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "deepseek_v3"])
+def test_activations_are_computed_again(name, tmp_path):
+    """Each layer twice, to the same gradient, and only where one is needed; dropout stays off."""
+    write(tmp_path, name)
+    twice = load(str(tmp_path), recomputed=True)
+    once = load(str(tmp_path))
+    calls = []
+    for layer in (m for m in twice.net.modules() if hasattr(m, "gradient_checkpointing")):
+        if type(layer).__name__.endswith(("Layer", "Block")):
+            inner = next(layer.children())
+            inner.register_forward_hook(lambda *_: calls.append(1))
+    ids = torch.arange(6, 18)[None]
+    grads, counts = [], []
+    for model in (twice, once):
+        calls.clear()
+        model.trunk(ids).last_hidden_state.square().sum().backward()
+        counts.append(len(calls))
+        found = [p.grad.flatten() for p in model.net.parameters() if p.grad is not None]
+        grads.append(torch.cat(found))
+    assert counts[0] == 4 and apart(*grads) < 1e-6
+    calls.clear()
+    with torch.no_grad():
+        twice.trunk(ids)
+    assert len(calls) == 2 and not any(m.training for m in twice.net.modules())
+
+
+def test_what_cannot_be_computed_again():
+    with pytest.raises(UsageError, match="again"):
+        net = nn.Linear(2, 2)
+        net.config = make_model().net.config
+        recompute(net, "m")
