@@ -89,6 +89,9 @@ def detail(name: str) -> dict:
             for f, m in [(family, wanted)]
             if f in registry.FAMILIES and m in registry.members(f)
         ]
+    composition = {}
+    if name in methods():
+        composition["text"] = methods()[name].read_text(encoding="utf-8")
     if found:
         keys, about = [], []
         for family, member in found:
@@ -98,10 +101,10 @@ def detail(name: str) -> dict:
             prefix = "" if len(found) == 1 else f"{family}/{member}: "
             if hasattr(cls, "Config"):
                 keys += describe(cls.Config, lookup, prefix)
-        return {"name": name, "about": "\n".join(about), "keys": keys}
-    if name in methods():
-        text = methods()[name].read_text(encoding="utf-8")
-        return {"name": name, "about": method(name).get("about", ""), "text": text}
+        shown = {"name": name, "about": "\n".join(about), "keys": keys}
+        return shown | composition  # a method may have a member of its name
+    if composition:
+        return {"name": name, "about": method(name).get("about", ""), **composition}
     if name in shipped() or Path(name).is_file():
         return {"name": name, "about": str(find(name)), "text": find(name).read_text("utf-8")}
     everything = [

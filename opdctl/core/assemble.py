@@ -7,7 +7,7 @@ from typing import Any
 
 from opdctl.core.context import Context
 from opdctl.core.scored import Parts
-from opdctl.core.view import Term
+from opdctl.core.view import PerStep, Term
 from opdctl.registry import member
 from opdctl.settings import Teacher, routes
 from opdctl.types import Rollout
@@ -17,14 +17,19 @@ def terms_of(objectives: dict[str, Any]) -> list[Term]:
     """The objectives of a stage with their weights; those with coefficient 0 are left out."""
     terms = []
     for name, config in objectives.items():
-        weights = [member("weights", w)(c) for w, c in config.weights.items()]
-        term = Term(
-            member("objectives", name)(config),
-            config.coef,
-            config.normalise,
-            masks=[w for w in weights if hasattr(w, "mask")],
-            gates=[w for w in weights if hasattr(w, "gate")],
+        weights = {w: member("weights", w)(c) for w, c in config.weights.items()}
+        masks, factors = (
+            [
+                PerStep(f"{kind}.{name}.{w}", getattr(m, kind))
+                for w, m in weights.items()
+                if hasattr(m, kind)
+            ]
+            for kind in ("mask", "factor")
         )
+        gates = [w for w in weights.values() if hasattr(w, "gate")]
+        objective = member("objectives", name)(config)
+        needs = {n for w in weights.values() for n in w.needs}
+        term = Term(objective, config.coef, config.normalise, masks, gates, factors, needs)
         if config.coef:
             terms.append(term)
     return terms
@@ -87,7 +92,7 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
     }
     needs = {n for _, s in signals.values() for n in s.needs}
     for term in terms:
-        needs.update(term.objective.needs, *(w.needs for w in [*term.masks, *term.gates]))
+        needs.update(term.objective.needs, term.needs)
     rewards = [
         reward_of(ctx, c.reward)
         for n, c in config.signals.items()
@@ -121,6 +126,7 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
         teacher_top=max((getattr(t.objective.config, "k", 0) for t in terms), default=0),
         policy_wants=tuple(policy),
         policy_top=top,
+        judged="verdict" in needs,
         temperature=config.sampling.temperature,
         updates=updates,
         minibatches=minibatches,

@@ -18,7 +18,7 @@ from opdctl.core import checkpoint, draws, tokens, update
 from opdctl.core.context import Clock, Context
 from opdctl.core.metrics import Metrics, Watch, by_domain, mean
 from opdctl.core.models import Model
-from opdctl.core.scored import Parts, Step, advantage, scored
+from opdctl.core.scored import Parts, Step, advantage, scored, weigh
 from opdctl.errors import Interrupted, StageFailed
 from opdctl.kernels.select import rows_class
 from opdctl.rundir import finite
@@ -126,7 +126,7 @@ class Loop:
             rollouts = self._shuffled(rollouts, done)
         before = self.ctx.loads
         step = scored(rollouts, self.model, self.parts, self.ctx, self.compute)
-        values = advantage(step, self.parts.signals)
+        values = advantage(step, self.parts.signals) | weigh(step, self.parts.terms)
         clock.lap("score")
         if step.taught is not None:
             step.taught.loads = 0  # those of the update alone

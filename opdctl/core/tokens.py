@@ -76,6 +76,14 @@ def per_sequence(values_N: Tensor, sequence_N: Tensor, count: int) -> Tensor:
     return zeros_B.index_add_(0, sequence_N, values_N)
 
 
+def places(sequence_N: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Each token's place in its sequence, from 0, and that sequence's length. Shape [N] each."""
+    length_B = torch.bincount(sequence_N, minlength=count)
+    start_B = length_B.cumsum(0) - length_B
+    index_N = torch.arange(len(sequence_N), device=sequence_N.device)
+    return index_N - start_B[sequence_N], length_B[sequence_N]
+
+
 def split(values_N: Tensor, lengths: Sequence[int]) -> list[list[float]]:
     """One list per sequence, for logs."""
     return [part.tolist() for part in values_N.detach().cpu().split(list(lengths))]

@@ -14,6 +14,7 @@ from opdctl.errors import Problem
 from opdctl.registry import member
 from opdctl.schema import REQUIRED, key
 from opdctl.settings import Prompts, Sampling, TrainConfig
+from opdctl.stages._combinations import combination_problems
 from opdctl.stages.sft import needs_domains
 
 
@@ -35,6 +36,8 @@ def member_problems(config, provided: set[str]) -> list[Problem]:
         "policy.logprobs",
         "old.logprobs",
         "behaviour.logprobs",
+        "policy.entropy",
+        "verdict",
         "reward",
         "group",
     }
@@ -73,7 +76,8 @@ def member_problems(config, provided: set[str]) -> list[Problem]:
                 "objectives: {policy_gradient: {}}",
             )
         )
-    if any(member("objectives", n).rows == "token" or n == "nll" for n in config.objectives):
+    found += combination_problems(config, active)
+    if any(member("objectives", n).rows == "token" for n in config.objectives):
         found.append(
             Problem(
                 "objectives",
