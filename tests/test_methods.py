@@ -33,7 +33,8 @@ def test_a_method_runs(name, on_disk, tmp_path):
 
 def test_a_method_is_listed_with_its_paper_and_shown():
     for row in listing("methods"):
-        assert "arXiv" in row["about"] and "\n" not in row["about"], row
+        assert "arXiv" in row["about"] or "thinkingmachines.ai" in row["about"], row
+        assert "\n" not in row["about"], row
         shown = detail(row["name"])
         assert "objectives" in shown["text"] or "sources" in shown["text"]
 
@@ -70,6 +71,50 @@ NONSENSE = {
         },
         "objectives.policy_gradient.weights.reopold.floor",
         "the reward's floor is 0.2, the mask's 0.1",
+    ),
+    "no reference": (
+        {"signals": {"extrapolation": {}}, "objectives": PG},
+        "signals.extrapolation",
+        "needs reference.logprobs, which nothing here provides",
+    ),
+    "two signals": (
+        {"signals": {"reverse_kl": {}, "extrapolation": {}}, "reference": "policy"},
+        "signals.extrapolation",
+        TWICE.format("signals.reverse_kl"),
+    ),
+    "shares": (
+        {
+            "sources": {"mixture": {"student": 0.9}},
+            "signals": {},
+            "objectives": {"divergence": {}},
+        },
+        "sources.mixture",
+        "the shares sum to 1.4",
+    ),
+    "gradient of the policy on the data": (
+        {"sources": {"mixture": {}}, "objectives": {"policy_gradient": {"weights": {}}}},
+        "objectives.policy_gradient",
+        "holds for the student's own samples, and sources.mixture mixes in others",
+    ),
+    "no importance weight": (
+        {"sources": {"teacher_mixed": {}}, "objectives": {"policy_gradient": {"weights": {}}}},
+        "objectives.policy_gradient",
+        "holds for the student's own samples, and sources.teacher_mixed mixes in others",
+    ),
+    "imitates itself in part": (
+        {"sources": {"mixture": {}}, "signals": {}, "objectives": {"nll": {}}},
+        "objectives.nll",
+        "imitation of the student's own samples has no gradient on average",
+    ),
+    "a source of another kind of stage": (
+        {"sources": {"dataset": {}}, "signals": {}, "objectives": {"divergence": {}}},
+        "sources.dataset",
+        "a part of a mixture here",
+    ),
+    "another temperature": (
+        {"loss_temperature": 0.5, "objectives": {"policy_gradient": {"weights": {}}}},
+        "objectives.policy_gradient",
+        "its expectation is over what was sampled, at another temperature than the loss",
     ),
     "truncated, reverse": (
         {

@@ -37,10 +37,12 @@ def terms_of(objectives: dict[str, Any]) -> list[Term]:
 
 def source_of(ctx: Context, model: Any, sources: dict[str, Any]) -> Any:
     """The source of a stage; of several, each for its own domains."""
-    named = {d for c in sources.values() for d, on in c.domains.items() if on}
+    named = {d for c in sources.values() for d, on in getattr(c, "domains", {}).items() if on}
     rest = {d: True for d in ctx.recipe.domains(ctx.name) if d not in named}
     each = [
-        member("sources", name)(c if c.domains else replace(c, domains=rest), ctx, model)
+        member("sources", name)(
+            replace(c, domains=rest) if getattr(c, "domains", None) == {} else c, ctx, model
+        )
         for name, c in sources.items()
     ]
     return each[0] if len(each) == 1 else Together(each)
@@ -100,7 +102,11 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
     ]
     local, route = {}, {}
     wanted = {n.removeprefix("teacher.") for n in needs if n.startswith("teacher.")}
-    if wanted:
+    refers = {n.removeprefix("reference.") for n in needs if n.startswith("reference.")}
+    reference, sources = None, getattr(config, "sources", {})
+    if refers:
+        reference = member("teachers", "local")(ctx, model, "reference", config.reference)
+    if wanted or sources:
         local = {
             n: (member("teachers", "local")(ctx, model, n, t.model), t.weight)
             for n, t in teachers.items()
@@ -116,18 +122,23 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
     baseline = next((s.config for _, s in signals.values() if "policy.kl" in s.needs), None)
     top = baseline.k if baseline and baseline.support != "full" else 0
     return Parts(
-        source=member("sources", "student")(None, ctx, model),
+        source=source_of(ctx, model, sources)
+        if sources
+        else member("sources", "student")(None, ctx, model),
         terms=terms,
         signals=signals,
         rewards=rewards,
-        teachers=local,
+        teachers=local if wanted else {},
+        reference=reference,
+        reference_wants=tuple(sorted(refers)),
         route=route,
         teacher_wants=tuple(sorted(wanted)),
         teacher_top=max((getattr(t.objective.config, "k", 0) for t in terms), default=0),
         policy_wants=tuple(policy),
         policy_top=top,
         judged="verdict" in needs,
-        temperature=config.sampling.temperature,
+        temperature=getattr(config, "loss_temperature", 0) or config.sampling.temperature,
+        sampled_at=config.sampling.temperature,
         updates=updates,
         minibatches=minibatches,
     )

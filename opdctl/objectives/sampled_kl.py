@@ -29,6 +29,7 @@ class SampledKl:
     revision = 1
     needs = ("teacher.logprobs",)
     rows = "prediction"
+    own = True
 
     @dataclass(kw_only=True)
     class Config(ObjectiveConfig):
