@@ -139,6 +139,7 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
         judged="verdict" in needs,
         temperature=getattr(config, "loss_temperature", 0) or config.sampling.temperature,
         sampled_at=config.sampling.temperature,
+        steps=getattr(config, "steps", 1),  # gradients has batches, all of the same weights
         updates=updates,
         minibatches=minibatches,
     )

@@ -52,6 +52,7 @@ class Parts:
         judged: a member wants each response's verdict (the column ``right``).
         temperature: of the loss, on both sides.
         sampled_at: the one sampled with.
+        steps: optimizer steps of the stage, for what changes on the way.
         updates: passes over the step's rollouts.
         minibatches: optimizer steps in each.
     """
@@ -71,6 +72,7 @@ class Parts:
     judged: bool = False
     temperature: float = 1.0
     sampled_at: float = 1.0
+    steps: int = 1
     updates: int = 1
     minibatches: int = 1
 
@@ -143,7 +145,7 @@ def scored(
     device, runtime = model.device, ctx.runtime
     lengths = torch.tensor([r.length for r in rollouts])
     sequence_N = torch.repeat_interleave(torch.arange(len(rollouts)), lengths).to(device)
-    step = Step(rollouts, {}, sequence_N, model=model, steps=getattr(ctx.config, "steps", 1))
+    step = Step(rollouts, {}, sequence_N, model=model, steps=parts.steps)
     if all(r.behaviour_logprobs is not None for r in rollouts):
         flat = [v for r in rollouts for v in r.behaviour_logprobs]
         step.columns["behaviour"] = torch.tensor(flat, device=device, dtype=model.wide)
