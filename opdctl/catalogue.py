@@ -110,7 +110,10 @@ def detail(name: str) -> dict:
             prefix = "" if len(found) == 1 else f"{family}/{member}: "
             if hasattr(cls, "Config"):
                 keys += describe(cls.Config, lookup, prefix)
-        return {"name": name, "about": "\n".join(about), "keys": keys, "more": _more(keys)}
+        shown = {"name": name, "about": "\n".join(about), "keys": keys, "more": _more(keys)}
+        if name in methods():  # a method may have a member of its name
+            shown["text"] = _method(name)["text"]
+        return shown
     if name == "runtime":
         about = "keys of `runtime:` in a recipe, or runtime.KEY=VALUE behind any command that runs"
         return {"name": name, "about": about, "keys": describe(Runtime, lookup, "runtime.")}

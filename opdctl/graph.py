@@ -96,7 +96,7 @@ def _references(recipe, stage: str, folders: bool) -> list[Problem]:
         wrong = references.complaint(target, names, aliases, folders)
         if wrong is None and reference.form == "stage" and reference.name == stage:
             wrong = "a stage cannot read its own output", ""
-        if wrong is None and reference.form == "policy" and ".teachers." not in f".{dotted}":
+        if wrong is None and reference.form == "policy" and not _frozen(dotted):
             wrong = "policy is a teacher's reference", "write stage:NAME"
         if wrong is None:
             wrong = _kind(recipe, reference, "classifier" if rewarding else "model", folders)
@@ -110,6 +110,11 @@ def _references(recipe, stage: str, folders: bool) -> list[Problem]:
         if isinstance(share, float) and not 0 <= share < float("inf"):
             found.append(Problem(path, f"a share is 0 or more, not {share}"))
     return found
+
+
+def _frozen(dotted: str) -> bool:
+    """Whether a key of a stage names a model that may be the student's own start."""
+    return dotted == "reference" or ".teachers." in f".{dotted}"
 
 
 def _judges(recipe, folders: bool) -> list[Problem]:

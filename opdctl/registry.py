@@ -56,6 +56,11 @@ def member(family: str, name: str) -> type:
     return getattr(module, class_name(name))
 
 
+def needs_of(cls: type, config: object) -> tuple[str, ...]:
+    """What a member needs with these keys: its ``needs``, and what ``also(config)`` adds."""
+    return (*cls.needs, *(cls.also(config) if hasattr(cls, "also") else ()))
+
+
 def config_of(family: str, name: str, **keys: object) -> object:
     """A member's Config with some keys set, for a stage that always uses it."""
     return member(family, name).Config(**keys)

@@ -54,7 +54,7 @@ class Rollout:
         behaviour_logprobs: log-probs under the distribution sampled from, of all other tokens;
             None where the response was not sampled (a dataset).
         truncated: it was cut at the length limit, without an end token.
-        source: ``student``, ``teacher`` or ``dataset``.
+        source: ``student``, ``teacher``, ``dataset``, or ``mixture`` of the first two by token.
         group: rollouts of one prompt in one step share this number.
         version: optimizer steps the sampling weights had seen.
         text: the decoded response, without its end token; of several turns, the last one.

@@ -9,7 +9,7 @@ import torch
 from opdctl.core import update
 from opdctl.core.assemble import on_policy
 from opdctl.core.models import save
-from opdctl.core.scored import advantage, scored
+from opdctl.core.scored import advantage, scored, weigh
 from opdctl.errors import RecipeError
 from opdctl.types import Compute
 from running import one_stage
@@ -71,6 +71,7 @@ class First:
         self.step = scored(self.rollouts, self.model, self.parts, ctx, Compute())
         self.columns = self.step.columns
         self.logged = advantage(self.step, self.parts.signals)
+        self.logged |= weigh(self.step, self.parts.terms)
         self.spans = [r.request for r in self.rollouts]
 
     def gradient(self, some=None, micro_batch=0):

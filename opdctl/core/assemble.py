@@ -7,7 +7,7 @@ from typing import Any
 
 from opdctl.core.context import Context
 from opdctl.core.scored import Parts
-from opdctl.core.view import Term
+from opdctl.core.view import PerStep, Term
 from opdctl.registry import member
 from opdctl.settings import Teacher, routes
 from opdctl.types import Rollout
@@ -17,14 +17,19 @@ def terms_of(objectives: dict[str, Any]) -> list[Term]:
     """The objectives of a stage with their weights; those with coefficient 0 are left out."""
     terms = []
     for name, config in objectives.items():
-        weights = [member("weights", w)(c) for w, c in config.weights.items()]
-        term = Term(
-            member("objectives", name)(config),
-            config.coef,
-            config.normalise,
-            masks=[w for w in weights if hasattr(w, "mask")],
-            gates=[w for w in weights if hasattr(w, "gate")],
+        weights = {w: member("weights", w)(c) for w, c in config.weights.items()}
+        masks, factors = (
+            [
+                PerStep(f"{kind}.{name}.{w}", getattr(m, kind))
+                for w, m in weights.items()
+                if hasattr(m, kind)
+            ]
+            for kind in ("mask", "factor")
         )
+        gates = [w for w in weights.values() if hasattr(w, "gate")]
+        objective = member("objectives", name)(config)
+        needs = {n for w in weights.values() for n in w.needs}
+        term = Term(objective, config.coef, config.normalise, masks, gates, factors, needs)
         if config.coef:
             terms.append(term)
     return terms
@@ -32,10 +37,12 @@ def terms_of(objectives: dict[str, Any]) -> list[Term]:
 
 def source_of(ctx: Context, model: Any, sources: dict[str, Any]) -> Any:
     """The source of a stage; of several, each for its own domains."""
-    named = {d for c in sources.values() for d, on in c.domains.items() if on}
+    named = {d for c in sources.values() for d, on in getattr(c, "domains", {}).items() if on}
     rest = {d: True for d in ctx.recipe.domains(ctx.name) if d not in named}
     each = [
-        member("sources", name)(c if c.domains else replace(c, domains=rest), ctx, model)
+        member("sources", name)(
+            replace(c, domains=rest) if getattr(c, "domains", None) == {} else c, ctx, model
+        )
         for name, c in sources.items()
     ]
     return each[0] if len(each) == 1 else Together(each)
@@ -87,7 +94,7 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
     }
     needs = {n for _, s in signals.values() for n in s.needs}
     for term in terms:
-        needs.update(term.objective.needs, *(w.needs for w in [*term.masks, *term.gates]))
+        needs.update(term.objective.needs, term.needs)
     rewards = [
         reward_of(ctx, c.reward)
         for n, c in config.signals.items()
@@ -95,7 +102,11 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
     ]
     local, route = {}, {}
     wanted = {n.removeprefix("teacher.") for n in needs if n.startswith("teacher.")}
-    if wanted:
+    refers = {n.removeprefix("reference.") for n in needs if n.startswith("reference.")}
+    reference, sources = None, getattr(config, "sources", {})
+    if refers:
+        reference = member("teachers", "local")(ctx, model, "reference", config.reference)
+    if wanted or sources:
         local = {
             n: (member("teachers", "local")(ctx, model, n, t.model), t.weight)
             for n, t in teachers.items()
@@ -111,17 +122,24 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
     baseline = next((s.config for _, s in signals.values() if "policy.kl" in s.needs), None)
     top = baseline.k if baseline and baseline.support != "full" else 0
     return Parts(
-        source=member("sources", "student")(None, ctx, model),
+        source=source_of(ctx, model, sources)
+        if sources
+        else member("sources", "student")(None, ctx, model),
         terms=terms,
         signals=signals,
         rewards=rewards,
-        teachers=local,
+        teachers=local if wanted else {},
+        reference=reference,
+        reference_wants=tuple(sorted(refers)),
         route=route,
         teacher_wants=tuple(sorted(wanted)),
         teacher_top=max((getattr(t.objective.config, "k", 0) for t in terms), default=0),
         policy_wants=tuple(policy),
         policy_top=top,
-        temperature=config.sampling.temperature,
+        judged="verdict" in needs,
+        temperature=getattr(config, "loss_temperature", 0) or config.sampling.temperature,
+        sampled_at=config.sampling.temperature,
+        steps=getattr(config, "steps", 1),  # gradients has batches, all of the same weights
         updates=updates,
         minibatches=minibatches,
     )

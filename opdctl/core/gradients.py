@@ -15,7 +15,7 @@ from opdctl.core import update
 from opdctl.core.context import Clock, Context
 from opdctl.core.metrics import Metrics
 from opdctl.core.models import Model
-from opdctl.core.scored import Parts, Step, advantage, scored
+from opdctl.core.scored import Parts, Step, advantage, scored, weigh
 from opdctl.core.tokens import pack
 from opdctl.rundir import write_json
 from opdctl.types import FORWARD, Compute
@@ -43,6 +43,7 @@ def measure(ctx: Context, model: Model, parts: Parts) -> Compute:
         clock.lap("rollout")
         step = scored(rollouts, model, parts, ctx, compute)
         advantage(step, parts.signals)
+        weigh(step, parts.terms)
         if not batch and "hidden" in parts.teacher_wants:
             gap = rebuilt(ctx, step, parts, compute)
         clock.lap("score")

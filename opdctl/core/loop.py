@@ -18,7 +18,7 @@ from opdctl.core import checkpoint, draws, tokens, update
 from opdctl.core.context import Clock, Context
 from opdctl.core.metrics import Metrics, Watch, by_domain, mean
 from opdctl.core.models import Model
-from opdctl.core.scored import Parts, Step, advantage, scored
+from opdctl.core.scored import Parts, Step, advantage, scored, weigh
 from opdctl.errors import Interrupted, StageFailed
 from opdctl.kernels.select import rows_class
 from opdctl.nets.masters import Masters
@@ -67,6 +67,7 @@ class Loop:
             done = state["step"]
             self.compute = Compute(**state["compute"])
             self.watch.state = state.get("watch", self.watch.state)
+            self._take_up(state.get("members", {}))
         metrics = Metrics(self.ctx.folder, self.ctx.attempt)
         runtime = self.ctx.runtime
         self.kernel = rows_class(runtime.kernel, self.model.device, self.model.wide).name
@@ -75,11 +76,12 @@ class Loop:
             while done < self.steps:
                 self.ctx.check()
                 clock = Clock()
-                before = copy.deepcopy(self.compute)
+                before, members = copy.deepcopy(self.compute), self._states()
                 try:
                     values = self._step(done, clock)
                 except Interrupted:
                     self.compute = before  # the step will be taken again
+                    self._take_up(members)
                     raise
                 done += 1
                 warnings, stop = self.watch.look(done, values)
@@ -106,13 +108,26 @@ class Loop:
             )
         return self.compute
 
+    def _states(self) -> dict[str, dict]:
+        """Of the signals that remember something between steps."""
+        named = {n: s for n, (_, s) in self.parts.signals.items()}
+        return {n: s.state() for n, s in named.items() if hasattr(s, "state")}
+
+    def _take_up(self, states: dict[str, dict]) -> None:
+        for name, state in states.items():
+            self.parts.signals[name][1].load(state)
+
     def _save(self, done: int) -> None:
         checkpoint.save(
             self.checkpoints,
             done,
             self.model,
             self.optimizer,
-            {"compute": asdict(self.compute), "watch": self.watch.state},
+            {
+                "compute": asdict(self.compute),
+                "watch": self.watch.state,
+                "members": self._states(),
+            },
             self.ctx.runtime.keep_checkpoints,
         )
         self.ctx.wal.drop(done)
@@ -133,7 +148,7 @@ class Loop:
             rollouts = self._shuffled(rollouts, done)
         before = self.ctx.loads
         step = scored(rollouts, self.model, self.parts, self.ctx, self.compute)
-        values = advantage(step, self.parts.signals)
+        values = advantage(step, self.parts.signals) | weigh(step, self.parts.terms)
         clock.lap("score")
         if step.taught is not None:
             step.taught.loads = 0  # those of the update alone
@@ -220,6 +235,9 @@ class Loop:
         behaviour_N = step.columns["behaviour"]
         values = {"surprise": -float(behaviour_N.mean())}
         ours_N = step.columns.get("policy")
+        mixed = self.parts.source.samples_from != "student"
+        if mixed or self.parts.temperature != self.parts.sampled_at:
+            return values  # the two sides are not the same distribution
         if ours_N is None and self.parts.updates * self.parts.minibatches == 1:
             ours_N = logged.get("student_logprob")  # the weights that sampled
         if ours_N is not None:
@@ -238,14 +256,15 @@ class Loop:
 
     def _count_rollouts(self) -> None:
         """Everything the source sampled, what it then refused included."""
-        source = self.parts.source
-        flops = FORWARD * source.parameters * source.sampled
-        if source.samples_from == "teacher":
-            self.compute.teacher_sampled_tokens += source.sampled
-            self.compute.flops["teacher_sampling"] += flops
-        else:
-            self.compute.rollout_tokens += source.sampled
-            self.compute.flops["rollout"] += flops
+        whole = self.parts.source
+        for source in getattr(whole, "sources", [whole]):
+            flops = FORWARD * source.parameters * source.sampled
+            if source.samples_from == "teacher":
+                self.compute.teacher_sampled_tokens += source.sampled
+                self.compute.flops["teacher_sampling"] += flops
+            else:
+                self.compute.rollout_tokens += source.sampled
+                self.compute.flops["rollout"] += flops
 
     def _log_rollouts(self, done: int, step: Step) -> None:
         every = self.ctx.runtime.log_rollouts_every

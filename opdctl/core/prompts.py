@@ -6,9 +6,10 @@ rounded so that the totals over all steps are exact, so the cursor is the step's
 
 from __future__ import annotations
 
+import copy
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from opdctl.core import draws
@@ -84,6 +85,17 @@ class PromptOrder:
                 continue
             taken += [self._prompt(domain, position) for position in range(start, stop)]
         return taken
+
+    def chosen(self, keep: Callable[[int], list[int]]) -> PromptOrder:
+        """The same order, of each step only the prompts at the places that ``keep(step)`` names."""
+
+        def at(step: int) -> list[Prompt]:
+            taken = self.at(step)
+            return [taken[i] for i in keep(step)]
+
+        part = copy.copy(self)
+        part.at = at
+        return part
 
     def _cursors(self, step: int):
         """(domain, first position, last position + 1) of each domain."""

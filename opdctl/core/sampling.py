@@ -15,7 +15,15 @@ from opdctl.types import Prompt, Rollout
 
 
 def sample_group(
-    ctx, model, prompts: list[Prompt], step: int, source: str, *, sampling=None, samples: int = 0
+    ctx,
+    model,
+    prompts: list[Prompt],
+    step: int,
+    source: str,
+    *,
+    sampling=None,
+    samples: int = 0,
+    blend: tuple[Any, float] | None = None,
 ) -> list[Rollout]:
     """``samples`` responses to each prompt, a prompt's responses next to each other.
 
@@ -24,6 +32,7 @@ def sample_group(
         step: part of every draw's name, and the version of the weights.
         sampling: defaults to the stage's ``sampling``.
         samples: defaults to the stage's ``prompts.samples``.
+        blend: another model and its share in every token; by the transformers engine.
 
     Raises:
         Interrupted: a stop was asked for.
@@ -41,7 +50,7 @@ def sample_group(
             new = Rollout(prompt, ids, [], [], source=source, group=group, version=step)
             rollouts.append(new)
     ctx.wal.at(step)
-    engine = member("engines", "transformers")(model, ctx.runtime.wave, ctx.check, ctx.wal)
+    engine = member("engines", "transformers")(model, ctx.runtime.wave, ctx.check, ctx.wal, blend)
     environments = {d: ctx.environment(d) for d in {p.domain for p in prompts}}
     going, turn = list(range(len(rollouts))), 0
     while going:

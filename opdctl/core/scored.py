@@ -21,8 +21,8 @@ from opdctl.core.metrics import by_domain
 from opdctl.core.models import Model
 from opdctl.core.scoring import Scores, score
 from opdctl.core.taught import Held, Taught, reverse_kl
-from opdctl.core.tokens import per_sequence
-from opdctl.core.view import Term
+from opdctl.core.tokens import future, per_sequence, places
+from opdctl.core.view import PerStep, Term
 from opdctl.errors import StageFailed
 from opdctl.kernels.select import rows_class
 from opdctl.types import FORWARD, Compute, Rollout
@@ -40,12 +40,19 @@ class Parts:
         rewards: called on all rollouts of a step.
         teachers: ``{name: (member, weight)}``; scores come back as the column ``teacher``.
         route: domain -> names of its teachers; several where they are pooled.
-        teacher_wants: what is asked of them: logprobs, hidden, lse, topk, entropy.
+        reference: a frozen model the log-ratio is taken to (the column ``reference``).
+        reference_wants: what is asked of it: logprobs, and modal, its log-prob of the teacher's
+            most probable token (the column ``reference_modal``).
+        teacher_wants: what is asked of them: logprobs, hidden, lse, topk, entropy, and modal, the
+            log-prob of the most probable token (the column ``teacher_modal``).
         teacher_top: k of topk.
-        policy_wants: what a no-grad pass of the student before the update is for: logprobs, and
-            kl, its divergence to the teacher (the column ``policy_kl``).
+        policy_wants: what a no-grad pass of the student before the update is for: logprobs,
+            entropy, and kl, its divergence to the teacher (the column ``policy_kl``).
         policy_top: k of that kl; 0 is the whole vocabulary.
-        temperature: the one sampled with.
+        judged: a member wants each response's verdict (the column ``right``).
+        temperature: of the loss, on both sides.
+        sampled_at: the one sampled with.
+        steps: optimizer steps of the stage, for what changes on the way.
         updates: passes over the step's rollouts.
         minibatches: optimizer steps in each.
     """
@@ -56,11 +63,16 @@ class Parts:
     rewards: list[Any] = field(default_factory=list)
     teachers: dict[str, tuple[Any, float]] = field(default_factory=dict)
     route: dict[str, list[str]] = field(default_factory=dict)
+    reference: Any = None
+    reference_wants: tuple[str, ...] = ()
     teacher_wants: tuple[str, ...] = ("logprobs",)
     teacher_top: int = 16
     policy_wants: tuple[str, ...] = ()
     policy_top: int = 0
+    judged: bool = False
     temperature: float = 1.0
+    sampled_at: float = 1.0
+    steps: int = 1
     updates: int = 1
     minibatches: int = 1
 
@@ -70,13 +82,46 @@ class Step:
     """All rollouts of one step and their per-token columns, flat and in their order.
 
     ``taught`` holds a head and hidden rows of each teacher asked; the columns ``teacher_index`` and
-    ``teacher_row``, [N, M], say which rows of which teachers belong to a token.
+    ``teacher_row``, [N, M], say which rows of which teachers belong to a token. ``model`` is the
+    policy, for its tokenizer and vocabulary; ``done`` of ``steps`` optimizer steps are taken.
     """
 
     rollouts: list[Rollout]
     columns: dict[str, Tensor]
     sequence_N: Tensor
     taught: Taught | None = None
+    model: Model | None = None
+    steps: int = 1
+
+    @property
+    def done(self) -> int:
+        return self.rollouts[0].version
+
+    @property
+    def target_N(self) -> Tensor:
+        """The ids of the response tokens."""
+        ids = [r.request.ids[p] for r in self.rollouts for p in r.request.targets]
+        return torch.tensor(ids, device=self.sequence_N.device)
+
+    def mean(self, value_N: Tensor) -> Tensor:
+        """Mean over the tokens of each rollout. Shape [B]."""
+        sums_B = per_sequence(value_N, self.sequence_N, len(self.rollouts))
+        return sums_B / torch.tensor([r.length for r in self.rollouts], device=sums_B.device)
+
+    def largest(self, value_N: Tensor, share: float) -> Tensor:
+        """True for the largest ``share`` of all tokens, one at least; of equals the first. [N]."""
+        count = max(1, round(share * len(value_N)))
+        kept_N = torch.zeros(len(value_N), dtype=torch.bool, device=value_N.device)
+        kept_N[value_N.argsort(descending=True, stable=True)[:count]] = True
+        return kept_N
+
+    def future(self, value_N: Tensor, discount: float) -> Tensor:
+        """The discounted sum of what comes after each token in its rollout. Shape [N]."""
+        return future(value_N, self.sequence_N, len(self.rollouts), discount)
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Each token's place in its rollout, from 0, and that rollout's length. [N] each."""
+        return places(self.sequence_N, len(self.rollouts))
 
     def spread(self, value_B: list[float]) -> Tensor:
         """One number per rollout -> one per token. Shape [N]."""
@@ -100,18 +145,22 @@ def scored(
     device, runtime = model.device, ctx.runtime
     lengths = torch.tensor([r.length for r in rollouts])
     sequence_N = torch.repeat_interleave(torch.arange(len(rollouts)), lengths).to(device)
-    step = Step(rollouts, {}, sequence_N)
+    step = Step(rollouts, {}, sequence_N, model=model, steps=parts.steps)
     if all(r.behaviour_logprobs is not None for r in rollouts):
         flat = [v for r in rollouts for v in r.behaviour_logprobs]
         step.columns["behaviour"] = torch.tensor(flat, device=device, dtype=model.wide)
     if all(r.reward is not None for r in rollouts):
         step.columns["reward"] = step.spread([r.reward for r in rollouts])
+    if parts.judged:
+        step.columns["right"] = step.spread([ctx.verify(r) for r in rollouts])
     domains = sorted({r.prompt.domain for r in rollouts})
     step.columns["domain"] = step.spread([domains.index(r.prompt.domain) for r in rollouts]).long()
     requests = [r.request for r in rollouts]
     policy = _policy(step, requests, model, parts, ctx, compute) if parts.policy_wants else None
     if parts.teachers:
         _teach(step, requests, model, parts, ctx, compute)
+    if parts.reference_wants:
+        _refer(step, requests, parts, ctx, compute, model.device)
     if "kl" in parts.policy_wants:
         head = model.projection(parts.temperature, runtime.rounded_logits)
         step.columns["policy_kl"] = reverse_kl(
@@ -142,6 +191,8 @@ def advantage(step: Step, signals: dict[str, tuple[float, Any]]) -> dict:
         values[f"{name}_mean"] = float(vector_N.mean())
         values[f"{name}_std"] = float(vector_N.std(correction=0))
         values[f"{name}_share"] = size[name] / whole if whole else 0.0
+        for what, value in getattr(signals[name][1], "logged", {}).items():
+            values[f"{name}_{what}"] = value
     if {"teacher", "policy"} <= step.columns.keys():
         gap_N = step.columns["policy"] - step.columns["teacher"]
         sums_B = per_sequence(gap_N, step.sequence_N, len(step.rollouts)).tolist()
@@ -150,9 +201,18 @@ def advantage(step: Step, signals: dict[str, tuple[float, Any]]) -> dict:
     return values
 
 
+def weigh(step: Step, terms: list[Term]) -> dict[str, float]:
+    """Sets the columns of the weights that see the whole step. Returns the mean of each."""
+    values = {}
+    for part in [p for t in terms for p in (*t.masks, *t.factors) if isinstance(p, PerStep)]:
+        step.columns[part.column] = part.of(step).to(step.model.wide)
+        values[part.column] = float(step.columns[part.column].mean())
+    return values
+
+
 def _policy(step, requests, model, parts, ctx, compute) -> Scores:
     """The student's own scores of its rollouts, before the update."""
-    wants = {"kl": "hidden", "logprobs": "logprobs"}
+    wants = {"kl": "hidden", "logprobs": "logprobs", "entropy": "entropy"}
     found = score(
         model,
         requests,
@@ -165,6 +225,8 @@ def _policy(step, requests, model, parts, ctx, compute) -> Scores:
     )
     if found.logprobs_N is not None:
         step.columns["policy"] = found.logprobs_N
+    if found.entropy_N is not None:
+        step.columns["policy_entropy"] = found.entropy_N
     compute.flops["train"] += FORWARD * model.parameters * sum(len(q.ids) for q in requests)
     return found
 
@@ -178,20 +240,26 @@ def _teach(step, requests, model, parts, ctx, compute) -> None:
     M = max(len(names) for names in routes)
     index_NM, row_NM = torch.zeros(2, N, M, dtype=torch.long, device=model.device)
     weight_NM = torch.zeros(N, M, dtype=model.wide, device=model.device)
-    logprob_NM = torch.zeros_like(weight_NM)
+    logprob_NM, entropy_NM = torch.zeros_like(weight_NM), torch.zeros_like(weight_NM)
+    modal_N, modal_id_N = torch.zeros_like(weight_NM[:, 0]), torch.zeros_like(index_NM[:, 0])
     held: list[Held] = []
     for name, (teacher, weight) in parts.teachers.items():
         mine = [i for i, names in enumerate(routes) if name in names]
         if not mine:
             continue
         asked = [requests[i] for i in mine]
-        found, parameters = _asked(name, teacher, asked, parts, ctx, model.device)
+        wants = tuple(parts.teacher_wants)
+        found, parameters = _asked(name, teacher, asked, parts, ctx, model.device, wants)
         _check(name, found, [step.rollouts[i] for i in mine])
         at_N = torch.cat([token_N[i] for i in mine])
         place_N = torch.cat([torch.full_like(token_N[i], routes[i].index(name)) for i in mine])
         weight_NM[at_N, place_N] = weight
         if found.logprobs_N is not None:
             logprob_NM[at_N, place_N] = found.logprobs_N
+        if found.entropy_N is not None:
+            entropy_NM[at_N, place_N] = found.entropy_N
+        if found.modal_N is not None:
+            modal_N[at_N], modal_id_N[at_N] = found.modal_N, found.modal_id_N
         if found.hidden_ND is not None:
             index_NM[at_N, place_N] = len(held)
             row_NM[at_N, place_N] = torch.arange(len(at_N), device=at_N.device)
@@ -205,24 +273,50 @@ def _teach(step, requests, model, parts, ctx, compute) -> None:
         compute.flops["teacher"] += FORWARD * parameters * forwarded
     total_N = weight_NM.sum(1)
     columns["teacher_weight"] = total_N
+
+    def mean(value_NM: Tensor) -> Tensor:
+        mean_N = (weight_NM * value_NM).sum(1) / torch.where(total_N > 0, total_N, 1.0)
+        return torch.where(total_N > 0, mean_N, value_NM[:, 0])
+
     if "logprobs" in parts.teacher_wants:
         # sum of w (log T - log S) is their total times (weighted mean of log T, minus log S)
-        mean_N = (weight_NM * logprob_NM).sum(1) / torch.where(total_N > 0, total_N, 1.0)
-        columns["teacher"] = torch.where(total_N > 0, mean_N, logprob_NM[:, 0])
+        columns["teacher"] = mean(logprob_NM)
+    if "entropy" in parts.teacher_wants:
+        columns["teacher_entropy"] = mean(entropy_NM)
+    if "modal" in parts.teacher_wants:
+        columns |= {"teacher_modal": modal_N, "modal_id": modal_id_N}
     if held:
         columns |= {"teacher_index": index_NM, "teacher_row": row_NM, "pair_weight": weight_NM}
         step.taught = Taught(held, model.device)
 
 
-def _asked(name: str, teacher, asked, parts, ctx, device) -> tuple[Scores, int]:
+def _refer(step, requests, parts, ctx, compute, device) -> None:
+    """Ask the reference, which is the same for all rollouts."""
+    asked, ids_N = ("/reference", parts.reference, requests), None  # no teacher's name
+    if "modal" in parts.reference_wants:
+        ids_N = step.columns["modal_id"]
+    wants = ("logprobs", "at") if ids_N is not None else ("logprobs",)
+    found, parameters = _asked(*asked, parts, ctx, device, wants, ids_N)
+    _check("reference", found, step.rollouts)
+    step.columns["reference"] = found.logprobs_N
+    if ids_N is not None:
+        step.columns["reference_modal"] = found.at_N
+    forwarded = sum(len(q.ids) for q in requests)
+    compute.teacher_tokens += forwarded
+    compute.flops["teacher"] += 2.0 * parameters * forwarded
+
+
+def _asked(
+    name: str, teacher, asked, parts, ctx, device, wants: tuple[str, ...], ids_N=None
+) -> tuple[Scores, int]:
     """What a teacher says, and its parameters; log-probs alone are logged and not paid for twice:
     a teacher that answered before the kill need not even be loaded."""
-    wants = tuple(parts.teacher_wants)
     question = f"teacher {name} {draws.key(asked, parts.temperature):016x}"
     logged = ctx.wal.get(question) if wants == ("logprobs",) else []
     if logged:
         return Scores(torch.from_numpy(logged[0]["logprobs"]).to(device)), int(logged[0]["size"])
-    found = teacher.score(asked, parts.temperature, wants, parts.teacher_top)
+    given = (asked, parts.temperature, wants, parts.teacher_top)
+    found = teacher.score(*given) if ids_N is None else teacher.score(*given, ids_N)
     if wants == ("logprobs",):
         size = np.array(teacher.parameters)
         ctx.wal.put(question, {"logprobs": found.logprobs_N.cpu().numpy(), "size": size})
@@ -232,7 +326,7 @@ def _asked(name: str, teacher, asked, parts, ctx, device) -> tuple[Scores, int]:
 def _check(name: str, found: Scores, rollouts: list[Rollout]) -> None:
     """Length and finiteness of what a teacher said."""
     owner = [r for r in rollouts for _ in range(r.length)]
-    for what in ("logprobs_N", "hidden_ND", "lse_N", "entropy_N"):
+    for what in ("logprobs_N", "hidden_ND", "lse_N", "entropy_N", "modal_N", "at_N"):
         value_N = getattr(found, what)
         if value_N is None:
             continue

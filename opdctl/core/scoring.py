@@ -29,6 +29,8 @@ class Scores:
         lse_N: log-normaliser at the temperature; None if not asked for.
         top_NK: most probable ids; None if not asked for.
         entropy_N: None if not asked for.
+        modal_N, modal_id_N: log-prob and id of the most probable token; None if not asked for.
+        at_N: log-prob of another token than the target, at its place; None if not asked for.
     """
 
     logprobs_N: Tensor | None = None
@@ -36,6 +38,9 @@ class Scores:
     lse_N: Tensor | None = None
     top_NK: Tensor | None = None
     entropy_N: Tensor | None = None
+    modal_N: Tensor | None = None
+    modal_id_N: Tensor | None = None
+    at_N: Tensor | None = None
 
 
 @torch.no_grad()
@@ -46,6 +51,7 @@ def score(
     temperature: float,
     want: Collection[str] = ("logprobs",),
     top: int = 16,
+    ids_N: Tensor | None = None,
     rounded: bool = False,
     micro_batch: int = 0,
     chunk_mib: int = 0,
@@ -54,8 +60,9 @@ def score(
     """Run the trunk once over the requests and return what is wanted.
 
     Args:
-        want: any of logprobs, hidden, lse, topk, entropy.
+        want: any of logprobs, hidden, lse, topk, entropy, modal, at.
         top: k of topk.
+        ids_N: one id for each target: whose log-probs ``at`` is.
         rounded: logits rounded to bfloat16, as in the loss.
         micro_batch: sequences per forward pass; 0 is as many as are alike in length.
         chunk_mib: memory for the logits of one chunk; 0 as in ``rows_in``.
@@ -65,8 +72,10 @@ def score(
     head = model.projection(temperature, rounded)
     weight_VD = head.weight_VD
     found = Scores()
-    for name in {"logprobs", "lse", "entropy"} & set(want):
+    for name in {"logprobs", "lse", "entropy", "modal", "at"} & set(want):
         setattr(found, f"{name}_N", weight_VD.new_zeros(count, dtype=head.wide))
+    if "modal" in want:
+        found.modal_id_N = weight_VD.new_zeros(count, dtype=torch.long)
     if "hidden" in want:
         found.hidden_ND = weight_VD.new_zeros(count, weight_VD.shape[1])
     if "topk" in want:
@@ -83,12 +92,19 @@ def score(
         for start in range(0, len(hidden_ND) if set(want) - {"hidden"} else 0, rows):
             chunk = slice(start, start + rows)
             logits_CV = head.logits(hidden_ND[chunk])
-            _read(logits_CV, packed.target_N[chunk], tokens_N[chunk], found)
+            _read(logits_CV, packed.target_N[chunk], tokens_N[chunk], found, ids_N)
     return found
 
 
-def _read(logits_CV: Tensor, target_C: Tensor, at_C: Tensor, found: Scores) -> None:
+def _read(
+    logits_CV: Tensor, target_C: Tensor, at_C: Tensor, found: Scores, ids_N: Tensor | None
+) -> None:
     """Put what is wanted of a chunk's logits in its place; overwrites them."""
+    if found.modal_N is not None:
+        found.modal_id_N[at_C] = logits_CV.argmax(-1)
+        found.modal_N[at_C] = target_logprob(logits_CV, found.modal_id_N[at_C])
+    if found.at_N is not None:
+        found.at_N[at_C] = target_logprob(logits_CV, ids_N[at_C])
     if found.top_NK is not None:
         found.top_NK[at_C] = logits_CV.topk(found.top_NK.shape[1], dim=-1).indices
     if found.logprobs_N is not None:

@@ -97,6 +97,27 @@ def per_sequence(values_N: Tensor, sequence_N: Tensor, count: int) -> Tensor:
     return zeros_B.index_add_(0, sequence_N, values_N)
 
 
+def places(sequence_N: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Each token's place in its sequence, from 0, and that sequence's length. Shape [N] each."""
+    length_B = torch.bincount(sequence_N, minlength=count)
+    start_B = length_B.cumsum(0) - length_B
+    index_N = torch.arange(len(sequence_N), device=sequence_N.device)
+    return index_N - start_B[sequence_N], length_B[sequence_N]
+
+
+def future(values_N: Tensor, sequence_N: Tensor, count: int, discount: float) -> Tensor:
+    """What comes after each token of its sequence: the sum of discount^(j - 1) x the j-th value
+    after it. Shape [N]."""
+    place_N, length_N = places(sequence_N, count)
+    width = int(length_N.max()) if len(length_N) else 0
+    value_BT = values_N.new_zeros(count, width + 1)
+    value_BT[sequence_N, place_N] = values_N
+    after_BT = torch.zeros_like(value_BT)
+    for t in range(width - 1, -1, -1):
+        after_BT[:, t] = value_BT[:, t + 1] + discount * after_BT[:, t + 1]
+    return after_BT[sequence_N, place_N]
+
+
 def split(values_N: Tensor, lengths: Sequence[int]) -> list[list[float]]:
     """One list per sequence, for logs."""
     return [part.tolist() for part in values_N.detach().cpu().split(list(lengths))]

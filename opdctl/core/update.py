@@ -48,7 +48,7 @@ def make_optimizer(model: Model, optim: Optim) -> torch.optim.AdamW:
 
 
 def normalisers(term: Term, sequence_N: Tensor, count: int, columns: dict) -> Tensor:
-    """Per-token factor of a term: its mask over its own count. Shape [N].
+    """Per-token factor of a term: its mask over its own count, times its factors. Shape [N].
 
     seq_mean gives 1 / (|y| x responses), token_mean 1 / tokens; domain_mean 1 / tokens of the
     domain, times its share of the responses: long answers of one domain do not drown another's
@@ -58,10 +58,17 @@ def normalisers(term: Term, sequence_N: Tensor, count: int, columns: dict) -> Te
     mask_N = torch.ones(len(sequence_N), device=sequence_N.device, dtype=torch.get_default_dtype())
     for member in term.masks:
         mask_N = mask_N * member.mask(columns)
-    if term.normalise == "token_mean":
+    scale_N = _counted(mask_N, term.normalise, sequence_N, count, columns)
+    for member in term.factors:
+        scale_N = scale_N * member.mask(columns)
+    return scale_N
+
+
+def _counted(mask_N, normalise: str, sequence_N, count: int, columns: dict) -> Tensor:
+    if normalise == "token_mean":
         return mask_N / mask_N.sum().clamp(min=1)
     length_B = per_sequence(mask_N, sequence_N, count)
-    if term.normalise == "domain_mean":
+    if normalise == "domain_mean":
         domain_N = columns["domain"]
         tokens_D = per_sequence(mask_N, domain_N, int(domain_N.max()) + 1)
         each_N = mask_N / length_B.clamp(min=1)[sequence_N]  # adds up to one per response

@@ -6,6 +6,7 @@ and coefficients are in them already. Nothing here divides by a count.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,6 +22,23 @@ from opdctl.kernels.topk import union
 
 
 @dataclass
+class PerStep:
+    """A part of a weight that sees the whole step: worked out once, then read from its column.
+
+    Attributes:
+        column: where its numbers are kept.
+        of: the weight's ``mask`` or ``factor``, step -> [N].
+    """
+
+    column: str
+    of: Callable[[Any], Tensor]
+
+    def mask(self, columns: dict[str, Tensor]) -> Tensor:
+        """Its numbers for the tokens of some columns."""
+        return columns[self.column]
+
+
+@dataclass
 class Term:
     """One objective of the loss, with what scales it.
 
@@ -28,8 +46,10 @@ class Term:
         objective: has ``rows`` (prediction or token) and ``loss(view) -> [C]``.
         coef: factor in the loss.
         normalise: seq_mean, token_mean or domain_mean.
-        masks: members of ``weights/`` with ``mask(columns) -> [N]``; they enter the count.
-        gates: members of ``weights/`` with ``gate(view) -> [C]``; they do not.
+        masks: with ``mask(columns) -> [N]``; they enter the count.
+        factors: likewise; they do not enter it.
+        gates: members of ``weights/`` with ``gate(view) -> [C]``; nor do they.
+        needs: what those members need.
     """
 
     objective: Any
@@ -37,6 +57,8 @@ class Term:
     normalise: str = "seq_mean"
     masks: list = field(default_factory=list)
     gates: list = field(default_factory=list)
+    factors: list = field(default_factory=list)
+    needs: set = field(default_factory=set)
 
 
 @dataclass

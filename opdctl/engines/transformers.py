@@ -9,6 +9,7 @@ cut goes on where it was.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -40,9 +41,11 @@ class Transformers:
     revision = 1
 
     def __init__(
-        self, model, wave: int, check: Callable[[], None] = lambda: None, wal=None
+        self, model, wave: int, check: Callable[[], None] = lambda: None, wal=None, blend=None
     ) -> None:
+        """``blend``: another model of the same tokens and its share in every token's draw."""
         self.model, self.wave, self.check, self.wal = model, wave, check, wal
+        self.blend = blend
 
     def generate(
         self, prompts: list[list[int]], keys: list[int], *, temperature: float, max_tokens: int
@@ -75,6 +78,8 @@ class Transformers:
         tokens_BT = np.full((len(prompts), max_tokens), model.eos)
         logprobs_BT = np.zeros((len(prompts), max_tokens))
         asked = (model.name, prompts, keys_B.tolist(), temperature, max_tokens)
+        if self.blend:
+            asked += (self.blend[0].name, self.blend[1])
         name = f"wave {draws.key(*asked):016x}"
         logged = self._recall(name, tokens_BT, logprobs_BT)
         ended_B = np.isin(tokens_BT[:, :logged], model.ends).any(1)
@@ -90,31 +95,41 @@ class Transformers:
             ids_UT[u, pads[u] :] = torch.tensor(prompt)
         pad_U = torch.tensor(pads, device=device)
         seen_UT = torch.arange(T + max_tokens, device=device) >= pad_U[:, None]
-        cache = DynamicCache(config=model.net.config)
-        given = model.net.config._attn_implementation in ("eager", "sdpa")
-        sees_all = given and all(type(layer) is DynamicLayer for layer in cache.layers)
+        models = [model, self.blend[0]] if self.blend else [model]
+        caches = [DynamicCache(config=m.net.config) for m in models]
+        given = all(m.net.config._attn_implementation in ("eager", "sdpa") for m in models)
+        layers = [layer for cache in caches for layer in cache.layers]
+        sees_all = given and all(type(layer) is DynamicLayer for layer in layers)
         mask = additive(next(model.net.parameters()).dtype) if sees_all else own_mask
         inputs = {
             "input_ids": ids_UT.to(device),
             "attention_mask": mask(seen_UT[:, :T], T),
             "position_ids": (torch.arange(T, device=device) - pad_U[:, None]).clamp(min=0),
         }
+
+        def select(kept_B):
+            for cache in caches:
+                cache.batch_select_indices(kept_B)
+
         alive = np.arange(len(prompts))  # rows still in the batch
         ended_B = np.zeros(len(prompts), bool)
         with torch.inference_mode():
             for t in range(max_tokens):
                 self.check()
-                hidden = model.trunk(**inputs, past_key_values=cache, use_cache=True)
-                last = hidden.last_hidden_state[:, -1]
+                last = [
+                    m.trunk(**inputs, past_key_values=cache, use_cache=True)
+                    for m, cache in zip(models, caches, strict=True)
+                ]
+                last = [out.last_hidden_state[:, -1] for out in last]
                 if t == 0:  # a prompt is read once, whatever the size of its group
-                    last, seen_UT = last[owner_B], seen_UT[owner_B]
+                    last, seen_UT = [hidden[owner_B] for hidden in last], seen_UT[owner_B]
                     position_B1 = inputs["position_ids"][owner_B, -1:]
-                    cache.batch_select_indices(owner_B)
+                    select(owner_B)
                 if t < logged:
                     token_B = torch.from_numpy(tokens_BT[alive, t]).to(device)
                 else:
                     token_B, logprob_B = draw(
-                        model.logits(last, temperature), draws.uniform(keys_B[alive], t)
+                        self._logits(last, temperature), draws.uniform(keys_B[alive], t)
                     )
                     tokens_BT[alive, t] = token_B.cpu().numpy()
                     logprobs_BT[alive, t] = logprob_B.cpu().numpy()
@@ -126,7 +141,7 @@ class Transformers:
                 position_B1 = position_B1 + 1
                 if going.mean() < 0.7:  # drop the rows that ended
                     kept_B = torch.from_numpy(np.flatnonzero(going)).to(device)
-                    cache.batch_select_indices(kept_B)
+                    select(kept_B)
                     token_B, position_B1 = token_B[kept_B], position_B1[kept_B]
                     seen_UT, alive = seen_UT[kept_B], alive[going]
                 inputs = {
@@ -135,6 +150,18 @@ class Transformers:
                     "attention_mask": mask(seen_UT[:, : T + t + 1], 1),
                 }
         return cut(tokens_BT, logprobs_BT, model.ends)
+
+    def _logits(self, last, temperature: float):
+        """Of the model, or the log of the mixture's probabilities. Shape [B, V]."""
+        logits_BV = self.model.logits(last[0], temperature)
+        if not self.blend:
+            return logits_BV
+        other, alpha = self.blend
+        if not alpha:
+            return logits_BV
+        ours_BV = logits_BV.log_softmax(-1) + math.log1p(-alpha)
+        theirs_BV = other.logits(last[1], temperature).log_softmax(-1) + math.log(alpha)
+        return ours_BV.logaddexp(theirs_BV)
 
     def _recall(self, name: str, tokens_BT, logprobs_BT) -> int:
         """Fill in what an earlier attempt drew; for how many tokens of a response."""

@@ -1,4 +1,4 @@
-"""Divergences on k ids of the vocabulary instead of all: three forms, and what each is.
+"""Divergences on k ids of the vocabulary instead of all: four forms, and what each is.
 
     tail          k ids and one bucket with the rest of the mass. A lower bound of the full
                   divergence (data processing); equal to it at k = V; its gradient is dense.
@@ -6,8 +6,11 @@
                   lower bound, equal at k = V; ignores how the mass outside is spread.
     renormalised  both renormalised on the k ids, as verl and ms-swift do. Not a bound: it can
                   exceed the full divergence, and it is blind to mass that leaves the k ids.
+    truncated     the teacher renormalised on the k ids and 0 elsewhere, the student as it is: the
+                  forward KL to a truncated teacher (EOPD, arXiv 2603.07079). Forward only; its
+                  gradient is dense; it sees mass that leaves the k ids.
 
-p and q are normalised over the whole vocabulary in all three.
+p and q come in normalised over the whole vocabulary in all of them.
 """
 
 from __future__ import annotations
@@ -29,21 +32,24 @@ def divergence_on(
     beta: float,
     tails: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Reverse KL, forward KL or JSD on k ids in one of the three forms. Shape [C].
+    """Reverse KL, forward KL or JSD on k ids in one of the forms. Shape [C].
 
     Args:
         logp_CK: the student's log-probs at the ids; differentiable.
         logq_CK: the teacher's.
         keep_CK: False for an id that stands there twice.
-        tails: for the form tail, log of the mass outside the ids under both, [C] each. It is
-            summed over the ids outside: one minus the mass inside would lose a confident token's
-            tail, and its gradient, to rounding.
+        tails: for the forms tail and truncated, log of the mass outside the ids under both, [C]
+            each. It is summed over the ids outside: one minus the mass inside would lose a
+            confident token's tail, and its gradient, to rounding.
     """
     logp_CK = torch.where(keep_CK, logp_CK, ABSENT)
     logq_CK = torch.where(keep_CK, logq_CK, ABSENT)
     if form == "tail":
         logp_CK = torch.cat([logp_CK, tails[0][:, None]], -1)
         logq_CK = torch.cat([logq_CK, tails[1][:, None]], -1)
+    elif form == "truncated":
+        logp_CK = torch.cat([logp_CK, tails[0][:, None]], -1)
+        logq_CK = torch.nn.functional.pad(logq_CK.log_softmax(-1), (0, 1), value=ABSENT)
     elif form == "renormalised":
         logp_CK, logq_CK = logp_CK.log_softmax(-1), logq_CK.log_softmax(-1)
     return divergence(logp_CK, logq_CK, direction, beta)

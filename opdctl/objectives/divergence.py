@@ -6,9 +6,9 @@
 
 p is the student, q the teacher, both at the sampling temperature. The jsd of beta 0 or 1 is 0 by
 its formula; as in TRL those two mean forward and reverse KL, a jump that is theirs and kept. On a
-top-k support (the student's, the teacher's, or both) there are three forms, see kernels/topk.py:
-tail and generalised are lower bounds of the full divergence, renormalised is neither bound nor
-unbiased. Every form is reported non-negative by construction.
+top-k support (the student's, the teacher's, or both) there are four forms, see kernels/topk.py:
+tail and generalised are lower bounds of the full divergence, renormalised and truncated are
+neither bound nor unbiased. Every form is reported non-negative by construction.
 
     opdctl stage opd --student DIR --teacher math=DIR 'objectives={divergence: {}}' 'signals={}'
 """
@@ -40,10 +40,20 @@ class Divergence:
             "full", "the whole vocabulary, or the k most probable ids of a side"
         )
         k: int = key(16, "ids of a top-k support, and of the top-k overlap that is logged", least=1)
-        form: Literal["tail", "generalised", "renormalised"] = key(
-            "tail", "on a top-k support: one bucket for the rest, none, or none and renormalised"
+        form: Literal["tail", "generalised", "renormalised", "truncated"] = key(
+            "tail",
+            "on a top-k support: one bucket for the rest, none, none and both renormalised, or the "
+            "teacher alone renormalised (forward)",
         )
         overlap: bool = key(True, "log how much of the teacher's top k the student's holds")
+
+    @staticmethod
+    def problems(config, stage) -> list[Problem]:
+        """A truncated teacher has no mass elsewhere: only its forward KL is finite."""
+        if config.form != "truncated" or config.direction == "forward":
+            return []
+        what = f"the {config.direction} direction to a truncated teacher has no finite value"
+        return [Problem("form", what, "direction=forward, or form=tail")]
 
     @staticmethod
     def notes(config) -> list[Problem]:
@@ -57,6 +67,11 @@ class Divergence:
         elif config.form == "renormalised":
             found.append(Problem("form", "blind to mass that leaves the k ids", "form=tail"))
         return found
+
+    @staticmethod
+    def gives(config) -> str:
+        """Direction of the KL to the teacher whose gradient it has."""
+        return config.direction
 
     def __init__(self, config) -> None:
         self.config = config
@@ -72,7 +87,7 @@ class Divergence:
         else:
             from opdctl.kernels.topk import divergence_on
 
-            tails = config.form == "tail"
+            tails = config.form in ("tail", "truncated")
             top = view.on_top(config.support, config.k, config.overlap, tails)
             how = (config.form, config.direction, config.beta, top.tails)
             value_C = divergence_on(top.logp_CK, top.logq_CK, top.keep_CK, *how)

@@ -19,6 +19,7 @@ class PolicyGradient:
     revision = 1
     needs = ("advantage", "old.logprobs")
     rows = "prediction"
+    own = True
 
     @dataclass(kw_only=True)
     class Config(ObjectiveConfig):

@@ -29,6 +29,7 @@ class SampledKl:
     revision = 1
     needs = ("teacher.logprobs",)
     rows = "prediction"
+    own = True
 
     @dataclass(kw_only=True)
     class Config(ObjectiveConfig):
@@ -59,6 +60,11 @@ class SampledKl:
                 )
             )
         return found
+
+    @staticmethod
+    def gives(config) -> str:
+        """Direction of the KL to the teacher whose gradient it has."""
+        return config.direction
 
     def __init__(self, config) -> None:
         self.config = config

@@ -34,6 +34,11 @@ class TopkPg:
             "student", "weight of a candidate: p or q renormalised on the ids, or 1"
         )
 
+    @staticmethod
+    def gives(config) -> str:
+        """Direction of the KL to the teacher whose gradient it has."""
+        return "reverse"
+
     def __init__(self, config) -> None:
         self.config = config
 

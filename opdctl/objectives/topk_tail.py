@@ -23,6 +23,7 @@ class TopkTail:
     revision = 1
     needs = ("teacher.hidden", "teacher.lse", "teacher.topk", "teacher.entropy")
     rows = "prediction"
+    own = True
 
     @dataclass(kw_only=True)
     class Config(ObjectiveConfig):
@@ -40,6 +41,11 @@ class TopkTail:
             return []
         what = "after the first update the rollouts are no longer the policy's own"
         return [Problem("", what, "updates_per_rollout=1 and minibatches=1, or divergence")]
+
+    @staticmethod
+    def gives(config) -> str:
+        """Direction of the KL to the teacher whose gradient it has."""
+        return "reverse"
 
     def __init__(self, config) -> None:
         self.config = config

@@ -13,10 +13,16 @@ class Student:
 
     revision = 1
     samples_from = "student"
+    behaviour = True
 
     @dataclass(kw_only=True)
     class Config:
         """No keys: what is sampled stands in ``prompts`` and ``sampling``."""
+
+    @staticmethod
+    def own(config) -> float:
+        """Share of the rollouts that the student samples."""
+        return 1.0
 
     def __init__(self, config, ctx, model) -> None:
         self.ctx, self.model = ctx, model

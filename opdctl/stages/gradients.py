@@ -46,7 +46,7 @@ class Gradients:
     @staticmethod
     def problems(config, recipe, stage):
         """What the schema cannot see: what an opd stage of these keys would refuse."""
-        found = member("stages", "opd").problems(as_opd(config), recipe, stage)
+        found = member("stages", "opd").problems(as_opd(config), recipe, stage, alone=True)
         if sum(o.coef > 0 for o in config.objectives.values()) < 2:
             hint = "objectives: {policy_gradient: {}, divergence: {}}"
             found.append(Problem("objectives", "fewer than two to compare", hint))

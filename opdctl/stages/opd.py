@@ -19,6 +19,7 @@ from opdctl.errors import Problem
 from opdctl.registry import member
 from opdctl.schema import did_you_mean, key
 from opdctl.settings import Teacher, routes
+from opdctl.stages._combinations import combination_problems, source_problems
 from opdctl.stages.rl import OnPolicyConfig, cannot_act, member_problems
 from opdctl.stages.sft import needs_domains
 
@@ -44,6 +45,18 @@ class Opd:
         pooled: bool = key(
             False, "all teachers of a domain on every sample, summed by weight; else one each"
         )
+        reference: str | None = key(
+            None,
+            "frozen model that a signal measures from: policy (the student's start), or a base",
+            ref=True,
+            neutral=True,
+        )
+        sources: dict = key(
+            {}, "where responses come from; empty is the student", family="sources", neutral=True
+        )
+        loss_temperature: float = key(
+            0.0, "divides the logits in the loss; 0 is as sampled", least=0.0, neutral=True
+        )
         signals: dict = key({"reverse_kl": {}}, "what the advantage is made of", family="signals")
         objectives: dict = key(
             {"policy_gradient": {"weights": {"is_gate": {}}}},
@@ -52,10 +65,18 @@ class Opd:
         )
 
     @staticmethod
-    def problems(config, recipe, stage):
-        """What the schema cannot see."""
-        provided = set(member("teachers", "local").provides) if config.teachers else set()
+    def problems(config, recipe, stage, alone=False):
+        """What the schema cannot see.
+
+        Args:
+            alone: objectives are looked at one by one, never summed.
+        """
+        local = member("teachers", "local").provides
+        provided = set(local) if config.teachers else set()
+        if config.reference:
+            provided |= {n.replace("teacher.", "reference.") for n in local}
         found = needs_domains(recipe, stage) + member_problems(config, provided)
+        found += source_problems(config, recipe) + ([] if alone else combination_problems(config))
         return found + _routing(config, recipe, stage) + _tokenizers(config)
 
     @staticmethod

@@ -11,9 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from opdctl.errors import Problem
-from opdctl.registry import member
+from opdctl.registry import member, needs_of
 from opdctl.schema import REQUIRED, key
 from opdctl.settings import Lora, Prompts, Sampling, TrainConfig
+from opdctl.stages._combinations import combination_problems
 from opdctl.stages.sft import needs_domains
 
 
@@ -35,32 +36,32 @@ def member_problems(config, provided: set[str]) -> list[Problem]:
     provided = provided | {
         "policy.logprobs",
         "old.logprobs",
-        "behaviour.logprobs",
+        "policy.entropy",
+        "verdict",
         "reward",
         "group",
     }
     if active:
         provided.add("advantage")
+    if all(getattr(member("sources", n), "behaviour", False) for n in _sources(config)):
+        provided.add("behaviour.logprobs")
     if "teacher.hidden" in provided:
         provided.add("policy.kl")
-    wanted = [(f"signals.{n}", member("signals", n)) for n in active]
+    wanted = {f"signals.{n}": (member("signals", n), s) for n, s in active.items()}
     for name, objective in config.objectives.items():
-        wanted.append((f"objectives.{name}", member("objectives", name)))
-        wanted += [
-            (f"objectives.{name}.weights.{w}", member("weights", w)) for w in objective.weights
-        ]
-    for path, cls in wanted:
-        for need in cls.needs:
+        wanted[f"objectives.{name}"] = (member("objectives", name), objective)
+        for w, keys in objective.weights.items():
+            wanted[f"objectives.{name}.weights.{w}"] = (member("weights", w), keys)
+    for path, (cls, keys) in wanted.items():
+        for need in needs_of(cls, keys):
             if need not in provided:
-                found.append(
-                    Problem(
-                        path,
-                        f"needs {need}, which nothing here provides",
-                        "add a signal with coef above 0"
-                        if need == "advantage"
-                        else f"remove it, or use a stage that has {need}",
-                    )
-                )
+                hint = f"remove it, or use a stage that has {need}"
+                if need == "advantage":
+                    hint = "add a signal with coef above 0"
+                elif need.startswith("reference."):
+                    hint = "reference=policy, the student's start, or the teacher's base"
+                what = f"needs {need}, which nothing here provides"
+                found.append(Problem(path, what, hint))
     for path, keys in _members(config, active).items():
         cls = member(*path.split(".")[-2:])
         for problem in cls.problems(keys, config) if hasattr(cls, "problems") else []:
@@ -74,7 +75,7 @@ def member_problems(config, provided: set[str]) -> list[Problem]:
                 "objectives: {policy_gradient: {}}",
             )
         )
-    if any(member("objectives", n).rows == "token" or n == "nll" for n in config.objectives):
+    if any(member("objectives", n).rows == "token" for n in config.objectives):
         found.append(
             Problem(
                 "objectives",
@@ -120,9 +121,14 @@ def member_problems(config, provided: set[str]) -> list[Problem]:
     return found
 
 
+def _sources(config) -> dict:
+    return getattr(config, "sources", {}) or {"student": None}
+
+
 def _members(config, active: dict) -> dict:
     """Path -> keys of every signal, objective and weight that is in use."""
     used = {f"signals.{name}": keys for name, keys in active.items()}
+    used |= {f"sources.{name}": keys for name, keys in getattr(config, "sources", {}).items()}
     for name, objective in config.objectives.items():
         if objective.coef:
             path = f"objectives.{name}"
@@ -172,7 +178,8 @@ class Rl:
     @staticmethod
     def problems(config, recipe, stage):
         """What the schema cannot see."""
-        return needs_domains(recipe, stage) + member_problems(config, set())
+        found = needs_domains(recipe, stage) + member_problems(config, set())
+        return found + combination_problems(config)
 
     @staticmethod
     def notes(config):

@@ -41,7 +41,7 @@ def needs_domains(recipe, stage) -> list[Problem]:
 
 def _coverage(config, domains) -> list[Problem]:
     """Every domain has one source."""
-    if not config.sources or "student" in config.sources:
+    if not config.sources or set(config.sources) - {"dataset", "teacher"}:
         hint = "sft takes dataset, teacher, or both"
         return [Problem("sources", f"{list(config.sources)} given", hint)]
     named = [d for s in config.sources.values() for d, on in s.domains.items() if on]

@@ -13,6 +13,7 @@ class Local:
         "teacher.lse",
         "teacher.topk",
         "teacher.entropy",
+        "teacher.modal",
     )
 
     def __init__(self, ctx, student, name: str, reference: str) -> None:
@@ -51,8 +52,11 @@ class Local:
             head.weight_VD = head.weight_VD.detach().to("meta")
         return head
 
-    def score(self, requests, temperature: float, want, top: int = 16):
-        """Scores of every target token, in the order of the requests; ``want`` says which."""
+    def score(self, requests, temperature: float, want, top: int = 16, ids_N=None):
+        """Scores of every target token, in the order of the requests; ``want`` says which.
+
+        ``ids_N`` are the tokens that ``at`` is about, one for each target.
+        """
         from opdctl.core.scoring import score
 
         runtime = self.ctx.runtime
@@ -62,6 +66,7 @@ class Local:
             temperature=temperature,
             want=want,
             top=top,
+            ids_N=ids_N,
             rounded=runtime.rounded_logits,
             micro_batch=runtime.micro_batch,
             chunk_mib=runtime.chunk_mib,

@@ -1,0 +1,172 @@
+"""Every method of ``opdctl/methods``: listed with its paper, shown, run; nonsense is refused."""
+
+import math
+
+import pytest
+from one_step import prompts
+
+from opdctl.catalogue import detail, listing, method, methods
+from opdctl.errors import RecipeError
+from running import carry_out, one_stage
+
+
+def stage_of(on_disk, folder, name, **keys):
+    """Context of two steps of a method on the models of ``on_disk``."""
+    entry = {k: v for k, v in method(name).items() if k != "about"}
+    kind = entry.setdefault("kind", "opd")
+    entry |= {"student": str(on_disk / "s"), "steps": 2}
+    entry["prompts"] = {**entry.get("prompts", {}), "per_step": 3}
+    entry["sampling"] = {**entry.get("sampling", {}), "max_tokens": 5}
+    if kind == "opd":
+        entry["teachers"] = {"sums": str(on_disk / "t")}
+    return one_stage(folder, {"sums": prompts(on_disk)}, **entry | keys)
+
+
+@pytest.mark.parametrize("name", methods())
+def test_a_method_runs(name, on_disk, tmp_path):
+    rows = carry_out(stage_of(on_disk, tmp_path / "run", name))
+    assert len(rows) == 2
+    for row in rows:
+        assert math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
+        assert "skipped" not in row and "non_finite" not in row
+
+
+def test_a_method_is_listed_with_its_paper_and_shown():
+    for row in listing("methods"):
+        assert "arXiv" in row["about"] or "thinkingmachines.ai" in row["about"], row
+        assert "\n" not in row["about"], row
+        shown = detail(row["name"])
+        assert "objectives" in shown["text"] or "sources" in shown["text"]
+
+
+def refused(on_disk, folder, **keys):
+    """What an opd stage of these keys is refused for: {path: message}."""
+    with pytest.raises(RecipeError) as caught:
+        stage_of(on_disk, folder, "mopd", **keys)
+    return {p.path.removeprefix("stages.it."): p.message for p in caught.value.problems}
+
+
+PG = {"policy_gradient": {}}
+TWICE = "has the gradient of the reverse KL to the teacher, which {} has too"
+NONSENSE = {
+    "two objectives": (
+        {"signals": {"reverse_kl": {}}, "objectives": {**PG, "divergence": {}}},
+        "objectives.divergence",
+        TWICE.format("objectives.policy_gradient"),
+    ),
+    "two samples of it": (
+        {"signals": {}, "objectives": {"topk_tail": {}, "sampled_kl": {}}},
+        "objectives.sampled_kl",
+        TWICE.format("objectives.topk_tail"),
+    ),
+    "imitates itself": (
+        {"signals": {}, "objectives": {"nll": {}}},
+        "objectives.nll",
+        "imitation of the student's own samples has no gradient on average",
+    ),
+    "floors differ": (
+        {
+            "signals": {"reverse_kl": {"floor": 0.2}},
+            "objectives": {"policy_gradient": {"weights": {"reopold": {}}}},
+        },
+        "objectives.policy_gradient.weights.reopold.floor",
+        "the reward's floor is 0.2, the mask's 0.1",
+    ),
+    "no reference": (
+        {"signals": {"extrapolation": {}}, "objectives": PG},
+        "signals.extrapolation",
+        "needs reference.logprobs, which nothing here provides",
+    ),
+    "two signals": (
+        {"signals": {"reverse_kl": {}, "extrapolation": {}}, "reference": "policy"},
+        "signals.extrapolation",
+        TWICE.format("signals.reverse_kl"),
+    ),
+    "shares": (
+        {
+            "sources": {"mixture": {"student": 0.9}},
+            "signals": {},
+            "objectives": {"divergence": {}},
+        },
+        "sources.mixture",
+        "the shares sum to 1.4",
+    ),
+    "gradient of the policy on the data": (
+        {"sources": {"mixture": {}}, "objectives": {"policy_gradient": {"weights": {}}}},
+        "objectives.policy_gradient",
+        "holds for the student's own samples, and sources.mixture mixes in others",
+    ),
+    "no importance weight": (
+        {"sources": {"teacher_mixed": {}}, "objectives": {"policy_gradient": {"weights": {}}}},
+        "objectives.policy_gradient",
+        "holds for the student's own samples, and sources.teacher_mixed mixes in others",
+    ),
+    "imitates itself in part": (
+        {"sources": {"mixture": {}}, "signals": {}, "objectives": {"nll": {}}},
+        "objectives.nll",
+        "imitation of the student's own samples has no gradient on average",
+    ),
+    "a source of another kind of stage": (
+        {"sources": {"dataset": {}}, "signals": {}, "objectives": {"divergence": {}}},
+        "sources.dataset",
+        "a part of a mixture here",
+    ),
+    "another temperature": (
+        {"loss_temperature": 0.5, "objectives": {"policy_gradient": {"weights": {}}}},
+        "objectives.policy_gradient",
+        "its expectation is over what was sampled, at another temperature than the loss",
+    ),
+    "truncated, reverse": (
+        {
+            "signals": {},
+            "objectives": {"divergence": {"support": "topk_teacher", "form": "truncated"}},
+        },
+        "objectives.divergence.form",
+        "the reverse direction to a truncated teacher has no finite value",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NONSENSE)
+def test_a_combination_without_sense_is_refused(case, on_disk, tmp_path):
+    keys, path, message = NONSENSE[case]
+    assert refused(on_disk, tmp_path / "run", **keys) == {path: message}
+
+
+def test_one_kl_on_two_sides_of_the_outcome_is_allowed(on_disk, tmp_path):
+    sides = {
+        "policy_gradient": {"weights": {"outcome_gate": {"on": "right"}}},
+        "divergence": {"weights": {"outcome_gate": {"on": "wrong"}}},
+    }
+    stage_of(on_disk, tmp_path / "run", "mopd", signals={"reverse_kl": {}}, objectives=sides)
+
+
+def test_a_weight_that_needs_logits_is_refused_where_a_teacher_gives_log_probs_alone():
+    """A teacher that provides log-probs of the samples and nothing else."""
+    from opdctl.recipe import lookup
+    from opdctl.schema import build
+    from opdctl.stages.rl import member_problems
+
+    found: list = []
+    keys = {
+        "kind": "opd",
+        "student": "a/s",
+        "objectives": {"policy_gradient": {"weights": {"confidence": {}, "tip": {}}}},
+    }
+    config = build(lookup("stages", "opd"), keys, "", found, lookup)
+    assert not found
+    problems = member_problems(config, {"teacher.logprobs"})
+    assert {(p.path, p.message) for p in problems} == {
+        (
+            "objectives.policy_gradient.weights.confidence",
+            "needs teacher.entropy, which nothing here provides",
+        ),
+        (
+            "objectives.policy_gradient.weights.tip",
+            "needs teacher.hidden, which nothing here provides",
+        ),
+        (
+            "objectives.policy_gradient.weights.tip",
+            "needs policy.kl, which nothing here provides",
+        ),
+    }
