@@ -308,6 +308,7 @@ def test_an_answer_in_the_words_of_a_chat_template(model):
     assert model.observation("42", "tool") == model.observation("42", "user")
     tokenizer = make_model(alphabet=ALPHABET + "<>|/_\n").tokenizer
     tokenizer.chat_template = QWEN3
+    model.net.resize_token_embeddings(64)  # of a tokenizer of more characters
     for end in ("<|im_end|>", "<|endoftext|>"):
         tokenizer.add_special_tokens({"eos_token": end})
         chat = Model(model.net, tokenizer, "chat")
