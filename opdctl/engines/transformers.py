@@ -91,9 +91,10 @@ class Transformers:
         pad_U = torch.tensor(pads, device=device)
         seen_UT = torch.arange(T + max_tokens, device=device) >= pad_U[:, None]
         cache = DynamicCache(config=model.net.config)
-        given = model.net.config._attn_implementation in ("eager", "sdpa")
-        sees_all = given and all(type(layer) is DynamicLayer for layer in cache.layers)
-        mask = additive(next(model.net.parameters()).dtype) if sees_all else own_mask
+        config = model.net.config
+        known = config.model_type == "qwen3" and config._attn_implementation in ("eager", "sdpa")
+        known = known and all(type(layer) is DynamicLayer for layer in cache.layers)
+        mask = additive(next(model.net.parameters()).dtype) if known else own_mask
         inputs = {
             "input_ids": ids_UT.to(device),
             "attention_mask": mask(seen_UT[:, :T], T),
@@ -109,7 +110,7 @@ class Transformers:
                 if t == 0:  # a prompt is read once, whatever the size of its group
                     last, seen_UT = last[owner_B], seen_UT[owner_B]
                     position_B1 = inputs["position_ids"][owner_B, -1:]
-                    cache.batch_select_indices(owner_B)
+                    keep_rows(cache, owner_B)
                 if t < logged:
                     token_B = torch.from_numpy(tokens_BT[alive, t]).to(device)
                 else:
@@ -126,7 +127,7 @@ class Transformers:
                 position_B1 = position_B1 + 1
                 if going.mean() < 0.7:  # drop the rows that ended
                     kept_B = torch.from_numpy(np.flatnonzero(going)).to(device)
-                    cache.batch_select_indices(kept_B)
+                    keep_rows(cache, kept_B)
                     token_B, position_B1 = token_B[kept_B], position_B1[kept_B]
                     seen_UT, alive = seen_UT[kept_B], alive[going]
                 inputs = {
@@ -151,8 +152,8 @@ class Transformers:
 
 def additive(dtype):
     """Makes masks [B, 1, queries, T]: 0 where allowed, else the lowest number, which eager and sdpa
-    read alike. For models each of whose layers sees all that was before: it is made once a step and
-    not once a layer, which at tiny sizes is a third of the time."""
+    read alike. For what a pretrain stage makes, where every layer sees all that was before: at tiny
+    sizes transformers' own way of making it costs as much as the layers."""
     import torch
 
     def mask(seen_BT, queries: int):
@@ -165,6 +166,19 @@ def additive(dtype):
         return zeros.masked_fill(~allowed, torch.finfo(dtype).min)
 
     return mask
+
+
+def keep_rows(cache, index_B) -> None:
+    """Take these rows of a batch, in this order, of each layer's state: keys and values, and what a
+    linear attention keeps, which transformers takes in another method."""
+    from transformers import cache_utils
+
+    linear = getattr(cache_utils, "LinearAttentionCacheLayerMixin", ())
+    for layer in cache.layers:
+        if isinstance(layer, linear):
+            linear.reorder_cache(layer, index_B)
+        if hasattr(layer, "batch_select_indices"):
+            layer.batch_select_indices(index_B)
 
 
 def own_mask(seen_BT, queries: int):
