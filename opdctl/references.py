@@ -79,11 +79,8 @@ def folder_complaint(folder: str) -> tuple[str, str] | None:
         hint = "save it again with safetensors: a pickle would run code, and is not read"
         return f"{folder} has no .safetensors file", hint
     if os.path.isfile(place / "adapter_config.json"):  # transformers would take the adapter's base
-        what = f"{folder} holds the weights of a model and an adapter"
-        return (
-            what,
-            "keep adapter_config.json and adapter_model.safetensors in a folder of their own",
-        )
+        hint = "keep adapter_config.json and adapter_model.safetensors in a folder of their own"
+        return f"{folder} holds the weights of a model and an adapter", hint
     hint = "a file was cut short, or belongs to another model"
     try:
         path = place / "config.json"
