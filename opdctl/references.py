@@ -74,16 +74,13 @@ def folder_complaint(folder: str) -> tuple[str, str] | None:
     if not is_model(folder):
         otherwise = "name the folder a stage wrote: .../stages/NAME/output"
         return f"{folder} has no config.json", hint or otherwise
-    if os.path.isfile(place / "adapter_config.json"):  # transformers would take the adapter's base
-        what = f"{folder} holds the weights of a model and an adapter"
-        return (
-            what,
-            "keep adapter_config.json and adapter_model.safetensors in a folder of their own",
-        )
     weights = sorted(place.glob("*.safetensors"))
     if not weights:
         hint = "save it again with safetensors: a pickle would run code, and is not read"
         return f"{folder} has no .safetensors file", hint
+    if os.path.isfile(place / "adapter_config.json"):  # transformers would take the adapter's base
+        hint = "keep adapter_config.json and adapter_model.safetensors in a folder of their own"
+        return f"{folder} holds the weights of a model and an adapter", hint
     hint = "a file was cut short, or belongs to another model"
     try:
         path = place / "config.json"
@@ -149,8 +146,10 @@ def is_model(folder: str) -> bool:
 
 def is_adapter(folder: str) -> bool:
     """Whether a folder holds an adapter of peft, and no weights of a model."""
-    there = os.path.isfile(Path(folder) / "adapter_config.json")
-    return there and not any(Path(folder).glob("model*.safetensors"))
+    place = Path(folder)
+    if not os.path.isfile(place / "adapter_config.json") or any(place.glob("model*.safetensors")):
+        return False
+    return not is_model(folder) or os.path.isfile(place / "adapter_model.safetensors")
 
 
 def is_there(folder: str) -> bool:
@@ -187,6 +186,8 @@ def _unfounded(folder: str) -> tuple[str, str] | None:
         return folder_complaint(base) or _broken(Path(folder, "adapter_model.safetensors"))
     if parse(base).form == "public":
         return _broken(Path(folder, "adapter_model.safetensors"))
+    if base == str(Path(folder, "adapter_config.json")):
+        return f"{folder} is an adapter, and {base} names no base", hint
     return f"{folder} is an adapter, and its base {base} is not there", hint
 
 

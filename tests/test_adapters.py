@@ -180,9 +180,11 @@ def test_what_cannot_be_an_adapter(on_disk, adapters, tmp_path):
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         (lost / name).write_bytes((on_disk / "a" / name).read_bytes())
     config = json.loads((lost / "adapter_config.json").read_text())
-    for base, says in (("./gone", "is not there"), (str(on_disk / "b"), "stands on a whole model")):
-        path = lost / "adapter_config.json"
-        path.write_text(json.dumps(config | {"base_model_name_or_path": base}))
+    path = lost / "adapter_config.json"
+    wrong = (("./gone", "is not there"), (str(on_disk / "b"), "stands on a whole model"))
+    for base, says in (*wrong, (None, "names no base")):
+        kept = config | ({"base_model_name_or_path": base} if base else {})
+        path.write_text(json.dumps(kept if base else {}))
         with pytest.raises(RecipeError, match=says):
             opd(on_disk, tmp_path, teacher=lost)
     (lost / "adapter_config.json").write_text(json.dumps(config))

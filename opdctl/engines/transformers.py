@@ -97,10 +97,14 @@ class Transformers:
         seen_UT = torch.arange(T + max_tokens, device=device) >= pad_U[:, None]
         models = [model, self.blend[0]] if self.blend else [model]
         caches = [DynamicCache(config=m.net.config) for m in models]
-        given = all(m.net.config._attn_implementation in ("eager", "sdpa") for m in models)
+        known = all(
+            m.net.config.model_type == "qwen3"
+            and m.net.config._attn_implementation in ("eager", "sdpa")
+            for m in models
+        )
         layers = [layer for cache in caches for layer in cache.layers]
-        sees_all = given and all(type(layer) is DynamicLayer for layer in layers)
-        mask = additive(next(model.net.parameters()).dtype) if sees_all else own_mask
+        known = known and all(type(layer) is DynamicLayer for layer in layers)
+        mask = additive(next(model.net.parameters()).dtype) if known else own_mask
         inputs = {
             "input_ids": ids_UT.to(device),
             "attention_mask": mask(seen_UT[:, :T], T),
@@ -109,7 +113,7 @@ class Transformers:
 
         def select(kept_B):
             for cache in caches:
-                cache.batch_select_indices(kept_B)
+                keep_rows(cache, kept_B)
 
         alive = np.arange(len(prompts))  # rows still in the batch
         ended_B = np.zeros(len(prompts), bool)
@@ -178,8 +182,8 @@ class Transformers:
 
 def additive(dtype):
     """Makes masks [B, 1, queries, T]: 0 where allowed, else the lowest number, which eager and sdpa
-    read alike. For models each of whose layers sees all that was before: it is made once a step and
-    not once a layer, which at tiny sizes is a third of the time."""
+    read alike. For what a pretrain stage makes, where every layer sees all that was before: at tiny
+    sizes transformers' own way of making it costs as much as the layers."""
     import torch
 
     def mask(seen_BT, queries: int):
@@ -192,6 +196,19 @@ def additive(dtype):
         return zeros.masked_fill(~allowed, torch.finfo(dtype).min)
 
     return mask
+
+
+def keep_rows(cache, index_B) -> None:
+    """Take these rows of a batch, in this order, of each layer's state: keys and values, and what a
+    linear attention keeps, which transformers takes in another method."""
+    from transformers import cache_utils
+
+    linear = getattr(cache_utils, "LinearAttentionCacheLayerMixin", ())
+    for layer in cache.layers:
+        if isinstance(layer, linear):
+            linear.reorder_cache(layer, index_B)
+        if hasattr(layer, "batch_select_indices"):
+            layer.batch_select_indices(index_B)
 
 
 def own_mask(seen_BT, queries: int):
