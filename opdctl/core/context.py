@@ -44,6 +44,7 @@ class Context:
     wal: Wal | None = None
     _data: dict[str, Any] = field(default_factory=dict)
     _models: dict[str, Any] = field(default_factory=dict)
+    _engine: Any = None
 
     @property
     def config(self) -> Any:
@@ -108,6 +109,18 @@ class Context:
             self._models[path] = model
         self._models[path] = self._models.pop(path)  # the newest stands last
         return self._models[path]
+
+    def engine(self, model: Any) -> Any:
+        """What samples from a model: one that holds weights is kept, until another model asks."""
+        cls = member("engines", self.runtime.engine)
+        given = (model, self.runtime.wave, self.check, self.wal)
+        if not cls.holds:
+            return cls(*given)
+        if self._engine is None or self._engine.model is not model:
+            if self._engine is not None:
+                self._engine.close()
+            self._engine = cls(*given, self.runtime.engine_args)
+        return self._engine
 
     def data(self, domain: str) -> Any:
         """The data of a domain, built once."""

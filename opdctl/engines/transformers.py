@@ -38,11 +38,18 @@ class Transformers:
     """Sampling in this process with the weights as they stand; nothing to publish."""
 
     revision = 1
+    holds = False
 
     def __init__(
         self, model, wave: int, check: Callable[[], None] = lambda: None, wal=None
     ) -> None:
         self.model, self.wave, self.check, self.wal = model, wave, check, wal
+
+    def publish(self, version: int) -> None:
+        """The weights are the trainer's own."""
+
+    def rest(self) -> None:
+        """Nothing is held between rollouts."""
 
     def generate(
         self, prompts: list[list[int]], keys: list[int], *, temperature: float, max_tokens: int
