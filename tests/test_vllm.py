@@ -18,7 +18,7 @@ from opdctl.errors import Interrupted, RecipeError, UsageError
 from opdctl.recipe import resolve
 from opdctl.rundir import RunDir, read_rows
 from opdctl.types import ScoreRequest
-from running import opdctl, start
+from running import start
 
 vllm = pytest.mark.vllm
 needs_vllm = pytest.mark.skipif(
@@ -212,8 +212,7 @@ def test_an_opd_stage_on_vllm_runs_and_goes_on_after_a_kill(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = read_rows(metrics)
-    done = opdctl("resume", run.path)
-    assert done.returncode == 0, done.stderr + (run / "logs" / "latest").read_text()
+    assert start("resume", run.path).wait(900) == 0, (run / "logs" / "latest").read_text()
     after = read_rows(metrics)
     assert [r["step"] for r in after] == list(range(1, 41)) and after[-1]["attempt"] == 2
     assert all(r["logprob_gap"] < 1e-4 for r in after)

@@ -60,7 +60,7 @@ def member_problems(config, provided: set[str]) -> list[Problem]:
                         else f"remove it, or use a stage that has {need}",
                     )
                 )
-    for path, keys in _members(config, active).items():
+    for path, keys in in_use(config, active).items():
         cls = member(*path.split(".")[-2:])
         for problem in cls.problems(keys, config) if hasattr(cls, "problems") else []:
             whole = ".".join(filter(None, (path, problem.path)))
@@ -119,7 +119,7 @@ def member_problems(config, provided: set[str]) -> list[Problem]:
     return found
 
 
-def _members(config, active: dict) -> dict:
+def in_use(config, active: dict) -> dict:
     """Path -> keys of every signal, objective and weight that is in use."""
     used = {f"signals.{name}": keys for name, keys in active.items()}
     for name, objective in config.objectives.items():
