@@ -306,7 +306,9 @@ def test_a_server_that_is_not_there_is_reported(stage):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-        with pytest.raises(StageFailed, match=r"x: no answer to /v1/models within 1 s.*refused"):
+        with pytest.raises(
+            StageFailed, match=r"x \(http.*no answer to /v1/models within 1 s.*refused"
+        ):
             served("x", url, taught_by(stage, type("At", (), {"url": url})).runtime)
 
 

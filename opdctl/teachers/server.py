@@ -149,7 +149,8 @@ class Server:
         """
         last = self.student.valid_V - 1
         ids = [self.student.eos, 0, last // 2, last, self.student.eos]
-        (row,) = self._rows(self.endpoint.ask("/v1/completions", self._question([ids])), 1)
+        (answer,) = self.endpoint.all("/v1/completions", [self._question([ids])], self.ctx.check)
+        (row,) = self._rows(answer, 1)
         logprobs = self._logprobs(row, ids)[1:]
         if not all(-math.inf < v < 1e-4 for v in logprobs):
             raise UsageError(
