@@ -28,14 +28,14 @@ needs_vllm = pytest.mark.skipif(
 PROMPTS = ["1", "sort 3 1 2=", "gcd 12 18=", "rev abc=", "0123456789 abcdefgh=" * 2]
 
 
-def wide_model(seed=0, tied=True, extra_rows=0):
+def wide_model(seed=0, tied=True, extra_rows=0, alphabet=ALPHABET):
     """A random Qwen3 whose heads are as wide as vLLM's attention on a CPU needs them."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from opdctl.core.corpus import new_tokenizer
     from opdctl.core.models import Model
 
-    tokenizer = new_tokenizer([ALPHABET])
+    tokenizer = new_tokenizer([alphabet])
     config = Qwen3Config(
         vocab_size=len(tokenizer) + extra_rows,
         hidden_size=32,

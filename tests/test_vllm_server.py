@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import string
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import urllib.request
 import pytest
 from test_vllm import folder_of, needs_vllm
 
-from conftest import make_model
+from conftest import ALPHABET, make_model
 from opdctl.core.models import load, save
 from opdctl.core.scoring import score
 from opdctl.core.wal import Wal
@@ -28,10 +29,14 @@ pytestmark = [pytest.mark.vllm, needs_vllm]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Models s (a student) and t (a teacher), one of another tokenizer, and prompts."""
-    folder = tmp_path_factory.mktemp("served")
-    folder_of(folder, "s"), folder_of(folder, "t", seed=1)
-    save(make_model(alphabet="0123456789abcdefghijklmnopqrstuvwxyz =+;"), folder / "other")
+    """Models s (a student) and t (a teacher), one of another tokenizer, and prompts.
+
+    Their tokenizers have capitals: as it starts, the server encodes some.
+    """
+    folder, letters = tmp_path_factory.mktemp("served"), ALPHABET + string.ascii_uppercase
+    for seed, name in enumerate("st"):
+        folder_of(folder, name, seed=seed, alphabet=letters)
+    save(make_model(alphabet=letters.replace(",", ";")), folder / "other")
     rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(40)]
     (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
@@ -49,7 +54,7 @@ def server(folder):
     command += ["--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "64"]
     command += ["--kv-cache-memory-bytes", str(64 << 20)]
     command += ["--host", "127.0.0.1", "--port", str(port)]
-    settings = {"TORCHDYNAMO_DISABLE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    settings = {"TORCHDYNAMO_DISABLE": "1", "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
     with open(log, "wb") as file:
         process = subprocess.Popen(
             command,
