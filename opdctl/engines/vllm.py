@@ -28,6 +28,7 @@ TESTED = ("0.32",)
 LOWEST = 0.01  # vLLM raises a lower temperature to this one, and says so in its log only
 OURS = {
     **dict.fromkeys(("model", "tokenizer", "revision"), "the engine samples the stage's own model"),
+    "trust_remote_code": "runtime.trust_remote_code says it of every model",
     "seed": "each sample has a seed of its own, from the run's",
     "logprobs_mode": "log-probs are those of the distribution sampled from",
     "logits_processors": "the padded rows of the vocabulary are masked by one",
