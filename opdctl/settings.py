@@ -6,7 +6,7 @@ Each stage kind's own Config stands in ``stages/``; each member's in its family.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from opdctl.schema import REQUIRED, key
 
@@ -88,7 +88,9 @@ class Teacher:
     """One teacher. ``NAME: REF`` is short for ``NAME: {model: REF}``."""
 
     short: ClassVar[str] = "model"
-    model: str = key(REQUIRED, "stage:NAME, a folder, a public name, or policy", ref=True)
+    model: str = key(
+        REQUIRED, "stage:NAME, a folder, a public name, http://host:8000, or policy", ref=True
+    )
     serves: dict[str, bool] = key({}, "domain: true; empty is the domain of the teacher's name")
     weight: float = key(1.0, "factor of its signal", least=0.0)
 
@@ -192,6 +194,10 @@ class Runtime:
     gradient_checkpointing: bool = key(
         False, "compute activations again in the backward pass, to save memory", role="numeric"
     )
+    engine: Literal["transformers", "vllm"] = key(
+        "transformers", "who samples; `opdctl show engines/vllm`", neutral=True
+    )
+    engine_args: dict[str, Any] = key({}, "of vllm's engine, by its own names", neutral=True)
     wave: int = key(512, "responses sampled at once", role="numeric", least=1)
     micro_batch: int = key(
         0, "sequences per pass of an update; 0 is as many as are alike", role="numeric", least=0
@@ -212,6 +218,14 @@ class Runtime:
     trust_remote_code: bool = key(
         False, "run code that a model brings with it (auto_map); read it first", neutral=True
     )
+    server_timeout: float = key(
+        120.0,
+        "seconds a served model has for an answer, tries included",
+        role="operational",
+        least=0.1,
+    )
+    server_requests: int = key(4, "requests to a served model at once", role="operational", least=1)
+    server_batch: int = key(16, "sequences in a request", role="numeric", least=1)
     checkpoint_every: int = key(20, "steps between checkpoints", role="operational", least=1)
     keep_checkpoints: int = key(2, "newest ones kept", role="operational", least=1)
     log_rollouts_every: int = key(

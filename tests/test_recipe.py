@@ -101,9 +101,9 @@ def test_a_partial_mapping_keeps_the_other_defaults():
         ("stages.mopd.student=./nowhere", "stages.mopd.student", "no folder", "config.json"),
         ("stages.mopd.student=policy", "stages.mopd.student", "a teacher's reference", "stage:"),
         (
-            "stages.mopd.teachers.math=http://h:1",
-            "stages.mopd.teachers.math.model",
-            "server",
+            "stages.mopd.student=http://h:1",
+            "stages.mopd.student",
+            "cannot be loaded",
             "folder",
         ),
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from opdctl import references
 from opdctl.core.context import Context
 from opdctl.core.scored import Parts
 from opdctl.core.view import PerStep, Term
@@ -81,6 +82,12 @@ def reward_of(ctx: Context, reference: str) -> Any:
     return member("rewards", "model")(ctx, reference)
 
 
+def teacher_of(reference: str) -> type:
+    """The member of ``teachers/`` for what a reference names."""
+    served = references.parse(reference).form == "server"
+    return member("teachers", "server" if served else "local")
+
+
 def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
     """Parts of a stage whose student samples: rl and opd.
 
@@ -108,8 +115,7 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
         reference = member("teachers", "local")(ctx, model, "reference", config.reference)
     if wanted or sources:
         local = {
-            n: (member("teachers", "local")(ctx, model, n, t.model), t.weight)
-            for n, t in teachers.items()
+            n: (teacher_of(t.model)(ctx, model, n, t.model), t.weight) for n, t in teachers.items()
         }
         route = routes(ctx.recipe.domains(ctx.name), teachers)
         ctx.inspect(model)

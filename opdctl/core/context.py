@@ -55,6 +55,7 @@ class Context:
     _prompts: dict[tuple[str, str], Sequence[Prompt]] = field(default_factory=dict)
     _verifiers: dict[str, Any] = field(default_factory=dict)
     _models: dict[str, Any] = field(default_factory=dict)
+    _engine: Any = None
 
     @property
     def config(self) -> Any:
@@ -156,6 +157,25 @@ class Context:
         found = example(rollout, tokenizer, trained)
         write_json(self.folder / "example.json", found)
         print(f"{self.name}: {plain(found)}", flush=True)
+
+    def engine(self, model: Any, blend: tuple[Any, float] | None = None) -> Any:
+        """What samples from a model: one that holds weights is kept, until another model asks.
+
+        Args:
+            blend: another model and its share in every token; by the transformers engine alone.
+        """
+        given = (model, self.runtime.wave, self.check, self.wal)
+        if blend:
+            return member("engines", "transformers")(*given, blend)
+        cls = member("engines", self.runtime.engine)
+        if not cls.holds:
+            return cls(*given)
+        if self._engine is None or self._engine.model is not model:
+            if self._engine is not None:
+                self._engine.close()
+            code = {"trust_remote_code": self.runtime.trust_remote_code}
+            self._engine = cls(*given, code | self.runtime.engine_args)
+        return self._engine
 
     def data(self, domain: str) -> Any:
         """The data of a domain, built once."""

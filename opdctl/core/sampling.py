@@ -10,7 +10,6 @@ from collections import Counter
 from typing import Any
 
 from opdctl.core import draws
-from opdctl.registry import member
 from opdctl.types import Prompt, Rollout
 
 
@@ -28,7 +27,7 @@ def sample_group(
     """``samples`` responses to each prompt, a prompt's responses next to each other.
 
     Args:
-        ctx: gives the stage seed, the wave size, the environments, the log and the stop flag.
+        ctx: gives the stage seed, the engine, the environments, the log and the stop flag.
         step: part of every draw's name, and the version of the weights.
         sampling: defaults to the stage's ``sampling``.
         samples: defaults to the stage's ``prompts.samples``.
@@ -37,20 +36,10 @@ def sample_group(
     Raises:
         Interrupted: a stop was asked for.
     """
-    samples = samples or ctx.config.prompts.samples
-    times: Counter[str] = Counter()  # a small pool may give a prompt twice in one step
-    rollouts: list[Rollout] = []
-    keys: list[int] = []
-    for group, prompt in enumerate(prompts):
-        ids = model.render(prompt)
-        first = times[prompt.id] * samples
-        times[prompt.id] += 1
-        for s in range(samples):
-            keys.append(draws.key(ctx.seed, step, prompt.id, first + s))
-            new = Rollout(prompt, ids, [], [], source=source, group=group, version=step)
-            rollouts.append(new)
+    rollouts, keys = unanswered(ctx, model, prompts, step, source, samples)
     ctx.wal.at(step)
-    engine = member("engines", "transformers")(model, ctx.runtime.wave, ctx.check, ctx.wal, blend)
+    engine = ctx.engine(model, blend)
+    engine.publish(step)
     environments = {d: ctx.environment(d) for d in {p.domain for p in prompts}}
     going, turn = list(range(len(rollouts))), 0
     while going:
@@ -64,7 +53,27 @@ def sample_group(
         )
         going = [i for i in going if answered(rollouts[i], turn, environments, model)]
         turn += 1
+    engine.rest()
     return rollouts
+
+
+def unanswered(
+    ctx, model, prompts: list[Prompt], step: int, source: str, samples: int = 0
+) -> tuple[list[Rollout], list[int]]:
+    """The rollouts of a step before anything is sampled, and the key of each one's draws."""
+    samples = samples or ctx.config.prompts.samples
+    times: Counter[str] = Counter()  # a small pool may give a prompt twice in one step
+    rollouts: list[Rollout] = []
+    keys: list[int] = []
+    for group, prompt in enumerate(prompts):
+        ids = model.render(prompt)
+        first = times[prompt.id] * samples
+        times[prompt.id] += 1
+        for s in range(samples):
+            keys.append(draws.key(ctx.seed, step, prompt.id, first + s))
+            new = Rollout(prompt, ids, [], [], source=source, group=group, version=step)
+            rollouts.append(new)
+    return rollouts, keys
 
 
 def _turn(engine, model, rollouts, turn: int, keys: list[int], sampling) -> None:

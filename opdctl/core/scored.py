@@ -152,7 +152,7 @@ def scored(
     if all(r.reward is not None for r in rollouts):
         step.columns["reward"] = step.spread([r.reward for r in rollouts])
     if parts.judged:
-        step.columns["right"] = step.spread([ctx.verify(r) for r in rollouts])
+        step.columns["right"] = step.spread(ctx.verify(rollouts))
     domains = sorted({r.prompt.domain for r in rollouts})
     step.columns["domain"] = step.spread([domains.index(r.prompt.domain) for r in rollouts]).long()
     requests = [r.request for r in rollouts]

@@ -39,6 +39,7 @@ class Transformers:
     """Sampling in this process with the weights as they stand; nothing to publish."""
 
     revision = 1
+    holds = False
 
     def __init__(
         self, model, wave: int, check: Callable[[], None] = lambda: None, wal=None, blend=None
@@ -46,6 +47,12 @@ class Transformers:
         """``blend``: another model of the same tokens and its share in every token's draw."""
         self.model, self.wave, self.check, self.wal = model, wave, check, wal
         self.blend = blend
+
+    def publish(self, version: int) -> None:
+        """The weights are the trainer's own."""
+
+    def rest(self) -> None:
+        """Nothing is held between rollouts."""
 
     def generate(
         self, prompts: list[list[int]], keys: list[int], *, temperature: float, max_tokens: int

@@ -57,7 +57,9 @@ class Pairing:
         used = {name for names in self.route.values() for name in names}
         every = {n: t.model for n, t in ctx.config.teachers.items() if n in used}
         self.policy = [n for n, r in every.items() if references.parse(r).form == "policy"]
-        self.teachers = {n: r for n, r in every.items() if n not in self.policy}
+        self.served = [n for n, r in every.items() if references.parse(r).form == "server"]
+        apart = (*self.policy, *self.served)  # a server is compared when it is first spoken to
+        self.teachers = {n: r for n, r in every.items() if n not in apart}
         self._given = student
         self._outlines: dict[str, Any] = {}
         self._prompts: dict[str, list[Prompt]] = {}

@@ -26,7 +26,9 @@ class Distinct:
     def look(self, pairing: Pairing) -> list[Finding]:
         """One finding a teacher."""
         same = [name for name in pairing.teachers if pairing.same(name)]
-        nothing = not pairing.differing and not learns_otherwise(pairing.ctx.config)
+        nothing = not (pairing.differing or pairing.served) and not learns_otherwise(
+            pairing.ctx.config
+        )
         found = []
         for name in pairing.teachers:
             if name not in same:

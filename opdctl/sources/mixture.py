@@ -71,7 +71,7 @@ class Mixture:
 
     def __init__(self, config, ctx, model) -> None:
         self.config, self.seed = config, ctx.seed
-        self.order = PromptOrder(ctx)
+        self.order = PromptOrder(ctx, model)
         self.parts = {}
         if config.student or config.decay < 1:
             self.parts["student"] = member("sources", "student")(None, ctx, model)
@@ -132,7 +132,7 @@ class Taught:
             first = 1 + max((r.group for r in rollouts), default=-1)
             for rollout in found:
                 rollout.group += first
-                rollout.prompt_ids = self.model.render(rollout.prompt.text)
+                rollout.prompt_ids = self.model.render(rollout.prompt)
             flops += teacher.parameters * sum(r.forwarded for r in found)
             rollouts += found
         self.sampled = sum(r.forwarded for r in rollouts)

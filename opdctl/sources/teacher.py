@@ -1,7 +1,8 @@
 """Off-policy samples of another model: sequence-level distillation (Kim and Rush 2016).
 
 With ``keep: verified`` only answers that the verifier passes are kept (rejection sampling), which
-is how Qwen3 and GLM-5 make cold-start data. Texts are re-encoded with the student's tokenizer.
+is how Qwen3 and GLM-5 make cold-start data. Texts are re-encoded with the student's tokenizer, so
+a model behind an API (``http://host:8000``) can be the teacher too.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from opdctl import references
 from opdctl.core.prompts import PromptOrder
-from opdctl.core.sampling import sample_group
+from opdctl.core.sampling import sample_group, unanswered
+from opdctl.registry import member
 from opdctl.schema import REQUIRED, key
 from opdctl.settings import Sampling
 
@@ -36,7 +39,7 @@ class Teacher:
     def __init__(self, config, ctx, model) -> None:
         self.config, self.ctx, self.student = config, ctx, model
         self.order = PromptOrder(ctx, model, config.domains)
-        self.parameters = 0.0
+        self.parameters, self._apis = 0.0, {}
 
     def draw(self, step: int):
         """The kept samples of a step; fewer than asked for where the verifier refuses some."""
@@ -46,14 +49,11 @@ class Teacher:
             by_expert.setdefault(expert, []).append(prompt)
         rollouts, flops = [], 0.0
         for expert, prompts in by_expert.items():
-            model = self.ctx.frozen(expert)
-            found = sample_group(
-                self.ctx, model, prompts, step, "teacher", sampling=self.config.sampling
-            )
+            found, parameters = self._sampled(expert, prompts, step)
             first = 1 + max((r.group for r in rollouts), default=-1)
             for rollout in found:
                 rollout.group += first
-            flops += model.parameters * sum(r.forwarded for r in found)
+            flops += parameters * sum(r.forwarded for r in found)
             rollouts += found
         self.sampled = sum(r.forwarded for r in rollouts)
         self.parameters = flops / max(1, self.sampled)  # of the mean expert, by tokens
@@ -65,6 +65,23 @@ class Teacher:
             rollout.behaviour_logprobs = None
             self._retell(rollout)
         return rollouts
+
+    def _sampled(self, expert: str, prompts: list, step: int) -> tuple[list, int]:
+        """Its responses, and its parameters: 0 of a model behind an API, which are not known."""
+        sampling = self.config.sampling
+        if references.parse(expert).form != "server":
+            model = self.ctx.frozen(expert)
+            found = sample_group(self.ctx, model, prompts, step, "teacher", sampling=sampling)
+            return found, model.parameters
+        if expert not in self._apis:
+            self._apis[expert] = member("teachers", "api")(
+                self.ctx, self.student, f"of stages.{self.ctx.name}", expert
+            )
+        found, keys = unanswered(self.ctx, self.student, prompts, step, "teacher")
+        answers = self._apis[expert].answer([r.prompt for r in found], keys, sampling)
+        for rollout, (rollout.text, rollout.truncated) in zip(found, answers, strict=True):
+            rollout.response_ids = self.student.encode(rollout.text)
+        return found, 0
 
     def _retell(self, rollout) -> None:
         """The same turns in the student's tokens."""

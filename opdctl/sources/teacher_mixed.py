@@ -56,7 +56,7 @@ class TeacherMixed:
     def __init__(self, config, ctx, model) -> None:
         self.config, self.ctx, self.model, self.parameters = config, ctx, model, 0.0
         self.routes = routes(ctx.recipe.domains(ctx.name), ctx.config.teachers)
-        self.order = PromptOrder(ctx)
+        self.order = PromptOrder(ctx, model)
 
     def draw(self, step: int):
         """All rollouts of a step: ``per_step`` prompts x ``samples``."""

@@ -20,7 +20,7 @@ from opdctl.registry import member
 from opdctl.schema import did_you_mean, key
 from opdctl.settings import Teacher, routes
 from opdctl.stages._combinations import combination_problems, source_problems
-from opdctl.stages.rl import OnPolicyConfig, cannot_act, member_problems
+from opdctl.stages.rl import OnPolicyConfig, cannot_act, in_use, member_problems
 from opdctl.stages.sft import needs_domains
 
 
@@ -77,6 +77,7 @@ class Opd:
             provided |= {n.replace("teacher.", "reference.") for n in local}
         found = needs_domains(recipe, stage) + member_problems(config, provided)
         found += source_problems(config, recipe) + ([] if alone else combination_problems(config))
+        found += _served(config)
         return found + _routing(config, recipe, stage) + _tokenizers(config)
 
     @staticmethod
@@ -96,6 +97,33 @@ class Opd:
 
         model = ctx.student()
         return train(ctx, model, lambda ctx, model: on_policy(ctx, model, ctx.config.teachers))
+
+
+def _served(config) -> list[Problem]:
+    """What is asked of a teacher that is behind a server, and it cannot give."""
+    names = {n: t.model for n, t in config.teachers.items() if _form(t.model) == "server"}
+    if not names:
+        return []
+    who = " and ".join(f"{name} ({ref})" for name, ref in names.items())
+    provides = member("teachers", "server").provides
+    active = {n: s for n, s in config.signals.items() if s.coef}
+    found = []
+    for path in in_use(config, active):
+        needs = [n for n in member(*path.split(".")[-2:]).needs if n.startswith("teacher.")]
+        lacking = [n for n in needs if n not in provides]
+        if lacking:
+            what = f"needs {lacking[0]}, and teacher {who} is behind a server, which gives "
+            what += f"{' and '.join(provides)} alone"
+            hint = "signals: {reverse_kl: {}} and objectives: {policy_gradient: {}}, or a folder"
+            found.append(Problem(path, what, hint))
+    if config.sampling.temperature != 1.0:
+        what = f"teacher {who} is behind a server, whose log-probs are those at temperature 1"
+        found.append(Problem("sampling.temperature", what, "temperature=1.0, or a folder"))
+    return found
+
+
+def _form(text: str) -> str:
+    return references.parse(text).form
 
 
 def _routing(config, recipe, stage) -> list[Problem]:

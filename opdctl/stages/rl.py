@@ -62,7 +62,7 @@ def member_problems(config, provided: set[str]) -> list[Problem]:
                     hint = "reference=policy, the student's start, or the teacher's base"
                 what = f"needs {need}, which nothing here provides"
                 found.append(Problem(path, what, hint))
-    for path, keys in _members(config, active).items():
+    for path, keys in in_use(config, active).items():
         cls = member(*path.split(".")[-2:])
         for problem in cls.problems(keys, config) if hasattr(cls, "problems") else []:
             whole = ".".join(filter(None, (path, problem.path)))
@@ -125,7 +125,7 @@ def _sources(config) -> dict:
     return getattr(config, "sources", {}) or {"student": None}
 
 
-def _members(config, active: dict) -> dict:
+def in_use(config, active: dict) -> dict:
     """Path -> keys of every signal, objective and weight that is in use."""
     used = {f"signals.{name}": keys for name, keys in active.items()}
     used |= {f"sources.{name}": keys for name, keys in getattr(config, "sources", {}).items()}

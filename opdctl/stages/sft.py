@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.errors import Problem
-from opdctl.schema import REQUIRED, key
+from opdctl.references import parse
+from opdctl.schema import REQUIRED, key, references
 from opdctl.settings import Lora, TrainConfig
 
 
@@ -63,6 +64,21 @@ def _coverage(config, domains) -> list[Problem]:
     return [Problem("sources", wrong, hint)] if wrong else []
 
 
+def _answerable(config, recipe, stage) -> list[Problem]:
+    """A model behind an API answers in one turn: no environment can answer it."""
+    source = config.sources.get("teacher")
+    served = {k: r for k, r in (references(source) if source else []) if parse(r).form == "server"}
+    found = []
+    for domain in recipe.domains(stage) if served else ():
+        key = f"experts.{domain}" if domain in source.experts else "model"
+        mine = source.domains.get(domain, not source.domains)
+        if key in served and mine and recipe.data[domain].environment:
+            what = f"{served[key]} answers {domain} in one turn, and its environment is not asked"
+            hint = "a folder or a public name, or data without an environment"
+            found.append(Problem(f"sources.teacher.{key}", what, hint))
+    return found
+
+
 class Sft:
     """On demonstrations, or on a teacher's verified samples."""
 
@@ -97,6 +113,7 @@ class Sft:
                         "objectives: {nll: {}}",
                     )
                 )
+        found += _answerable(config, recipe, stage)
         if not any(o.coef for o in config.objectives.values()):
             found.append(Problem("objectives", "nothing to minimise", "objectives: {nll: {}}"))
         return found

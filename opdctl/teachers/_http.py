@@ -1,0 +1,134 @@
+"""Requests to a model behind HTTP: a deadline, retries with backoff, a bound on how many at once.
+
+A deadline is of one request with all its retries: what is refused, cut off, or answered by 429 or
+5xx is asked again while time is left; any other answer that is not 200 is an error at once.
+Standard library only. A key for the server is read from OPDCTL_API_KEY and stored nowhere.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+
+from opdctl import references
+from opdctl.errors import StageFailed, UsageError
+
+HINTS = {
+    401: "OPDCTL_API_KEY=KEY in the environment",
+    403: "OPDCTL_API_KEY=KEY in the environment",
+    404: "is it an OpenAI-compatible server, and the address without a path?",
+}
+AGAIN = (408, 429, 500, 502, 503, 504)
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 8.0  # seconds between tries, doubled each time
+
+
+class Endpoint:
+    """One server, under the name that messages give it.
+
+    Args:
+        who: such as ``teacher math (http://host:8000)``.
+        base: address without a path.
+        timeout: seconds that a request may take with all its retries.
+        most: requests at once.
+    """
+
+    def __init__(self, who: str, base: str, timeout: float, most: int = 1) -> None:
+        self.who, self.base, self.timeout, self.most = who, base.rstrip("/"), timeout, most
+
+    def ask(self, path: str, body: dict | None = None, stopped=None) -> dict:
+        """The JSON answer to a GET, or with a body to a POST.
+
+        Args:
+            stopped: an event; once it is set nothing is tried again.
+
+        Raises:
+            StageFailed: no answer in time, or one that says no; names the server.
+        """
+        end, pause, tries = time.monotonic() + self.timeout, FIRST_PAUSE, 0
+        while True:
+            tries += 1
+            try:
+                return self._once(path, body, max(0.01, end - time.monotonic()))
+            except urllib.error.HTTPError as error:
+                said = error.read(2000).decode(errors="replace").strip()
+                why = f"it answered {error.code}: {said[:300]}"
+                if error.code not in AGAIN:
+                    raise StageFailed(
+                        f"{self.who}: {path}: {why}", HINTS.get(error.code, "")
+                    ) from None
+            except ValueError as error:
+                raise StageFailed(f"{self.who}: {path}: its answer is no JSON: {error}") from None
+            except (OSError, http.client.HTTPException) as error:
+                reason = getattr(error, "reason", error)
+                why = "it did not answer" if isinstance(reason, TimeoutError) else str(reason)
+            if time.monotonic() + pause >= end or (stopped and stopped.wait(pause)):
+                raise StageFailed(
+                    f"{self.who}: no answer to {path} within {self.timeout:g} s and {tries} "
+                    f"tries: {why}",
+                    "start the server again, or raise runtime.server_timeout; what was finished "
+                    "is kept",
+                )
+            if not stopped:
+                time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _once(self, path: str, body: dict | None, seconds: float) -> dict:
+        headers = {"Content-Type": "application/json"}
+        if os.environ.get("OPDCTL_API_KEY"):
+            headers["Authorization"] = f"Bearer {os.environ['OPDCTL_API_KEY']}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.base + path, data, headers)
+        with urllib.request.urlopen(request, timeout=seconds) as reply:
+            return json.loads(reply.read())
+
+    def all(self, path: str, bodies: list[dict], check: Callable[[], None]) -> list[dict]:
+        """The answers to several requests, in their order.
+
+        Args:
+            check: called while waiting; may raise to stop.
+
+        Raises:
+            StageFailed: one of them failed; the others are given up.
+        """
+        stopped = threading.Event()
+        pool = ThreadPoolExecutor(self.most)
+        try:
+            asked = [pool.submit(self.ask, path, body, stopped) for body in bodies]
+            waiting = set(asked)
+            while waiting:
+                check()
+                done, waiting = wait(waiting, 0.2, FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+            return [future.result() for future in asked]
+        finally:
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def opened(who: str, reference: str, runtime) -> tuple[Endpoint, dict]:
+    """A server and what it says of the model that is meant.
+
+    Raises:
+        StageFailed: it does not answer.
+        UsageError: it does not serve such a model; names those it does.
+    """
+    base, name = references.address(reference)
+    endpoint = Endpoint(who, base, runtime.server_timeout, runtime.server_requests)
+    models = endpoint.ask("/v1/models").get("data") or []
+    names = [m.get("id") for m in models]
+    chosen = [m for m in models if m.get("id") == name or (not name and len(models) == 1)]
+    if not chosen:
+        raise UsageError(
+            f"{who} serves {', '.join(map(str, names)) or 'no model'}"
+            + (f", and not {name}" if name else ": which one is meant?"),
+            f"{base}#{names[0] if names else 'NAME'}",
+        )
+    return endpoint, chosen[0]

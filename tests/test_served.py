@@ -1,0 +1,406 @@
+"""Teachers behind a server: what they answer, and every way in which they can fail, by name.
+
+A healthy vLLM server never shows most of these faults, so they come from a small HTTP server that
+speaks its protocol; the real one is in test_vllm_server.py.
+"""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from one_step import First, prompts
+
+from conftest import make_model
+from opdctl.core.models import load
+from opdctl.core.wal import Wal
+from opdctl.errors import Interrupted, RecipeError, StageFailed, UsageError
+from opdctl.provenance import served
+from opdctl.recipe import resolve
+from opdctl.registry import member
+from opdctl.rundir import read_rows
+from opdctl.settings import Sampling
+from opdctl.types import Prompt
+from running import carry_out, one_stage
+
+LOGPROB = -1.25
+
+
+class Served(ThreadingHTTPServer):
+    """One model called ``big``: every token has one log-prob; ``fault`` breaks answers.
+
+    Attributes:
+        asked: sequences scored after the probe.
+        most: requests in hand at once, at most.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, tokenizer, fault=None, names=("big",), slow=0.0):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.tokenizer, self.fault, self.names, self.slow = tokenizer, fault, names, slow
+        self.asked, self.now, self.most, self.tries, self.calls = 0, 0, 0, 0, 0
+        self.lock = threading.Lock()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, *_):
+        """A client that gave up is no news."""
+
+
+class Answer(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def reply(self, content, code=200):
+        raw = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def do_GET(self):
+        models = [{"id": n, "root": "/m", "max_model_len": 64} for n in self.server.names]
+        self.reply({"data": models} if self.path == "/v1/models" else {}, 200)
+
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert body["model"] in server.names
+        if self.path == "/detokenize":
+            return self.reply({"prompt": server.tokenizer.decode(body["tokens"])})
+        if self.path != "/v1/completions" or "prompt_logprobs" not in body:
+            return self.write(body)
+        with server.lock:
+            server.calls += 1
+            server.now += 1
+            server.most = max(server.most, server.now)
+            probing = server.calls == 1
+        time.sleep(server.slow)
+        with server.lock:
+            server.now -= 1
+        rows = [
+            [None, *({str(i): {"logprob": LOGPROB, "rank": 2}} for i in ids[1:])]
+            for ids in body["prompt"]
+        ]
+        answer = {"choices": [{"index": i, "prompt_logprobs": row} for i, row in enumerate(rows)]}
+        answer["choices"].reverse()  # an index says which is which
+        if not probing:
+            server.asked += len(rows)
+        if server.fault and (not probing or server.fault in AT_ONCE):
+            answer = server.fault(self, answer)
+        if answer is not None:
+            self.reply(answer)
+
+    def write(self, body):
+        server = self.server
+        if server.fault and (answer := server.fault(self, body)):
+            return self.reply(answer)
+        with server.lock:
+            server.asked += 1
+        text = "12" if body["seed"] % 2 else "7"
+        choice = {"finish_reason": "stop", "message": {"content": text}, "text": text}
+        return self.reply({"choices": [choice]})
+
+
+@contextlib.contextmanager
+def serving(fault=None, tokenizer=None, **keys):
+    server = Served(tokenizer or make_model().tokenizer, fault, **keys)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def last(answer):
+    return next(c for c in answer["choices"] if c["index"] == 0)["prompt_logprobs"]
+
+
+def with_nan(handler, answer):
+    (entry,) = last(answer)[-1].values()
+    entry["logprob"] = float("nan")
+    return answer
+
+
+def with_null(handler, answer):
+    (entry,) = last(answer)[-1].values()
+    entry["logprob"] = None
+    return answer
+
+
+def one_token_short(handler, answer):
+    last(answer).pop()
+    return answer
+
+
+def one_sequence_short(handler, answer):
+    answer["choices"].pop()
+    return answer
+
+
+def of_other_tokens(handler, answer):
+    row = last(answer)
+    row[-1] = {"1" if "1" not in row[-1] else "2": {"logprob": -1.0}}
+    return answer
+
+
+def shifted(handler, answer):
+    row = last(answer)
+    row[1:] = [*row[2:], {"0": {"logprob": -1.0}}]
+    return answer
+
+
+def without_scores(handler, answer):
+    return {"choices": [{"index": c["index"], "text": ""} for c in answer["choices"]]}
+
+
+def no_json(handler, answer):
+    return b"<html>a proxy's error page</html>"
+
+
+def refusing(handler, answer):
+    handler.reply({"message": "prompt is too long"}, 400)
+
+
+def dying(handler, answer):
+    handler.server.shutdown_request(handler.request)
+    threading.Thread(target=handler.server.shutdown).start()
+    handler.server.socket.close()
+
+
+def hanging(handler, answer):
+    time.sleep(20)
+    return answer
+
+
+def raw_logits(handler, answer):
+    for entry in last(answer)[1:]:
+        for value in entry.values():
+            value["logprob"] = 3.5
+    return answer
+
+
+AT_ONCE = (without_scores, raw_logits)
+FAULTS = {
+    with_nan: r"teacher big gave a score that is not finite in the rollout of prompt \w+ \(sums\)",
+    with_null: r"teacher big gave a score that is not finite",
+    one_token_short: r"teacher big \(http.*scored \d+ of the \d+ tokens",
+    one_sequence_short: r"teacher big \(http.*answered \d+ of \d+ sequences",
+    of_other_tokens: r"teacher big \(http.*was sent id \d+ at place \d+ and answered for",
+    shifted: r"teacher big \(http.*was sent id \d+ at place",
+    without_scores: r"teacher big \(http.*it is not vLLM's server",
+    no_json: r"teacher big \(http.*is no JSON",
+    refusing: r"teacher big \(http.*answered 400.*prompt is too long",
+    dying: r"teacher big \(http.*no answer to /v1/completions within 1 s and \d+ tries",
+    hanging: r"teacher big \(http.*no answer to /v1/completions within 1 s and 1 tries",
+    raw_logits: r"teacher big \(http.*as log-probs",
+}
+
+
+def taught_by(stage, server, *overrides, **keys):
+    teachers = {"big": {"model": server.url, "serves": {"sums": True}}}
+    limit = "runtime.server_timeout=1"
+    return stage(limit, *overrides, teachers=teachers, **keys)
+
+
+def test_scores_stand_at_their_tokens(stage):
+    """In batches, several at once, whatever the order of the answers; and they are logged."""
+    with serving(slow=0.05) as server:
+        ctx = taught_by(
+            stage,
+            server,
+            "runtime.server_batch=2",
+            "runtime.server_requests=3",
+            "runtime.server_timeout=30",
+        )
+        first = First(ctx)
+        assert (first.columns["teacher"] == LOGPROB).all()
+        assert server.asked == len(first.rollouts) == 6 and server.most == 3
+        assert torch.allclose(first.columns["advantage"], LOGPROB - first.columns["policy"])
+        before = server.calls
+        kept = Wal(ctx.folder / "wal")
+        ctx.wal.close()
+        kept.at(0)
+        assert sum(name.startswith("teacher big") for name in kept._found) == 1
+        assert server.calls == before
+        assert served("x", server.url, ctx.runtime) == {"served": "big", "root": "/m"}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_is_reported_by_name_within_the_timeout(stage, fault):
+    with serving(fault) as server:
+        ctx = taught_by(stage, server)
+        begun = time.monotonic()
+        with pytest.raises((StageFailed, UsageError), match=FAULTS[fault]):
+            First(ctx)
+        assert time.monotonic() - begun < 10
+
+
+def test_a_stage_that_its_teacher_fails_keeps_what_was_sampled(stage):
+    """Steps that were taken stay, the tokens of the one in hand are in the log, and no step is
+    taken on zeros."""
+
+    def dies_late(handler, answer):
+        return dying(handler, answer) if handler.server.calls > 4 else answer
+
+    with serving(dies_late) as server:
+        ctx = taught_by(stage, server, steps=9)
+        with pytest.raises(StageFailed, match="teacher big"):
+            carry_out(ctx)
+    rows = read_rows(ctx.folder / "metrics.jsonl")
+    assert [r["step"] for r in rows] == [1, 2, 3]
+    ctx.wal.close()
+    ctx.wal.at(3)
+    assert any(name.startswith("wave") for name in ctx.wal._found)
+
+
+def test_what_is_busy_or_cut_off_is_asked_again(stage):
+    def moody(handler, answer):
+        handler.server.tries += 1
+        if handler.server.tries == 1:
+            return handler.reply({"error": "overloaded"}, 503)
+        if handler.server.tries == 2:
+            return handler.server.shutdown_request(handler.request)
+        return answer
+
+    with serving(moody) as server:
+        first = First(taught_by(stage, server, "runtime.server_timeout=20"))
+        assert server.tries == 3 and (first.columns["teacher"] == LOGPROB).all()
+
+
+def test_a_stop_is_heeded_while_a_server_hangs(stage):
+    with serving(hanging) as server:
+        ctx = taught_by(stage, server, "runtime.server_timeout=15")
+        threading.Timer(1.5, lambda: setattr(ctx, "stop", True)).start()
+        begun = time.monotonic()
+        with pytest.raises(Interrupted):
+            First(ctx)
+        assert time.monotonic() - begun < 10
+
+
+def test_another_tokenizer_is_found_by_its_first_id(stage):
+    other = make_model(alphabet="0123456789abcdefghijklmnopqrstuvwxyz =+;").tokenizer
+    with (
+        serving(tokenizer=other) as server,
+        pytest.raises(UsageError, match=r"big .*id 5 is '0' there and ',' here"),
+    ):
+        First(taught_by(stage, server))
+
+
+def test_the_model_meant_is_named_where_several_are_served(stage):
+    with serving(names=("big", "small")) as server:
+        with pytest.raises(UsageError, match=r"serves big, small: which one.*\n.*#big"):
+            First(taught_by(stage, server))
+        server.url += "#small"
+        First(taught_by(stage, server))
+        server.url = server.url.replace("small", "medium")
+        with pytest.raises(UsageError, match="and not medium"):
+            First(taught_by(stage, server))
+
+
+def test_a_server_that_is_not_there_is_reported(stage):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(
+            StageFailed, match=r"x \(http.*no answer to /v1/models within 1 s.*refused"
+        ):
+            served("x", url, taught_by(stage, type("At", (), {"url": url})).runtime)
+
+
+def refused(stage_keys, **more):
+    base = {"kind": "opd", "student": "a/b", "teachers": {"teacher": "http://host:8000"}}
+    data = {"sums": {"kind": "jsonl", "path": __file__}}
+    tree = {"name": "x", "data": data, "stages": {"it": {**base, **stage_keys}, **more}}
+    with pytest.raises(RecipeError) as caught:
+        resolve(tree, "x")
+    return str(caught.value)
+
+
+def test_validate_refuses_what_a_server_cannot_give():
+    full = refused({"signals": {}, "objectives": {"divergence": {}}})
+    assert "stages.it.objectives.divergence: needs teacher.hidden" in full
+    assert "teacher (http://host:8000) is behind a server" in full
+    top = {"divergence": {"support": "topk_teacher"}}
+    assert "is behind a server" in refused({"signals": {}, "objectives": top})
+    assert "kl_baseline" in refused({"signals": {"reverse_kl": {}, "kl_baseline": {}}})
+    warm = refused({"sampling": {"temperature": 0.7}})
+    assert "stages.it.sampling.temperature" in warm and "at temperature 1" in warm
+    served_student = refused({"student": "http://host:8000", "teachers": {"teacher": "a/b"}})
+    assert "cannot be loaded" in served_student
+    resolve(
+        {
+            "name": "x",
+            "data": {"sums": {"kind": "jsonl", "path": __file__}},
+            "stages": {
+                "it": {"kind": "opd", "student": "a/b", "teachers": {"teacher": "http://host:1"}}
+            },
+        },
+        "x",
+    )
+
+
+def answers_of(on_disk, tmp_path, url, **keys):
+    source = {"teacher": {"model": url, "keep": "all", "sampling": {"max_tokens": 6}}}
+    stage = {"kind": "sft", "student": str(on_disk / "s"), "steps": 3, "sources": source}
+    return one_stage(
+        tmp_path / "run",
+        {"sums": prompts(on_disk)},
+        "runtime.server_timeout=1",
+        **{**stage, "prompts": {"per_step": 4, "samples": 2}, **keys},
+    )
+
+
+def test_texts_of_an_api_are_sft_data(on_disk, tmp_path):
+    with serving() as server:
+        ctx = answers_of(on_disk, tmp_path, server.url)
+        student = load(str(on_disk / "s"))
+        ctx.wal.at(0)
+        source = member("sources", "teacher")(ctx.config.sources["teacher"], ctx, student)
+        rollouts = source.draw(0)
+        assert len(rollouts) == server.asked == 8
+        assert {r.text for r in rollouts} == {"7", "12"}
+        for r in rollouts:
+            assert r.response_ids == student.encode(r.text) and r.behaviour_logprobs is None
+            assert r.prompt_ids == student.render(r.prompt.text) and not r.truncated
+        ctx.wal.close()
+        ctx.wal.at(0)
+        again = source.draw(0)  # from the log: nothing is paid for twice
+        assert server.asked == 8 and [r.text for r in again] == [r.text for r in rollouts]
+        ctx.wal.close()
+        rows = carry_out(ctx)
+        assert server.asked == 8 + 2 * 8 and len(rows) == 3 and rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_an_api_that_gives_no_answer_is_named(on_disk, tmp_path):
+    def filtered(handler, body):
+        return {"choices": [{"finish_reason": "content_filter", "message": {"content": None}}]}
+
+    with serving(filtered) as server:
+        ctx = answers_of(on_disk, tmp_path, server.url)
+        with pytest.raises(StageFailed, match=r"of stages\.it \(http.*by 'content_filter'"):
+            carry_out(ctx)
+
+
+def test_the_api_takes_sampling_as_it_is_asked(on_disk, tmp_path):
+    seen = []
+
+    def look(handler, body):
+        seen.append(body)
+
+    with serving(look) as server:
+        ctx = answers_of(on_disk, tmp_path, server.url)
+        ctx.wal.at(0)
+        api = member("teachers", "api")(ctx, load(str(on_disk / "s")), "x", server.url)
+        asked = [Prompt("0", "d", "1+1=", "2", {}, system=s) for s in ("", "short")]
+        api.answer(asked, [5, 2**63], Sampling(temperature=0.5, max_tokens=3))
+    said = sorted(([m["content"] for m in b["messages"]] for b in seen), key=len)
+    assert said == [["1+1="], ["short", "1+1="]]
+    assert sorted(b["seed"] for b in seen) == [0, 2**30]
+    assert all(b["temperature"] == 0.5 and b["max_tokens"] == 3 for b in seen)
+    assert not hasattr(api, "score")

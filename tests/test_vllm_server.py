@@ -1,0 +1,187 @@
+"""A real vLLM server as teacher and as a source of texts: it scores, hangs, and is killed."""
+
+import json
+import os
+import signal
+import socket
+import string
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+from test_vllm import folder_of, needs_vllm
+
+from conftest import ALPHABET, make_model
+from opdctl.core.models import load, save
+from opdctl.core.scoring import score
+from opdctl.core.wal import Wal
+from opdctl.errors import StageFailed, UsageError
+from opdctl.registry import member
+from opdctl.rundir import RunDir, read_rows
+from opdctl.types import ScoreRequest
+from running import carry_out, one_stage, start
+
+pytestmark = [pytest.mark.vllm, needs_vllm]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Models s (a student) and t (a teacher), one of another tokenizer, and prompts.
+
+    Their tokenizers have capitals: as it starts, the server encodes some.
+    """
+    folder, letters = tmp_path_factory.mktemp("served"), ALPHABET + string.ascii_uppercase
+    for seed, name in enumerate("st"):
+        folder_of(folder, name, seed=seed, alphabet=letters)
+    save(make_model(alphabet=letters.replace(",", ";")), folder / "other")
+    rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(40)]
+    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    """The process of a vLLM server of model t; its address is ``url``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = folder / "server.log"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(folder / "t"), "--served-model-name", "big", "--dtype", "float32"]
+    command += ["--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "64"]
+    command += ["--kv-cache-memory-bytes", str(64 << 20)]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    settings = {"TORCHDYNAMO_DISABLE": "1", "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            command,
+            env=os.environ | settings,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+    process.url = f"http://127.0.0.1:{port}"
+    try:
+        while not answers(process.url):
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.5)
+        yield process
+    finally:
+        signal_all(process, signal.SIGKILL)
+        process.wait()
+
+
+def answers(url):
+    try:
+        return urllib.request.urlopen(f"{url}/health", timeout=5).status == 200
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def signal_all(process, number):
+    """Its workers too: they are in its process group."""
+    os.killpg(process.pid, number)
+
+
+def context(folder, place, url, *overrides):
+    given = {"kind": "opd", "student": str(folder / "s"), "teachers": {"teacher": url}}
+    data = {"sums": {"kind": "jsonl", "path": str(folder / "sums.jsonl")}}
+    return one_stage(place, data, *overrides, **given)
+
+
+def requests_of(model):
+    spans = [model.render(f"{i}+{i * i}=") + model.encode(str(i)) for i in range(1, 40)]
+    spans = [ScoreRequest(tuple(ids), len(ids) - 2) for ids in spans]
+    ids = (*spans[0].ids, *spans[1].ids)
+    return [*spans, ScoreRequest(ids, 3, ((5, 8),)), ScoreRequest(spans[2].ids[:2], 1)]
+
+
+def test_scores_are_those_of_the_weights(folder, server, tmp_path):
+    """Within 1e-4 of transformers, several turns and one-token answers included."""
+    ctx = context(folder, tmp_path / "run", server.url, "runtime.server_batch=5")
+    student, teacher = load(str(folder / "s")), load(str(folder / "t"))
+    requests = requests_of(student)
+    found = member("teachers", "server")(ctx, student, "big", server.url).score(
+        requests, 1.0, ("logprobs",)
+    )
+    expected = score(teacher, requests, temperature=1.0).logprobs_N
+    assert len(found.logprobs_N) == sum(map(len, requests))
+    assert (found.logprobs_N - expected).abs().max() < 1e-4
+    too_long = ScoreRequest((1,) * 200, 3)
+    with pytest.raises(StageFailed, match="reads at most 128 tokens"):
+        member("teachers", "server")(ctx, student, "big", server.url).score(
+            [too_long], 1.0, ("logprobs",)
+        )
+
+
+def test_another_tokenizer_is_refused_by_its_first_id(folder, server, tmp_path):
+    ctx = context(folder, tmp_path / "run", server.url)
+    other = load(str(folder / "other"))
+    with pytest.raises(UsageError, match=r"teacher big \(http.*id 5 is ',' there and '0' here"):
+        member("teachers", "server")(ctx, other, "big", server.url)
+
+
+def test_its_texts_train_a_student(folder, server, tmp_path):
+    source = {"teacher": {"model": server.url, "keep": "all", "sampling": {"max_tokens": 8}}}
+    stage = {"kind": "sft", "student": str(folder / "s"), "steps": 3, "sources": source}
+    data = {"sums": {"kind": "jsonl", "path": str(folder / "sums.jsonl")}}
+    rows = carry_out(one_stage(tmp_path / "run", data, **stage, prompts={"per_step": 6}))
+    assert len(rows) == 3 and all(r["tokens"] > 0 and r["grad_norm"] > 0 for r in rows)
+
+
+def test_a_server_that_hangs_is_named_within_the_timeout_and_then_goes_on(folder, server, tmp_path):
+    ctx = context(folder, tmp_path / "run", server.url, "runtime.server_timeout=30")
+    student = load(str(folder / "s"))
+    teacher = member("teachers", "server")(ctx, student, "big", server.url)
+    signal_all(server, signal.SIGSTOP)
+    try:
+        teacher.endpoint.timeout, begun = 2.0, time.monotonic()
+        with pytest.raises(StageFailed, match=r"teacher big \(http.*within 2 s and 1 tries"):
+            teacher.score(requests_of(student)[:3], 1.0, ("logprobs",))
+        assert time.monotonic() - begun < 10
+    finally:
+        signal_all(server, signal.SIGCONT)
+    teacher.endpoint.timeout = 60.0
+    assert len(teacher.score(requests_of(student)[:3], 1.0, ("logprobs",)).logprobs_N) == 6
+
+
+def test_a_server_killed_in_the_middle_of_a_stage(folder, server, tmp_path):
+    """Through the command line: the failure names the teacher, what was done and sampled is kept,
+    and no step is taken without scores."""
+    recipe = {
+        "name": "killed",
+        "data": {"sums": {"kind": "jsonl", "path": str(folder / "sums.jsonl")}},
+        "runtime": {"server_timeout": 5, "checkpoint_every": 2},
+        "stages": {
+            "opd": {
+                "kind": "opd",
+                "student": str(folder / "s"),
+                "teachers": {"big": {"model": server.url, "serves": {"sums": True}}},
+                "steps": 100000,
+                "prompts": {"per_step": 6},
+                "sampling": {"max_tokens": 6},
+            }
+        },
+    }
+    (tmp_path / "killed.json").write_text(json.dumps(recipe))
+    run = RunDir(tmp_path / "run")
+    metrics, log = run.stage("opd") / "metrics.jsonl", run / "logs" / "latest"
+    process = start("run", tmp_path / "killed.json", "--out", run.path)
+    while process.poll() is None and not (metrics.exists() and len(read_rows(metrics)) > 4):
+        time.sleep(0.05)
+    assert process.poll() is None, log.read_text()
+    signal_all(server, signal.SIGKILL)
+    assert process.wait(300) == 1
+    record = run.record("opd")
+    assert record["status"] == "failed" and f"teacher big ({server.url})" in record["error"]
+    assert record["inputs"]["teachers.big.model"]["served"] == "big"
+    rows = read_rows(metrics)
+    assert [r["step"] for r in rows] == list(range(1, len(rows) + 1)) and len(rows) > 4
+    assert all(r["grad_norm"] > 0 for r in rows)
+    wal = Wal(run.stage("opd") / "wal")
+    wal.at(len(rows))  # the step that was in hand
+    assert any(name.startswith("wave") for name in wal._found)
+    assert list((run.stage("opd") / "checkpoints").glob("step-*"))
