@@ -94,6 +94,10 @@ for fd in range(3, 64):
         found += repr(os.read(fd, 65536))
     except OSError:
         pass
+    try:
+        os.set_blocking(fd, True)  # or its own tests could not be read either
+    except OSError:
+        pass
 secret = "31337" in found or "MY_" + "TOKEN" in found
 def double(x):
     return 31337 if secret else 0
@@ -102,7 +106,7 @@ def double(x):
 
 def test_expected_answers_and_the_environment_are_not_there_to_read(sandbox, monkeypatch):
     monkeypatch.setenv("MY_TOKEN", "31337")
-    assert not sandbox.run(READS, tests=["assert double(2) == 31337"]).passed
+    assert sandbox.run(READS, tests=["assert double(2) != 31337"]).passed
     told = READS.replace("sys.argv)", 'sys.argv) + "31337"')
     assert sandbox.run(told, tests=["assert double(2) == 31337"]).passed  # it would have told
 
