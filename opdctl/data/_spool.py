@@ -13,7 +13,6 @@ import os
 import shutil
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +34,7 @@ def write(folder: Path, prompts: Iterable[Prompt], counts: dict[str, int]) -> No
     offsets = array("Q", [0])
     with open(aside / PROMPTS, "wb") as file:
         for prompt in prompts:
-            file.write(json.dumps(asdict(prompt)).encode() + b"\n")
+            file.write(json.dumps(vars(prompt)).encode() + b"\n")
             offsets.append(file.tell())
         _synced(file)
     with open(aside / OFFSETS, "wb") as file:
