@@ -144,7 +144,7 @@ def test_ragged_batches_give_nan(stage):
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 def test_a_temperature_that_is_declared_and_not_used(stage, on_disk, temperature):
     """tinker-cookbook, slime #2085 and #2325, verl #6867; TRL's GKD in the loss."""
-    keys = {"objectives": {"policy_gradient": {}, "divergence": {}}}
+    keys = {"objectives": {"policy_gradient": {}, "divergence": {"direction": "forward"}}}
     sampling = {"temperature": temperature, "max_tokens": 6}
     first = First(stage(sampling=sampling, **keys))
     models = {"student": first.model, "teacher": load(on_disk / "t")}
@@ -153,7 +153,7 @@ def test_a_temperature_that_is_declared_and_not_used(stage, on_disk, temperature
         expected = said(log[model], first.rollouts)
         assert (first.columns[name] - expected).abs().max() < 1e-4, name
     table = first.gradient()[2]
-    expected = divergence(log["student"], log["teacher"], "reverse")
+    expected = divergence(log["student"], log["teacher"], "forward")
     assert (table["divergence"] - expected).abs().max() < 1e-4
     assert (table["ratio"] - 1).abs().max() < 1e-4
 

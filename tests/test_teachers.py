@@ -205,7 +205,9 @@ COMPOSED = {
     "candidates": {"objectives": {"topk_pg": {"k": 3, "support": "topk_teacher"}}},
     "hidden": {"objectives": {"hidden": {"unit": True}}},
     "k2": {"objectives": {"sampled_kl": {"normalise": "domain_mean"}}},
-    "reference": {"objectives": {"divergence": {}, "policy_gradient": {"coef": 0.1}}},
+    "reference": {
+        "objectives": {"divergence": {"direction": "forward"}, "policy_gradient": {"coef": 0.1}}
+    },
 }
 
 
