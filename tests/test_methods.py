@@ -170,3 +170,79 @@ def test_a_weight_that_needs_logits_is_refused_where_a_teacher_gives_log_probs_a
             "needs policy.kl, which nothing here provides",
         ),
     }
+
+
+def test_a_mixture_by_token_is_refused_on_an_engine_that_cannot():
+    from types import SimpleNamespace
+
+    from opdctl.recipe import lookup
+    from opdctl.schema import build
+    from opdctl.stages._combinations import source_problems
+
+    keys = {"kind": "opd", "student": "a/s", "sources": {"teacher_mixed": {}}}
+    config = build(lookup("stages", "opd"), keys, "", [], lookup)
+    for engine, expected in (("transformers", []), ("vllm", ["sources.teacher_mixed"])):
+        recipe = SimpleNamespace(runtime=SimpleNamespace(engine=engine))
+        found = source_problems(config, recipe)
+        assert [p.path for p in found] == expected
+        assert all("vllm cannot" in p.message for p in found)
+
+
+def test_baseline_of_vopd_full_and_on_the_top(on_disk, tmp_path):
+    """The credit has mean zero under the student when the baseline is full; the top one is the
+    renormalised KL on the student's own ids."""
+    import torch
+    from one_step import First, by_transformers
+
+    from opdctl.core.models import load
+
+    for top in (0, 4):
+        keys = method("vopd")
+        given = {"support": "topk_student", "k": top} if top else {}
+        signals = {**keys["signals"], "kl_baseline": given}
+        ctx = stage_of(on_disk, tmp_path / str(top), "vopd", signals=signals)
+        first = First(ctx)
+        p, q = (by_transformers(load(str(on_disk / m)), first.rollouts).detach() for m in "st")
+        if top:
+            ids = p.topk(top).indices
+            p, q = (x.gather(-1, ids).log_softmax(-1) for x in (p, q))
+        kl = (p.exp() * (p - q)).sum(-1)
+        columns = first.columns
+        expected = columns["teacher"] - columns["policy"] + kl
+        assert torch.allclose(columns["advantage"], expected, atol=1e-4)
+
+
+def test_what_a_signal_remembers_is_in_the_checkpoint(on_disk, tmp_path):
+    """A stage that is stopped in the middle of a step and resumed is as one that never was."""
+    from opdctl.core.context import Context
+    from opdctl.errors import Interrupted
+    from running import plain
+
+    class Stopped(Context):
+        left = 10**9
+
+        def check(self):
+            self.left -= 1
+            if self.left < 0:
+                raise Interrupted("stopped as asked")
+
+    signals = {"extrapolation": {"lam": 2.0, "format_drop": 0.01, "format_steps": 1}}
+    keys = {"signals": signals, "steps": 5, "context": Stopped}
+    whole = carry_out(stage_of(on_disk, tmp_path / "whole", "exopd", **keys))
+    lambdas = [row["extrapolation_lambda"] for row in whole]
+    assert len(set(lambdas)) > 2, lambdas
+    ctx = stage_of(on_disk, tmp_path / "cut", "exopd", **keys)
+    rows, attempts = [], 0
+    while len(rows) < 5:
+        attempts += 1
+        again = Stopped(ctx.run, ctx.recipe, "it", attempt=attempts)
+        again.left = 17 + attempts
+        try:
+            rows = carry_out(again)
+        except Interrupted:
+            rows = []
+    assert attempts > 2
+    drop = ("attempt", "memory_mib", "kernel")
+    for a, b in zip(whole, rows, strict=True):
+        a, b = ({k: v for k, v in plain(r).items() if k not in drop} for r in (a, b))
+        assert a == b
