@@ -55,7 +55,9 @@ class Sampling:
         "the whole distribution is sampled: tokens of a cut one have other log-probs than the loss "
         "gives them, and every ratio is biased",
     )
-    temperature: float = key(1.0, "divides the logits, in sampler and loss alike", least=1e-3)
+    temperature: float = key(
+        1.0, "divides the logits, in sampler and loss alike (but see loss_temperature)", least=1e-3
+    )
     max_tokens: int = key(32, "longest turn of a response, in tokens", least=1)
 
 

@@ -97,12 +97,6 @@ class Step:
     def done(self) -> int:
         return self.rollouts[0].version
 
-    @property
-    def target_N(self) -> Tensor:
-        """The ids of the response tokens."""
-        ids = [r.request.ids[p] for r in self.rollouts for p in r.request.targets]
-        return torch.tensor(ids, device=self.sequence_N.device)
-
     def mean(self, value_N: Tensor) -> Tensor:
         """Mean over the tokens of each rollout. Shape [B]."""
         sums_B = per_sequence(value_N, self.sequence_N, len(self.rollouts))

@@ -27,7 +27,7 @@ from opdctl.settings import routes
 class Mixture:
     """Each prompt to the student, its teacher or the data, by given shares (GKD, DAgger)."""
 
-    revision = 1
+    revision = 1  # to be raised with that of dataset too, which only this one names
     samples_from = "mixture"
     behaviour = False
 
