@@ -23,6 +23,17 @@ MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 WINDOW = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 CAPPED = {"final_logit_softcapping": 5.0, "query_pre_attn_scalar": 16}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
+V3 = {
+    **{"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "n_shared_experts": 1},
+    **{"num_key_value_heads": 2, "v_head_dim": 16, "head_dim": 8, "first_k_dense_replace": 1},
+}
+# many heads of the indexer: with few, equal scores make its choice depend on the batch
+SPARSE = {"index_topk": 4, "index_n_heads": 16, "index_head_dim": 16}
+LINEAR = {
+    **{"linear_num_value_heads": 2, "linear_num_key_heads": 1, "linear_conv_kernel_dim": 3},
+    **{"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    "layer_types": ["linear_attention", "full_attention"],
+}
 SHAPES = {
     "qwen3": ("Qwen3", SIZE),
     "llama": ("Llama", SIZE),
@@ -30,17 +41,14 @@ SHAPES = {
     "gemma2": ("Gemma2", SIZE | WINDOW | CAPPED | {"attn_logit_softcapping": 20.0}),
     "gemma3": ("Gemma3Text", SIZE | WINDOW | CAPPED),
     "glm4": ("Glm4", SIZE | {"partial_rotary_factor": 0.5}),
-    "glm4_moe": (
-        "Glm4Moe",
-        SIZE | MOE | {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1},
+    "deepseek_v3": ("DeepseekV3", SIZE | MLA | MOE | V3),
+    "glm_moe_dsa": (
+        "GlmMoeDsa",
+        SIZE | MLA | MOE | V3 | SPARSE | {"mlp_layer_types": ["dense", "sparse"]},
     ),
-    "deepseek_v3": (
-        "DeepseekV3",
-        SIZE
-        | MLA
-        | MOE
-        | {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
-        | {"num_key_value_heads": 2, "v_head_dim": 16, "n_shared_experts": 1, "head_dim": 8},
+    "qwen3_next": (
+        "Qwen3Next",
+        SIZE | MOE | LINEAR | {"num_experts": 4, "shared_expert_intermediate_size": 24},
     ),
     "qwen3_moe": ("Qwen3Moe", SIZE | MOE | {"num_experts": 4, "norm_topk_prob": True}),
     "gpt_oss": ("GptOss", SIZE | WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -48,6 +56,11 @@ SHAPES = {
     "cohere": ("Cohere", SIZE | {"logit_scale": 0.25}),
     "gpt2": ("GPT2", GPT2),
 }
+STATE = {
+    **{"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16},
+    **{"state_size": 8, "n_groups": 1, "expand": 2, "chunk_size": 8},
+}
+UNSUPPORTED = {"mamba2": ("Mamba2", STATE)}
 
 
 def tokenizer_of():
@@ -79,7 +92,7 @@ def write(folder, name, seed=0, **config):
     Args:
         config: keys of its configuration that differ.
     """
-    prefix, shape = SHAPES[name]
+    prefix, shape = (SHAPES | UNSUPPORTED)[name]
     tokenizer = tokenizer_of()
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     ids |= {"bos_token_id": None, "vocab_size": len(tokenizer) + 5}  # a few padded rows

@@ -16,6 +16,7 @@ from opdctl.core import update
 from opdctl.core.models import load, save
 from opdctl.core.scoring import score
 from opdctl.core.tokens import pack
+from opdctl.engines.transformers import Transformers
 from opdctl.errors import UsageError
 from opdctl.nets.own_logits import keeps_apart
 from opdctl.types import ScoreRequest
@@ -85,6 +86,14 @@ def test_an_architecture_that_would_be_computed_wrongly_is_refused(
         monkeypatch.setattr("opdctl.core.models.shaped", lambda config: (None, 1.0))
     with pytest.raises(UsageError, match=says):
         load(str(tmp_path / "m"))
+
+
+def test_a_model_that_cannot_be_sampled_from_is_refused(tmp_path):
+    """Mamba 2 takes its state under another name: each token would be drawn from the last alone."""
+    write(tmp_path / "m", "mamba2")
+    model = load(str(tmp_path / "m"))
+    with pytest.raises(UsageError, match="mamba2 cannot be sampled from here"):
+        Transformers(model, 8).generate([[5, 6]], [1], temperature=1.0, max_tokens=2)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "deepseek_v3", "gpt2"])

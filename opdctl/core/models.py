@@ -54,6 +54,7 @@ class Model(Chat):
     def __post_init__(self) -> None:
         self.rows: int = self.net.get_input_embeddings().num_embeddings
         self.begin_chat(getattr(self.net, "generation_config", None) or self.net.config)
+        self.steady = False  # not yet compared with itself step by step
         ids = 1 + max(self.tokenizer.get_vocab().values())  # len() would miss ids after a hole
         self.valid_V = min(ids, self.net.config.get_text_config().vocab_size)
         self.softcap, self.scale = shaped(self.net.config.get_text_config())

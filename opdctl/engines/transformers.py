@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from opdctl.core import draws
+from opdctl.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,10 +65,14 @@ class Transformers:
             keys: 64 bits each; they determine the draws.
 
         Raises:
+            UsageError: the model cannot be sampled from step by step, padded on the left.
             Interrupted: the stop flag was seen, at any token.
         """
         import numpy as np
 
+        if not self.model.steady:
+            require_own_states(self.model)
+            self.model.steady = True
         samples: list[Sample] = []
         for start in range(0, len(prompts), self.wave):
             part = slice(start, start + self.wave)
@@ -185,6 +190,35 @@ class Transformers:
     def _log(self, name: str, alive, tokens_B, logprobs_B) -> None:
         if self.wal is not None:
             self.wal.put(name, {"alive": alive, "tokens": tokens_B, "logprobs": logprobs_B})
+
+
+def require_own_states(model) -> None:
+    """What is sampled from, step by step beside a longer prompt, is what the model says of the
+    whole sequence alone. Catches states that are not kept, and padding that is not left out.
+
+    Raises:
+        UsageError: it is not; says by how much.
+    """
+    import numpy as np
+    import torch
+
+    prompts = [[i % model.valid_V for i in range(n)] for n in (3, 7)]
+    samples = Transformers(model, 2)._wave(prompts, np.array([1, 2], np.uint64), 1.0, 3)
+    gap = 0.0
+    with torch.inference_mode():
+        for prompt, sample in zip(prompts, samples, strict=True):
+            ids_1T = torch.tensor([[*prompt, *sample.ids]], device=model.device)
+            rows = model.trunk(ids_1T, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
+            own = model.logits(rows).log_softmax(-1).gather(-1, ids_1T[0, len(prompt) :, None])
+            drawn = torch.tensor(sample.logprobs, device=own.device)
+            gap = max(gap, float((own[:, 0] - drawn).abs().max()))
+    if gap > (0.5 if next(model.net.parameters()).dtype.itemsize < 4 else 1e-3):
+        kind = model.net.config.model_type
+        raise UsageError(
+            f"{model.name}: {kind} cannot be sampled from here: its log-probs step by step are "
+            f"off by {gap:.3g} nats from those of the whole",
+            "transformers keeps its state in another way than in models with keys and values",
+        )
 
 
 def additive(dtype):
