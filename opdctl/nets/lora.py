@@ -45,7 +45,7 @@ class Adapter:
             model.net.save_pretrained(folder)
             return
         config = self.peft.peft_config[NAME]
-        name, _, revision = self.base.partition("@") if "/" in self.base else (self.base, "", "")
+        name, _, revision = self.base.partition("@")
         if Path(self.base).is_dir():
             name, revision = self.base, ""
         config.base_model_name_or_path, config.revision = name, revision or None
