@@ -25,6 +25,7 @@ from running import carry_out, one_stage, opdctl
 
 peft = pytest.importorskip("peft", reason="the extra peft")
 KEYS = {"optim": {"lr": 1e-2}, "objectives": {"divergence": {}}, "signals": {}}
+ADAPTER = {"output": "adapter"}
 IDS = torch.arange(3, 19)[None]
 
 
@@ -138,6 +139,20 @@ def test_resume_with_an_adapter_gives_the_same_bits(on_disk, tmp_path):
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         ours, theirs = ((c.folder / "output" / name).read_bytes() for c in (whole, cut))
         assert ours == theirs
+
+
+def test_an_adapter_is_float32_on_a_bfloat16_base(on_disk, adapters, tmp_path):
+    """So small steps are not rounded away; sampler and trainer agree as far as bfloat16 does."""
+    keys = KEYS | {"runtime": {"dtype": "bfloat16"}, "optim": {"lr": 1e-6}, "teacher": "b"}
+    ctx = opd(on_disk, tmp_path, student="a", lora={"rank": 3, "alpha": 8, **ADAPTER}, **keys)
+    types = {n.split(".")[-2]: p.dtype for n, p in ctx.student().net.named_parameters()}
+    assert types["q_norm"] == torch.bfloat16 and types["default"] == torch.float32
+    rows = carry_out(ctx)
+    assert all(r["logprob_gap"] < 0.05 and r["loss"] > 0.1 for r in rows)
+    start = checkpoint.stored(on_disk / "a" / "adapter_model.safetensors")
+    found = checkpoint.stored(ctx.folder / "output" / "adapter_model.safetensors")
+    steps = torch.cat([(found[n] - w).abs().flatten() for n, w in start.items()])
+    assert (steps > 0).float().mean() > 0.9 and steps.max() < 1e-5
 
 
 def test_an_adapter_is_trained_further(on_disk, adapters, tmp_path):
