@@ -19,7 +19,7 @@ from opdctl.core.models import load, save
 from opdctl.errors import Interrupted, RecipeError, UsageError
 from opdctl.preflight._pairing import Pairing
 from opdctl.preflight._weights import same_weights
-from opdctl.preflight.memory import estimate
+from opdctl.preflight.memory import holds
 from opdctl.rundir import RunDir, read_rows
 from running import carry_out, one_stage, opdctl
 
@@ -241,7 +241,7 @@ def test_what_the_checks_make_of_adapters(on_disk, adapters, tmp_path):
     assert not same_weights(a, b) and not same_weights(a, t) and not same_weights(on_disk / "s", a)
 
     def memory(**keys):
-        return estimate(Pairing(opd(on_disk, tmp_path, **keys)))
+        return holds(Pairing(opd(on_disk, tmp_path, **keys)))
 
     one, both = {n: str(a) for n in "ab"}, {n: str(on_disk / n) for n in "ab"}
     data = dict.fromkeys("ab", prompts(on_disk))
@@ -249,7 +249,7 @@ def test_what_the_checks_make_of_adapters(on_disk, adapters, tmp_path):
     found = [memory(teachers=x, data=data).teachers for x in (one, both)]
     assert found == [merged.parameters * 4 + size, merged.parameters * 4 + 2 * size]
     ctx = opd(on_disk, tmp_path, lora={"rank": 4})
-    outlined, loaded = estimate(Pairing(ctx)), estimate(Pairing(ctx, ctx.student()))
+    outlined, loaded = holds(Pairing(ctx)), holds(Pairing(ctx, ctx.student()))
     assert outlined == loaded and loaded.gradients == 4 * ctx.student().trained
     before = provenance.model(a)
     copy = tmp_path / "t"

@@ -21,7 +21,10 @@ from opdctl.errors import UsageError
 from opdctl.nets.own_logits import keeps_apart
 from opdctl.types import ScoreRequest
 
-KEYS = {"signals": {"reverse_kl": {}}, "objectives": {"policy_gradient": {}, "divergence": {}}}
+KEYS = {
+    "signals": {"reverse_kl": {}},
+    "objectives": {"policy_gradient": {}, "divergence": {"direction": "forward"}},
+}
 
 
 @pytest.fixture(scope="module")
