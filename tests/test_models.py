@@ -55,7 +55,7 @@ def test_a_step_of_every_architecture(name, folder, tmp_path):
     lengths = torch.tensor([r.length for r in rollouts])
     weight_N = torch.repeat_interleave(1 / (lengths * len(rollouts)), lengths)
     credit_N = columns["teacher"] - columns["behaviour"]
-    divergence_N = (ours_NV.exp() * (ours_NV - theirs_NV)).nan_to_num().sum(-1)
+    divergence_N = (theirs_NV.exp() * (theirs_NV - ours_NV)).nan_to_num().sum(-1)
     ours_N = said(ours_NV, rollouts, detach=False)
     expected = (weight_N * (divergence_N - credit_N * ours_N)).sum()
     trained = [p for p in model.net.parameters() if p.requires_grad]
