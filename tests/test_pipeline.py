@@ -92,6 +92,7 @@ def test_sources_by_domain(modes_run):
         ("merged", IN_SAMPLING, 45),
         ("merged", IN_COMMIT, 1),
         ("variance", IN_SAMPLING, 40),
+        ("variance", IN_COMMIT, 2),
         ("eval_merged", IN_SAMPLING, 30),
     ],
 )

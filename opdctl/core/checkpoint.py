@@ -1,4 +1,4 @@
-"""Training state on disk: weights, optimizer, ledger; committed by a rename, no pickle.
+"""State of a stage on disk: weights, optimizer, ledger; committed by a rename, no pickle.
 
 A checkpoint is a folder ``step-000040``. It is written beside its place, every file and the folder
 synced, then renamed: one that has its name is whole. The newest few are kept.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,18 +30,23 @@ def save(
         step: optimizer steps done.
         state: small JSON values to have back (the ledger, counters).
     """
-    part = folder / f".step-{step:06d}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    make_folder(part)
     names = model.moved()  # of an adapter's base, or of bfloat16 copies, nothing is kept
-    save_file(
-        {n: p.detach().cpu().contiguous() for n, p in names.items()}, part / "weights.safetensors"
-    )
     moments = {}
     for name, parameter in names.items():
         for slot, value in optimizer.state.get(parameter, {}).items():
-            moments[f"{name}|{slot}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    save_file(moments, part / "optimizer.safetensors")
+            moments[f"{name}|{slot}"] = torch.as_tensor(value)
+    write(folder, step, {"weights": names, "optimizer": moments}, state, keep)
+
+
+def write(
+    folder: Path, step: int, files: dict[str, dict[str, torch.Tensor]], state: dict, keep: int
+) -> None:
+    """Commit tensors, by file and name, and small JSON values as ``step-N``; as ``save`` does."""
+    part = folder / f".step-{step:06d}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    make_folder(part)
+    for file, tensors in files.items():
+        store(part / f"{file}.safetensors", tensors)
     (part / "state.json").write_text(json.dumps({"step": step, **state}))
     for path in part.iterdir():
         sync_file(path)
@@ -62,33 +68,47 @@ def restore(folder: Path, model: Model, optimizer: torch.optim.AdamW) -> dict | 
     A checkpoint that cannot be read is named on stderr and the one before it is taken.
     """
     names = model.moved()
+    found = read(folder, ("weights", "optimizer"), partial(_require_ours, names))
+    if found is None:
+        return None
+    (weights, moments), state = found
+    with torch.no_grad():
+        for name, parameter in names.items():
+            parameter.copy_(weights[name])
+    if model.masters is not None:
+        model.masters.publish()
+    for flat, value in moments.items():
+        name, slot = flat.rsplit("|", 1)
+        device = "cpu" if slot == "step" else model.device
+        optimizer.state[names[name]][slot] = value.to(device)
+    return state
+
+
+def read(
+    folder: Path, files: tuple[str, ...], check: Callable[..., None]
+) -> tuple[list[dict[str, torch.Tensor]], dict] | None:
+    """The tensors of each file and the JSON values of the newest checkpoint that can be read.
+
+    Args:
+        check: given the tensors of each file; raises ValueError where they are not the stage's.
+    """
     for step in reversed(committed(folder)):
         part = folder / f"step-{step:06d}"
         try:
-            weights = load_file(part / "weights.safetensors")
-            moments = load_file(part / "optimizer.safetensors")
+            tensors = [load_file(part / f"{file}.safetensors") for file in files]
             state = json.loads((part / "state.json").read_text())
-            _require_ours(names, weights, moments, state)
+            if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+                raise ValueError("its state.json has no step")
+            check(*tensors)
         except (OSError, ValueError, SafetensorError) as error:
             print(f"{part} cannot be read ({error}); taking the one before it", flush=True)
             continue
-        with torch.no_grad():
-            for name, parameter in names.items():
-                parameter.copy_(weights[name])
-        if model.masters is not None:
-            model.masters.publish()
-        for flat, value in moments.items():
-            name, slot = flat.rsplit("|", 1)
-            device = "cpu" if slot == "step" else model.device
-            optimizer.state[names[name]][slot] = value.to(device)
-        return state
+        return tensors, state
     return None
 
 
-def _require_ours(names: dict, weights: dict, moments: dict, state: Any) -> None:
+def _require_ours(names: dict, weights: dict, moments: dict) -> None:
     """Raises ValueError where a checkpoint is not one of this model."""
-    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
-        raise ValueError("its state.json has no step")
     shapes = {name: parameter.shape for name, parameter in names.items()}
     if {name: weight.shape for name, weight in weights.items()} != shapes:
         raise ValueError("its weights are of another model")

@@ -6,66 +6,124 @@ between the means. Nothing is trained.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+from dataclasses import asdict, dataclass
 
 import torch
 
-from opdctl.core import update
+from opdctl.core import checkpoint, update
 from opdctl.core.context import Clock, Context
 from opdctl.core.metrics import Metrics
 from opdctl.core.models import Model
 from opdctl.core.scored import Parts, Step, advantage, scored, weigh
 from opdctl.core.tokens import pack
+from opdctl.errors import Interrupted
 from opdctl.rundir import write_json
 from opdctl.types import FORWARD, Compute
+
+
+@dataclass
+class Sums:
+    """Over the batches done: of gradients (flat, float64), of their squared norms, the ledger.
+
+    Attributes:
+        gap: of rebuilt logits, of the first batch.
+    """
+
+    done: int
+    sums: dict[str, torch.Tensor]
+    squares: dict[str, float]
+    compute: Compute
+    gap: float = 0.0
 
 
 def measure(ctx: Context, model: Model, parts: Parts) -> Compute:
     """Write ``facts.json``: variances, cosines, and how exact rebuilt logits are.
 
     Raises:
-        Interrupted: a stop was asked for; a later attempt starts again.
+        Interrupted: a stop was asked for; a checkpoint of the sums is committed.
     """
-    names = [n for n, o in ctx.config.objectives.items() if o.coef]
-    terms = dict(zip(names, parts.terms, strict=True))
-    sums = dict.fromkeys(names, 0.0)
-    squares = dict.fromkeys(names, 0.0)
-    metrics, compute, gap = Metrics(ctx.folder, ctx.attempt), Compute(), 0.0
-    for batch in range(ctx.config.batches):
-        ctx.check()
-        clock = Clock()
-        rollouts = parts.source.draw(batch)
-        if not batch:
-            ctx.show_first(rollouts[0], model.tokenizer)
-        compute.rollout_tokens += parts.source.sampled
-        compute.flops["rollout"] += FORWARD * model.parameters * parts.source.sampled
-        clock.lap("rollout")
-        step = scored(rollouts, model, parts, ctx, compute)
-        advantage(step, parts.signals)
-        weigh(step, parts.terms)
-        if not batch and "hidden" in parts.teacher_wants:
-            gap = rebuilt(ctx, step, parts, compute)
-        clock.lap("score")
-        norms = {}
-        for name, term in terms.items():
-            g_P, processed = _gradient(ctx, model, parts, step, term)
-            compute.train_tokens += processed
-            compute.flops["train"] += model.flops * processed
-            sums[name] = sums[name] + g_P
-            norms[name] = float(g_P.norm())
-            squares[name] += norms[name] ** 2
-        clock.lap("train")
-        metrics.row(batch + 1, {"grad_norm": norms}, clock.seconds)
-        for phase, spent in clock.seconds.items():
-            compute.seconds[phase] += spent
-        ctx.loop_seconds += clock.last - clock.start
-    metrics.close()
-    facts = summary(sums, squares, ctx.config.batches)
+    so_far, metrics = _restored(ctx, model), Metrics(ctx.folder, ctx.attempt)
+    try:
+        while so_far.done < ctx.config.batches:
+            ctx.check()
+            _batch(ctx, model, parts, so_far, metrics)
+            if so_far.done % ctx.runtime.checkpoint_every == 0:
+                _save(ctx, so_far)
+    except Interrupted:
+        if so_far.done:
+            _save(ctx, so_far)
+        raise
+    finally:
+        metrics.close()
+    facts = summary(so_far.sums, so_far.squares, so_far.done)
     if "hidden" in parts.teacher_wants:
-        facts["gap of rebuilt logits"] = gap
+        facts["gap of rebuilt logits"] = so_far.gap
     write_json(ctx.folder / "facts.json", facts)
-    return compute
+    return so_far.compute
+
+
+def _batch(ctx: Context, model: Model, parts: Parts, so_far: Sums, metrics: Metrics) -> None:
+    """One more batch; ``so_far`` changes when all of its gradients are there."""
+    clock, compute, gap = Clock(), copy.deepcopy(so_far.compute), so_far.gap
+    rollouts = parts.source.draw(so_far.done)
+    if not so_far.done:
+        ctx.show_first(rollouts[0], model.tokenizer)
+    compute.rollout_tokens += parts.source.sampled
+    compute.flops["rollout"] += FORWARD * model.parameters * parts.source.sampled
+    clock.lap("rollout")
+    step = scored(rollouts, model, parts, ctx, compute)
+    advantage(step, parts.signals)
+    weigh(step, parts.terms)
+    if not so_far.done and "hidden" in parts.teacher_wants:
+        gap = rebuilt(ctx, step, parts, compute)
+    clock.lap("score")
+    gradients, norms = {}, {}
+    for name, term in zip(so_far.sums, parts.terms, strict=True):
+        gradients[name], processed = _gradient(ctx, model, parts, step, term)
+        compute.train_tokens += processed
+        compute.flops["train"] += model.flops * processed
+        norms[name] = float(gradients[name].norm())
+    clock.lap("train")
+    for name, g_P in gradients.items():
+        so_far.sums[name] += g_P
+        so_far.squares[name] += norms[name] ** 2
+    so_far.done, so_far.gap, so_far.compute = so_far.done + 1, gap, compute
+    metrics.row(so_far.done, {"grad_norm": norms}, clock.seconds)
+    for phase, spent in clock.seconds.items():
+        compute.seconds[phase] += spent
+    ctx.loop_seconds += clock.last - clock.start
+
+
+def _restored(ctx: Context, model: Model) -> Sums:
+    """From the newest checkpoint, or of nothing."""
+    names = [n for n, o in ctx.config.objectives.items() if o.coef]
+    sizes = dict.fromkeys(names, model.trained)
+
+    def check(sums: dict) -> None:
+        if {n: s.numel() for n, s in sums.items()} != sizes:
+            raise ValueError("its sums are of another model, or of other objectives")
+
+    found = checkpoint.read(ctx.folder / "checkpoints", ("sums",), check)
+    if found is None:
+        zeros = {
+            n: torch.zeros(size, dtype=torch.float64, device=model.device)
+            for n, size in sizes.items()
+        }
+        return Sums(0, zeros, dict.fromkeys(names, 0.0), Compute())
+    (sums,), state = found
+    # memory of a file begins anywhere, and where a vector begins decides how its products round
+    sums = {n: sums[n].to(model.device, copy=True) for n in names}
+    return Sums(state["step"], sums, state["squares"], Compute(**state["compute"]), state["gap"])
+
+
+def _save(ctx: Context, so_far: Sums) -> None:
+    state = {"squares": so_far.squares, "gap": so_far.gap, "compute": asdict(so_far.compute)}
+    folder, keep = ctx.folder / "checkpoints", ctx.runtime.keep_checkpoints
+    checkpoint.write(folder, so_far.done, {"sums": so_far.sums}, state, keep)
+    ctx.wal.drop(so_far.done)
 
 
 def _gradient(ctx, model, parts, step, term) -> tuple[torch.Tensor, int]:
@@ -84,7 +142,11 @@ def _gradient(ctx, model, parts, step, term) -> tuple[torch.Tensor, int]:
         rounded=runtime.rounded_logits,
         taught=step.taught,
     )
-    flat = [p.grad.flatten() for p in model.net.parameters() if p.grad is not None]
+    flat = [  # an expert that no token went to has none
+        (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+        for p in model.net.parameters()
+        if p.requires_grad
+    ]
     model.net.zero_grad(set_to_none=True)
     return torch.cat(flat).double(), processed
 

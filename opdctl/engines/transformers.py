@@ -70,9 +70,9 @@ class Transformers:
         """
         import numpy as np
 
-        if not self.model.steady:
+        if not self.model.steady and not reads_additive(self.model):
             require_own_states(self.model)
-            self.model.steady = True
+        self.model.steady = True
         samples: list[Sample] = []
         for start in range(0, len(prompts), self.wave):
             part = slice(start, start + self.wave)
@@ -109,12 +109,8 @@ class Transformers:
         seen_UT = torch.arange(T + max_tokens, device=device) >= pad_U[:, None]
         models = [model, self.blend[0]] if self.blend else [model]
         caches = [DynamicCache(config=m.net.config) for m in models]
-        known = all(
-            m.net.config.model_type == "qwen3"
-            and m.net.config._attn_implementation in ("eager", "sdpa")
-            for m in models
-        )
         layers = [layer for cache in caches for layer in cache.layers]
+        known = all(map(reads_additive, models))
         known = known and all(type(layer) is DynamicLayer for layer in layers)
         mask = additive(next(model.net.parameters()).dtype) if known else own_mask
         inputs = {
@@ -190,6 +186,13 @@ class Transformers:
     def _log(self, name: str, alive, tokens_B, logprobs_B) -> None:
         if self.wal is not None:
             self.wal.put(name, {"alive": alive, "tokens": tokens_B, "logprobs": logprobs_B})
+
+
+def reads_additive(model) -> bool:
+    """Whether a model is what a pretrain stage makes: the architecture and attention that are known
+    to read an additive mask, and to keep nothing but keys and values."""
+    config = model.net.config
+    return config.model_type == "qwen3" and config._attn_implementation in ("eager", "sdpa")
 
 
 def require_own_states(model) -> None:
