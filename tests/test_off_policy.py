@@ -138,6 +138,7 @@ def test_a_mixture_gives_each_prompt_to_one(on_disk, tmp_path):
 def test_a_mixtures_rollouts_are_of_who_wrote_them(on_disk, tmp_path):
     ctx = opd(on_disk, tmp_path, prompts={"per_step": 12, "samples": 2})
     student = load(str(on_disk / "s"))
+    student.tokenizer.chat_template = "{{ messages[0]['content'] }} "  # not the teacher's
     source = mixture(ctx, student, student=0.4, teacher=0.3, dataset=0.3)
     rollouts, places = source.draw(0), source.places(0)
     for name in places:
