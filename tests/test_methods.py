@@ -210,12 +210,16 @@ def test_baseline_of_vopd_full_and_on_the_top(on_disk, tmp_path):
             p, q = (x.gather(-1, ids).log_softmax(-1) for x in (p, q))
         kl = (p.exp() * (p - q)).sum(-1)
         columns = first.columns
+        assert first.step.steps == 2 and first.step.done == 0
         expected = columns["teacher"] - columns["policy"] + kl
         assert torch.allclose(columns["advantage"], expected, atol=1e-4)
 
 
 def test_what_a_signal_remembers_is_in_the_checkpoint(on_disk, tmp_path):
-    """A stage that is stopped in the middle of a step and resumed is as one that never was."""
+    """A stage that is stopped between a credit and its update, and resumed, is as one that never
+    was: the step is taken again."""
+    import sys
+
     from opdctl.core.context import Context
     from opdctl.errors import Interrupted
     from running import plain
@@ -224,7 +228,7 @@ def test_what_a_signal_remembers_is_in_the_checkpoint(on_disk, tmp_path):
         left = 10**9
 
         def check(self):
-            self.left -= 1
+            self.left -= sys._getframe(1).f_code.co_name == "_train"  # the credit is given
             if self.left < 0:
                 raise Interrupted("stopped as asked")
 
@@ -238,7 +242,7 @@ def test_what_a_signal_remembers_is_in_the_checkpoint(on_disk, tmp_path):
     while len(rows) < 5:
         attempts += 1
         again = Stopped(ctx.run, ctx.recipe, "it", attempt=attempts)
-        again.left = 17 + attempts
+        again.left = 1
         try:
             rows = carry_out(again)
         except Interrupted:
