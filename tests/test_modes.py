@@ -16,6 +16,7 @@ from opdctl.core.scoring import score
 from opdctl.core.thinking import Thinking, Trace
 from opdctl.core.wal import Wal
 from opdctl.data.reasoning_gym import ReasoningGym
+from opdctl.engines.transformers import Transformers
 from opdctl.environments.calculator import Calculator
 from opdctl.errors import UsageError
 from opdctl.objectives.nll import Nll
@@ -225,6 +226,7 @@ class Bag:
         )
         self.environment = lambda domain: environment
         self.check = lambda: None
+        self.engine = lambda model, blend: Transformers(model, 64, wal=self.wal)
         self.aside = tempfile.TemporaryDirectory()
         self.wal = Wal(Path(self.aside.name))
 

@@ -72,8 +72,15 @@ class Code(OneByOne):
 
     def __init__(self, config, ctx, domain: str) -> None:
         super().__init__(config, ctx, domain)
-        limits = {name: getattr(config, name) for name in Limits.__dataclass_fields__}
-        self.sandbox = Sandbox(Limits(**limits), python=config.python)
+        limits = Limits(
+            seconds=config.seconds,
+            wall=config.wall,
+            memory_mib=config.memory_mib,
+            file_mib=config.file_mib,
+            disk_mib=config.disk_mib,
+            processes=config.processes,
+        )
+        self.sandbox = Sandbox(limits, python=config.python)
         if config.isolation and not self.sandbox.isolated:
             raise UsageError(
                 f"data.{domain}.verifier.code.isolation: the kernel grants no namespaces here",
