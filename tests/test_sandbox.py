@@ -175,6 +175,17 @@ def test_a_sandbox_without_room_for_python_is_refused():
         Sandbox(Limits(memory_mib=8))
 
 
+def test_answers_are_not_run_without_isolation_unless_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(Sandbox, "isolated", False, raising=False)
+    monkeypatch.setattr(Sandbox, "__init__", lambda self, *args, **keys: None)
+    ctx = type("C", (), {"check": lambda self: None})()
+    data, _ = one(tmp_path, "code", None, tests=TESTS)
+    with pytest.raises(UsageError, match="the kernel grants no namespaces here"):
+        data.verifier(data.keys, ctx, "d")
+    data, _ = one(tmp_path, {"code": {"isolation": False}}, None, tests=TESTS)
+    assert data.verifier(data.keys, ctx, "d").sandbox.isolated is False
+
+
 FENCED = "Like so:\n```python\n{}\n```\nDone."
 
 

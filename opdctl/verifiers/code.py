@@ -47,7 +47,9 @@ class Code(OneByOne):
         file_mib: int = key(16, "largest file that it may write, and most output, MiB", least=1)
         disk_mib: int = key(64, "of all its files, where it has a disk of its own, MiB", least=1)
         processes: int = key(16, "most processes and threads", least=1)
-        isolation: bool = key(False, "refuse to run where there is no isolation by namespaces")
+        isolation: bool = key(
+            True, "refuse to run where the kernel grants no namespaces; false: limits alone"
+        )
         jobs: int = key(0, "answers at once; 0 is one per core", role="operational", least=0)
 
     @staticmethod
