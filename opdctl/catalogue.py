@@ -112,7 +112,8 @@ def detail(name: str) -> dict:
                 keys += describe(cls.Config, lookup, prefix)
         shown = {"name": name, "about": "\n".join(about), "keys": keys, "more": _more(keys)}
         if name in methods():  # a method may have a member of its name
-            shown["text"] = _method(name)["text"]
+            whole = _method(name)
+            shown["text"], shown["about"] = whole["text"], f"{whole['about']}\n{shown['about']}"
         return shown
     if name == "runtime":
         about = "keys of `runtime:` in a recipe, or runtime.KEY=VALUE behind any command that runs"

@@ -66,6 +66,24 @@ NONSENSE = {
         "objectives.nll",
         "imitation of the student's own samples has no gradient on average",
     ),
+    "imitates its failures": (
+        {"signals": {}, "objectives": {"nll": {"weights": {"outcome_gate": {}}}}},
+        "objectives.nll",
+        "imitates the student's own failures",
+    ),
+    "half of a sequence's KL": (
+        {"signals": {"return_to_go": {"own": False}}, "objectives": PG},
+        "signals.return_to_go.own",
+        "without the token's own part the gradient lacks its single-step term",
+    ),
+    "a jsd that is the reverse KL": (
+        {
+            "signals": {"reverse_kl": {}},
+            "objectives": {**PG, "divergence": {"direction": "jsd", "beta": 1.0}},
+        },
+        "objectives.divergence",
+        TWICE.format("objectives.policy_gradient"),
+    ),
     "floors differ": (
         {
             "signals": {"reverse_kl": {"floor": 0.2}},
@@ -191,8 +209,8 @@ def test_a_mixture_by_token_is_refused_on_an_engine_that_cannot():
 
 
 def test_baseline_of_vopd_full_and_on_the_top(on_disk, tmp_path):
-    """The credit has mean zero under the student when the baseline is full; the top one is the
-    renormalised KL on the student's own ids."""
+    """The credit is the log-ratio plus the exact KL of the token; the top one's is the renormalised
+    KL on the student's own ids. That its mean is zero: test_sampled.py."""
     import torch
     from one_step import First, by_transformers
 

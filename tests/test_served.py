@@ -331,6 +331,14 @@ def test_validate_refuses_what_a_server_cannot_give():
     assert "kl_baseline" in refused({"signals": {"reverse_kl": {}, "kl_baseline": {}}})
     warm = refused({"sampling": {"temperature": 0.7}})
     assert "stages.it.sampling.temperature" in warm and "at temperature 1" in warm
+    guarded = {"extrapolation": {"guard": "reference"}}
+    guarded = refused({"signals": guarded, "reference": "policy"})
+    assert "signals.extrapolation: needs teacher.modal" in guarded
+    for source in ({"mixture": {"student": 0.5, "teacher": 0.5}}, {"teacher_mixed": {}}):
+        forward = {"signals": {}, "objectives": {"sampled_kl": {"estimator": "k2"}}}
+        assert "is behind a server" in refused({**forward, "sources": source})
+    cold = refused({"loss_temperature": 0.5, "objectives": {"sampled_kl": {"estimator": "k2"}}})
+    assert "stages.it.loss_temperature" in cold
     served_student = refused({"student": "http://host:8000", "teachers": {"teacher": "a/b"}})
     assert "cannot be loaded" in served_student
     resolve(

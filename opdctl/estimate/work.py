@@ -36,7 +36,8 @@ ASSUMED = (
     f"training, at {COMPUTE:.0%} of the GPU's dense peak in runtime.dtype; decoding at "
     f"{DECODE:.0%} of its bandwidth, and no faster than {1e3 * LAUNCH:g} ms a layer and token "
     "(transformers engine); one GPU; nothing measured. Not counted: loading, checkpoints, "
-    "verifiers, teachers' kept hidden rows."
+    "verifiers, teachers' kept hidden rows, what a reference scores, "
+    "what teachers of a mixture sample."
 )
 
 

@@ -71,7 +71,8 @@ class Divergence:
     @staticmethod
     def gives(config) -> str:
         """Direction of the KL to the teacher whose gradient it has."""
-        return config.direction
+        ends = {0.0: "forward", 1.0: "reverse"}  # what a jsd of these betas means, see above
+        return ends.get(config.beta, "jsd") if config.direction == "jsd" else config.direction
 
     def __init__(self, config) -> None:
         self.config = config

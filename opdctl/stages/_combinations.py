@@ -18,7 +18,7 @@ from opdctl.registry import member
 def combination_problems(config) -> list[Problem]:
     """What would be counted twice, what holds for the student's own samples alone, and imitation
     of the student by itself."""
-    return _twice(config) + _own_samples(config) + _imitation(config)
+    return _twice(config) + _own_samples(config) + _imitation(config) + _halves(config)
 
 
 def _twice(config) -> list[Problem]:
@@ -114,12 +114,31 @@ def _own_samples(config) -> list[Problem]:
 
 
 def _imitation(config) -> list[Problem]:
-    """Nll on samples of the student: without a choice by outcome its expected gradient is zero."""
+    """Nll on samples of the student: without a choice by outcome its expected gradient is zero, and
+    with the wrong choice it learns its failures."""
     nll, (_, cls, keys) = config.objectives.get("nll"), _source(config)
     if nll is None or not nll.coef or (cls is not None and cls.own(keys) == 0):
         return []
-    if any(hasattr(member("weights", w), "side") for w in nll.weights):
+    weights = ((member("weights", w), keys) for w, keys in nll.weights.items())
+    sides = {cls.side(keys) for cls, keys in weights if hasattr(cls, "side")}
+    if "right" in sides:
         return []
     what = "imitation of the student's own samples has no gradient on average"
+    if sides:
+        what = "imitates the student's own failures"
     hint = "objectives.nll.weights={outcome_gate: {on: right}}, or a stage of kind sft"
     return [Problem("objectives.nll", what, hint)]
+
+
+def _halves(config) -> list[Problem]:
+    """A return without the token's own part is one of the two terms of a sequence's reverse KL."""
+    rest = config.signals.get("return_to_go")
+    if rest is None or not rest.coef or rest.own:
+        return []
+    active = {n: s for n, s in config.signals.items() if s.coef}
+    ways = {_gives("signals", n, s) for n, s in active.items()}
+    ways |= {_gives("objectives", n, o) for n, o in config.objectives.items() if o.coef}
+    if "reverse" in ways:
+        return []
+    what = "without the token's own part the gradient lacks its single-step term"
+    return [Problem("signals.return_to_go.own", what, "own=true, or objectives.divergence beside")]

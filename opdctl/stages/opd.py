@@ -16,7 +16,7 @@ from pathlib import Path
 
 from opdctl import references
 from opdctl.errors import Problem
-from opdctl.registry import member
+from opdctl.registry import member, needs_of
 from opdctl.schema import did_you_mean, key
 from opdctl.settings import Teacher, routes
 from opdctl.stages._combinations import combination_problems, source_problems
@@ -108,17 +108,20 @@ def _served(config) -> list[Problem]:
     provides = member("teachers", "server").provides
     active = {n: s for n, s in config.signals.items() if s.coef}
     found = []
-    for path in in_use(config, active):
-        needs = [n for n in member(*path.split(".")[-2:]).needs if n.startswith("teacher.")]
-        lacking = [n for n in needs if n not in provides]
+    for path, keys in in_use(config, active).items():
+        if path.startswith("sources."):
+            continue  # it says for itself whether it can sample from a server
+        needs = needs_of(member(*path.split(".")[-2:]), keys)
+        lacking = [n for n in needs if n.startswith("teacher.") and n not in provides]
         if lacking:
             what = f"needs {lacking[0]}, and teacher {who} is behind a server, which gives "
             what += f"{' and '.join(provides)} alone"
             hint = "signals: {reverse_kl: {}} and objectives: {policy_gradient: {}}, or a folder"
             found.append(Problem(path, what, hint))
-    if config.sampling.temperature != 1.0:
+    key = "loss_temperature" if config.loss_temperature else "sampling.temperature"
+    if (config.loss_temperature or config.sampling.temperature) != 1.0:
         what = f"teacher {who} is behind a server, whose log-probs are those at temperature 1"
-        found.append(Problem("sampling.temperature", what, "temperature=1.0, or a folder"))
+        found.append(Problem(key, what, f"{key.split('.')[-1]}=1.0, or a folder"))
     return found
 
 

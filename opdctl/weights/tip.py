@@ -1,10 +1,12 @@
 """The tokens that matter most: the student is uncertain, or far from its teacher, or both.
 
 TIP (arXiv 2604.14084): h the student's entropy, d its reverse KL to the teacher, each brought to
-[0, 1] by the least and largest of the step; score h + d - h d, a soft or; the top share is kept and
-makes the count. Of h the largest 2 % are cut to their threshold first; its division by log |V|
-would change nothing, since the scale is taken out. That the range and the share are those of the
-whole step is ours, so is the default share (the paper shows .2 and .5).
+[0, 1] by the least and largest of the step; score h + d - h d, a soft or; the top share is kept
+and makes the count. Of h the largest 2 % are cut to their threshold first; its division by log |V|
+would change nothing, since the scale is taken out. Left out: the released code draws tokens by h
+and the divergence in place of taking the largest, and the paper's score of confident mistakes.
+That the range and the share are those of the whole step is ours, so is the default share (the
+paper shows .2 and .5).
 
     opdctl stage opd --student DIR --teacher math=DIR --method tip
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opdctl.errors import Problem
 from opdctl.schema import key
 
 
@@ -30,6 +33,15 @@ class Tip:
         cut: float = key(
             0.02, "share of the largest entropies cut to their threshold", least=0, most=0.99
         )
+
+    @staticmethod
+    def problems(config, stage) -> list[Problem]:
+        """A baseline over the top alone, whose divergence would stand for the whole one."""
+        baseline = stage.signals.get("kl_baseline")
+        if baseline is None or not baseline.coef or baseline.support == "full":
+            return []
+        what = "ranks by the divergence over all ids, and kl_baseline asks for that over some"
+        return [Problem("", what, "signals.kl_baseline.support=full, or leave one of them out")]
 
     def __init__(self, config) -> None:
         self.config = config
