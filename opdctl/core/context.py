@@ -89,15 +89,22 @@ class Context:
             return self.path_of(self.config.student)
         return str(self.run.output(parsed.name)) if parsed.form == "stage" else parsed.name
 
-    def load(self, reference: str, *, device: str = "", classifier: bool = False) -> Any:
+    def load(
+        self, reference: str, *, device: str = "", classifier: bool = False, trained: bool = False
+    ) -> Any:
         """A model, as the run's keys say; an adapter is merged into its base.
+
+        Args:
+            trained: gradients are taken of it.
 
         Raises:
             UsageError: it cannot be loaded, or is not whole.
         """
         path = self.path_of(reference)
         base = references.base_of(path)
-        model = self._load(base or path, device=device or self.device, classifier=classifier)
+        recomputed = trained and self.runtime.gradient_checkpointing
+        where = device or self.device
+        model = self._load(base or path, device=where, classifier=classifier, recomputed=recomputed)
         if base:
             from opdctl.nets.lora import merged
 

@@ -297,7 +297,7 @@ def _refer(step, requests, parts, ctx, compute, device) -> None:
         step.columns["reference_modal"] = found.at_N
     forwarded = sum(len(q.ids) for q in requests)
     compute.teacher_tokens += forwarded
-    compute.flops["teacher"] += 2.0 * parameters * forwarded
+    compute.flops["teacher"] += FORWARD * parameters * forwarded
 
 
 def _asked(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opdctl.chat.messages import answer_of, complaint, text_of
+from opdctl.chat.messages import answer_of, complaint, question, text_of
 from opdctl.core.questions import DomainKeys, Split, chosen, digest
 from opdctl.errors import UsageError
 from opdctl.registry import member
@@ -165,8 +165,10 @@ class TableData(ABC):
             )
         text, given = text_of(messages), row.get(config.answer_column)
         answer = answer_of(messages) if given is None else str(given)
+        calls = [m["tool_calls"] for m in question(messages) if m.get("tool_calls")]
+        told = json.dumps([calls, tools], default=str) if calls or tools else ""
         return Prompt(
-            digest(self.domain, text),
+            digest(self.domain, text + told),  # two of one text may differ in their calls and tools
             self.domain,
             text,
             answer,

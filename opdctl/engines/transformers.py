@@ -70,9 +70,10 @@ class Transformers:
         """
         import numpy as np
 
-        if not self.model.steady and not reads_additive(self.model):
-            require_own_states(self.model)
-        self.model.steady = True
+        for model in [self.model, *(self.blend or ())[:1]]:
+            if not model.steady and not reads_additive(model):
+                require_own_states(model)
+            model.steady = True
         samples: list[Sample] = []
         for start in range(0, len(prompts), self.wave):
             part = slice(start, start + self.wave)
@@ -171,9 +172,10 @@ class Transformers:
         other, alpha = self.blend
         if not alpha:
             return logits_BV
-        ours_BV = logits_BV.log_softmax(-1) + math.log1p(-alpha)
-        theirs_BV = other.logits(last[1], temperature).log_softmax(-1) + math.log(alpha)
-        return ours_BV.logaddexp(theirs_BV)
+        valid_V = self.model.valid_V  # heads of the two may be padded to different widths
+        ours_BV = logits_BV[:, :valid_V].log_softmax(-1) + math.log1p(-alpha)
+        theirs_BV = other.logits(last[1], temperature)[:, :valid_V].log_softmax(-1)
+        return ours_BV.logaddexp(theirs_BV + math.log(alpha))
 
     def _recall(self, name: str, tokens_BT, logprobs_BT) -> int:
         """Fill in what an earlier attempt drew; for how many tokens of a response."""

@@ -1,11 +1,11 @@
 """Sampling by vLLM in this process, beside the weights being trained on the same device.
 
-Every request has a seed of its own, from the sample's draws, and stops at the model's end token
-alone; log-probs are those of the distribution sampled from, after temperature and with the padded
-rows of the vocabulary at -inf. Finished responses are logged as they come; one that a kill cut is
-begun again with its seed. vLLM promises no bits: on a CPU in fp32 a rerun gave the same tokens, on
-a GPU the composition of a batch may change them. Left out: a server on other devices, several
-devices for one engine, top-p and top-k.
+Every request has a seed of its own, from the sample's draws, and stops at the tokens that end a
+response; log-probs are those of the distribution sampled from, after temperature and with the
+padded rows of the vocabulary at -inf. Finished responses are logged as they come; one that a kill
+cut is begun again with its seed. vLLM promises no bits: on a CPU in fp32 a rerun gave the same
+tokens, on a GPU the composition of a batch may change them. Left out: a server on other devices,
+several devices for one engine, top-p and top-k.
 
     opdctl run recipes/qwen3.yaml runtime.engine=vllm runtime.engine_args.max_model_len=4096
 """
@@ -21,7 +21,7 @@ from typing import Any
 from opdctl.core import draws
 from opdctl.engines.transformers import Sample
 from opdctl.errors import Problem, UsageError
-from opdctl.references import parse
+from opdctl.references import base_of, parse
 from opdctl.schema import did_you_mean
 
 TESTED = ("0.32",)
@@ -35,7 +35,7 @@ OURS = {
     "additional_config": "it says which rows of the vocabulary are padding",
     "weight_transfer_config": "weights are published by this program's own backend",
     "enable_sleep_mode": "the engine sleeps between rollouts on a GPU, never on a CPU",
-    "generation_config": "a response ends at the end token of the tokenizer alone",
+    "generation_config": "a response ends at the tokens that end it for the trainer",
     "skip_tokenizer_init": "token ids go in and come out",
     "quantization": "weights are published in full precision",
     **dict.fromkeys(
@@ -109,7 +109,7 @@ class Vllm:
                 run this model here.
         """
         self.model, self.check, self.wal = model, check, wal
-        if model.adapter is not None:
+        if model.adapter is not None or base_of(model.name):
             what = f"{model.name} is an adapter, and vllm is given whole models here"
             raise UsageError(what, "merge it first, or runtime.engine=transformers")
         self.cuda = model.device.type == "cuda"

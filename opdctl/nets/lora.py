@@ -132,11 +132,14 @@ def read(model: Model, folder: str, name: str = NAME, trainable: bool = False) -
     """Put the adapter in a folder on a model; the PeftModel around its module.
 
     Raises:
-        UsageError: peft cannot read it, or it does not fit the model.
+        UsageError: peft cannot read it, it does not fit the model, or it is a prompt and no change
+            of the weights.
     """
     peft = library()
     require_safe(folder)
     try:
+        if peft.PeftConfig.from_pretrained(folder).is_prompt_learning:
+            raise ValueError("it is a learnt prompt, and those are not supported")
         return peft.PeftModel.from_pretrained(
             model.net, folder, adapter_name=name, is_trainable=trainable
         )
@@ -171,6 +174,7 @@ def merge(peft: Any) -> None:
 def merged(model: Model, folder: str) -> Model:
     """The model with the adapter in a folder merged into it."""
     merge(read(model, folder))
+    model.net.requires_grad_(True)  # peft froze the base
     kept = {"recomputed": model.recomputed, "one_row": model.one_row}
     return Model(model.net, tokenizer(model, folder), folder, **kept)
 
@@ -197,12 +201,17 @@ def size(net: torch.nn.Module, lora: Lora) -> int:
     return found
 
 
+class Incomparable(UsageError):
+    """An adapter whose change of the weights is not known without the model."""
+
+
 def deltas(folder: str) -> dict[str, Any]:
     """What an adapter's folder adds to each weight, by the weight's name: functions that make
     (alpha / rank) B A, [out, in] in fp32.
 
     Raises:
-        UsageError: it holds something else than pairs of A and B of one rank.
+        Incomparable: it holds something else than pairs of A and B of one rank.
+        UsageError: it cannot be read.
     """
     from safetensors.torch import load_file
 
@@ -212,10 +221,11 @@ def deltas(folder: str) -> dict[str, Any]:
         tensors = load_file(Path(folder) / "adapter_model.safetensors")
         scale = config.lora_alpha / config.r
         others = config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern
-        if others or not all(n.endswith((".lora_A.weight", ".lora_B.weight")) for n in tensors):
-            raise ValueError("only pairs of A and B of one rank can be compared with weights")
     except Exception as error:  # files of a stranger make peft raise anything
         raise unfit(folder, error) from error
+    if others or not all(n.endswith((".lora_A.weight", ".lora_B.weight")) for n in tensors):
+        what = f"{folder} is more than pairs of A and B of one rank"
+        raise Incomparable(what, "merge it into a model of its own first")
 
     def product(stem: str) -> torch.Tensor:
         b, a = (tensors[f"{stem}.lora_{x}.weight"].float() for x in "BA")

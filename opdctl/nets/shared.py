@@ -6,9 +6,12 @@ passes. Switching copies nothing.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from opdctl.core.models import Model
+from opdctl.errors import UsageError
 from opdctl.nets.lora import read, require_safe, tokenizer, unfit
 
 
@@ -42,6 +45,7 @@ class Shared:
 
     def _read(self, folder: str) -> None:
         name = f"a{len(self.views)}"
+        _require_switchable(folder)
         if self.peft is None:
             self.peft = read(self.base, folder, name)
             self.base.switch = lambda: self._turn("")
@@ -65,3 +69,15 @@ class Shared:
         else:
             layers.disable_adapter_layers()
         self.on = folder
+
+
+def _require_switchable(folder: str) -> None:
+    """An adapter that is off must leave its base as it was.
+
+    Raises:
+        UsageError: its biases stand in the base's own.
+    """
+    config = Path(folder) / "adapter_config.json"
+    if json.loads(config.read_text(encoding="utf-8")).get("bias", "none") != "none":
+        what = f"{folder} has biases, which would stay in the base when it is switched off"
+        raise UsageError(what, "merge it into a model of its own: a stage of kind merge")

@@ -32,11 +32,17 @@ def folder_of(place: str) -> Path:
 def same_weights(ours: str | Path, theirs: str | Path) -> bool:
     """Whether two models have the same weights, whatever their files and types.
 
-    Reads no further than the first tensor that differs.
+    Reads no further than the first tensor that differs. An adapter that is more than pairs of A and
+    B cannot be compared, and is taken to be another model.
     """
     import torch
 
-    a, b = Weights(str(ours)), Weights(str(theirs))
+    from opdctl.nets.lora import Incomparable
+
+    try:
+        a, b = Weights(str(ours)), Weights(str(theirs))
+    except Incomparable:
+        return str(ours) == str(theirs)
     if a.files.keys() != b.files.keys():
         return False
     changed = a.deltas.keys() | b.deltas.keys()

@@ -58,7 +58,7 @@ class Gradients:
         from opdctl.core.gradients import measure
 
         config = ctx.config
-        model = ctx.load(config.student)
+        model = ctx.load(config.student, trained=True)
         return measure(ctx, model, on_policy(ctx, model, config.teachers))
 
 

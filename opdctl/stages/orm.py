@@ -54,4 +54,4 @@ class Orm:
                 rewards=[reward_of(ctx, "verifier")],
             )
 
-        return train(ctx, ctx.load(ctx.config.student, classifier=True), parts)
+        return train(ctx, ctx.load(ctx.config.student, classifier=True, trained=True), parts)
