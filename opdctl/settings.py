@@ -194,7 +194,10 @@ class Runtime:
         role="numeric",
     )
     gradient_checkpointing: bool = key(
-        False, "compute activations again in the backward pass, to save memory", role="numeric"
+        False,
+        "compute activations again in the backward pass, to save memory; not in a pretrain stage, "
+        "which loads no model",
+        role="numeric",
     )
     engine: Literal["transformers", "vllm"] = key(
         "transformers", "who samples; `opdctl show engines/vllm`", neutral=True

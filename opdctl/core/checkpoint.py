@@ -117,7 +117,7 @@ def _require_ours(names: dict, weights: dict, moments: dict) -> None:
 
 
 def store(path: Path, tensors: dict) -> None:
-    """Put tensors aside, to be read again; lost with the process that wrote them."""
+    """Write tensors, to be read again; who needs them after a power loss syncs the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path)
 

@@ -122,22 +122,18 @@ class Context:
     def student(self) -> Any:
         """The model that the stage trains, at its start, with an adapter if the keys say so; one
         that it starts from is trained further."""
-        lora, path = getattr(self.config, "lora", None), self.path_of(self.config.student)
-        options = {"device": self.device, "recomputed": self.runtime.gradient_checkpointing}
-        base = references.base_of(path)
-        model = self._load(base or path, **options)
-        if lora is not None and lora.rank:
-            from opdctl.nets.lora import attach, go_on
+        lora = getattr(self.config, "lora", None)
+        if lora is None or not lora.rank:
+            return self.load(self.config.student, trained=True)
+        from opdctl.nets.lora import attach, go_on
 
-            if base:
-                go_on(model, path, lora, base)
-            else:
-                attach(model, lora, path, draws.key(self.seed, "lora") % 2**63)
-            return model
+        path = self.path_of(self.config.student)
+        base, recomputed = references.base_of(path), self.runtime.gradient_checkpointing
+        model = self._load(base or path, device=self.device, recomputed=recomputed)
         if base:
-            from opdctl.nets.lora import merged
-
-            return merged(model, path)
+            go_on(model, path, lora, base)
+        else:
+            attach(model, lora, path, draws.key(self.seed, "lora") % 2**63)
         return model
 
     def frozen(self, reference: str) -> Any:

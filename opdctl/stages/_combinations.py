@@ -75,7 +75,7 @@ def source_problems(config, recipe) -> list[Problem]:
         if name not in ("student", "mixture", "teacher_mixed"):
             hint = "sources: {mixture: {student: 0.5, dataset: 0.5}}, or a stage of kind sft"
             found.append(Problem(f"sources.{name}", "a part of a mixture here", hint))
-        engine = getattr(recipe.runtime, "engine", "transformers")
+        engine = recipe.runtime.engine
         if engine not in getattr(member("sources", name), "engines", (engine,)):
             what = f"mixes two models at every token, which {engine} cannot do"
             found.append(Problem(f"sources.{name}", what, "runtime.engine=transformers"))
