@@ -65,7 +65,7 @@ class First:
     def __init__(self, ctx, rollouts=None):
         self.model = ctx.student() if hasattr(ctx.config, "lora") else ctx.load(ctx.config.student)
         self.optim = getattr(ctx.config, "optim", None)  # none in a gradients stage
-        self.parts = on_policy(ctx, self.model, ctx.config.teachers)
+        self.parts = on_policy(ctx, self.model, getattr(ctx.config, "teachers", {}))
         self.rollouts = rollouts(self.model) if rollouts else self.parts.source.draw(0)
         ctx.wal.at(0)
         self.step = scored(self.rollouts, self.model, self.parts, ctx, Compute())
