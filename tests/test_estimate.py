@@ -12,7 +12,7 @@ from opdctl.core.models import save
 from opdctl.estimate.gpus import GPUS, gpu
 from opdctl.estimate.memory import estimate, of_student
 from opdctl.estimate.shape import CHARACTERS, Shape, made, of_folder
-from opdctl.estimate.work import LENGTH, PROMPT, Sampled, cost, decode_seconds
+from opdctl.estimate.work import DEMONSTRATION, LENGTH, PROMPT, Sampled, cost, decode_seconds
 from opdctl.recipe import load, resolve
 from opdctl.registry import member
 from opdctl.types import FORWARD, TRAIN
@@ -125,6 +125,40 @@ def test_tokens_and_operations_are_those_of_the_ledger(tmp_path):
         {"data": {"a": domain}, "stages": {"it": {"kind": "sft", "student": "a/b"}}}, "x"
     )
     assert "shapes: {a/b:" in cost(unknown, "it", gpu("h100"))
+
+
+def test_other_writers_and_a_reference_are_counted(tmp_path):
+    """Of a mixture each writes its share; of a blend both models read every token."""
+    save(make_model(), tmp_path / "s")
+    save(make_model(1, layers=4), tmp_path / "t")
+    s, t = (of_folder(tmp_path / m) for m in "st")
+    domain = {"kind": "reasoning_gym", "task": "gcd"}
+    stage = {
+        "kind": "opd", "student": str(tmp_path / "s"), "steps": 2, "signals": {},
+        "prompts": {"per_step": 8, "samples": 1}, "sampling": {"max_tokens": 40},
+        "teachers": {"a": str(tmp_path / "t")}, "objectives": {"divergence": {}},
+    }  # fmt: skip
+
+    def flops(**keys):
+        tree = {"data": {"a": domain}, "stages": {"it": stage | keys}}
+        return cost(resolve(tree, "x"), "it", gpu("h200")).flops
+
+    sampled, shown = PROMPT + LENGTH * 40, PROMPT + DEMONSTRATION
+    # teacher .5 then .25: 6 responses of 16; the data 4; the student the other 6
+    mixture = {"student": 0.25, "teacher": 0.5, "dataset": 0.25, "decay": 0.5}
+    tokens = 12 * sampled + 4 * shown
+    wrote = FORWARD * 6 * sampled * (s.per_token + t.per_token)
+    expected = wrote + tokens * (FORWARD * t.per_token + TRAIN * s.per_token)
+    assert flops(sources={"mixture": mixture}) == pytest.approx(expected)
+    tokens = 16 * sampled
+    read = FORWARD * tokens * (s.per_token + t.per_token)
+    expected = read + tokens * (FORWARD * t.per_token + TRAIN * s.per_token)
+    assert flops(sources={"teacher_mixed": {}}) == pytest.approx(expected)
+    beyond = {"signals": {"extrapolation": {}}, "objectives": {"policy_gradient": {}}}
+    plain = flops(**beyond | {"signals": {"reverse_kl": {}}})
+    for ref, model in (("policy", s), (str(tmp_path / "t"), t)):
+        more = flops(reference=ref, **beyond) - plain
+        assert more == pytest.approx(FORWARD * tokens * model.per_token)
 
 
 def test_the_command_says_what_it_assumed_and_needs_no_torch():

@@ -56,6 +56,25 @@ NONSENSE = {
         "objectives.divergence",
         TWICE.format("objectives.policy_gradient"),
     ),
+    "right and wrong at once": (
+        {
+            "signals": {},
+            "objectives": {
+                "divergence": {"weights": {"outcome_gate": {}, "scope": {"path": "right"}}}
+            },
+        },
+        "objectives.divergence.weights",
+        "outcome_gate of wrong rollouts and scope of right rollouts: nothing is left",
+    ),
+    "a cap for another clip": (
+        {
+            "reference": "policy",
+            "signals": {"extrapolation": {"guard": "neutral", "guard_clip": 4.0}},
+            "objectives": {"policy_gradient": {"weights": {"truncated": {"cap": 5.0}}}},
+        },
+        "signals.extrapolation.guard_clip",
+        "the cap of lambda is for a clip of 4, objectives.policy_gradient clips at 5",
+    ),
     "two samples of it": (
         {"signals": {}, "objectives": {"topk_tail": {}, "sampled_kl": {}}},
         "objectives.sampled_kl",

@@ -36,8 +36,7 @@ ASSUMED = (
     f"training, at {COMPUTE:.0%} of the GPU's dense peak in runtime.dtype; decoding at "
     f"{DECODE:.0%} of its bandwidth, and no faster than {1e3 * LAUNCH:g} ms a layer and token "
     "(transformers engine); one GPU; nothing measured. Not counted: loading, checkpoints, "
-    "verifiers, teachers' kept hidden rows, what a reference scores, "
-    "what teachers of a mixture sample."
+    "verifiers, teachers' kept hidden rows."
 )
 
 
@@ -216,19 +215,50 @@ def work_of(config: Any, domains: dict[str, float], student: Shape, shapes: dict
         return Work(trained=rounds * batch * (PROMPT + DEMONSTRATION))
     if kind == "sft":
         return _imitation(config, domains, rounds, batch, shapes)
-    longest = config.sampling.max_tokens
     judge = shapes[config.policy] if kind == "orm" else student
-    sampled = Sampled(judge, rounds, batch, longest)
-    tokens = sampled.responses * (PROMPT + sampled.mean)
+    samples, tokens = _drawn(config, domains, rounds, batch, judge, shapes)
     if kind == "orm":
-        return Work([sampled], trained=tokens)
+        return Work(samples, trained=tokens)
     scored = _scored(config, domains, tokens, shapes)
     passes = getattr(config, "updates_per_rollout", 1)
     if passes * getattr(config, "minibatches", 1) > 1:
         scored.append((student, tokens))  # the log-probs before the first update
     if kind == "gradients":
         passes = sum(o.coef > 0 for o in config.objectives.values())
-    return Work([sampled], scored, tokens * passes)
+    return Work(samples, scored, tokens * passes)
+
+
+def _drawn(
+    config, domains, rounds: int, batch: int, student: Shape, shapes: dict
+) -> tuple[list[Sampled], float]:
+    """Who writes the responses of an on-policy stage, and their tokens with the prompts'."""
+    longest, sources = config.sampling.max_tokens, getattr(config, "sources", {})
+    whole = Sampled(student, rounds, batch, longest)
+    if "teacher_mixed" in sources:  # both models read every token
+        read = _by_teacher(config, domains, batch, shapes)
+        samples = [whole, *(Sampled(model, rounds, n, longest) for model, n in read)]
+        return samples, whole.responses * (PROMPT + whole.mean)
+    if not (mixture := sources.get("mixture")):
+        return [whole], whole.responses * (PROMPT + whole.mean)
+    theirs = sum(mixture.teacher * mixture.decay**step for step in range(rounds)) / max(1, rounds)
+    shown = mixture.dataset * rounds * batch
+    written = [(student, batch * (1 - theirs - mixture.dataset))]
+    written += _by_teacher(config, domains, batch * theirs, shapes)
+    samples = [Sampled(m, rounds, max(1, round(n)), longest) for m, n in written if n > 1e-9]
+    tokens = sum(s.responses * (PROMPT + s.mean) for s in samples)
+    return samples, tokens + shown * (PROMPT + DEMONSTRATION)
+
+
+def _by_teacher(config, domains, batch: float, shapes: dict) -> list[tuple[Shape, float]]:
+    """A batch in the shares of the domains that each teacher serves."""
+    found = []
+    for name, teacher in config.teachers.items():
+        shape = shapes[config.student if teacher.model == "policy" else teacher.model]
+        served = [d for d, on in teacher.serves.items() if on] or [name]
+        share = sum(domains.get(d, 0.0) for d in served)
+        alone = len(config.teachers) == 1 and not share
+        found.append((shape, batch * (1.0 if alone else share)))
+    return found
 
 
 def _imitation(config, domains, rounds: int, batch: int, shapes: dict) -> Work:
@@ -249,18 +279,10 @@ def _imitation(config, domains, rounds: int, batch: int, shapes: dict) -> Work:
 
 
 def _scored(config, domains, tokens: float, shapes: dict) -> list[tuple[Shape, float]]:
-    """Teachers score what is of their domains; a reward model scores everything."""
-    found = []
-    teachers = getattr(config, "teachers", {})
-    for name, teacher in teachers.items():
-        if teacher.model == "policy":
-            shape = shapes[config.student]
-        else:
-            shape = shapes[teacher.model]
-        served = [d for d, on in teacher.serves.items() if on] or [name]
-        share = sum(domains.get(d, 0.0) for d in served)
-        alone = len(teachers) == 1 and not share
-        found.append((shape, tokens * (1.0 if alone else share)))
+    """Teachers score what is of their domains; a reference and a reward model everything."""
+    found = _by_teacher(config, domains, tokens, shapes) if getattr(config, "teachers", {}) else []
+    if reference := getattr(config, "reference", None):
+        found.append((shapes[config.student if reference == "policy" else reference], tokens))
     for signal in config.signals.values():
         reward = getattr(signal, "reward", "verifier")
         if signal.coef and references.parse(reward).form in ("stage", "folder", "public"):

@@ -53,11 +53,18 @@ class Extrapolation:
 
     @staticmethod
     def problems(config, stage) -> list[Problem]:
-        """A cap that pooled teachers do not have."""
+        """A cap that pooled teachers do not have, or for another clip than the one that acts."""
+        found = []
         if config.guard != "none" and stage.pooled:
             what = "pooled teachers have no one most probable token"
-            return [Problem("guard", what, "pooled=false, or guard=none")]
-        return []
+            found.append(Problem("guard", what, "pooled=false, or guard=none"))
+        for name, objective in stage.objectives.items():
+            weight = objective.weights.get("truncated")
+            if config.guard != "none" and weight and weight.cap != config.guard_clip:
+                what = f"the cap of lambda is for a clip of {config.guard_clip:g}, "
+                what += f"objectives.{name} clips at {weight.cap:g}"
+                found.append(Problem("guard_clip", what, f"guard_clip={weight.cap:g}"))
+        return found
 
     @staticmethod
     def gives(config) -> str:

@@ -18,7 +18,8 @@ from opdctl.registry import member
 def combination_problems(config) -> list[Problem]:
     """What would be counted twice, what holds for the student's own samples alone, and imitation
     of the student by itself."""
-    return _twice(config) + _own_samples(config) + _imitation(config) + _halves(config)
+    checks = (_twice, _nothing, _own_samples, _imitation, _halves)
+    return [problem for check in checks for problem in check(config)]
 
 
 def _twice(config) -> list[Problem]:
@@ -34,11 +35,7 @@ def _twice(config) -> list[Problem]:
     for name, objective in config.objectives.items():
         if not objective.coef:
             continue
-        sides = {
-            side(keys)
-            for w, keys in objective.weights.items()
-            if (side := getattr(member("weights", w), "side", None))
-        }
+        sides = set(_sides(objective).values())
         ways = {_gives("objectives", name, objective)}
         if "advantage" in member("objectives", name).needs:
             ways |= {way for _, way in credit}
@@ -48,6 +45,24 @@ def _twice(config) -> list[Problem]:
         if ways & same and not apart:
             found.append(_counted(other, one, min(ways & same)))
     return found
+
+
+def _nothing(config) -> list[Problem]:
+    """Weights of one objective of which each lets through what another stops."""
+    found = []
+    for name, objective in config.objectives.items():
+        sides = _sides(objective)
+        if objective.coef and len(set(sides.values())) > 1:
+            what = " and ".join(f"{w} of {side} rollouts" for w, side in sides.items())
+            path = f"objectives.{name}.weights"
+            found.append(Problem(path, f"{what}: nothing is left", "keep one of them"))
+    return found
+
+
+def _sides(objective) -> dict[str, str]:
+    """Weight -> the rollouts, right or wrong, that it lets through."""
+    named = {w: (member("weights", w), keys) for w, keys in objective.weights.items()}
+    return {w: cls.side(keys) for w, (cls, keys) in named.items() if hasattr(cls, "side")}
 
 
 def _gives(family: str, name: str, config) -> str:
@@ -119,8 +134,7 @@ def _imitation(config) -> list[Problem]:
     nll, (_, cls, keys) = config.objectives.get("nll"), _source(config)
     if nll is None or not nll.coef or (cls is not None and cls.own(keys) == 0):
         return []
-    weights = ((member("weights", w), keys) for w, keys in nll.weights.items())
-    sides = {cls.side(keys) for cls, keys in weights if hasattr(cls, "side")}
+    sides = set(_sides(nll).values())
     if "right" in sides:
         return []
     what = "imitation of the student's own samples has no gradient on average"
