@@ -64,6 +64,8 @@ class Recipe:
     def notes(self) -> list[Problem]:
         """What is allowed and has less effect than it seems, or none."""
         found = graph.rounding(self, lost=False)
+        engine = registry.member("engines", self.runtime.engine)
+        found += getattr(engine, "notes", lambda _: [])(self)
         for stage, config in self.stages.items():
             notes = getattr(registry.member("stages", config.kind), "notes", lambda _: [])
             found += [replace(n, path=f"stages.{stage}.{n.path}") for n in notes(config)]

@@ -18,6 +18,7 @@ from opdctl.positions import dump
 from opdctl.preflight._pairing import Finding
 from opdctl.preflight._stage import refuse
 from opdctl.recipe import Recipe, find, load, read, resolve
+from opdctl.registry import member
 from opdctl.rundir import RunDir, lock, new_name, write_json, write_text
 from opdctl.runner import Job, Outcome, carry_out, examine
 from opdctl.schema import did_you_mean
@@ -50,6 +51,7 @@ def run_recipe(
     if dry_run:
         console.show(console.plan_table(plan(recipe, old, only)))
         return 0
+    _require_engine(recipe)
     _refuse_early(recipe, old, only)
     source = read(find(name))
     path = out or Path("runs") / new_name(recipe.name)
@@ -88,6 +90,7 @@ def run_stage(
     if dry_run:
         console.show(console.plan_table(plan(recipe)))
         return 0
+    _require_engine(recipe)
     path = out or Path("runs") / new_name(kind)
     return _start(recipe, dump(tree), path, None, ())
 
@@ -115,6 +118,8 @@ def resume_run(directory: Path, overrides: tuple[str, ...]) -> int:
         todo = [p for p in plan(recipe, run) if p.action != "skip"]
         where = f"{todo[0].name}: {todo[0].action}, {'; '.join(todo[0].reasons)}" if todo else ""
         console.say(f"{run.path.name}: {where or 'every stage is done'}")
+        if todo:
+            _require_engine(recipe)
     return _carry_out(parent, pairs, (), rewrite=bool(overrides))
 
 
@@ -175,6 +180,15 @@ def look_deep(
         found += [replace(f, stage=label + f.stage) for f in each]
         later |= {label + stage: why for stage, why in missing.items()}
     return found, later
+
+
+def _require_engine(recipe: Recipe) -> None:
+    """Look for what the engine needs installed, before anything is made.
+
+    Raises:
+        UsageError: it is not there.
+    """
+    getattr(member("engines", recipe.runtime.engine), "require", lambda: None)()
 
 
 def _refuse_early(recipe: Recipe, old: RunDir | None, only: tuple[str, ...]) -> None:

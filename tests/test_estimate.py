@@ -11,8 +11,9 @@ from conftest import make_model
 from opdctl.core.models import save
 from opdctl.estimate.gpus import GPUS, gpu
 from opdctl.estimate.memory import estimate, of_student
+from opdctl.estimate.rollout import LENGTH, PROMPT, Sampled, decode_seconds, served_seconds
 from opdctl.estimate.shape import CHARACTERS, Shape, made, of_folder
-from opdctl.estimate.work import DEMONSTRATION, LENGTH, PROMPT, Sampled, cost, decode_seconds
+from opdctl.estimate.work import DEMONSTRATION, SHARE, cost
 from opdctl.recipe import load, resolve
 from opdctl.registry import member
 from opdctl.types import FORWARD, TRAIN
@@ -103,6 +104,38 @@ def test_memory_and_seconds_by_hand():
     read = 4e11 / (0.5 * 3.35e12)  # the weights, once a token
     prompts = FORWARD * 1e11 * 10 * PROMPT / peak
     assert decode_seconds(large, 5, 4, h100, peak) == pytest.approx(prompts + 200 * read)
+
+
+def test_seconds_of_vllm_by_hand():
+    """Responses at once are bounded by its memory, and a batch is gone through without waves."""
+    shape = Shape(parameters=1e9, layers=10, hidden=8, kv_heads=2, head_dim=400)
+    sampled = Sampled(shape, rounds=3, batch=1000, longest=800)
+    h100, each = GPUS["h100"], 2
+    held = each * 2 * 10 * 2 * 400 * (PROMPT + 200)  # keys and values, at the middle of a response
+    memory = 2e9 + 64 * held  # room for 64 responses
+    step = (each * 1e9 + 64 * held) / (0.5 * h100.bandwidth)
+    prompts = FORWARD * 1e9 * 3000 * PROMPT / 1e15
+    expected = prompts + 3 * (1000 * 400 / 64) * step
+    found = served_seconds(sampled, 256, each, h100, 1e15, memory)
+    assert found == pytest.approx(expected)
+    few = Sampled(shape, rounds=3, batch=4, longest=8000)  # none takes another's place
+    prompts = FORWARD * 1e9 * 12 * PROMPT / 1e15
+    held = each * 2 * 10 * 2 * 400 * (PROMPT + 2000)
+    step = max((each * 1e9 + 4 * held) / (0.5 * h100.bandwidth), 10 * 1e-4)
+    found = served_seconds(few, 256, each, h100, 1e15, 1e12)
+    assert found == pytest.approx(prompts + 3 * 8000 * step)
+
+
+def test_vllm_holds_its_share_of_the_gpu():
+    recipe = load("qwen3", size="small")
+    assert recipe.runtime.engine == "vllm"
+    found = cost(recipe, "s1_rl", GPUS["h100"]).memory
+    assert found.cache == int(SHARE * GPUS["h100"].memory)
+    recipe.runtime.engine_args["gpu_memory_utilization"] = 0.5
+    assert cost(recipe, "s1_rl", GPUS["h100"]).memory.cache == GPUS["h100"].memory / 2
+    recipe.runtime.engine = "transformers"
+    slow = cost(recipe, "s1_rl", GPUS["h100"])
+    assert slow.memory.cache == 256 * (PROMPT + 4096) * 2 * 28 * 8 * 128 * 2
 
 
 def test_tokens_and_operations_are_those_of_the_ledger(tmp_path):

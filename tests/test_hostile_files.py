@@ -28,6 +28,7 @@ from opdctl.recipe import resolve
 from opdctl.rundir import RunDir
 from opdctl.settings import Optim
 from opdctl.worker import run_stage
+from running import opdctl
 
 # ways to break a model ---------------------------------------------------------------------------
 
@@ -382,3 +383,11 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, capsys, name):
     assert found["step"] == 1 and "step-000002 cannot be read" in capsys.readouterr().out
     pairs = zip(model.net.parameters(), other.net.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_public_name_that_cannot_be_had_says_how_to_fetch_it(tmp_path):
+    done = opdctl(
+        "stage", "rl", "--student", "nobody/nothing@v1", "data.gcd.kind=reasoning_gym",
+        "data.gcd.task=gcd", "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert done.returncode == 2 and "hf download nobody/nothing keeps a copy" in done.stderr

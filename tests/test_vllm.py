@@ -18,7 +18,7 @@ from opdctl.errors import Interrupted, RecipeError, UsageError
 from opdctl.recipe import resolve
 from opdctl.rundir import RunDir, read_rows
 from opdctl.types import ScoreRequest
-from running import start
+from running import opdctl, start
 
 vllm = pytest.mark.vllm
 needs_vllm = pytest.mark.skipif(
@@ -252,6 +252,28 @@ def test_what_vllm_cannot_do_is_refused_without_it():
         stages={"sft": {"kind": "sft", "student": "a/b", "sources": several}}
     )
     assert "did you mean 'vllm'" in refused(engine="vlm")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="it is installed here")
+def test_a_run_without_vllm_installed_ends_before_anything_is_made(tmp_path):
+    keys = ["data.sums.kind=reasoning_gym", "data.sums.task=gcd", "runtime.engine=vllm"]
+    stage = ["stage", "rl", "--student", "a/b", *keys, "--out", tmp_path / "run"]
+    for command in (stage, ["run", "qwen3", "--size", "small", "--out", tmp_path / "run"]):
+        done = opdctl(*command)
+        assert done.returncode == 2 and not (tmp_path / "run").exists()
+        assert "runtime.engine is vllm, and vllm is not installed here" in done.stderr
+
+
+def test_an_objective_that_takes_the_sampler_for_the_trainer_is_noted():
+    def noted(**weights):
+        objectives = {"policy_gradient": {"weights": weights}, "divergence": {"coef": 0}}
+        opd = {"kind": "opd", "student": "a/b", "teachers": {"sums": "c/d"}}
+        opd |= {"signals": {"reverse_kl": {}}, "objectives": objectives}
+        found = resolve(tree(stages={"opd": opd}), "x").notes()
+        return [n.path for n in found if "nothing corrects for it" in n.message]
+
+    assert noted() == ["stages.opd.objectives.policy_gradient.weights"]
+    assert noted(truncated={}) == [] and noted(is_gate={}) == []
 
 
 def test_only_stages_that_sample_depend_on_the_engine():

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from opdctl.core import draws
 from opdctl.engines.transformers import Sample
 from opdctl.errors import Problem, UsageError
 from opdctl.references import base_of, parse
+from opdctl.registry import member
 from opdctl.schema import did_you_mean
 
 TESTED = ("0.32",)
@@ -89,6 +91,31 @@ class Vllm:
                     what = f"vllm samples at temperatures from {LOWEST} to 2"
                     found.append(Problem(f"{place}.temperature", what, "temperature=1.0"))
         return found
+
+    @staticmethod
+    def notes(recipe) -> list[Problem]:
+        """Objectives over the student's own samples that take the sampler for the trainer."""
+        found = []
+        for stage, config in recipe.stages.items():
+            for name, keys in getattr(config, "objectives", {}).items():
+                own = keys.coef and getattr(member("objectives", name), "own", False)
+                if own and not any(getattr(member("weights", w), "ratio", 0) for w in keys.weights):
+                    path = f"stages.{stage}.objectives.{name}.weights"
+                    what = "vllm's log-probs are not the trainer's, and nothing corrects for it"
+                    found.append(Problem(path, what, "weights={truncated: {}}"))
+        return found
+
+    @staticmethod
+    def require() -> None:
+        """Is vllm here at all? Its version and its device are asked for where it starts.
+
+        Raises:
+            UsageError: not installed.
+        """
+        if importlib.util.find_spec("vllm") is None:
+            what = "runtime.engine is vllm, and vllm is not installed here"
+            hint = "pip install 'opdctl[vllm]' (CUDA), or runtime.engine=transformers"
+            raise UsageError(what, hint)
 
     def __init__(
         self,

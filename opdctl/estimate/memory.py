@@ -70,6 +70,7 @@ def estimate(
     device: str = "cuda",
     cached: int = 0,
     sampled: int = 0,
+    engine: float = 0,
     activated: int = 0,
     trained: int = 0,
 ) -> Estimate:
@@ -82,6 +83,7 @@ def estimate(
         resident: most of them loaded at once; 0 is all.
         cached: numbers a cache keeps of a token.
         sampled: tokens in the caches of a wave, at most.
+        engine: bytes of an engine that has memory of its own while it samples, caches included.
         activated: numbers a training pass keeps of a token.
         trained: tokens of a micro-batch.
     """
@@ -94,7 +96,7 @@ def estimate(
         moments=kept if steps else 0,
         teachers=int(sum(largest)),
         chunk=(chunk_mib or CHUNK_MIB[device]) << 20 if learns else 0,
-        cache=sampled * cached * each,
+        cache=int(engine) or sampled * cached * each,
         activations=trained * activated * each if learns else 0,
     )
 

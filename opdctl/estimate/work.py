@@ -9,23 +9,29 @@ Left out: loading, checkpoints, verifiers, the preflight, and time between stage
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from opdctl import references
 from opdctl.estimate.gpus import Gpu
 from opdctl.estimate.memory import BYTES, Estimate, estimate, of_student
+from opdctl.estimate.rollout import (
+    DECODE,
+    GRAPH,
+    LAUNCH,
+    LENGTH,
+    PROMPT,
+    Sampled,
+    decode_seconds,
+    served_seconds,
+)
 from opdctl.estimate.shape import Shape, made, shape_of
 from opdctl.schema import references as refs_of
 from opdctl.types import FORWARD, TRAIN
 
-PROMPT = 256  # tokens of a rendered prompt
 DEMONSTRATION = 512  # tokens of an answer that the data gives
-LENGTH = 0.5  # a sampled response, as a share of sampling.max_tokens
 COMPUTE = 0.4  # of the peak of multiplications: prompts, scoring, training
-DECODE = 0.5  # of the bandwidth: one token of every response of a wave
-LAUNCH = 5e-4  # seconds a layer and token: launching kernels one by one, whatever the batch
+SHARE = 0.3  # of the GPU that vllm takes while it samples, where its arguments do not say
 ASSUMED = (
     "parameters, gradients and two moments of AdamW in runtime.dtype; in float32 for copies of "
     "bfloat16 parameters (runtime.masters) and adapters on every linear layer; keys and "
@@ -35,28 +41,10 @@ ASSUMED = (
     f"sampling.max_tokens; {FORWARD:g} operations a parameter and token forward, {TRAIN:g} in "
     f"training, at {COMPUTE:.0%} of the GPU's dense peak in runtime.dtype; decoding at "
     f"{DECODE:.0%} of its bandwidth, and no faster than {1e3 * LAUNCH:g} ms a layer and token "
-    "(transformers engine); one GPU; nothing measured. Not counted: loading, checkpoints, "
+    f"(transformers) or {1e3 * GRAPH:g} ms (vllm, which has {SHARE:.0%} of the GPU and begins a "
+    "response where another ends); one GPU; nothing measured. Not counted: loading, checkpoints, "
     "verifiers, teachers' kept hidden rows."
 )
-
-
-@dataclass
-class Sampled:
-    """Responses that one model of a stage writes: ``rounds`` times ``batch`` of them."""
-
-    model: Shape
-    rounds: int
-    batch: int
-    longest: int
-
-    @property
-    def mean(self) -> float:
-        """Tokens of a response, as assumed."""
-        return max(1.0, LENGTH * self.longest)
-
-    @property
-    def responses(self) -> int:
-        return self.rounds * self.batch
 
 
 @dataclass
@@ -133,6 +121,8 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
     student = shapes[start] if start else made(config.model)
     work = work_of(config, recipe.domains(stage), student, shapes)
     wave, longest = _wave(work, runtime.wave)
+    vllm = runtime.engine == "vllm"
+    share = runtime.engine_args.get("gpu_memory_utilization", SHARE) if vllm else 0
     learns, lora = work.trained > 0, getattr(config, "lora", None)
     frozen = {r: s.parameters for r, s in shapes.items() if r != start}
     per_pass = work.samples[0].longest if work.samples else DEMONSTRATION
@@ -151,6 +141,7 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
         chunk_mib=runtime.chunk_mib,
         cached=max((s.model.cached for s in work.samples), default=0),
         sampled=wave * (PROMPT + longest),
+        engine=share * gpu.memory if work.samples else 0,
         activated=student.activated,
         trained=(runtime.micro_batch or 16) * (PROMPT + per_pass),
     )
@@ -164,30 +155,18 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
         "train": TRAIN * student.per_token * work.trained,
     }
     seconds = {
-        "rollout": sum(decode_seconds(s, runtime.wave, each, gpu, peak) for s in work.samples),
+        "rollout": sum(
+            served_seconds(s, runtime.wave, each, gpu, peak, share * gpu.memory)
+            if vllm
+            else decode_seconds(s, runtime.wave, each, gpu, peak)
+            for s in work.samples
+        ),
         "score": flops["score"] / peak,
         "train": flops["train"] / peak,
     }
     blind = any(s.model.layers == 0 for s in work.samples) or (learns and not student.layers)
     unknown = "cache and activations: a shape has no layers" if blind else ""
     return Cost(memory, seconds, sum(flops.values()), memory.peak <= gpu.memory, unknown)
-
-
-def decode_seconds(s: Sampled, wave: int, each: int, gpu: Gpu, peak: float) -> float:
-    """Prompts once, then a token of every response at a time until the longest is over.
-
-    The batch shrinks as responses end: on average LENGTH of it is there.
-    """
-    waves = s.rounds * math.ceil(s.batch / wave)
-    alive = LENGTH * min(s.batch, wave)
-    read = each * (s.model.per_token + alive * s.model.cached * (PROMPT + s.mean / 2))
-    step = max(
-        read / (DECODE * gpu.bandwidth),
-        FORWARD * s.model.per_token * alive / peak,
-        LAUNCH * s.model.layers,
-    )
-    prompts = FORWARD * s.model.per_token * s.responses * PROMPT / peak
-    return prompts + waves * s.longest * step
 
 
 def _wave(work: Work, most: int) -> tuple[int, int]:
