@@ -15,9 +15,15 @@ from opdctl.errors import Problem
 from opdctl.registry import member
 
 
-def combination_problems(config) -> list[Problem]:
+def combination_problems(config, alone: bool = False) -> list[Problem]:
     """What would be counted twice, what holds for the student's own samples alone, and imitation
-    of the student by itself."""
+    of the student by itself.
+
+    Args:
+        alone: objectives are taken one by one, so only what each is by itself counts.
+    """
+    if alone:
+        return _own_samples(config)
     return _twice(config) + _own_samples(config) + _imitation(config) + _halves(config)
 
 
