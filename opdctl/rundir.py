@@ -21,7 +21,7 @@ from typing import Any
 
 from opdctl.errors import BusyError, UsageError
 
-VOLATILE = ("seconds", "time", "attempt", "host", "memory_mib", "teacher_loads")
+VOLATILE = ("seconds", "time", "cpu_seconds", "attempt", "host", "memory_mib", "teacher_loads")
 
 
 class RunDir:

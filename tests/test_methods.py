@@ -7,6 +7,8 @@ from one_step import prompts
 
 from opdctl.catalogue import detail, listing, method, methods
 from opdctl.errors import RecipeError
+from opdctl.registry import member
+from opdctl.rundir import read_json
 from running import carry_out, one_stage
 
 
@@ -289,3 +291,39 @@ def test_what_a_signal_remembers_is_in_the_checkpoint(on_disk, tmp_path):
     for a, b in zip(whole, rows, strict=True):
         a, b = ({k: v for k, v in plain(r).items() if k not in drop} for r in (a, b))
         assert a == b
+
+
+@pytest.mark.parametrize("name", ["eopd", "exopd", "gkd", "minillm", "dagger", "scope"])
+def test_the_measured_gradient_is_the_one_that_the_stage_descends(on_disk, tmp_path, name):
+    """Sum of objectives, source, reference and temperature included: the first batch's norm."""
+    known = member("stages", "gradients").Config.__dataclass_fields__
+    minibatches = {"minibatches": 1} if "minibatches" in method(name) else {}
+    stage = stage_of(on_disk, tmp_path / "opd", name, seed_group="one", **minibatches)
+    entry = {k: v for k, v in stage.recipe.to_dict()["stages"]["it"].items() if k in known}
+    entry |= {"kind": "gradients", "batches": 2, "together": True}
+    measured = one_stage(tmp_path / "all", {"sums": prompts(on_disk)}, **entry)
+    (ours, _), (theirs, _) = carry_out(measured), carry_out(stage)
+    assert ours["grad_norm"]["their sum"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+    facts = read_json(measured.folder / "facts.json")
+    assert facts["variance of their sum"] > 0
+    if name in ("eopd", "minillm"):
+        alone = [v for k, v in ours["grad_norm"].items() if k != "their sum"]
+        assert len(alone) == 2 and min(abs(theirs["grad_norm"] - v) for v in alone) > 1e-3
+
+
+def test_gradients_of_one_objective_are_measured_together_only(on_disk, tmp_path):
+    keys = {"kind": "gradients", "student": str(on_disk / "s"), "teachers": {"sums": "policy"}}
+    keys |= {"signals": {}, "objectives": {"divergence": {}}}
+    with pytest.raises(RecipeError) as caught:
+        one_stage(tmp_path / "run", {"sums": prompts(on_disk)}, **keys)
+    assert caught.value.problems[0].path == "stages.it.objectives"
+    one_stage(tmp_path / "run", {"sums": prompts(on_disk)}, **keys, together=True)
+    keys |= {"signals": {"reverse_kl": {}}, "objectives": {"policy_gradient": {}, "divergence": {}}}
+    one_stage(tmp_path / "two", {"sums": prompts(on_disk)}, **keys)
+    with pytest.raises(RecipeError) as caught:  # one KL twice, as in the opd stage
+        one_stage(tmp_path / "sum", {"sums": prompts(on_disk)}, **keys, together=True)
+    assert "which objectives.policy_gradient has too" in str(caught.value)
+    keys |= {"sources": {"mixture": {"student": 0.5, "dataset": 0.5}}}
+    with pytest.raises(RecipeError) as caught:  # neither is one of them right on others' samples
+        one_stage(tmp_path / "others", {"sums": prompts(on_disk)}, **keys)
+    assert "holds for the student's own samples" in str(caught.value)

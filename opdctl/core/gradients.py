@@ -1,7 +1,7 @@
 """The gradients of several objectives on the same rollouts: their means and their variances.
 
 Of n batches with gradients g_i: trace variance = sum |g_i - mean|^2 / (n - 1), and the cosine
-between the means. Nothing is trained.
+between the means. Nothing is trained. Their sum is one more objective, where asked for.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import torch
 
 from opdctl.core import checkpoint, update
 from opdctl.core.context import Clock, Context
+from opdctl.core.loop import count_rollouts
 from opdctl.core.metrics import Metrics
 from opdctl.core.models import Model
 from opdctl.core.scored import Parts, Step, advantage, scored, weigh
 from opdctl.core.tokens import pack
 from opdctl.errors import Interrupted
 from opdctl.rundir import write_json
-from opdctl.types import FORWARD, Compute
+from opdctl.types import Compute
+
+SUM = "their sum"
 
 
 @dataclass
@@ -68,11 +71,10 @@ def measure(ctx: Context, model: Model, parts: Parts) -> Compute:
 def _batch(ctx: Context, model: Model, parts: Parts, so_far: Sums, metrics: Metrics) -> None:
     """One more batch; ``so_far`` changes when all of its gradients are there."""
     clock, compute, gap = Clock(), copy.deepcopy(so_far.compute), so_far.gap
-    rollouts = parts.source.draw(so_far.done)
+    rollouts = [r for r in parts.source.draw(so_far.done) if r.response_ids]
     if not so_far.done:
         ctx.show_first(rollouts[0], model.tokenizer)
-    compute.rollout_tokens += parts.source.sampled
-    compute.flops["rollout"] += FORWARD * model.parameters * parts.source.sampled
+    count_rollouts(parts.source, compute)
     clock.lap("rollout")
     step = scored(rollouts, model, parts, ctx, compute)
     advantage(step, parts.signals)
@@ -80,12 +82,14 @@ def _batch(ctx: Context, model: Model, parts: Parts, so_far: Sums, metrics: Metr
     if not so_far.done and "hidden" in parts.teacher_wants:
         gap = rebuilt(ctx, step, parts, compute)
     clock.lap("score")
-    gradients, norms = {}, {}
-    for name, term in zip(so_far.sums, parts.terms, strict=True):
+    gradients, names = {}, [n for n in so_far.sums if n != SUM]
+    for name, term in zip(names, parts.terms, strict=True):
         gradients[name], processed = _gradient(ctx, model, parts, step, term)
         compute.train_tokens += processed
         compute.flops["train"] += model.flops * processed
-        norms[name] = float(gradients[name].norm())
+    if SUM in so_far.sums:
+        gradients[SUM] = sum(gradients.values())  # each has its coef
+    norms = {name: float(g_P.norm()) for name, g_P in gradients.items()}
     clock.lap("train")
     for name, g_P in gradients.items():
         so_far.sums[name] += g_P
@@ -100,6 +104,7 @@ def _batch(ctx: Context, model: Model, parts: Parts, so_far: Sums, metrics: Metr
 def _restored(ctx: Context, model: Model) -> Sums:
     """From the newest checkpoint, or of nothing."""
     names = [n for n, o in ctx.config.objectives.items() if o.coef]
+    names += [SUM] if ctx.config.together else []
     sizes = dict.fromkeys(names, model.trained)
 
     def check(sums: dict) -> None:

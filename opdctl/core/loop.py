@@ -11,6 +11,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -39,6 +40,18 @@ def train(ctx: Context, model: Model, parts_of: Callable[[Context, Model], Parts
     compute = Loop(ctx, model, parts_of(ctx, model)).run()
     checkpoint.commit(ctx.folder, model)
     return compute
+
+
+def count_rollouts(source: Any, compute: Compute) -> None:
+    """Add to the ledger everything a source sampled last, what it then refused included."""
+    for part in getattr(source, "sources", [source]):
+        flops = FORWARD * part.parameters * part.sampled
+        if part.samples_from == "teacher":
+            compute.teacher_sampled_tokens += part.sampled
+            compute.flops["teacher_sampling"] += flops
+        else:
+            compute.rollout_tokens += part.sampled
+            compute.flops["rollout"] += flops
 
 
 class Loop:
@@ -138,7 +151,7 @@ class Loop:
         rollouts = [r for r in self.parts.source.draw(done) if r.response_ids]
         for rollout in rollouts:
             assert 0 <= done - rollout.version <= 0, "rollouts are of the current weights"
-        self._count_rollouts()
+        count_rollouts(self.parts.source, self.compute)
         clock.lap("rollout")
         if not rollouts:
             return {"rollouts": 0, "tokens": 0}  # the source refused all of its samples
@@ -253,18 +266,6 @@ class Loop:
         order = draws.permutation(len(groups), self.ctx.seed, "minibatches", done)
         place = {groups[g]: i for i, g in enumerate(order)}
         return sorted(rollouts, key=lambda r: place[r.group])
-
-    def _count_rollouts(self) -> None:
-        """Everything the source sampled, what it then refused included."""
-        whole = self.parts.source
-        for source in getattr(whole, "sources", [whole]):
-            flops = FORWARD * source.parameters * source.sampled
-            if source.samples_from == "teacher":
-                self.compute.teacher_sampled_tokens += source.sampled
-                self.compute.flops["teacher_sampling"] += flops
-            else:
-                self.compute.rollout_tokens += source.sampled
-                self.compute.flops["rollout"] += flops
 
     def _log_rollouts(self, done: int, step: Step) -> None:
         every = self.ctx.runtime.log_rollouts_every

@@ -42,6 +42,7 @@ class Metrics:
             **({"non_finite": bad} if bad else {}),
             "seconds": {k: round(v, 5) for k, v in seconds.items()},
             "time": round(time.time(), 3),
+            "cpu_seconds": round(time.process_time(), 3),  # of this attempt, whatever else runs
             "memory_mib": round(peak, 1),
         }
         self.file.write(json.dumps(finite(row)).encode() + b"\n")

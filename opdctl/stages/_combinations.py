@@ -15,10 +15,14 @@ from opdctl.errors import Problem
 from opdctl.registry import member
 
 
-def combination_problems(config) -> list[Problem]:
+def combination_problems(config, alone: bool = False) -> list[Problem]:
     """What would be counted twice, what holds for the student's own samples alone, and imitation
-    of the student by itself."""
-    checks = (_twice, _nothing, _own_samples, _imitation, _halves)
+    of the student by itself.
+
+    Args:
+        alone: objectives are taken one by one, so only what each is by itself counts.
+    """
+    checks = (_own_samples,) if alone else (_twice, _nothing, _own_samples, _imitation, _halves)
     return [problem for check in checks for problem in check(config)]
 
 

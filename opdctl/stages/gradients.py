@@ -3,7 +3,9 @@
 DeepSeek-V4 (arXiv 2606.19348) says that the sampled-token estimate of the reverse KL has a high
 variance and takes the full vocabulary instead. Here both are computed on the same batches of the
 student's own rollouts: trace variance of each, cosine of their means. And whether logits rebuilt
-from cached hidden rows are the teacher's own.
+from cached hidden rows are the teacher's own. With ``together`` it measures a composition: what an
+opd stage of these keys would descend, its reference, source and temperature included. What acts
+between steps (several updates, minibatches) is left out: nothing is trained.
 
     opdctl stage gradients --student FOLDER --teacher math=FOLDER data.math.kind=...
 """
@@ -41,14 +43,29 @@ class Gradients:
             "those compared; the sampled token and the full vocabulary",
             family="objectives",
         )
+        reference: str | None = key(
+            None, "frozen model that a signal measures from", ref=True, neutral=True
+        )
+        sources: dict = key(
+            {}, "where responses come from; empty is the student", family="sources", neutral=True
+        )
+        loss_temperature: float = key(
+            0.0, "divides the logits in the loss; 0 is as sampled", least=0.0, neutral=True
+        )
+        together: bool = key(
+            False,
+            "their sum too, which is what an opd stage of these keys descends",
+            neutral=True,
+        )
         seed_group: str = key("", "stages with one name here share prompts and draws")
 
     @staticmethod
     def problems(config, recipe, stage):
         """What the schema cannot see: what an opd stage of these keys would refuse."""
-        found = member("stages", "opd").problems(as_opd(config), recipe, stage, alone=True)
-        if sum(o.coef > 0 for o in config.objectives.values()) < 2:
-            hint = "objectives: {policy_gradient: {}, divergence: {}}"
+        alone = not config.together
+        found = member("stages", "opd").problems(as_opd(config), recipe, stage, alone)
+        if sum(o.coef > 0 for o in config.objectives.values()) < 1 + alone:
+            hint = "objectives: {policy_gradient: {}, divergence: {}}, or together: true for one"
             found.append(Problem("objectives", "fewer than two to compare", hint))
         return found
 
@@ -65,4 +82,5 @@ class Gradients:
 def as_opd(config):
     """The opd stage with one step of these keys."""
     shared = ("student", "prompts", "sampling", "teachers", "pooled", "signals", "objectives")
+    shared += ("reference", "sources", "loss_temperature")
     return config_of("stages", "opd", kind="opd", **{n: getattr(config, n) for n in shared})

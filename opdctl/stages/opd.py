@@ -76,7 +76,7 @@ class Opd:
         if config.reference:
             provided |= {n.replace("teacher.", "reference.") for n in local}
         found = needs_domains(recipe, stage) + member_problems(config, provided)
-        found += source_problems(config, recipe) + ([] if alone else combination_problems(config))
+        found += source_problems(config, recipe) + combination_problems(config, alone)
         found += _served(config)
         return found + _routing(config, recipe, stage) + _tokenizers(config)
 
