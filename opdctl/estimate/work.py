@@ -18,6 +18,7 @@ from opdctl.estimate.gpus import Gpu
 from opdctl.estimate.memory import BYTES, Estimate, estimate, of_student
 from opdctl.estimate.shape import Shape, made, shape_of
 from opdctl.schema import references as refs_of
+from opdctl.settings import longest_turn
 from opdctl.types import FORWARD, TRAIN
 
 PROMPT = 256  # tokens of a rendered prompt
@@ -30,7 +31,8 @@ ASSUMED = (
     "parameters, gradients and two moments of AdamW in runtime.dtype; in float32 for copies of "
     "bfloat16 parameters (runtime.masters) and adapters on every linear layer; keys and "
     "values of a wave of "
-    "responses of the full sampling.max_tokens; activations of a micro-batch, none recomputed; "
+    "responses of the full sampling.max_tokens (of the most that a controller may make of it); "
+    "activations of a micro-batch, none recomputed; "
     f"prompts of {PROMPT} tokens, demonstrations of {DEMONSTRATION}, responses of {LENGTH:.0%} of "
     f"sampling.max_tokens; {FORWARD:g} operations a parameter and token forward, {TRAIN:g} in "
     f"training, at {COMPUTE:.0%} of the GPU's dense peak in runtime.dtype; decoding at "
@@ -216,7 +218,7 @@ def work_of(config: Any, domains: dict[str, float], student: Shape, shapes: dict
         return Work(trained=rounds * batch * (PROMPT + DEMONSTRATION))
     if kind == "sft":
         return _imitation(config, domains, rounds, batch, shapes)
-    longest = config.sampling.max_tokens
+    longest = longest_turn(config)
     judge = shapes[config.policy] if kind == "orm" else student
     sampled = Sampled(judge, rounds, batch, longest)
     tokens = sampled.responses * (PROMPT + sampled.mean)
