@@ -27,6 +27,7 @@ FAMILIES = {
     "signals": "per-token credit, no gradient, larger is better",
     "objectives": "per-token loss with a gradient",
     "weights": "per-token factor, no gradient",
+    "controllers": "hooks on a step: they read it, or act on the weights after it",
     "preflight": "is this student, with these teachers, fit to start",
     "watchdogs": "eyes on what a training step logs; they warn, or stop the stage",
     "claims": "statements of the reports, judged on what a run measured",

@@ -61,6 +61,12 @@ class Sampling:
     max_tokens: int = key(32, "longest turn of a response, in tokens", least=1)
 
 
+def longest_turn(config: Any) -> int:
+    """The most tokens that a turn of a stage may ever have, where a controller moves the limit."""
+    moved = [c.most for c in getattr(config, "controllers", {}).values() if hasattr(c, "most")]
+    return max(config.sampling.max_tokens, *moved, 0)
+
+
 @dataclass(kw_only=True)
 class PromptLength:
     """What is done with prompts that are too long."""

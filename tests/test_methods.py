@@ -12,11 +12,16 @@ from opdctl.rundir import read_json
 from running import carry_out, one_stage
 
 
+TINY = {  # what methods/NAME.yaml says of answers of a few tokens
+    "prune_opd": {"controllers": {"length": {"least": 2, "most": 7, "step": 1, "margin": 1}}}
+}
+
+
 def stage_of(on_disk, folder, name, **keys):
     """Context of two steps of a method on the models of ``on_disk``."""
     entry = {k: v for k, v in method(name).items() if k != "about"}
     kind = entry.setdefault("kind", "opd")
-    entry |= {"student": str(on_disk / "s"), "steps": 2}
+    entry |= {"student": str(on_disk / "s"), "steps": 2, **TINY.get(name, {})}
     entry["prompts"] = {**entry.get("prompts", {}), "per_step": 3}
     entry["sampling"] = {**entry.get("sampling", {}), "max_tokens": 5}
     if kind == "opd":

@@ -11,7 +11,7 @@ from opdctl.core.taught import Held, Taught
 from opdctl.core.view import Term, weighted_sum
 from opdctl.kernels import reference
 from opdctl.kernels.head import Head
-from opdctl.kernels.topk import divergence_on, union
+from opdctl.kernels.topk import among, divergence_on, overlap_ratio, union
 from opdctl.objectives.divergence import Divergence
 from opdctl.objectives.topk_pg import TopkPg
 from opdctl.objectives.topk_tail import TopkTail
@@ -255,3 +255,12 @@ def test_the_tail_of_a_confident_token_is_exact(level, direction):
     expected = gradient(torch.float64, reference.Rows)
     gap = (gradient(torch.float32, made) - expected).norm() / expected.norm()
     assert expected.abs().sum() > 0 and gap < 5e-3
+
+
+def test_overlap_is_the_share_of_ids_that_both_sides_have():
+    """Order does not matter; a set of which nothing is shared has 0, an equal one 1."""
+    ours_CK = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 3, 2, 0]])
+    theirs_CK = torch.tensor([[4, 1, 9, 0], [1, 2, 3, 4], [0, 9, 3, 2]])
+    assert overlap_ratio(ours_CK, theirs_CK).tolist() == [0.5, 0.0, 1.0]
+    assert among(theirs_CK, ours_CK)[0].tolist() == [True, True, False, False]
+    assert among(ours_CK, theirs_CK)[0].tolist() == [True, False, False, True]

@@ -125,6 +125,8 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
     policy = [n.removeprefix("policy.") for n in sorted(needs) if n.startswith("policy.")]
     if "old.logprobs" in needs and several and "logprobs" not in policy:
         policy.append("logprobs")
+    weights = [w for o in config.objectives.values() if o.coef for w in o.weights.values()]
+    ids = [w.k for w in weights if hasattr(w, "k")]
     baseline = next((s.config for _, s in signals.values() if "policy.kl" in s.needs), None)
     top = baseline.k if baseline and baseline.support != "full" else 0
     return Parts(
@@ -132,6 +134,10 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
         if sources
         else member("sources", "student")(None, ctx, model),
         terms=terms,
+        controllers={
+            n: member("controllers", n)(c, ctx, model)
+            for n, c in getattr(config, "controllers", {}).items()
+        },
         signals=signals,
         rewards=rewards,
         teachers=local if wanted else {},
@@ -139,9 +145,10 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
         reference_wants=tuple(sorted(refers)),
         route=route,
         teacher_wants=tuple(sorted(wanted)),
-        teacher_top=max((getattr(t.objective.config, "k", 0) for t in terms), default=0),
+        teacher_top=max([*ids, *(getattr(t.objective.config, "k", 0) for t in terms)], default=0),
         policy_wants=tuple(policy),
         policy_top=top,
+        overlap_top=max(ids, default=16),
         judged="verdict" in needs,
         temperature=getattr(config, "loss_temperature", 0) or config.sampling.temperature,
         sampled_at=config.sampling.temperature,

@@ -22,20 +22,42 @@ from opdctl.rundir import commit_folder, make_folder, sync_file
 
 
 def save(
-    folder: Path, step: int, model: Model, optimizer: torch.optim.AdamW, state: dict, keep: int
+    folder: Path,
+    step: int,
+    model: Model,
+    optimizer: torch.optim.AdamW,
+    state: dict,
+    keep: int,
+    members: dict[str, dict] | None = None,
 ) -> None:
     """Commit ``step-N`` under ``folder`` and drop all but the newest ``keep``.
 
     Args:
         step: optimizer steps done.
         state: small JSON values to have back (the ledger, counters).
+        members: what each member remembers, by its name: JSON values and tensors.
     """
+    members = members or {}
+    held = {
+        f"{name}|{key}": value
+        for name, kept in members.items()
+        for key, value in kept.items()
+        if isinstance(value, torch.Tensor)
+    }
+    state |= {
+        "members": {
+            name: {key: value for key, value in kept.items() if f"{name}|{key}" not in held}
+            for name, kept in members.items()
+        },
+        "held": len(held),
+    }
     names = model.moved()  # of an adapter's base, or of bfloat16 copies, nothing is kept
     moments = {}
     for name, parameter in names.items():
         for slot, value in optimizer.state.get(parameter, {}).items():
             moments[f"{name}|{slot}"] = torch.as_tensor(value)
-    write(folder, step, {"weights": names, "optimizer": moments}, state, keep)
+    files = {"weights": names, "optimizer": moments} | ({"members": held} if held else {})
+    write(folder, step, files, state, keep)
 
 
 def write(
@@ -100,11 +122,26 @@ def read(
             if not isinstance(state, dict) or not isinstance(state.get("step"), int):
                 raise ValueError("its state.json has no step")
             check(*tensors)
+            if state.get("held"):
+                _give_back(state, load_file(part / "members.safetensors"))
         except (OSError, ValueError, SafetensorError) as error:
             print(f"{part} cannot be read ({error}); taking the one before it", flush=True)
             continue
         return tensors, state
     return None
+
+
+def _give_back(state: dict, held: dict[str, torch.Tensor]) -> None:
+    """Put the tensors that members remember among their JSON values.
+
+    Raises:
+        ValueError: they are not all there.
+    """
+    if len(held) != state["held"]:
+        raise ValueError("what its members remember is not all there")
+    for flat, value in held.items():
+        name, key = flat.split("|", 1)
+        state["members"][name][key] = value
 
 
 def _require_ours(names: dict, weights: dict, moments: dict) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from opdctl.recipe import Recipe
 from opdctl.registry import member
 from opdctl.rundir import RunDir, read_json, write_json
 from opdctl.schema import to_dict
-from opdctl.settings import Runtime
+from opdctl.settings import Runtime, Sampling
 from opdctl.types import Prompt, Rollout
 
 HOPELESS = 32  # answers that a verifier may raise on before the stage fails, if it passed none
@@ -30,6 +30,7 @@ class Context:
 
     Attributes:
         stop: set by a signal; looked at inside sampling, scoring and updates.
+        longest: limit of a turn now, where a controller moves it; 0 is the keys'.
         loop_seconds: time spent in the stage's loop, for the record.
         loads: frozen models loaded so far.
         wal: what was sampled and scored since the last checkpoint.
@@ -44,6 +45,7 @@ class Context:
     attempt: int = 1
     device: str = "cpu"
     stop: bool = False
+    longest: int = 0
     loop_seconds: float = 0.0
     loads: int = 0
     inspect: Callable[[Any], None] = lambda student: None
@@ -60,6 +62,12 @@ class Context:
     @property
     def config(self) -> Any:
         return self.recipe.stages[self.name]
+
+    @property
+    def sampling(self) -> Sampling:
+        """The stage's keys of that name, with the limit as it is now."""
+        keys = self.config.sampling
+        return replace(keys, max_tokens=self.longest) if self.longest else keys
 
     @property
     def runtime(self) -> Runtime:

@@ -2,7 +2,9 @@
 
 Every stage that trains is a declaration of what goes into it. It knows no member by name and
 never pads, shifts, masks or normalises: tokens.py and update.py do. Within a step the weights
-change only in the update, so a stop before it commits the state of the step's start.
+change only in the update, so a stop before it commits the state of the step's start. What acts on
+the weights after it (controllers) gives them back if it is cut: that stop commits the step without
+them, with its row of metrics, and the controllers act when the stage goes on.
 """
 
 from __future__ import annotations
@@ -66,6 +68,7 @@ class Loop:
         self.optimizer = update.make_optimizer(model, self.optim)
         self.compute, self.watch = Compute(), Watch(ctx.config.watch, ctx.name)
         self.checkpoints = ctx.folder / "checkpoints"
+        self.row: dict = {}  # of a step whose controllers have not acted yet
 
     def run(self) -> Compute:
         """Train to the end.
@@ -77,10 +80,14 @@ class Loop:
         state = checkpoint.restore(self.checkpoints, self.model, self.optimizer)
         done = 0
         if state:
-            done = state["step"]
+            self.row = state.get("row", {})
+            done = state["step"] - bool(self.row)
             self.compute = Compute(**state["compute"])
             self.watch.state = state.get("watch", self.watch.state)
             self._take_up(state.get("members", {}))
+        else:
+            for controller in self._with("start"):
+                controller.start()
         metrics = Metrics(self.ctx.folder, self.ctx.attempt)
         runtime = self.ctx.runtime
         self.kernel = rows_class(runtime.kernel, self.model.device, self.model.wide).name
@@ -89,14 +96,9 @@ class Loop:
             while done < self.steps:
                 self.ctx.check()
                 clock = Clock()
-                before, members = copy.deepcopy(self.compute), self._states()
-                try:
-                    values = self._step(done, clock)
-                except Interrupted:
-                    self.compute = before  # the step will be taken again
-                    self._take_up(members)
-                    raise
-                done += 1
+                self.row = self.row or self._whole(self._step, done, clock)
+                values = self.row | self._whole(self._act, done, clock)
+                done, self.row = done + 1, {}
                 warnings, stop = self.watch.look(done, values)
                 values |= {"warnings": warnings} if warnings else {}
                 clock.lap("other")
@@ -110,7 +112,7 @@ class Loop:
                     self.compute.seconds[phase] += spent
                 self.ctx.loop_seconds += clock.last - clock.start
         except Interrupted:
-            if done:
+            if done or self.row:
                 self._save(done)
             raise
         finally:
@@ -121,29 +123,59 @@ class Loop:
             )
         return self.compute
 
-    def _states(self) -> dict[str, dict]:
-        """Of the signals that remember something between steps."""
+    def _whole(self, part: Callable[[int, Clock], dict], done: int, clock: Clock) -> dict:
+        """What a part of a step returns. Cut, it is taken again: ledger and members go back."""
+        before, members = copy.deepcopy(self.compute), self._states()
+        try:
+            return part(done, clock)
+        except Interrupted:
+            self.compute = before
+            self._take_up(members)
+            raise
+
+    def _with(self, method: str) -> list:
+        """The controllers that have a method."""
+        return [c for c in self.parts.controllers.values() if hasattr(c, method)]
+
+    def _members(self) -> dict[str, Any]:
+        """Signals and controllers that remember something between steps."""
         named = {n: s for n, (_, s) in self.parts.signals.items()}
-        return {n: s.state() for n, s in named.items() if hasattr(s, "state")}
+        named |= {f"controllers.{n}": c for n, c in self.parts.controllers.items()}
+        return {n: m for n, m in named.items() if hasattr(m, "state")}
+
+    def _states(self) -> dict[str, dict]:
+        return {name: member.state() for name, member in self._members().items()}
 
     def _take_up(self, states: dict[str, dict]) -> None:
+        members = self._members()
         for name, state in states.items():
-            self.parts.signals[name][1].load(state)
+            members[name].load(state)
 
     def _save(self, done: int) -> None:
+        """Commit the state after ``done`` steps, and after the one whose row is still held."""
+        state = {"compute": asdict(self.compute), "watch": self.watch.state, "row": self.row}
         checkpoint.save(
             self.checkpoints,
-            done,
+            done + bool(self.row),
             self.model,
             self.optimizer,
-            {
-                "compute": asdict(self.compute),
-                "watch": self.watch.state,
-                "members": self._states(),
-            },
+            state,
             self.ctx.runtime.keep_checkpoints,
+            self._states(),
         )
         self.ctx.wal.drop(done)
+
+    def _act(self, done: int, clock: Clock) -> dict:
+        """What the controllers do to the weights of this step's end, and what that cost."""
+        values = {}
+        for name, controller in self.parts.controllers.items():
+            if hasattr(controller, "act"):
+                values |= {f"{name}_{k}": v for k, v in controller.act(done + 1).items()}
+                found = controller.sampled
+                self.compute.rollout_tokens += found
+                self.compute.flops["rollout"] += FORWARD * self.model.parameters * found
+                clock.lap("rollout")
+        return values
 
     def _step(self, done: int, clock: Clock) -> dict:
         self.ctx.wal.at(done)
@@ -162,6 +194,9 @@ class Loop:
         before = self.ctx.loads
         step = scored(rollouts, self.model, self.parts, self.ctx, self.compute)
         values = advantage(step, self.parts.signals) | weigh(step, self.parts.terms)
+        for name, controller in self.parts.controllers.items():
+            if hasattr(controller, "read"):
+                values |= {f"{name}_{k}": v for k, v in controller.read(step).items()}
         clock.lap("score")
         if step.taught is not None:
             step.taught.loads = 0  # those of the update alone

@@ -29,7 +29,7 @@ def sample_group(
     Args:
         ctx: gives the stage seed, the engine, the environments, the log and the stop flag.
         step: part of every draw's name, and the version of the weights.
-        sampling: defaults to the stage's ``sampling``.
+        sampling: defaults to the stage's ``sampling``, as it is now.
         samples: defaults to the stage's ``prompts.samples``.
         blend: another model and its share in every token; by the transformers engine.
 
@@ -49,7 +49,7 @@ def sample_group(
             [rollouts[i] for i in going],
             turn,
             [keys[i] for i in going],
-            sampling or ctx.config.sampling,
+            sampling or ctx.sampling,
         )
         going = [i for i in going if answered(rollouts[i], turn, environments, model)]
         turn += 1

@@ -21,10 +21,11 @@ from opdctl.core.metrics import by_domain
 from opdctl.core.models import Model
 from opdctl.core.scoring import Scores, score
 from opdctl.core.taught import Held, Taught, reverse_kl
-from opdctl.core.tokens import future, per_sequence, places
+from opdctl.core.tokens import future, per_sequence, places, so_far
 from opdctl.core.view import PerStep, Term
 from opdctl.errors import StageFailed
 from opdctl.kernels.select import rows_class
+from opdctl.kernels.topk import overlap_ratio
 from opdctl.types import FORWARD, Compute, Rollout
 
 
@@ -40,15 +41,19 @@ class Parts:
         rewards: called on all rollouts of a step.
         teachers: ``{name: (member, weight)}``; scores come back as the column ``teacher``.
         route: domain -> names of its teachers; several where they are pooled.
+        controllers: ``read(step)`` before an update or ``act(done)`` after it, or both.
         reference: a frozen model the log-ratio is taken to (the column ``reference``).
         reference_wants: what is asked of it: logprobs, and modal, its log-prob of the teacher's
             most probable token (the column ``reference_modal``).
-        teacher_wants: what is asked of them: logprobs, hidden, lse, topk, entropy, and modal, the
-            log-prob of the most probable token (the column ``teacher_modal``).
+        teacher_wants: what is asked of them: logprobs, hidden, lse, topk, entropy, modal, the
+            log-prob of the most probable token (the column ``teacher_modal``), and above, the mass
+            of the tokens more probable than the sampled one (``teacher_above``).
         teacher_top: k of topk.
         policy_wants: what a no-grad pass of the student before the update is for: logprobs,
-            entropy, and kl, its divergence to the teacher (the column ``policy_kl``).
+            entropy, kl, its divergence to the teacher (the column ``policy_kl``), and overlap, the
+            share of its most probable tokens that are the teacher's too (the column ``overlap``).
         policy_top: k of that kl; 0 is the whole vocabulary.
+        overlap_top: k of that overlap.
         judged: a member wants each response's verdict (the column ``right``).
         temperature: of the loss, on both sides.
         sampled_at: the one sampled with.
@@ -63,12 +68,14 @@ class Parts:
     rewards: list[Any] = field(default_factory=list)
     teachers: dict[str, tuple[Any, float]] = field(default_factory=dict)
     route: dict[str, list[str]] = field(default_factory=dict)
+    controllers: dict[str, Any] = field(default_factory=dict)
     reference: Any = None
     reference_wants: tuple[str, ...] = ()
     teacher_wants: tuple[str, ...] = ("logprobs",)
     teacher_top: int = 16
     policy_wants: tuple[str, ...] = ()
     policy_top: int = 0
+    overlap_top: int = 16
     judged: bool = False
     temperature: float = 1.0
     sampled_at: float = 1.0
@@ -113,6 +120,10 @@ class Step:
         """The discounted sum of what comes after each token in its rollout. Shape [N]."""
         return future(value_N, self.sequence_N, len(self.rollouts), discount)
 
+    def so_far(self, value_N: Tensor) -> Tensor:
+        """The sum of each token's value and of those before it in its rollout. Shape [N]."""
+        return so_far(value_N, self.sequence_N, len(self.rollouts))
+
     def places(self) -> tuple[Tensor, Tensor]:
         """Each token's place in its rollout, from 0, and that rollout's length. [N] each."""
         return places(self.sequence_N, len(self.rollouts))
@@ -152,7 +163,8 @@ def scored(
     requests = [r.request for r in rollouts]
     policy = _policy(step, requests, model, parts, ctx, compute) if parts.policy_wants else None
     if parts.teachers:
-        _teach(step, requests, model, parts, ctx, compute)
+        ours_NK = policy.top_NK if policy is not None else None
+        _teach(step, requests, model, parts, ctx, compute, ours_NK)
     if parts.reference_wants:
         _refer(step, requests, parts, ctx, compute, model.device)
     if "kl" in parts.policy_wants:
@@ -206,12 +218,13 @@ def weigh(step: Step, terms: list[Term]) -> dict[str, float]:
 
 def _policy(step, requests, model, parts, ctx, compute) -> Scores:
     """The student's own scores of its rollouts, before the update."""
-    wants = {"kl": "hidden", "logprobs": "logprobs", "entropy": "entropy"}
+    wants = {"kl": "hidden", "logprobs": "logprobs", "entropy": "entropy", "overlap": "topk"}
     found = score(
         model,
         requests,
         temperature=parts.temperature,
         want=[wants[w] for w in parts.policy_wants],
+        top=parts.overlap_top,
         rounded=ctx.runtime.rounded_logits,
         micro_batch=ctx.runtime.micro_batch,
         chunk_mib=ctx.runtime.chunk_mib,
@@ -225,8 +238,12 @@ def _policy(step, requests, model, parts, ctx, compute) -> Scores:
     return found
 
 
-def _teach(step, requests, model, parts, ctx, compute) -> None:
-    """Ask each rollout's teachers; put what they say in the rollouts' order, checked."""
+def _teach(step, requests, model, parts, ctx, compute, ours_NK) -> None:
+    """Ask each rollout's teachers; put what they say in the rollouts' order, checked.
+
+    Args:
+        ours_NK: the policy's most probable ids, where its overlap with theirs is wanted.
+    """
     lengths = list(map(len, requests))
     token_N = torch.arange(sum(lengths), device=model.device).split(lengths)
     columns, N = step.columns, sum(lengths)
@@ -235,6 +252,7 @@ def _teach(step, requests, model, parts, ctx, compute) -> None:
     index_NM, row_NM = torch.zeros(2, N, M, dtype=torch.long, device=model.device)
     weight_NM = torch.zeros(N, M, dtype=model.wide, device=model.device)
     logprob_NM, entropy_NM = torch.zeros_like(weight_NM), torch.zeros_like(weight_NM)
+    overlap_NM, above_NM = torch.zeros_like(weight_NM), torch.zeros_like(weight_NM)
     modal_N, modal_id_N = torch.zeros_like(weight_NM[:, 0]), torch.zeros_like(index_NM[:, 0])
     held: list[Held] = []
     for name, (teacher, weight) in parts.teachers.items():
@@ -254,6 +272,10 @@ def _teach(step, requests, model, parts, ctx, compute) -> None:
             entropy_NM[at_N, place_N] = found.entropy_N
         if found.modal_N is not None:
             modal_N[at_N], modal_id_N[at_N] = found.modal_N, found.modal_id_N
+        if found.above_N is not None:
+            above_NM[at_N, place_N] = found.above_N
+        if ours_NK is not None:
+            overlap_NM[at_N, place_N] = _overlap(ours_NK[at_N], found.top_NK).to(model.wide)
         if found.hidden_ND is not None:
             index_NM[at_N, place_N] = len(held)
             row_NM[at_N, place_N] = torch.arange(len(at_N), device=at_N.device)
@@ -277,11 +299,21 @@ def _teach(step, requests, model, parts, ctx, compute) -> None:
         columns["teacher"] = mean(logprob_NM)
     if "entropy" in parts.teacher_wants:
         columns["teacher_entropy"] = mean(entropy_NM)
+    if "above" in parts.teacher_wants:
+        columns["teacher_above"] = mean(above_NM)
+    if ours_NK is not None:
+        columns["overlap"] = mean(overlap_NM)
     if "modal" in parts.teacher_wants:
         columns |= {"teacher_modal": modal_N, "modal_id": modal_id_N}
     if held:
         columns |= {"teacher_index": index_NM, "teacher_row": row_NM, "pair_weight": weight_NM}
         step.taught = Taught(held, model.device)
+
+
+def _overlap(ours_NK: Tensor, theirs_NK: Tensor, rows: int = 1 << 16) -> Tensor:
+    """The overlap of both sides' most probable ids, some rows at a time. Shape [N]."""
+    pairs = zip(ours_NK.split(rows), theirs_NK[:, : ours_NK.shape[1]].split(rows), strict=True)
+    return torch.cat([overlap_ratio(*pair) for pair in pairs])
 
 
 def _refer(step, requests, parts, ctx, compute, device) -> None:
@@ -320,7 +352,7 @@ def _asked(
 def _check(name: str, found: Scores, rollouts: list[Rollout]) -> None:
     """Length and finiteness of what a teacher said."""
     owner = [r for r in rollouts for _ in range(r.length)]
-    for what in ("logprobs_N", "hidden_ND", "lse_N", "entropy_N", "modal_N", "at_N"):
+    for what in ("logprobs_N", "hidden_ND", "lse_N", "entropy_N", "modal_N", "at_N", "above_N"):
         value_N = getattr(found, what)
         if value_N is None:
             continue

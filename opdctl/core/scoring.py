@@ -31,6 +31,8 @@ class Scores:
         entropy_N: None if not asked for.
         modal_N, modal_id_N: log-prob and id of the most probable token; None if not asked for.
         at_N: log-prob of another token than the target, at its place; None if not asked for.
+        above_N: mass of all tokens more probable than the target: below p, it is in the top-p
+            nucleus; None if not asked for.
     """
 
     logprobs_N: Tensor | None = None
@@ -41,6 +43,7 @@ class Scores:
     modal_N: Tensor | None = None
     modal_id_N: Tensor | None = None
     at_N: Tensor | None = None
+    above_N: Tensor | None = None
 
 
 @torch.no_grad()
@@ -60,7 +63,7 @@ def score(
     """Run the trunk once over the requests and return what is wanted.
 
     Args:
-        want: any of logprobs, hidden, lse, topk, entropy, modal, at.
+        want: any of logprobs, hidden, lse, topk, entropy, modal, at, above.
         top: k of topk.
         ids_N: one id for each target: whose log-probs ``at`` is.
         rounded: logits rounded to bfloat16, as in the loss.
@@ -72,7 +75,7 @@ def score(
     head = model.projection(temperature, rounded)
     weight_VD = head.weight_VD
     found = Scores()
-    for name in {"logprobs", "lse", "entropy", "modal", "at"} & set(want):
+    for name in {"logprobs", "lse", "entropy", "modal", "at", "above"} & set(want):
         setattr(found, f"{name}_N", weight_VD.new_zeros(count, dtype=head.wide))
     if "modal" in want:
         found.modal_id_N = weight_VD.new_zeros(count, dtype=torch.long)
@@ -111,6 +114,9 @@ def _read(
         found.logprobs_N[at_C] = target_logprob(logits_CV, target_C)
     if found.lse_N is not None:
         found.lse_N[at_C] = logits_CV.logsumexp(-1)
+    if found.above_N is not None:
+        more_CV = logits_CV > logits_CV.gather(-1, target_C[:, None])
+        found.above_N[at_C] = (logits_CV.softmax(-1) * more_CV).sum(-1)
     if found.entropy_N is not None:
         found.entropy_N[at_C] = chunked.Rows(logits_CV).entropy()
 

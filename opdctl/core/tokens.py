@@ -105,6 +105,15 @@ def places(sequence_N: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return index_N - start_B[sequence_N], length_B[sequence_N]
 
 
+def so_far(values_N: Tensor, sequence_N: Tensor, count: int) -> Tensor:
+    """The sum of each token's value and of those before it in its sequence. Shape [N]."""
+    place_N, length_N = places(sequence_N, count)
+    width = int(length_N.max()) if len(length_N) else 0
+    value_BT = values_N.new_zeros(count, width)
+    value_BT[sequence_N, place_N] = values_N
+    return value_BT.cumsum(1)[sequence_N, place_N]
+
+
 def future(values_N: Tensor, sequence_N: Tensor, count: int, discount: float) -> Tensor:
     """What comes after each token of its sequence: the sum of discount^(j - 1) x the j-th value
     after it. Shape [N]."""

@@ -18,7 +18,7 @@ from opdctl.core.chunks import Chunk, chunked_sum
 from opdctl.core.taught import Taught, segments
 from opdctl.errors import StageFailed
 from opdctl.kernels.head import Head
-from opdctl.kernels.topk import union
+from opdctl.kernels.topk import among, overlap_ratio, union
 
 
 @dataclass
@@ -206,8 +206,8 @@ class View:
         self.log("student_logprob", logp_CK[:, 0])
         self.log("teacher_logprob", logq_CK[:, 0])
         if ours_CK is not None:
-            both_CK = (ids_CK[:, 1:, None] == ours_CK[:, None, :]).any(-1)
-            self.log("overlap", both_CK.to(logp_CK.dtype).mean(-1))
+            both_CK = among(ids_CK[:, 1:], ours_CK)
+            self.log("overlap", overlap_ratio(ours_CK, ids_CK[:, 1:]))
             self.log("overlap_mass", (logp_CK[:, 1:].exp() * both_CK).sum(-1))
             self.log("overlap_teacher_mass", (logq_CK[:, 1:].exp() * both_CK).sum(-1))
 

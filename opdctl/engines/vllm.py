@@ -25,6 +25,7 @@ from opdctl.errors import Problem, UsageError
 from opdctl.references import base_of, parse
 from opdctl.registry import member
 from opdctl.schema import did_you_mean
+from opdctl.settings import longest_turn
 
 TESTED = ("0.32",)
 LOWEST = 0.01  # vLLM raises a lower temperature to this one, and says so in its log only
@@ -86,6 +87,13 @@ class Vllm:
             if getattr(config, "lora", None) and config.lora.rank:
                 what = "vllm is given whole models here, not adapters"
                 found.append(Problem(f"stages.{stage}.lora", what, "runtime.engine=transformers"))
+            room = recipe.runtime.engine_args.get("max_model_len")
+            if hasattr(config, "sampling") and isinstance(room, int):
+                most = longest_turn(config)  # found at once, not when a limit has grown to it
+                if most >= room:
+                    what = f"a response of stages.{stage} may have {most} tokens, beside its prompt"
+                    hint = f"at least {most + 1}, and what the prompts take"
+                    found.append(Problem("runtime.engine_args.max_model_len", what, hint))
             for place, sampling in places.items():
                 if sampling is not None and not LOWEST <= sampling.temperature <= 2.0:
                     what = f"vllm samples at temperatures from {LOWEST} to 2"

@@ -27,6 +27,7 @@ from opdctl.estimate.rollout import (
 )
 from opdctl.estimate.shape import Shape, made, shape_of
 from opdctl.schema import references as refs_of
+from opdctl.settings import longest_turn
 from opdctl.types import FORWARD, TRAIN
 
 DEMONSTRATION = 512  # tokens of an answer that the data gives
@@ -36,7 +37,8 @@ ASSUMED = (
     "parameters, gradients and two moments of AdamW in runtime.dtype; in float32 for copies of "
     "bfloat16 parameters (runtime.masters) and adapters on every linear layer; keys and "
     "values of a wave of "
-    "responses of the full sampling.max_tokens; activations of a micro-batch, none recomputed; "
+    "responses of the full sampling.max_tokens (of the most that a controller may make of it); "
+    "activations of a micro-batch, none recomputed; "
     f"prompts of {PROMPT} tokens, demonstrations of {DEMONSTRATION}, responses of {LENGTH:.0%} of "
     f"sampling.max_tokens; {FORWARD:g} operations a parameter and token forward, {TRAIN:g} in "
     f"training, at {COMPUTE:.0%} of the GPU's dense peak in runtime.dtype; decoding at "
@@ -211,7 +213,7 @@ def _drawn(
     config, domains, rounds: int, batch: int, student: Shape, shapes: dict
 ) -> tuple[list[Sampled], float]:
     """Who writes the responses of an on-policy stage, and their tokens with the prompts'."""
-    longest, sources = config.sampling.max_tokens, getattr(config, "sources", {})
+    longest, sources = longest_turn(config), getattr(config, "sources", {})
     whole = Sampled(student, rounds, batch, longest)
     if "teacher_mixed" in sources:  # both models read every token
         read = _by_teacher(config, domains, batch, shapes)

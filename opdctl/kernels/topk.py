@@ -76,8 +76,22 @@ def share_outside(logits_CV: Tensor, ids_CK: Tensor, outside_C: Tensor) -> Tenso
     return share_CV
 
 
+def among(ids_CK: Tensor, others_CK: Tensor) -> Tensor:
+    """Which of the ids are among the others of their row. Shape [C, K], boolean."""
+    return (ids_CK[:, :, None] == others_CK[:, None, :]).any(-1)
+
+
+def overlap_ratio(ours_CK: Tensor, theirs_CK: Tensor) -> Tensor:
+    """The share of the ids that both sides have, |S_p and S_q| / k, for sets of one size. [C].
+
+    The overlap ratio of Rethinking OPD (arXiv 2604.13016), and what Prune-OPD (arXiv 2605.07804)
+    calls drift where it is small.
+    """
+    return among(theirs_CK, ours_CK).to(torch.get_default_dtype()).mean(-1)
+
+
 def union(ours_CK: Tensor, theirs_CK: Tensor) -> tuple[Tensor, Tensor]:
     """Both sets of ids, [C, 2K], and which to keep: an id of both counts once."""
-    again_CK = (theirs_CK[:, :, None] == ours_CK[:, None, :]).any(-1)
+    again_CK = among(theirs_CK, ours_CK)
     keep_CK = torch.cat([torch.ones_like(again_CK), ~again_CK], -1)
     return torch.cat([ours_CK, theirs_CK], -1), keep_CK

@@ -6,7 +6,7 @@ weights and samples are there for those that ask. Prompts are the stage's own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ from opdctl.core import draws
 from opdctl.core.prompts import fitting
 from opdctl.errors import UsageError
 from opdctl.preflight._weights import same_weights
-from opdctl.settings import routes
+from opdctl.settings import longest_turn, routes
 from opdctl.types import Prompt, Rollout
 
 SAMPLED = 100  # prompts of a domain that are answered: .1 of accuracy is then two standard errors
@@ -151,4 +151,6 @@ class Pairing:
 
         prompts = [p for d in domains for p in self.prompts(d, SAMPLED)]
         model = self.ctx.frozen(reference)
-        return sample_group(self.ctx, model, prompts, 0, source, samples=1)
+        config = self.ctx.config  # a limit that moves is looked at where it is largest
+        sampling = replace(config.sampling, max_tokens=longest_turn(config))
+        return sample_group(self.ctx, model, prompts, 0, source, samples=1, sampling=sampling)

@@ -14,6 +14,7 @@ from pathlib import Path
 from opdctl import references
 from opdctl.estimate.memory import BYTES, Estimate, estimate, of_student, shown
 from opdctl.preflight._pairing import Finding, Pairing
+from opdctl.settings import longest_turn
 
 PROMPTS = 16  # of each domain, for their length
 
@@ -63,7 +64,7 @@ def holds(pairing: Pairing) -> Estimate:
         whole = places.get(base or path, model.parameters * each)
         places[base or path] = whole + (adapter_bytes(path) if base else 0)
     prompts = [p for d in pairing.route for p in pairing.prompts(d, PROMPTS)]
-    longest = max(len(student.render(p)) for p in prompts) + config.sampling.max_tokens
+    longest = max(len(student.render(p)) for p in prompts) + longest_turn(config)
     wave = min(runtime.wave, config.prompts.per_step * config.prompts.samples)
     return estimate(
         trained(pairing),

@@ -64,6 +64,7 @@ def compare(pairing: Pairing, name: str, requests: list) -> tuple[float, float, 
     from opdctl.core.chunks import rows_in
     from opdctl.core.scoring import score
     from opdctl.kernels.reference import divergence
+    from opdctl.kernels.topk import overlap_ratio
 
     ctx = pairing.ctx
     temperature = ctx.config.sampling.temperature
@@ -89,6 +90,5 @@ def compare(pairing: Pairing, name: str, requests: list) -> tuple[float, float, 
             logq_CV = heads[1].logits(theirs_CD).log_softmax(-1)
             kls.append(divergence(logp_CV, logq_CV, "reverse"))
             tops = [log_CV.topk(k, dim=-1).indices for log_CV in (logp_CV, logq_CV)]
-            both_CK = (tops[0][:, :, None] == tops[1][:, None, :]).any(-1)
-            overlaps.append(both_CK.to(logp_CV.dtype).mean(-1))
+            overlaps.append(overlap_ratio(*tops))
     return float(torch.cat(kls).mean()), float(torch.cat(overlaps).mean()), k

@@ -1,4 +1,5 @@
-"""The share of the student's responses that ``sampling.max_tokens`` cuts off.
+"""The share of the student's responses that ``sampling.max_tokens`` cuts off, or where a controller
+moves the limit, the most that it may be.
 
 A response without its end is wrong whatever it says, and the student is taught to go on.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 from opdctl.core.metrics import by_domain
 from opdctl.preflight._pairing import Finding, Pairing
+from opdctl.settings import longest_turn
 
 SOME, MOST = 0.1, 0.5
 
@@ -26,7 +28,7 @@ class Truncation:
         """One finding a stage, by its worst domain."""
         rollouts = pairing.rollouts
         shares = by_domain(rollouts, [float(r.truncated) for r in rollouts])
-        limit = pairing.ctx.config.sampling.max_tokens
+        limit = longest_turn(pairing.ctx.config)
         told = ", ".join(f"{d} {share:.2f}" for d, share in shares.items())
         worst = max(shares.values())
         severity = "error" if worst > MOST else "warning" if worst > SOME else "ok"

@@ -27,6 +27,12 @@ class OnPolicyConfig(TrainConfig):
     sampling: Sampling = key(Sampling(), "how the student samples")
     updates_per_rollout: int = key(1, "passes over a step's rollouts", least=1)
     minibatches: int = key(1, "optimizer steps in a pass", least=1)
+    controllers: dict = key(
+        {},
+        "what follows a step, or acts on the weights after it",
+        family="controllers",
+        neutral=True,
+    )
 
 
 def member_problems(config, provided: set[str]) -> list[Problem]:
@@ -47,7 +53,11 @@ def member_problems(config, provided: set[str]) -> list[Problem]:
         provided.add("behaviour.logprobs")
     if "teacher.hidden" in provided:
         provided.add("policy.kl")
-    wanted = {f"signals.{n}": (member("signals", n), s) for n, s in active.items()}
+    if "teacher.topk" in provided:
+        provided.add("policy.overlap")
+    controllers = getattr(config, "controllers", {})
+    wanted = {f"controllers.{n}": (member("controllers", n), c) for n, c in controllers.items()}
+    wanted |= {f"signals.{n}": (member("signals", n), s) for n, s in active.items()}
     for name, objective in config.objectives.items():
         wanted[f"objectives.{name}"] = (member("objectives", name), objective)
         for w, keys in objective.weights.items():
@@ -128,6 +138,7 @@ def _sources(config) -> dict:
 def in_use(config, active: dict) -> dict:
     """Path -> keys of every signal, objective and weight that is in use."""
     used = {f"signals.{name}": keys for name, keys in active.items()}
+    used |= {f"controllers.{n}": keys for n, keys in getattr(config, "controllers", {}).items()}
     used |= {f"sources.{name}": keys for name, keys in getattr(config, "sources", {}).items()}
     for name, objective in config.objectives.items():
         if objective.coef:

@@ -14,6 +14,7 @@ class Local:
         "teacher.topk",
         "teacher.entropy",
         "teacher.modal",
+        "teacher.above",
     )
 
     def __init__(self, ctx, student, name: str, reference: str) -> None:

@@ -1,6 +1,8 @@
 """Responses shrink to nothing, or hardly one comes to its end.
 
-A length is compared with the one the stage began with: an answer may be one token by nature.
+A length is compared with the one the stage began with: an answer may be one token by nature. Where
+a controller moves the limit, a response cannot be longer than the limit of its step, and is cut by
+intent as long as that is below the largest.
 """
 
 from __future__ import annotations
@@ -37,13 +39,16 @@ class Length:
         """Reads ``length`` and ``truncated``."""
         if "length" not in values:
             return {}
-        found, share = {}, values["length"] / first["length"]
+        limit = values.get("length_limit", first["length"])
+        found, start = {}, min(first["length"], limit)
+        share = values["length"] / start
         if share < self.config.least:
             found["collapse"] = (
                 f"{values['length']:.4g} tokens a response, {share:.3f} of the first step's "
-                f"{first['length']:.4g}, below {self.config.least:g}"
+                f"{start:.4g}, below {self.config.least:g}"
             )
-        if values["truncated"] > self.config.cut:
+        widens = limit < values.get("length_most", limit)
+        if values["truncated"] > self.config.cut and not widens:
             found["limit"] = (
                 f"{values['truncated']:.3f} of the responses cut at the limit, "
                 f"above {self.config.cut:g}"
