@@ -30,7 +30,8 @@ ASSUMED = (
     "parameters, gradients and two moments of AdamW in runtime.dtype; in float32 for copies of "
     "bfloat16 parameters (runtime.masters) and adapters on every linear layer; keys and "
     "values of a wave of "
-    "responses of the full sampling.max_tokens; activations of a micro-batch, none recomputed; "
+    "responses of the full sampling.max_tokens; activations of a micro-batch, all of them unless "
+    "runtime.gradient_checkpointing; "
     f"prompts of {PROMPT} tokens, demonstrations of {DEMONSTRATION}, responses of {LENGTH:.0%} of "
     f"sampling.max_tokens; {FORWARD:g} operations a parameter and token forward, {TRAIN:g} in "
     f"training, at {COMPUTE:.0%} of the GPU's dense peak in runtime.dtype; decoding at "
@@ -152,7 +153,7 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
         chunk_mib=runtime.chunk_mib,
         cached=max((s.model.cached for s in work.samples), default=0),
         sampled=wave * (PROMPT + longest),
-        activated=student.activated,
+        activated=student.activated(runtime.gradient_checkpointing),
         trained=(runtime.micro_batch or 16) * (PROMPT + per_pass),
     )
     each = BYTES[runtime.dtype]
