@@ -58,13 +58,14 @@ def _engine(recipe: Any) -> list[Problem]:
 
 
 def rounding(recipe: Any, lost: bool) -> list[Problem]:
-    """Stages whose steps parameters in bfloat16 lose; else those where they lose only a part."""
+    """Stages whose steps parameters in bfloat16 lose; else those where they lose only a part. An
+    adapter is in float32; the score beside that of an outcome model is not."""
     rates = {
         stage: config.optim.lr
         for stage, config in recipe.stages.items()
         if hasattr(config, "optim")
         and not recipe.runtime.masters_of(config.optim.lr)
-        and not getattr(config, "lora", Lora()).rank  # an adapter is in float32
+        and not (getattr(config, "lora", Lora()).rank and config.kind != "orm")
     }
     named = [f"{s} ({lr:g})" for s, lr in rates.items() if (lr <= ROUNDED_AWAY) == lost]
     if recipe.runtime.dtype != "bfloat16" or not named:

@@ -201,8 +201,7 @@ class Runtime:
     )
     gradient_checkpointing: bool = key(
         False,
-        "compute activations again in the backward pass, to save memory; not in a pretrain stage, "
-        "which loads no model",
+        "compute activations again in the backward pass, to save memory",
         role="numeric",
     )
     engine: Literal["transformers", "vllm"] = key(

@@ -60,6 +60,12 @@ STATE = {
     **{"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16},
     **{"state_size": 8, "n_groups": 1, "expand": 2, "chunk_size": 8},
 }
+FALCON = {k: v for k, v in SIZE.items() if k != "head_dim"}
+WIDE = {"ffn_dim": 48, "word_embed_proj_dim": 32}
+DROPPING = {  # layers that drop by their own flag
+    "opt": ("OPT", SIZE | WIDE | {"dropout": 0.5}),
+    "falcon": ("Falcon", FALCON | {"hidden_dropout": 0.5, "attention_dropout": 0.5}),
+}
 UNSUPPORTED = {"mamba2": ("Mamba2", STATE)}
 
 
@@ -92,7 +98,7 @@ def write(folder, name, seed=0, **config):
     Args:
         config: keys of its configuration that differ.
     """
-    prefix, shape = (SHAPES | UNSUPPORTED)[name]
+    prefix, shape = (SHAPES | DROPPING | UNSUPPORTED)[name]
     tokenizer = tokenizer_of()
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     ids |= {"bos_token_id": None, "vocab_size": len(tokenizer) + 5}  # a few padded rows

@@ -20,6 +20,7 @@ from opdctl.errors import Interrupted, RecipeError, UsageError
 from opdctl.preflight._pairing import Pairing
 from opdctl.preflight._weights import same_weights
 from opdctl.preflight.memory import holds
+from opdctl.registry import member
 from opdctl.rundir import RunDir, read_rows
 from running import carry_out, one_stage, opdctl
 
@@ -187,6 +188,55 @@ def test_adapters_are_merged_as_their_products(on_disk, adapters, tmp_path, scal
         deltas = [adapters[n][name].double() - base[name].double() for n in "ab"]
         expected = base[name].double() + factor * sum(deltas)
         assert torch.allclose(weight.double(), expected, atol=1e-6), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_outcome_model_by_an_adapter(on_disk, adapters, tmp_path, dtype):
+    """On its trunk, with the score trained whole; written merged, and started from an adapter."""
+    a, s = str(on_disk / "a"), str(on_disk / "s")
+    keys = {"kind": "orm", "policy": s, "steps": 4, "optim": {"lr": 1e-2 if "3" in dtype else 1e-6}}
+    keys |= {"prompts": {"per_step": 4, "samples": 4}, "sampling": {"max_tokens": 2}}
+    data = {"sums": prompts(on_disk) | {"verifier": {"regex": {"pattern": "[0-9]"}}}}
+    given = {"runtime": {"dtype": dtype}, "lora": {"rank": 4}, **keys}
+    ctx = one_stage(tmp_path / "orm", data, student=s, **given)
+    moved = ctx.student(classifier=True).moved()
+    score = {"score.weight", "score.bias"}
+    assert len(moved) > 10 and {n for n in moved if "lora_" not in n} == score
+    rows = carry_out(ctx)
+    assert rows[-1]["loss"] < rows[0]["loss"] or dtype == "bfloat16"
+    out = ctx.folder / "output"
+    net = transformers.AutoModelForTokenClassification.from_pretrained(out, dtype=dtype)
+    start = load(s, dtype=dtype, classifier=True).net.state_dict()
+    assert net.score.weight.abs().max() > 0, "the steps of the score are not rounded away"
+    assert net.state_dict().keys() == start.keys()
+    if dtype == "float32":
+        moved = {n for n, w in net.state_dict().items() if not torch.equal(w, start[n])}
+        assert moved == {n for n in start if "_proj" in n} | score
+        for lora in ({}, {"rank": 3, "alpha": 8}):  # an adapter of a language model is a start
+            again = one_stage(tmp_path / f"a{len(lora)}", data, student=a, **given | {"lora": lora})
+            found = again.student(classifier=True).trunk(IDS).last_hidden_state
+            own = dense(on_disk, adapters["a"]).model(IDS).last_hidden_state
+            assert torch.allclose(found, own, atol=1e-5)
+            carry_out(again)
+    adapter_only = {"rank": 4, "output": "adapter"}
+    with pytest.raises(RecipeError, match="its score is trained whole"):
+        one_stage(tmp_path / "no", data, student=s, **given | {"lora": adapter_only})
+
+
+def test_gradients_of_an_adapter(on_disk, adapters, tmp_path):
+    """Those of the factors alone, from one that has been trained."""
+    keys = {"kind": "gradients", "student": str(on_disk / "a"), "batches": 2}
+    keys |= {"prompts": {"per_step": 4}, "sampling": {"max_tokens": 4}}
+    keys |= {"lora": {"rank": 3, "alpha": 8}, "teachers": {"sums": str(on_disk / "b")}}
+    data = {"sums": prompts(on_disk)}
+    ctx = one_stage(tmp_path / "run", data, **keys)
+    assert all("lora_" in n for n in ctx.student().moved())
+    member("stages", "gradients")().run(ctx)
+    facts = json.loads((ctx.folder / "facts.json").read_text())
+    assert facts["variance of divergence"] > 0
+    keys["lora"] |= {"output": "adapter"}
+    with pytest.raises(RecipeError, match="nothing is written here"):
+        one_stage(tmp_path / "no", data, **keys)
 
 
 def test_what_cannot_be_an_adapter(on_disk, adapters, tmp_path):

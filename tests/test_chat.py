@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 from conftest import ALPHABET, make_model
 from opdctl.chat.conversation import spoken
 from opdctl.chat.messages import answer_of, complaint, question, tagged, text_of
+from opdctl.chat.retold import opening, retold
 from opdctl.core.models import Model, different_tokens, load, outline, save
 from opdctl.core.thinking import Thinking
 from opdctl.engines.transformers import Transformers
@@ -262,3 +263,58 @@ def test_which_part_of_a_conversation_asks():
         ([{"role": "assistant", "content": "x"}], "nobody asks"),
     ):
         assert says in complaint(wrong)
+
+
+FREE = Thinking()
+OPEN, EMPTY = "<think>\n", "<think>\n\n</think>\n\n"
+R1 = CHATML + "{% if add_generation_prompt %}<think>\n{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "template, off, ends", [(CHATML, None, ""), (CHATML, False, EMPTY), (R1, None, OPEN)]
+)
+def test_what_a_template_opens(template, off, ends):
+    model = chat(template)
+    prompt = Prompt("a", "d", "is <think> a word", "", {}, enable_thinking=off)
+    assert opening(model, model.render(prompt), FREE) == ends
+
+
+@pytest.mark.parametrize(
+    "before, ours, text, told",
+    [
+        ("", "", "<think>a</think>4", "<think>a</think>4"),
+        (OPEN, OPEN, "a</think>4", "a</think>4"),
+        (OPEN, "", "a</think>4", "<think>\na</think>4"),  # lost otherwise
+        (OPEN, "", "a cut tho", "<think>\na cut tho"),
+        ("", OPEN, "<think>\na</think>4", "a</think>4"),  # twice otherwise
+        ("", OPEN, "\n<think>a</think>4", "a</think>4"),
+        ("", OPEN, "4", "</think>4"),
+        ("", EMPTY, "4", "4"),
+        ("", EMPTY, "<think>\n\n</think>\n\n4", "4"),
+        (OPEN, EMPTY, "\n</think>\n\n4", "4"),
+        (EMPTY, "", "4", "4"),
+        (EMPTY, "", "<think>a</think>4", "<think>a</think>4"),
+        (EMPTY, OPEN, "4", "</think>4"),
+        (EMPTY, OPEN, "<think>a</think>4", "a</think>4"),
+        ("</think>", "", "4", "4"),
+        ("<think>", OPEN, "\na</think>4", "a</think>4"),
+        (None, "", "a</think>4", "<think>a</think>4"),  # an API whose template opened
+        (None, "", "<think>a</think>4", "<think>a</think>4"),
+        (None, "", " 4", " 4"),
+        (None, OPEN, "a</think>4", "a</think>4"),
+        (None, OPEN, "4", "</think>4"),
+    ],
+)
+def test_marks_of_thinking_are_told_once(before, ours, text, told):
+    assert retold(text, before, ours, FREE) == told
+    whole = ours + told
+    assert whole.count("<think>") <= 1 and whole.count("</think>") <= 1
+
+
+def test_thinking_that_has_no_place_is_refused():
+    for before, text in (("", "<think>a</think>4"), (OPEN, "a</think>4"), (None, "a</think>4")):
+        with pytest.raises(UsageError, match="closes the block of thought"):
+            retold(text, before, EMPTY, FREE)
+    with pytest.raises(UsageError, match="cut before it said"):
+        retold("4", None, OPEN, FREE, cut=True)
+    assert retold("4", EMPTY, "", Thinking(mode="no_think")) == "<think></think>4"

@@ -12,8 +12,9 @@ from opdctl.core.models import save
 from opdctl.estimate.gpus import GPUS, gpu
 from opdctl.estimate.memory import estimate, of_student
 from opdctl.estimate.rollout import LENGTH, PROMPT, Sampled, decode_seconds, served_seconds
-from opdctl.estimate.shape import CHARACTERS, Shape, made, of_folder
+from opdctl.estimate.shape import CHARACTERS, Shape, kept_of, made, of_folder
 from opdctl.estimate.work import DEMONSTRATION, SHARE, cost
+from opdctl.preflight.memory import per_token
 from opdctl.recipe import load, resolve
 from opdctl.registry import member
 from opdctl.types import FORWARD, TRAIN
@@ -76,6 +77,54 @@ def test_a_folder_and_a_stage_tell_their_size(tmp_path):
     missing = (CHARACTERS - model.head.out_features) * 32  # the embedding has more rows
     assert made(shape).parameters == model.parameters + missing
     assert of_folder(tmp_path / "nothing") is None
+
+
+def numbers_in(cache):
+    """Of all tensors that a cache of transformers holds."""
+    import torch
+
+    waiting, seen, found = [cache], set(), 0
+    while waiting:
+        thing = waiting.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if torch.is_tensor(thing):
+            found += thing.numel()
+        elif isinstance(thing, list | tuple):
+            waiting += thing
+        elif hasattr(thing, "__dict__"):
+            waiting += vars(thing).values()
+    return found
+
+
+@pytest.mark.parametrize(
+    "name, kept",  # by hand, of one layer
+    [
+        ("qwen3", 2 * 1 * 16),
+        ("gpt2", 2 * 2 * 16),
+        ("deepseek_v3", 16 + 8),
+        ("glm_moe_dsa", 16 + 8 + 16),
+    ],
+)
+def test_the_cache_is_as_large_as_it_gets(tmp_path, name, kept):
+    """Latent attention included: against what transformers keeps of six more tokens."""
+    import torch
+    from architectures import write
+
+    net = write(tmp_path, name)
+    with torch.no_grad():
+        few, many = (
+            numbers_in(net(torch.arange(6, 6 + n)[None], use_cache=True).past_key_values)
+            for n in (6, 12)
+        )
+    assert many - few == 6 * 2 * kept
+    assert per_token(net.config) == 2 * kept
+    shape = of_folder(tmp_path)
+    assert shape.kept == kept and (name == "gpt2" or shape.cached == 2 * kept)
+    assert Shape(parameters=1, layers=61, kept=576).cached == 61 * 576
+    uneven = {"num_key_value_heads": 4, "head_dim": 192, "v_head_dim": 128}  # MiMo-V2-Flash
+    assert kept_of(uneven) == 4 * (192 + 128)
 
 
 def test_memory_and_seconds_by_hand():

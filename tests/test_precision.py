@@ -3,20 +3,21 @@ attention, activations computed again."""
 
 import pytest
 import torch
-from architectures import write
-from one_step import apart, opd
+from architectures import DROPPING, write
+from one_step import apart, opd, prompts
 from torch import nn
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from conftest import make_model
 from opdctl.core import checkpoint, update
 from opdctl.core.context import Context
-from opdctl.core.models import load
+from opdctl.core.models import Model, load
 from opdctl.errors import Interrupted, UsageError
 from opdctl.nets.masters import Masters
 from opdctl.nets.recomputed import recompute
 from opdctl.rundir import read_rows
 from opdctl.settings import Optim, Runtime
-from running import carry_out
+from running import carry_out, one_stage
 
 
 def test_when_copies_are_kept():
@@ -114,7 +115,7 @@ def test_an_attention_that_is_not_there(on_disk, tmp_path):
     assert "runtime.attn" in caught.value.hint
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen3", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "deepseek_v3", *DROPPING])
 def test_activations_are_computed_again(name, tmp_path):
     """Each layer twice, to the same gradient, and only where one is needed; dropout stays off."""
     write(tmp_path, name)
@@ -138,6 +139,46 @@ def test_activations_are_computed_again(name, tmp_path):
     with torch.no_grad():
         twice.trunk(ids)
     assert len(calls) == 2 and not any(m.training for m in twice.net.modules())
+
+
+KINDS = {
+    "pretrain": {"model": {"hidden": 16, "layers": 2}},
+    "sft": {},
+    "orm": {"prompts": {"samples": 2, "per_step": 4}, "sampling": {"max_tokens": 4}},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_that_trains_heeds_how_passes_are_made(on_disk, tmp_path, monkeypatch, kind):
+    """Attention, one row, activations again: looked at in the passes that need a gradient."""
+    start = {} if kind == "pretrain" else {"student": str(on_disk / "s")}
+    start |= {"policy": str(on_disk / "s")} if kind == "orm" else {}
+    keys = {"kind": kind, "steps": 1, "prompts": {"per_step": 4}, **start, **KINDS[kind]}
+    data = {"sums": prompts(on_disk)}
+    ways = {"attn": "eager", "packing": "packed", "gradient_checkpointing": True}
+    seen = []
+    trunk = Model.trunk
+
+    def watched(model, input_ids, **options):
+        if torch.is_grad_enabled():
+            layer = next(m for m in model.net.modules() if isinstance(m, Qwen3DecoderLayer))
+            calls = []
+            layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
+            attn = model.net.config._attn_implementation
+            seen.append((attn, len(input_ids) == 1, calls))
+        return trunk(model, input_ids, **options)
+
+    monkeypatch.setattr(Model, "trunk", watched)
+    rows = []
+    for name, runtime in (("plain", {}), ("ways", ways)):
+        seen.clear()
+        rows.append(carry_out(one_stage(tmp_path / name, data, runtime=runtime, **keys)))
+        found = {(attn, one_row, len(calls)) for attn, one_row, calls in seen}
+        assert found == {("eager", True, 2) if runtime else ("sdpa", False, 1)}
+    assert rows[0][0]["loss"] == pytest.approx(rows[1][0]["loss"], abs=1e-5)
+    gone = {"attn": "flash_attention_2"}
+    with pytest.raises(UsageError, match="Flash"):
+        carry_out(one_stage(tmp_path / "gone", data, runtime=gone, **keys))
 
 
 def test_what_cannot_be_computed_again():

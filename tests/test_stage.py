@@ -4,7 +4,7 @@ loads in plain transformers. One process, so that torch is imported once."""
 import json
 
 import pytest
-from test_chat import CHATML, chat
+from test_chat import CHATML, R1, chat
 from typer.testing import CliRunner
 
 from opdctl.cli import app
@@ -110,6 +110,28 @@ def test_sft_from_a_teacher(stage):
     keep = ("sources.teacher.keep=all", "sources.teacher.sampling.max_tokens=4")
     run, printed = stage("sft", *STUDENT, *TEACHER, *SHORT, *keep)
     assert "the teacher samples" in printed and loads(run.output("sft"))
+
+
+@pytest.mark.parametrize(
+    "theirs, ours, begins",
+    [(R1, CHATML, "assistant\n[[<think>\n"), (CHATML, R1, "assistant\n<think>\n[[</think>")],
+)
+def test_a_teachers_answer_keeps_its_marks_of_thinking(stage, tmp_path, theirs, ours, begins):
+    for name, template in (("s", ours), ("t", theirs)):
+        save(chat(template, seed=len(theirs)), tmp_path / name)
+    keep = ("sources.teacher.keep=all", "sources.teacher.sampling.max_tokens=4")
+    models = ("--student", str(tmp_path / "s"), "--teacher", str(tmp_path / "t"))
+    run, _ = stage("sft", *models, *SHORT, *keep)
+    assert begins in shown(run, "sft")
+
+
+def test_a_demonstration_does_not_open_what_the_template_has_opened(stage, tmp_path):
+    save(chat(R1), tmp_path / "s")
+    row = {"prompt": "1+1", "answer": "<think>\na</think>2"}
+    (tmp_path / "r.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    data = f"data.prompts.path={tmp_path / 'r.jsonl'}"
+    run, _ = stage("sft", "--student", str(tmp_path / "s"), *SHORT, data=data)
+    assert shown(run, "sft").endswith("assistant\n<think>\n[[a</think>2<|im_end|>]]")
 
 
 def test_rl_by_a_method_with_a_system_turn_and_thinking_off(stage):

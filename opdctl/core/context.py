@@ -127,17 +127,18 @@ class Context:
         options["trust_remote_code"] = runtime.trust_remote_code
         return load(path, **options)
 
-    def student(self) -> Any:
+    def student(self, classifier: bool = False) -> Any:
         """The model that the stage trains, at its start, with an adapter if the keys say so; one
         that it starts from is trained further."""
         lora = getattr(self.config, "lora", None)
         if lora is None or not lora.rank:
-            return self.load(self.config.student, trained=True)
+            return self.load(self.config.student, classifier=classifier, trained=True)
         from opdctl.nets.lora import attach, go_on
 
         path = self.path_of(self.config.student)
         base, recomputed = references.base_of(path), self.runtime.gradient_checkpointing
-        model = self._load(base or path, device=self.device, recomputed=recomputed)
+        how = {"device": self.device, "classifier": classifier, "recomputed": recomputed}
+        model = self._load(base or path, **how)
         if base:
             go_on(model, path, lora, base)
         else:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from opdctl.core import draws
-from opdctl.core.models import Model
+from opdctl.core.models import Model, set_passes
+from opdctl.nets.whole import unreadable
 
 BEGIN, ANSWER, END = "<|user|>", "<|assistant|>", "<|end|>"
 TEMPLATE = (
@@ -40,7 +41,11 @@ def new_tokenizer(texts: list[str]) -> Any:
 
 
 def new_model(ctx) -> Model:
-    """Tokenizer of all the recipe's data and a randomly initialised Qwen3 of the stage's shape."""
+    """Tokenizer of all the recipe's data and a randomly initialised Qwen3 of the stage's shape.
+
+    Raises:
+        UsageError: ``runtime.attn`` is not there.
+    """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -69,8 +74,16 @@ def new_model(ctx) -> Model:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    runtime = ctx.runtime
+    if runtime.attn != "auto":
+        config._attn_implementation = runtime.attn
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draws.key(ctx.seed, "init") % 2**63)
-        net = Qwen3ForCausalLM(config)
-    net = net.to(dtype=getattr(torch, ctx.runtime.dtype), device=ctx.device)
-    return Model(net.train(False), tokenizer, f"stage {ctx.name}")
+        try:
+            net = Qwen3ForCausalLM(config)
+        except (ImportError, ValueError) as error:
+            raise unreadable(f"stage {ctx.name}", error) from error
+    net = net.to(dtype=getattr(torch, runtime.dtype), device=ctx.device)
+    model = Model(net.train(False), tokenizer, f"stage {ctx.name}")
+    set_passes(model, runtime.packing, runtime.gradient_checkpointing)
+    return model

@@ -62,7 +62,8 @@ class Loop:
     def __init__(self, ctx: Context, model: Model, parts: Parts) -> None:
         self.ctx, self.model, self.parts = ctx, model, parts
         self.steps, self.optim = ctx.config.steps, ctx.config.optim
-        if model.adapter is None and ctx.runtime.masters_of(self.optim.lr):
+        narrow = any(p.dtype.itemsize < 4 for p in model.moved().values())  # no adapter is
+        if narrow and ctx.runtime.masters_of(self.optim.lr):
             model.masters = Masters(model.net)
             print(f"{ctx.name}: the optimizer moves float32 copies of the parameters", flush=True)
         self.optimizer = update.make_optimizer(model, self.optim)

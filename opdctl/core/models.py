@@ -218,13 +218,22 @@ def load(
         raise unreadable(folder, error) from error
     require_whole(model, classifier, found)
     require_own_logits(model)
-    implementation = str(net.config.get_text_config()._attn_implementation)
+    set_passes(model, packing, recomputed)
+    return model
+
+
+def set_passes(model: Model, packing: str, recomputed: bool) -> None:
+    """How sequences stand in a pass, and whether its activations are computed again; see ``load``.
+
+    Raises:
+        UsageError: the model cannot.
+    """
+    implementation = str(model.net.config.get_text_config()._attn_implementation)
     if packing == "packed" or (packing == "auto" and implementation.startswith("flash")):
         model.one_row = keeps_apart(model, required=packing == "packed")
     if recomputed:
-        recompute(net, folder)
+        recompute(model.net, model.name)
         model.recomputed = True
-    return model
 
 
 def different_tokens(student: Model, teacher: Model) -> tuple[str, str] | None:

@@ -3,8 +3,8 @@
 Assumed: AdamW with two moments and gradients in the parameters' type, or in float32 for copies of
 bfloat16 parameters (counted with the moments) and for adapters; frozen models, all loaded or as
 many as ``runtime.resident_teachers`` says, the largest ones; full attention in every layer; a wave
-of responses as long as they may get; that sampling and updates take turns; nothing recomputed in
-the backward pass. Not counted: kept hidden rows of teachers, fragments, other stages.
+of responses as long as they may get; that sampling and updates take turns. Not counted: kept hidden
+rows of teachers, fragments, other stages.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,12 @@ class Shape:
     intermediate: int = key(0, "width of the feed-forward part; 0 is not known", least=0)
     kv_heads: int = key(0, "key-value heads; 0 is not known", least=0)
     head_dim: int = key(0, "width of a head; 0 is not known", least=0)
+    kept: int = key(
+        0,
+        "numbers a cache keeps of a token in a layer; 0 is 2 x kv_heads x head_dim; with latent "
+        "attention (MLA) kv_lora_rank + qk_rope_head_dim",
+        least=0,
+    )
     vocabulary: int = key(0, "rows of the head; 0 is not known", least=0)
 
     @property
@@ -39,13 +46,17 @@ class Shape:
     @property
     def cached(self) -> int:
         """Numbers that a cache keeps of one token: keys and values of every layer."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
+        return self.layers * (self.kept or 2 * self.kv_heads * self.head_dim)
 
-    @property
-    def activated(self) -> int:
-        """Numbers that a training pass keeps of one token, without recomputation: about ten widths
-        of each attention block and four of its feed-forward part."""
-        return self.layers * (10 * self.hidden + 4 * self.intermediate)
+    def activated(self, again: bool = False) -> int:
+        """Numbers that a training pass keeps of one token: about ten widths of each attention block
+        and four of its feed-forward part.
+
+        Args:
+            again: they are kept of one layer at a time, and of the others what goes in.
+        """
+        layer = 10 * self.hidden + 4 * self.intermediate
+        return layer + self.layers * self.hidden if again else self.layers * layer
 
     def adapter(self, rank: int) -> float:
         """Parameters of a low-rank adapter: rank times the two widths of each linear layer, four in
@@ -89,6 +100,22 @@ def made(model: Any) -> Shape:
     )
 
 
+def kept_of(config: Mapping[str, Any]) -> int:
+    """Numbers that a cache keeps of one token in one layer, by the keys of a config.json.
+
+    Keys and values of each head; with latent attention (MLA; DeepSeek-V3, arXiv 2412.19437) the
+    latent and the rotated part of the key, and what an indexer of sparse attention (GLM-5) keys by.
+    """
+    if config.get("kv_lora_rank"):
+        indexer = config.get("index_head_dim") or 0
+        return config["kv_lora_rank"] + (config.get("qk_rope_head_dim") or 0) + indexer
+    all_heads = config.get("num_attention_heads") or config.get("n_head") or 1
+    hidden = config.get("hidden_size") or config.get("n_embd") or 0
+    width = config.get("head_dim") or hidden // all_heads
+    heads = config.get("num_key_value_heads") or all_heads
+    return heads * (width + (config.get("v_head_dim") or width))
+
+
 def of_folder(folder: Path) -> Shape | None:
     """Size of a model in a folder: parameters from the headers of its weight files."""
     try:
@@ -107,6 +134,7 @@ def of_folder(folder: Path) -> Shape | None:
             intermediate=config.get("intermediate_size") or 0,
             kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or hidden // heads,
+            kept=kept_of(config),
             vocabulary=config.get("vocab_size") or 0,
         )
         if count

@@ -38,7 +38,8 @@ ASSUMED = (
     "bfloat16 parameters (runtime.masters) and adapters on every linear layer; keys and "
     "values of a wave of "
     "responses of the full sampling.max_tokens (of the most that a controller may make of it); "
-    "activations of a micro-batch, none recomputed; "
+    "activations of a micro-batch, all of them unless "
+    "runtime.gradient_checkpointing; "
     f"prompts of {PROMPT} tokens, demonstrations of {DEMONSTRATION}, responses of {LENGTH:.0%} of "
     f"sampling.max_tokens; {FORWARD:g} operations a parameter and token forward, {TRAIN:g} in "
     f"training, at {COMPUTE:.0%} of the GPU's dense peak in runtime.dtype; decoding at "
@@ -144,7 +145,7 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
         cached=max((s.model.cached for s in work.samples), default=0),
         sampled=wave * (PROMPT + longest),
         engine=share * gpu.memory if work.samples else 0,
-        activated=student.activated,
+        activated=student.activated(runtime.gradient_checkpointing),
         trained=(runtime.micro_batch or 16) * (PROMPT + per_pass),
     )
     each = BYTES[runtime.dtype]

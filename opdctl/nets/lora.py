@@ -69,17 +69,18 @@ def library() -> Any:
 
 def attach(model: Model, lora: Lora, base: str, seed: int) -> None:
     """A new adapter: B is zero, so it changes nothing yet; A is drawn from the seed. Nothing else
-    of the model is trained.
+    of the model is trained, but for the score of a classifier.
 
     Raises:
         UsageError: a target is no module of the model, or not one that can have an adapter.
     """
-    peft = library()
+    peft, judges = library(), hasattr(model.net, "score")
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         target_modules=list(lora.targets) or "all-linear",
-        task_type="CAUSAL_LM",
+        exclude_modules=["score"] if judges else None,
+        task_type=None if judges else "CAUSAL_LM",
     )
     head = model.head
     with torch.random.fork_rng(devices=[]):
@@ -97,7 +98,13 @@ def attach(model: Model, lora: Lora, base: str, seed: int) -> None:
             f"{model.name}: lora.targets={lora.targets} has its head in it",
             "leave the head out: its logits are computed a chunk at a time, from one plain matrix",
         )
-    model.adapter = Adapter(found, base, lora.output == "merged")
+    _start(model, Adapter(found, base, lora.output == "merged"))
+
+
+def _start(model: Model, adapter: Adapter) -> None:
+    if hasattr(model.net, "score"):
+        model.net.score.requires_grad_(True)  # a language model has none to start from
+    model.adapter = adapter
     model.count()
 
 
@@ -124,8 +131,7 @@ def go_on(model: Model, folder: str, lora: Lora, base: str) -> None:
                 f"lora.{key}={value} trains it further; for a new one merge it first: opdctl stage "
                 f"merge --student {base} models.a={folder}",
             )
-    model.adapter = Adapter(found, base, lora.output == "merged")
-    model.count()
+    _start(model, Adapter(found, base, lora.output == "merged"))
 
 
 def read(model: Model, folder: str, name: str = NAME, trainable: bool = False) -> Any:

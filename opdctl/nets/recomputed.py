@@ -1,14 +1,16 @@
 """Gradient checkpointing: the activations of a layer are computed again in the backward pass.
 
-transformers does so in modules that say they are training. Here nothing ever is, since dropout
-would make another policy than the one that sampled; so the layers alone, and not what is inside
-them, are said to be while a pass that needs a gradient goes through them.
+transformers does so in layers that say they are training. Here nothing ever is, since dropout
+would make another policy than the one that sampled; so a layer says so only when a pass that needs
+a gradient calls it, and no longer inside (OPT's and Falcon's look there whether to drop).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -30,6 +32,23 @@ def recompute(net: nn.Module, name: str) -> None:
             "runtime.gradient_checkpointing=false",
         )
     net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in net.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            again = layer._gradient_checkpointing_func
+            layer._gradient_checkpointing_func = functools.partial(_inside, layer, again)
+
+
+def _inside(layer: Any, again: Callable[..., Any], forward: Callable[..., Any], *args: Any) -> Any:
+    """A layer's forward, now and again, in which the layer does not say that it is training."""
+
+    def quiet(*args: Any) -> Any:
+        said, layer.training = layer.training, False
+        try:
+            return forward(*args)
+        finally:
+            layer.training = said
+
+    return again(quiet, *args)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from opdctl import references
 from opdctl.estimate.memory import BYTES, Estimate, estimate, of_student, shown
+from opdctl.estimate.shape import kept_of
 from opdctl.preflight._pairing import Finding, Pairing
 from opdctl.settings import longest_turn
 
@@ -103,10 +104,8 @@ def adapter_bytes(folder: str) -> int:
 
 
 def per_token(config) -> int:
-    """Numbers that a cache keeps of one token: keys and values of every layer."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width
+    """Numbers that a cache keeps of one token, in all layers."""
+    return config.num_hidden_layers * kept_of(config.to_dict())
 
 
 def capacity(device: str) -> int:

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Literal
 
 from opdctl.chat.conversation import spoken
+from opdctl.chat.retold import opening, retold
 from opdctl.core import draws
 from opdctl.core.prompts import PromptOrder
 from opdctl.core.sampling import answered
@@ -76,7 +77,7 @@ class Dataset:
                         f"data.{prompt.domain}: a demonstration without the thinking it asks for",
                         "a trace, a thought_column, or a teacher as the source",
                     )
-                self._write(rollout, self._unprompted(prompt, lead) + answer)
+                self._write(rollout, self._unprompted(prompt, lead, answer))
                 rollouts.append(rollout)
         return rollouts
 
@@ -111,12 +112,26 @@ class Dataset:
             observed=tuple(gaps),
         )
 
-    def _unprompted(self, prompt: Prompt, lead: str) -> str:
-        """The thinking of a demonstration, without what the rendered prompt has of it already."""
+    def _unprompted(self, prompt: Prompt, lead: str, answer: str) -> str:
+        """A demonstration without what the rendered prompt has of its thinking already.
+
+        Raises:
+            UsageError: the prompt ends in a closed block, and the demonstration thinks.
+        """
         thinking = self.ctx.data(prompt.domain).config.thinking
-        if thinking.mode == "free" or prompt.calls:
-            return lead
-        return self.model.after_prompt(prompt, lead, thinking.open, thinking.close)
+        text = lead + answer
+        if prompt.calls:
+            return text
+        if thinking.mode != "free":
+            after = self.model.after_prompt(prompt, lead, thinking.open, thinking.close)
+            return after + answer
+        if not text.lstrip().startswith(thinking.open.strip() or thinking.open):
+            return text
+        written = opening(self.model, self.model.render(prompt), thinking)
+        try:
+            return retold(text, "", written, thinking)
+        except UsageError as error:
+            raise UsageError(f"data.{prompt.domain}: {error.message}", error.hint) from error
 
     def _write(self, rollout: Rollout, text: str) -> None:
         rollout.response_ids = [*rollout.response_ids, *self.model.encode(text)]

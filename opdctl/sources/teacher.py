@@ -1,8 +1,9 @@
 """Off-policy samples of another model: sequence-level distillation (Kim and Rush 2016).
 
 With ``keep: verified`` only answers that the verifier passes are kept (rejection sampling), which
-is how Qwen3 and GLM-5 make cold-start data. Texts are re-encoded with the student's tokenizer, so
-a model behind an API (``http://host:8000``) can be the teacher too.
+is how Qwen3 and GLM-5 make cold-start data. Texts are re-encoded with the student's tokenizer, and
+told in its chat template (``chat/retold.py``), so a model behind an API (``http://host:8000``) can
+be the teacher too.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from opdctl import references
+from opdctl.chat.retold import opening, retold
 from opdctl.core.prompts import PromptOrder
 from opdctl.core.sampling import sample_group, unanswered
+from opdctl.errors import UsageError
 from opdctl.registry import member
 from opdctl.schema import REQUIRED, key
 from opdctl.settings import Sampling
@@ -48,8 +51,10 @@ class Teacher:
             expert = self.config.experts.get(prompt.domain, self.config.model)
             by_expert.setdefault(expert, []).append(prompt)
         rollouts, flops = [], 0.0
+        opened: dict[int, list[str | None]] = {}
         for expert, prompts in by_expert.items():
-            found, parameters = self._sampled(expert, prompts, step)
+            found, parameters, before = self._sampled(expert, prompts, step)
+            opened |= {id(r): turns for r, turns in zip(found, before, strict=True)}
             first = 1 + max((r.group for r in rollouts), default=-1)
             for rollout in found:
                 rollout.group += first
@@ -63,16 +68,17 @@ class Teacher:
             rollouts = [r for r in rollouts if r.reward == 1.0]
         for rollout in rollouts:
             rollout.behaviour_logprobs = None
-            self._retell(rollout)
+            self._retell(rollout, opened[id(rollout)])
         return rollouts
 
-    def _sampled(self, expert: str, prompts: list, step: int) -> tuple[list, int]:
-        """Its responses, and its parameters: 0 of a model behind an API, which are not known."""
+    def _sampled(self, expert: str, prompts: list, step: int) -> tuple[list, int, list]:
+        """Its responses; its parameters, 0 of a model behind an API, which are not known; and of
+        each turn of a response what its template opened, None of an API."""
         sampling = self.config.sampling
         if references.parse(expert).form != "server":
             model = self.ctx.frozen(expert)
             found = sample_group(self.ctx, model, prompts, step, "teacher", sampling=sampling)
-            return found, model.parameters
+            return found, model.parameters, [self._opened(model, r) for r in found]
         if expert not in self._apis:
             self._apis[expert] = member("teachers", "api")(
                 self.ctx, self.student, f"of stages.{self.ctx.name}", expert
@@ -81,17 +87,43 @@ class Teacher:
         answers = self._apis[expert].answer([r.prompt for r in found], keys, sampling)
         for rollout, (rollout.text, rollout.truncated) in zip(found, answers, strict=True):
             rollout.response_ids = self.student.encode(rollout.text)
-        return found, 0
+        return found, 0, [[None]] * len(found)
 
-    def _retell(self, rollout) -> None:
-        """The same turns in the student's tokens."""
-        student, said, spoken = self.student, [], rollout.before[::2]
-        rollout.prompt_ids, rollout.observed = student.render(rollout.prompt), ()
-        environment = self.ctx.environment(rollout.prompt.domain) if spoken else None
-        for text, reply in zip(spoken, rollout.before[1::2], strict=True):
-            said += student.encode(text)
-            answer = student.observation(reply, environment.role, prompt=rollout.prompt)
-            rollout.observed += ((len(said), len(said) + len(answer)),)
-            said += answer
-        ids = student.encode(rollout.text)
-        rollout.response_ids = said + (ids[:-1] if rollout.truncated else ids)
+    def _marks(self, rollout):
+        return self.ctx.data(rollout.prompt.domain).config.thinking
+
+    def _opened(self, model, rollout) -> list[str]:
+        """What stands open of a block of thought before each turn of a response."""
+        heard = [rollout.prompt_ids, *(rollout.response_ids[a:b] for a, b in rollout.observed)]
+        return [opening(model, ids, self._marks(rollout)) for ids in heard]
+
+    def _retell(self, rollout, before: list[str | None]) -> None:
+        """The same turns in the student's tokens, after what its template opens.
+
+        Args:
+            before: what the teacher's template opened, of each turn.
+
+        Raises:
+            UsageError: the student's template has no place for what the teacher thought.
+        """
+        student, marks = self.student, self._marks(rollout)
+        environment = self.ctx.environment(rollout.prompt.domain) if rollout.before else None
+        asked = student.render(rollout.prompt)
+        rollout.prompt_ids, rollout.observed = asked, ()
+        said, turns, replies = [], [*rollout.before[::2], rollout.text], rollout.before[1::2]
+        for turn, text in enumerate(turns):
+            cut = rollout.truncated and turn == len(replies)
+            try:
+                text = retold(text, before[turn], opening(student, asked, marks), marks, cut)
+            except UsageError as error:
+                domain = rollout.prompt.domain
+                raise UsageError(f"data.{domain}: {error.message}", error.hint) from error
+            turns[turn] = text
+            ids = student.encode(text)
+            said += ids[:-1] if cut else ids
+            if turn < len(replies):
+                asked = student.observation(replies[turn], environment.role, prompt=rollout.prompt)
+                rollout.observed += ((len(said), len(said) + len(asked)),)
+                said += asked
+        told = [t for pair in zip(turns, replies, strict=False) for t in pair]
+        rollout.response_ids, rollout.before, rollout.text = said, tuple(told), turns[-1]

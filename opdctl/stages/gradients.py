@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from opdctl.errors import Problem
 from opdctl.registry import config_of, member
 from opdctl.schema import REQUIRED, key
-from opdctl.settings import Prompts, Sampling, StageConfig, Teacher
+from opdctl.settings import Lora, Prompts, Sampling, StageConfig, Teacher
 
 
 class Gradients:
@@ -32,6 +32,7 @@ class Gradients:
         """Keys of a gradients stage."""
 
         student: str = key(REQUIRED, "whose rollouts, whose gradient", ref=True)
+        lora: Lora = key(Lora(), "gradients of an adapter, not of the weights", neutral=True)
         batches: int = key(100, "gradients of each objective", least=2)
         prompts: Prompts = key(Prompts(), "which prompts, of each batch")
         sampling: Sampling = key(Sampling(), "how the student samples")
@@ -64,6 +65,8 @@ class Gradients:
         """What the schema cannot see: what an opd stage of these keys would refuse."""
         alone = not config.together
         found = member("stages", "opd").problems(as_opd(config), recipe, stage, alone)
+        if config.lora.output == "adapter":
+            found.append(Problem("lora.output", "nothing is written here", "leave it out"))
         if sum(o.coef > 0 for o in config.objectives.values()) < 1 + alone:
             hint = "objectives: {policy_gradient: {}, divergence: {}}, or together: true for one"
             found.append(Problem("objectives", "fewer than two to compare", hint))
@@ -75,7 +78,7 @@ class Gradients:
         from opdctl.core.gradients import measure
 
         config = ctx.config
-        model = ctx.load(config.student, trained=True)
+        model = ctx.student()
         return measure(ctx, model, on_policy(ctx, model, config.teachers))
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opdctl.errors import Problem
 from opdctl.registry import config_of
 from opdctl.schema import REQUIRED, key
-from opdctl.settings import Prompts, Sampling, TrainConfig
+from opdctl.settings import Lora, Prompts, Sampling, TrainConfig
 from opdctl.stages.sft import needs_domains
 
 
@@ -29,6 +30,7 @@ class Orm:
         """Keys of an orm stage."""
 
         student: str = key(REQUIRED, "where its trunk starts", ref=True)
+        lora: Lora = key(Lora(), "an adapter in place of the trunk's weights", neutral=True)
         policy: str = key(REQUIRED, "whose rollouts it learns to judge", ref=True)
         prompts: Prompts = key(Prompts(samples=4), "which prompts")
         sampling: Sampling = key(Sampling(), "how they are sampled")
@@ -36,7 +38,11 @@ class Orm:
     @staticmethod
     def problems(config, recipe, stage):
         """What the schema cannot see."""
-        return needs_domains(recipe, stage)
+        found = needs_domains(recipe, stage)
+        if config.lora.output == "adapter":
+            what = "its score is trained whole, and no adapter holds it"
+            found.append(Problem("lora.output", what, "lora.output=merged"))
+        return found
 
     def run(self, ctx):
         """Sample, label, train, write the classifier."""
@@ -54,4 +60,4 @@ class Orm:
                 rewards=[reward_of(ctx, "verifier")],
             )
 
-        return train(ctx, ctx.load(ctx.config.student, classifier=True, trained=True), parts)
+        return train(ctx, ctx.student(classifier=True), parts)
