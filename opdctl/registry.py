@@ -62,6 +62,12 @@ def needs_of(cls: type, config: object) -> tuple[str, ...]:
     return (*cls.needs, *(cls.also(config) if hasattr(cls, "also") else ()))
 
 
+def parted(need: str) -> tuple[str, str]:
+    """``teacher.hidden{all}`` -> the need and what it is about; ``""`` where it says nothing."""
+    name, _, about = need.partition("{")
+    return name, about.removesuffix("}")
+
+
 def config_of(family: str, name: str, **keys: object) -> object:
     """A member's Config with some keys set, for a stage that always uses it."""
     return member(family, name).Config(**keys)

@@ -158,6 +158,7 @@ def _value(hint, value, path, problems, lookup, meta):
         if value is None and len(options) < len(typing.get_args(hint)):
             return None
         simple = [h for h in options if not dataclasses.is_dataclass(h)]
+        simple.sort(key=lambda h: (typing.get_origin(h) is list) != isinstance(value, list))
         records = [h for h in options if dataclasses.is_dataclass(h)]
         if records and isinstance(value, dict):
             return build(records[0], value, path, problems, lookup)
@@ -358,6 +359,9 @@ def _plain(default: Any) -> str:
 def _type_name(hint) -> str:
     if typing.get_origin(hint) is Literal:
         return " | ".join(str(a) for a in typing.get_args(hint))
+    if typing.get_origin(hint) is types.UnionType or typing.get_origin(hint) is typing.Union:
+        each = ("None" if h is type(None) else _type_name(h) for h in typing.get_args(hint))
+        return " | ".join(each)
     if isinstance(hint, type) and typing.get_origin(hint) is None:
         return hint.__name__
     if typing.get_origin(hint) is dict and dataclasses.is_dataclass(typing.get_args(hint)[1]):

@@ -55,7 +55,7 @@ def model():
     return make_model()
 
 
-def make_model64(seed=0, width=24):
+def make_model64(seed=0, width=24, layers=2):
     """A GPT-2 in float64 throughout: Qwen3's norms and rotations are fp32 whatever its type."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -69,7 +69,7 @@ def make_model64(seed=0, width=24):
         vocab_size=len(tokenizer),
         n_positions=64,
         n_embd=width,
-        n_layer=2,
+        n_layer=layers,
         n_head=2,
         initializer_range=0.3,
         eos_token_id=tokenizer.eos_token_id,

@@ -11,7 +11,6 @@ from opdctl.registry import member
 from opdctl.rundir import read_json
 from running import carry_out, one_stage
 
-
 TINY = {  # what methods/NAME.yaml says of answers of a few tokens
     "prune_opd": {"controllers": {"length": {"least": 2, "most": 7, "step": 1, "margin": 1}}}
 }

@@ -9,7 +9,8 @@ from opdctl import references
 from opdctl.core.context import Context
 from opdctl.core.scored import Parts
 from opdctl.core.view import PerStep, Term
-from opdctl.registry import member
+from opdctl.nets.layers import layers_of
+from opdctl.registry import member, parted
 from opdctl.settings import Teacher, routes
 from opdctl.types import Rollout
 
@@ -108,7 +109,14 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
         if c.coef and hasattr(c, "reward")
     ]
     local, route = {}, {}
-    wanted = {n.removeprefix("teacher.") for n in needs if n.startswith("teacher.")}
+    which = {about for name, about in map(parted, needs) if name == "student.hidden"}
+    layers = layers_of(model, which) if which else None
+    compared = {"teacher.hidden{" + about + "}" for about in which}
+    wanted = {n.removeprefix("teacher.") for n in needs - compared if n.startswith("teacher.")}
+    rebuilds = "hidden" in wanted
+    if layers:
+        wanted |= {"inner"} if layers.inner else set()
+        wanted |= {"hidden"} if layers.depth in layers.chosen else set()
     refers = {n.removeprefix("reference.") for n in needs if n.startswith("reference.")}
     reference, sources = None, getattr(config, "sources", {})
     if refers:
@@ -145,6 +153,8 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
         reference_wants=tuple(sorted(refers)),
         route=route,
         teacher_wants=tuple(sorted(wanted)),
+        layers=layers,
+        rebuilds=rebuilds,
         teacher_top=max([*ids, *(getattr(t.objective.config, "k", 0) for t in terms)], default=0),
         policy_wants=tuple(policy),
         policy_top=top,

@@ -146,6 +146,7 @@ def _gradient(ctx, model, parts, step, term) -> tuple[torch.Tensor, int]:
         kernel=runtime.kernel,
         rounded=runtime.rounded_logits,
         taught=step.taught,
+        layers=parts.layers,
     )
     flat = [  # an expert that no token went to has none
         (torch.zeros_like(p) if p.grad is None else p.grad).flatten()

@@ -238,6 +238,7 @@ class Loop:
                     kernel=runtime.kernel,
                     rounded=runtime.rounded_logits,
                     taught=step.taught,
+                    layers=self.parts.layers,
                 )
                 clip = self.optim.clip_norm
                 norm, taken = update.step(model, self.optimizer, lr, clip, loss)

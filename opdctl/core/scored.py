@@ -26,6 +26,7 @@ from opdctl.core.view import PerStep, Term
 from opdctl.errors import StageFailed
 from opdctl.kernels.select import rows_class
 from opdctl.kernels.topk import overlap_ratio
+from opdctl.nets.layers import Layers
 from opdctl.types import FORWARD, Compute, Rollout
 
 
@@ -45,9 +46,11 @@ class Parts:
         reference: a frozen model the log-ratio is taken to (the column ``reference``).
         reference_wants: what is asked of it: logprobs, and modal, its log-prob of the teacher's
             most probable token (the column ``reference_modal``).
-        teacher_wants: what is asked of them: logprobs, hidden, lse, topk, entropy, modal, the
-            log-prob of the most probable token (the column ``teacher_modal``), and above, the mass
-            of the tokens more probable than the sampled one (``teacher_above``).
+        teacher_wants: what is asked of them: logprobs, hidden, inner, lse, topk, entropy, modal,
+            the log-prob of the most probable token (the column ``teacher_modal``), and above, the
+            mass of the tokens more probable than the sampled one (``teacher_above``).
+        layers: whose hidden states are compared; None where none are.
+        rebuilds: logits of teachers are rebuilt from hidden, so their heads are needed too.
         teacher_top: k of topk.
         policy_wants: what a no-grad pass of the student before the update is for: logprobs,
             entropy, kl, its divergence to the teacher (the column ``policy_kl``), and overlap, the
@@ -72,6 +75,8 @@ class Parts:
     reference: Any = None
     reference_wants: tuple[str, ...] = ()
     teacher_wants: tuple[str, ...] = ("logprobs",)
+    layers: Layers | None = None
+    rebuilds: bool = True
     teacher_top: int = 16
     policy_wants: tuple[str, ...] = ()
     policy_top: int = 0
@@ -276,12 +281,14 @@ def _teach(step, requests, model, parts, ctx, compute, ours_NK) -> None:
             above_NM[at_N, place_N] = found.above_N
         if ours_NK is not None:
             overlap_NM[at_N, place_N] = _overlap(ours_NK[at_N], found.top_NK).to(model.wide)
-        if found.hidden_ND is not None:
+        if found.hidden_ND is not None or found.inner_NLD is not None:
             index_NM[at_N, place_N] = len(held)
             row_NM[at_N, place_N] = torch.arange(len(at_N), device=at_N.device)
-            head = teacher.head(parts.temperature, ctx.runtime.rounded_logits)
+            head = None
+            if parts.rebuilds:
+                head = teacher.head(parts.temperature, ctx.runtime.rounded_logits)
             kept = (found.hidden_ND, found.lse_N, found.top_NK, found.entropy_N)
-            held.append(Held(head, *kept, stored=teacher.stored))
+            held.append(Held(head, *kept, teacher.stored, found.inner_NLD, name))
         for i in mine:
             step.rollouts[i].teacher = "+".join(routes[i])
         forwarded = sum(len(q.ids) for q in asked)
@@ -342,7 +349,10 @@ def _asked(
     if logged:
         return Scores(torch.from_numpy(logged[0]["logprobs"]).to(device)), int(logged[0]["size"])
     given = (asked, parts.temperature, wants, parts.teacher_top)
-    found = teacher.score(*given) if ids_N is None else teacher.score(*given, ids_N)
+    if "inner" in wants:
+        found = teacher.score(*given, layers=parts.layers)
+    else:
+        found = teacher.score(*given) if ids_N is None else teacher.score(*given, ids_N)
     if wants == ("logprobs",):
         size = np.array(teacher.parameters)
         ctx.wal.put(question, {"logprobs": found.logprobs_N.cpu().numpy(), "size": size})
@@ -352,7 +362,8 @@ def _asked(
 def _check(name: str, found: Scores, rollouts: list[Rollout]) -> None:
     """Length and finiteness of what a teacher said."""
     owner = [r for r in rollouts for _ in range(r.length)]
-    for what in ("logprobs_N", "hidden_ND", "lse_N", "entropy_N", "modal_N", "at_N", "above_N"):
+    flat = ("logprobs_N", "lse_N", "entropy_N", "modal_N", "at_N", "above_N")
+    for what in ("hidden_ND", "inner_NLD", *flat):
         value_N = getattr(found, what)
         if value_N is None:
             continue

@@ -15,6 +15,7 @@ from opdctl.core.chunks import rows_in
 from opdctl.core.models import Model
 from opdctl.core.tokens import micro_batches, pack
 from opdctl.kernels import chunked
+from opdctl.nets.layers import Layers, asked, depth_of, states
 from opdctl.types import ScoreRequest
 
 
@@ -30,6 +31,7 @@ class Scores:
         top_NK: most probable ids; None if not asked for.
         entropy_N: None if not asked for.
         modal_N, modal_id_N: log-prob and id of the most probable token; None if not asked for.
+        inner_NLD: rows of the layers that belong to a student's inner ones; None if not asked for.
         at_N: log-prob of another token than the target, at its place; None if not asked for.
         above_N: mass of all tokens more probable than the target: below p, it is in the top-p
             nucleus; None if not asked for.
@@ -44,6 +46,7 @@ class Scores:
     modal_id_N: Tensor | None = None
     at_N: Tensor | None = None
     above_N: Tensor | None = None
+    inner_NLD: Tensor | None = None
 
 
 @torch.no_grad()
@@ -55,6 +58,7 @@ def score(
     want: Collection[str] = ("logprobs",),
     top: int = 16,
     ids_N: Tensor | None = None,
+    layers: Layers | None = None,
     rounded: bool = False,
     micro_batch: int = 0,
     chunk_mib: int = 0,
@@ -64,8 +68,10 @@ def score(
 
     Args:
         want: any of logprobs, hidden, lse, topk, entropy, modal, at, above.
+        want: any of logprobs, hidden, inner, lse, topk, entropy, modal, at, above.
         top: k of topk.
         ids_N: one id for each target: whose log-probs ``at`` is.
+        layers: the student's, to whose inner ones those of ``inner`` belong.
         rounded: logits rounded to bfloat16, as in the loss.
         micro_batch: sequences per forward pass; 0 is as many as are alike in length.
         chunk_mib: memory for the logits of one chunk; 0 as in ``rows_in``.
@@ -84,15 +90,22 @@ def score(
     if "topk" in want:
         shape = (count, min(top, head.valid_V))
         found.top_NK = weight_VD.new_zeros(shape, dtype=torch.long)
-    rows = rows_in(chunk_mib, head)
+    inner = layers.beside(depth_of(model)) if "inner" in want else ()
+    rows, logits = rows_in(chunk_mib, head), set(want) - {"hidden", "inner"}
     for group, tokens_N in micro_batches(requests, micro_batch, model.device):
         check()
         packed = pack([requests[i] for i in group], model.pad, model.device, model.one_row)
-        hidden = model.trunk(**packed.inputs).last_hidden_state
-        hidden_ND = hidden.flatten(0, 1)[packed.prediction_N]
+        out = model.trunk(**packed.inputs, **asked(inner, model))
+        hidden_ND = out.last_hidden_state.flatten(0, 1)[packed.prediction_N]
+        if inner:
+            inner_NLD = states(model, out, packed.prediction_N, inner)
+            if found.inner_NLD is None:
+                found.inner_NLD = inner_NLD.new_empty(count, *inner_NLD.shape[1:])
+            found.inner_NLD[tokens_N] = inner_NLD
+        del out
         if found.hidden_ND is not None:
             found.hidden_ND[tokens_N] = hidden_ND
-        for start in range(0, len(hidden_ND) if set(want) - {"hidden"} else 0, rows):
+        for start in range(0, len(hidden_ND) if logits else 0, rows):
             chunk = slice(start, start + rows)
             logits_CV = head.logits(hidden_ND[chunk])
             _read(logits_CV, packed.target_N[chunk], tokens_N[chunk], found, ids_N)

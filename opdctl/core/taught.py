@@ -1,7 +1,8 @@
 """What the teachers of a step leave behind, and their logits when they are needed.
 
-Of each teacher only the last hidden rows of its tokens are kept; its logits are rebuilt through
-its head, a chunk at a time (DeepSeek-V4, arXiv 2606.19348). Rows come ordered by teacher. On a GPU
+Of each teacher only the last hidden rows of its tokens are kept, and those of inner layers that an
+objective compares; its logits are rebuilt through its head, a chunk at a time (DeepSeek-V4, arXiv
+2606.19348). Rows come ordered by teacher. On a GPU
 one head is resident and the next is copied meanwhile; ``loads`` counts how often the resident head
 changed: once per teacher and mini-batch, or where teachers are pooled, and micro-batch; ``most``
 is how many heads were on the device at once. On a CPU heads are where their models are, unless
@@ -27,6 +28,7 @@ class Held:
     """One teacher: its head (on any device) and a row for each token it scored.
 
     Attributes:
+        head: None where no logit of it is rebuilt.
         hidden_ND: last hidden rows; from them the head rebuilds every logit.
         lse_N: log-normaliser, [N]: with it a log-prob at some id needs one row of the head. Kept
             for top-k supports; on the whole vocabulary it would cost a product and save none, and
@@ -34,14 +36,18 @@ class Held:
         top_NK: its most probable ids.
         entropy_N: its entropy.
         stored: where the weight of the head is, if the head has none.
+        inner_NLD: rows of the layers that belong to the student's inner ones, see nets/layers.py.
+        name: of the teacher.
     """
 
-    head: Head
+    head: Head | None
     hidden_ND: Tensor
     lse_N: Tensor | None = None
     top_NK: Tensor | None = None
     entropy_N: Tensor | None = None
     stored: Path | None = None
+    inner_NLD: Tensor | None = None
+    name: str = ""
 
 
 class Taught:
@@ -103,6 +109,19 @@ class Taught:
         """Rows of something kept of each token's own teacher: lse_N, top_NK, entropy_N."""
         parts = [getattr(self.held[i], name)[row_C[part]] for part, i in segments(index_C)]
         return torch.cat(parts)
+
+    def states(self, index_C: Tensor, row_C: Tensor, places: list[int]):
+        """Runs of tokens of one teacher: where, its name, its hidden states, [run, L, width].
+
+        Args:
+            places: which of the layers kept, the inner ones and then the last.
+        """
+        for part, i in segments(index_C):
+            held, rows = self.held[i], row_C[part]
+            inner = [] if held.inner_NLD is None else held.inner_NLD[rows].unbind(1)
+            last = [] if held.hidden_ND is None else [held.hidden_ND[rows]]
+            each = [*inner, *last]
+            yield part, held.name, torch.stack([each[p] for p in places], 1)
 
     def _head(self, index: int) -> Head:
         """The head of a teacher, on the device; the next one's copy is started."""

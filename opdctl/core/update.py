@@ -19,6 +19,7 @@ from opdctl.core.taught import Taught
 from opdctl.core.tokens import last_of_each, micro_batches, pack, per_sequence
 from opdctl.core.view import Term, weighted_sum
 from opdctl.kernels.select import rows_class
+from opdctl.nets.layers import Layers, asked, states
 from opdctl.settings import Optim
 from opdctl.types import ScoreRequest
 
@@ -90,6 +91,7 @@ def accumulate(
     kernel: str = "auto",
     rounded: bool = False,
     taught: Taught | None = None,
+    layers: Layers | None = None,
 ) -> tuple[float, dict, int]:
     """Gradient of the loss over ``spans``, added to ``.grad``.
 
@@ -99,6 +101,7 @@ def accumulate(
         kernel: level of the row pass, see kernels/select.py.
         rounded: logits rounded to bfloat16.
         taught: teachers for the columns teacher_index and teacher_row.
+        layers: whose hidden states are compared; none of a layer before the last if not given.
 
     Returns:
         The loss, the per-token table of what was logged ([N] each; ``masked`` where there are
@@ -114,9 +117,12 @@ def accumulate(
     head = model.projection(temperature, rounded)
     options = {
         "rows_of": Raw if "token" in which else rows_class(kernel, model.device, head.wide),
-        "size": rows_in(chunk_mib, head),
+        "size": rows_in(chunk_mib, head, *_in_chunk(layers, terms)),
         "taught": taught,
     }
+    inner = ()
+    if layers is not None:
+        options["layers"], inner = layers, layers.inner
     table: dict[str, Tensor] = {}
     if any(t.masks for t in terms):
         table["masked"] = (weight_N == 0).to(torch.float32)
@@ -127,7 +133,8 @@ def accumulate(
         order = last_of_each(teacher_NM[:, 0], torch.tensor(lengths)).tolist()
     for group, tokens_N in micro_batches(spans, micro_batch, model.device, order):
         packed = pack([spans[i] for i in group], model.pad, model.device, model.one_row)
-        hidden = model.trunk(**packed.inputs).last_hidden_state.flatten(0, 1)
+        out = model.trunk(**packed.inputs, **asked(inner, model))
+        hidden = out.last_hidden_state.flatten(0, 1)
         index_N = packed.prediction_N if "prediction" in which else packed.token_N
         kept_N = weight_N[tokens_N].nonzero()[:, 0]
         place_N = torch.zeros_like(kept_N)
@@ -135,6 +142,9 @@ def accumulate(
             kept_N, place_N = by_teacher(kept_N, tokens_N, columns)
         where_N = tokens_N[kept_N]
         cut = pairs(columns, where_N, place_N)
+        if inner:
+            options["inner_NLD"] = states(model, out, index_N[kept_N], inner)
+        del out
         loss, found = weighted_sum(
             hidden[index_N[kept_N]],
             head,
@@ -156,6 +166,11 @@ def accumulate(
         total += float(loss.detach())
         processed += packed.positions
     return total, table, processed
+
+
+def _in_chunk(layers: Layers | None, terms: list[Term]) -> tuple[int, bool]:
+    """How many hidden states of a row are compared, and whether any logits are made."""
+    return len(layers.chosen) if layers else 0, any(t.reads_logits for t in terms)
 
 
 def step(

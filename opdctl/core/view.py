@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from opdctl.core.chunks import Chunk, chunked_sum
-from opdctl.core.taught import Taught, segments
-from opdctl.errors import StageFailed
+from opdctl.core.taught import Taught
 from opdctl.kernels.head import Head
 from opdctl.kernels.topk import among, overlap_ratio, union
+from opdctl.nets.layers import LAST, Layers, numbers
 
 
 @dataclass
@@ -60,6 +60,11 @@ class Term:
     factors: list = field(default_factory=list)
     needs: set = field(default_factory=set)
 
+    @property
+    def reads_logits(self) -> bool:
+        """False for an objective that compares hidden states, unless a gate of it reads some."""
+        return bool(self.gates) or not any("student.hidden" in n for n in self.objective.needs)
+
 
 @dataclass
 class Top:
@@ -90,10 +95,15 @@ class View:
     """
 
     def __init__(
-        self, chunk: Chunk, target_C: Tensor, columns: dict, taught: Taught | None
+        self,
+        chunk: Chunk,
+        target_C: Tensor,
+        columns: dict,
+        taught: Taught | None,
+        layers: Layers = LAST,
     ) -> None:
         self.chunk, self.target_C = chunk, target_C
-        self.columns, self.taught = columns, taught
+        self.columns, self.taught, self.layers = columns, taught, layers
         self.logged: dict[str, Tensor] = {}
 
     @property
@@ -101,27 +111,23 @@ class View:
         """The row pass of the chunk's logits."""
         return self.chunk.rows
 
-    @property
-    def hidden_CD(self) -> Tensor:
-        """The policy's last hidden rows."""
-        return self.chunk.hidden_CD
+    def states(self, which: str) -> Tensor:
+        """The policy's hidden states on some layers, [C, L, D]; ``which`` as in its needs."""
+        each = list(self.chunk.inner_CLD.unbind(1)) if self.layers.inner else []
+        places = self._places(which)
+        if len(each) in places:
+            each.append(self.chunk.hidden_CD)
+        return torch.stack([each[p] for p in places], 1)
 
-    @property
-    def teacher_hidden_CD(self) -> Tensor:
-        """The teacher's last hidden rows.
+    def teacher_states(self, which: str) -> list[tuple[slice, str, Tensor]]:
+        """Those of the tokens' own teachers, on the layers that belong to the policy's: for each
+        run of tokens of one teacher the slice, its name and [run, L, its width]."""
+        return list(self.taught.states(*self._asked, self._places(which)))
 
-        Raises:
-            StageFailed: a teacher's are of another width than the policy's.
-        """
-        own = self.chunk.width
-        for _, index in segments(self._asked[0]):
-            theirs = self.taught.held[index].hidden_ND.shape[1]
-            if theirs != own:
-                raise StageFailed(
-                    f"hidden rows of width {own} and {theirs} cannot be compared",
-                    "objectives: {divergence: {}} takes teachers of any width",
-                )
-        return self.taught.kept("hidden_ND", *self._asked)
+    def _places(self, which: str) -> list[int]:
+        """Of some layers among those kept: the inner ones, then the last."""
+        kept = (*self.layers.inner, self.layers.depth)
+        return [kept.index(n) for n in numbers(which, self.layers.depth)]
 
     @cached_property
     def logprob_C(self) -> Tensor:
@@ -229,6 +235,8 @@ def weighted_sum(
     rows_of: type,
     size: int,
     taught: Taught | None = None,
+    layers: Layers = LAST,
+    inner_NLD: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum over tokens and terms of weight x gates x loss, differentiable, in bounded memory.
 
@@ -239,6 +247,8 @@ def weighted_sum(
         terms: objectives with the weight of each token, [N].
         rows_of: level of the row pass.
         size: most rows of a chunk.
+        layers: whose hidden states are compared.
+        inner_NLD: rows of the inner ones.
 
     Returns:
         The sum, and the table of what was logged per token, detached, [N] each.
@@ -247,7 +257,7 @@ def weighted_sum(
 
     def loss_of(chunk: Chunk, part: slice) -> Tensor:
         cut = {name: column[part] for name, column in columns.items()}
-        view = View(chunk, target_N[part], cut, taught)
+        view = View(chunk, target_N[part], cut, taught, layers)
         loss_C = 0.0
         for term, weight_N in terms:
             part_C = weight_N[part] * term.objective.loss(view)
@@ -260,4 +270,5 @@ def weighted_sum(
             table[name][part] = value_C
         return loss_C
 
-    return chunked_sum(loss_of, hidden_ND, head, rows_of, size), table
+    reads_logits = any(term.reads_logits for term, _ in terms)
+    return chunked_sum(loss_of, hidden_ND, head, rows_of, size, reads_logits, inner_NLD), table

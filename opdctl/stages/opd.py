@@ -16,7 +16,8 @@ from pathlib import Path
 
 from opdctl import references
 from opdctl.errors import Problem
-from opdctl.registry import member, needs_of
+from opdctl.estimate.shape import shape_of
+from opdctl.registry import member, needs_of, parted
 from opdctl.schema import did_you_mean, key
 from opdctl.settings import Teacher, routes
 from opdctl.stages._combinations import combination_problems, source_problems
@@ -77,7 +78,7 @@ class Opd:
             provided |= {n.replace("teacher.", "reference.") for n in local}
         found = needs_domains(recipe, stage) + member_problems(config, provided)
         found += source_problems(config, recipe) + combination_problems(config, alone)
-        found += _served(config)
+        found += _served(config) + _widths(config, recipe, stage)
         return found + _routing(config, recipe, stage) + _tokenizers(config)
 
     @staticmethod
@@ -112,7 +113,7 @@ def _served(config) -> list[Problem]:
         if path.startswith("sources."):
             continue  # it says for itself whether it can sample from a server
         needs = needs_of(member(*path.split(".")[-2:]), keys)
-        lacking = [n for n in needs if n.startswith("teacher.") and n not in provides]
+        lacking = [n for n in needs if n.startswith("teacher.") and parted(n)[0] not in provides]
         if lacking:
             what = f"needs {lacking[0]}, and teacher {who} is behind a server, which gives "
             what += f"{' and '.join(provides)} alone"
@@ -122,6 +123,20 @@ def _served(config) -> list[Problem]:
     if (config.loss_temperature or config.sampling.temperature) != 1.0:
         what = f"teacher {who} is behind a server, whose log-probs are those at temperature 1"
         found.append(Problem(key, what, f"{key.split('.')[-1]}=1.0, or a folder"))
+    return found
+
+
+def _widths(config, recipe, stage) -> list[Problem]:
+    """States of two widths, where the sizes of both models are known without loading them."""
+    found, ours = [], shape_of(recipe, config.student, stage)
+    for name, objective in config.objectives.items():
+        hint = getattr(member("objectives", name), "same_width", "")
+        for teacher, keys in config.teachers.items() if objective.coef and hint else ():
+            theirs = None if _form(keys.model) == "server" else shape_of(recipe, keys.model, stage)
+            if ours and theirs and ours.hidden and theirs.hidden not in (0, ours.hidden):
+                what = f"compares states of width {ours.hidden}"
+                what += f" and teacher {teacher} ({keys.model}) has {theirs.hidden}"
+                found.append(Problem(f"objectives.{name}", what, hint))
     return found
 
 

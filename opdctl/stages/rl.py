@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from opdctl.errors import Problem
-from opdctl.registry import member, needs_of
+from opdctl.registry import member, needs_of, parted
 from opdctl.schema import REQUIRED, key
 from opdctl.settings import Lora, Prompts, Sampling, TrainConfig
 from opdctl.stages._combinations import combination_problems
@@ -43,6 +43,7 @@ def member_problems(config, provided: set[str]) -> list[Problem]:
         "policy.logprobs",
         "old.logprobs",
         "policy.entropy",
+        "student.hidden",
         "verdict",
         "reward",
         "group",
@@ -64,7 +65,7 @@ def member_problems(config, provided: set[str]) -> list[Problem]:
             wanted[f"objectives.{name}.weights.{w}"] = (member("weights", w), keys)
     for path, (cls, keys) in wanted.items():
         for need in needs_of(cls, keys):
-            if need not in provided:
+            if parted(need)[0] not in provided:
                 hint = f"remove it, or use a stage that has {need}"
                 if need == "advantage":
                     hint = "add a signal with coef above 0"

@@ -53,10 +53,11 @@ class Local:
             head.weight_VD = head.weight_VD.detach().to("meta")
         return head
 
-    def score(self, requests, temperature: float, want, top: int = 16, ids_N=None):
+    def score(self, requests, temperature: float, want, top: int = 16, ids_N=None, layers=None):
         """Scores of every target token, in the order of the requests; ``want`` says which.
 
-        ``ids_N`` are the tokens that ``at`` is about, one for each target.
+        ``ids_N`` are the tokens that ``at`` is about, one for each target; ``layers`` the student's
+        that ``inner`` is about.
         """
         from opdctl.core.scoring import score
 
@@ -68,6 +69,7 @@ class Local:
             want=want,
             top=top,
             ids_N=ids_N,
+            layers=layers,
             rounded=runtime.rounded_logits,
             micro_batch=runtime.micro_batch,
             chunk_mib=runtime.chunk_mib,
