@@ -89,6 +89,7 @@ class First:
             micro_batch=micro_batch,
             chunk_mib=0,
             taught=self.step.taught,
+            layers=self.parts.layers,
         )
         grads = [p.grad.flatten() for p in self.model.net.parameters() if p.grad is not None]
         return loss, torch.cat(grads), table

@@ -40,6 +40,8 @@ def case(on_disk, folder, name):
     keys["sampling"] = {**keys.get("sampling", {}), "max_tokens": 20}
     if kind == "opd":
         keys["teachers"] = {"sums": str(on_disk / "sure64")}
+    if "length" in keys.get("controllers", {}):  # of answers of thousands of tokens
+        keys["controllers"]["length"] |= {"least": 20, "most": 40}
     folder.mkdir()
     (folder / "verdict.py").write_text(VERDICT)
     data = prompts(on_disk) | {"verifier": {"python": {"call": f"{folder / 'verdict.py'}:even"}}}
@@ -72,9 +74,21 @@ def case(on_disk, folder, name):
         ids=[r.response_ids for r in rollouts],
         end=first.model.tokenizer.eos_token_id,
     )
+    c.states = lambda: hidden_states(first.model, rollouts)
+    c.theirs = lambda: hidden_states(teacher, rollouts).detach()
     c.live = c.s.detach()
     c.gap = c.t - c.s_old
     return first, c
+
+
+def hidden_states(model, rollouts):
+    """transformers' own, of the layers and not the embedding, at the predicting rows: [N, L, D]."""
+    rows = []
+    for r in rollouts:
+        ids = torch.tensor([[*r.prompt_ids, *r.response_ids]])
+        layers = model.net(ids, output_hidden_states=True).hidden_states[1:]
+        rows.append(torch.stack([h[0, len(r.prompt_ids) - 1 : -1] for h in layers], 1))
+    return torch.cat(rows)
 
 
 def token_mean(value_N, mask_N=None):
@@ -246,6 +260,32 @@ def tip(c):
 def unmasking(c):
     wrong_N = (~c.right)[c.owner].double()
     return token_mean(-c.gap * c.s, wrong_N)
+
+
+def oprd(c):
+    """All layers, the mean over them and over the width; no response has more than 2000 tokens."""
+    distance_N = (c.states() - c.theirs()).square().mean((-1, -2))
+    return seq_mean(c, distance_N)
+
+
+def prune_opd(c):
+    """The policy gradient on the student's 16, p renormalised there, by what is left of the trust
+    after each token whose sets share less than .7; and .5 on top."""
+    top = c.p.topk(16).indices
+    p, q = (rows.gather(-1, top) for rows in (c.p, c.q))
+    share = p.detach().log_softmax(-1).exp()
+    pg_N = -(share * (q - p.detach()) * (p - p.detach()).exp()).sum(-1)
+    both = [
+        len(set(a.tolist()) & set(b.tolist())) / 16
+        for a, b in zip(c.old.topk(16).indices, c.q.topk(16).indices, strict=True)
+    ]
+    decay = []
+    for part in torch.tensor(both).split(c.lengths):
+        bad = 0
+        for ratio in part.tolist():
+            bad += ratio < 0.7
+            decay.append(max(0.0, 1 - 0.01 * bad) + 0.5)
+    return token_mean(torch.tensor(decay) * pg_N)
 
 
 def outcome(c, scaled):
