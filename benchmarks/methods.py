@@ -52,8 +52,13 @@ PROMPTS = {"per_step": 32, "samples": 4}
 SAMPLING = {"max_tokens": 6}
 OPTIM = {"lr": 2.0e-3, "schedule": "cosine", "warmup": 3}
 
-# method: keys that this size needs otherwise, and why; page and JSON name them
-TINY: dict[str, dict] = {}
+# method: keys that answers of a few tokens and a vocabulary of 40 need otherwise, named on the page
+TINY: dict[str, dict] = {
+    "prune_opd": {
+        "objectives": {"topk_pg": {"weights": {"overlap": {"k": 4, "tau": 0.5, "drop": 0.1}}}},
+        "controllers": {"length": {"least": 2, "most": 6, "step": 1, "margin": 1}},
+    },
+}
 
 
 def evaluation(model: str) -> dict:
@@ -67,11 +72,18 @@ def evaluation(model: str) -> dict:
     }
 
 
+def laid_over(below: dict, above: dict) -> dict:
+    """A tree with some of its keys replaced, at any depth."""
+    both = {
+        k: v for k, v in below.items() if isinstance(v, dict) and isinstance(above.get(k), dict)
+    }
+    return {**below, **above, **{k: laid_over(v, above[k]) for k, v in both.items()}}
+
+
 def composed(name: str) -> dict:
     """The opd stage of a method at this size."""
     entry = {k: v for k, v in method(name).items() if k != "about"} | {"kind": "opd"}
-    for key, value in TINY.get(name, {}).items():
-        entry[key] = {**entry.get(key, {}), **value} if isinstance(value, dict) else value
+    entry = laid_over(entry, TINY.get(name, {}))
     return entry | {
         "student": "stage:start",
         "seed_group": "arms",

@@ -16,6 +16,7 @@ from pathlib import Path
 from opdctl.judge import t_half_width
 
 SAMPLED, FULL, IMITATION = "thinking_machines", "deepseek_v4", "seqkd"
+VERSIONS = ("opdctl", "python", "torch", "transformers")
 MEASURES = {  # what is compared: how it is called, whether by ratio
     "recovery": ("recovery", False),
     "step": ("steps to .9", True),
@@ -43,9 +44,7 @@ class Headline:
 
 
 HEADLINES = {
-    "thinking_machines": Headline(
-        "as RL in a seventh to a tenth of the steps (docs/claims.md, T1)"
-    ),
+    "thinking_machines": Headline("under 10 steps where RL took about 70: T1 in claims.md"),
     "deepseek_v4": Headline("a quieter gradient than the sampled token's; no numbers", "noise"),
     "mopd": Headline("Norm .937 over several RL teachers", "recovery", more=True),
     "glm5": Headline("no numbers"),
@@ -173,7 +172,7 @@ def _mean(content: dict, what: str, *more: str) -> str:
 
 def _intro(setting: dict, found: dict) -> list[str]:
     seeds = ", ".join(setting["seeds"])
-    versions = ", ".join(f"{k} {v}" for k, v in setting["versions"].items())
+    versions = ", ".join(f"{k} {v}" for k, v in setting["versions"].items() if k in VERSIONS)
     rows = setting["seeds"].values()
     domains = list(next(iter(rows))["start"])
     names = {"start": "start", "teacher": "its domain's teacher"}

@@ -32,7 +32,6 @@ def test_every_distilling_method_has_an_arm_of_the_same_budget():
         assert arm.student == "stage:start" and arm.seed_group == first.seed_group
         assert arm.teachers == first.teachers and f"eval_{name}" in stages
         assert f"variance_{name}" in stages or f"variance_{name}" in refused
-        assert name in methods_page.HEADLINES, f"what does the paper of {name} report?"
     assert {methods_page.SAMPLED, methods_page.FULL, methods_page.IMITATION} <= stages.keys()
 
 
