@@ -19,7 +19,7 @@ from opdctl.recipe import load, resolve
 from opdctl.registry import member
 from opdctl.types import FORWARD, TRAIN
 
-RECIPES = ("qwen3", "glm5", "mimo", "deepseek_v4", "thinking_machines")
+RECIPES = ("qwen3", "glm5", "mimo", "deepseek_v4", "thinking_machines", "sparse_to_dense")
 HEADS = {"0.6B": (16, True), "1.7B": (16, True), "4B": (32, True), "8B": (32, False)}
 HEADS["32B"] = (64, False)
 

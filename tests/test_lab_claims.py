@@ -104,6 +104,26 @@ CASES = {
     ),
     "d5": (D5, {("opd", "math", "tokens"): 9.0}),
     "m4": (M4, {("rl", "row"): {"kl": {"math": 0.3, "sort": 0.3}}}),
+    "s1": (
+        {"student": "stage:opd", "direct": "stage:rl", "domains": {"math": True}},
+        {("opd", "math"): 0.855},
+    ),
+    "s2": (
+        {"raw": "stage:last", "direct": "stage:rl", "domains": {"math": True}},
+        {("last", "math"): 0.865},
+    ),
+    "s3": (
+        {
+            "student": "stage:opd",
+            "without": {"the teacher's RL": "stage:last", "OPD": "stage:rl"},
+            "domains": {"math": True},
+        },
+        {("rl", "math"): 0.885},
+    ),
+    "s4": (
+        {"before": "stage:rl", "after": "stage:opd", "domains": {"math": True}},
+        {("opd", "math"): 0.859},
+    ),
     "t1": (T1, {("opd", "row"): {"accuracy": {"math": 0.5}}}),
     "t2": (
         {

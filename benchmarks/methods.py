@@ -1,0 +1,295 @@
+"""Every distillation method against plain OPD: same start, teachers, prompts, draws, token budget.
+
+    python benchmarks/methods.py record DIR [--methods a,b] [--seeds 0..4]
+    python benchmarks/methods.py page DIR
+
+``record`` adds to methods.yaml (pretrain, sft, an RL teacher for each domain), for each method of
+`opdctl ls methods` that an opd stage can run, the stage, an evaluation and, where it can be
+measured, the variance of its gradient. It runs that recipe seed by seed, one process of one thread
+at a time. The same command again goes on where it was cut; with further methods, or after one was
+changed, finished stages are taken over. ``page`` reads what was measured into docs/methods/*.json,
+small files that are committed, and writes docs/methods.md from all of them; without DIR it writes
+the page alone. Methods of RL (grpo, dr_grpo) have no teacher and are left out.
+
+One setting, one learning rate, tuned on seed 100 for the two plain forms: a method that would gain
+from its own is not given it. Each differs from the plain form in what its file in opdctl/methods
+says, and in nothing else but what ``TINY`` overrides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import methods_page
+
+from opdctl.catalogue import method, methods
+from opdctl.errors import RecipeError, UsageError
+from opdctl.launch import parse_seeds, read_recipe
+from opdctl.measured import Measured, measured
+from opdctl.plan import fingerprints
+from opdctl.positions import dump, parse
+from opdctl.recipe import Recipe, resolve
+from opdctl.registry import member
+from opdctl.rundir import RunDir
+
+HERE = Path(__file__).parent
+DOCS = HERE.parent / "docs"
+DOMAINS = ("sort", "spell")
+STEPS, BATCHES, WINDOW, LEVEL = 60, 16, 5, 0.9
+SHARED = (
+    "base",
+    "start",
+    *(f"{e}teacher_{d}" for d in DOMAINS for e in ("", "eval_")),
+    "eval_start",
+)
+PROMPTS = {"per_step": 32, "samples": 4}
+SAMPLING = {"max_tokens": 6}
+OPTIM = {"lr": 2.0e-3, "schedule": "cosine", "warmup": 3}
+
+# method: keys that answers of a few tokens and a vocabulary of 40 need otherwise, named on the page
+TINY: dict[str, dict] = {
+    "prune_opd": {
+        "objectives": {"topk_pg": {"weights": {"overlap": {"k": 4, "tau": 0.5, "drop": 0.1}}}},
+        "controllers": {"length": {"least": 2, "most": 6, "step": 1, "margin": 1}},
+    },
+}
+
+
+def evaluation(model: str) -> dict:
+    """A stage that evaluates another's output."""
+    prompts = {"limit": 600, "samples": 4}
+    return {
+        "kind": "evaluate",
+        "student": f"stage:{model}",
+        "prompts": prompts,
+        "sampling": SAMPLING,
+    }
+
+
+def laid_over(below: dict, above: dict) -> dict:
+    """A tree with some of its keys replaced, at any depth."""
+    both = {
+        k: v for k, v in below.items() if isinstance(v, dict) and isinstance(above.get(k), dict)
+    }
+    return {**below, **above, **{k: laid_over(v, above[k]) for k, v in both.items()}}
+
+
+def composed(name: str) -> dict:
+    """The opd stage of a method at this size."""
+    entry = {k: v for k, v in method(name).items() if k != "about"} | {"kind": "opd"}
+    entry = laid_over(entry, TINY.get(name, {}))
+    return entry | {
+        "student": "stage:start",
+        "seed_group": "arms",
+        "teachers": {d: f"stage:teacher_{d}" for d in DOMAINS},
+        "steps": STEPS,
+        "prompts": {**entry.get("prompts", {}), **PROMPTS},
+        "sampling": {**entry.get("sampling", {}), **SAMPLING},
+        "optim": OPTIM,
+    }
+
+
+def variance(entry: dict) -> tuple[dict, list[str]]:
+    """The gradients stage of an opd stage, and keys of the method that it has no place for: those
+    act between steps, and nothing is trained."""
+    known = member("stages", "gradients").Config.__dataclass_fields__
+    stage = {k: v for k, v in entry.items() if k in known}
+    stage |= {"kind": "gradients", "seed_group": "variance", "batches": BATCHES, "together": True}
+    return stage, sorted(set(entry) - set(known) - {"steps", "optim"})
+
+
+def tree(chosen: Iterable[str]) -> tuple[dict, dict[str, str]]:
+    """The recipe of some methods, and what is refused: {stage: reason}."""
+    whole = parse((HERE / "methods.yaml").read_text(encoding="utf-8"), "methods.yaml")[0]
+    stages, refused = whole["stages"], {}
+    for arm in chosen:
+        entry = composed(arm)
+        for stage, content in ((arm, entry), (f"variance_{arm}", variance(entry)[0])):
+            try:
+                resolve({**whole, "stages": {**stages, stage: content}}, "methods.yaml")
+            except RecipeError as error:
+                refused[stage] = "; ".join(f"{p.path}: {p.message}" for p in error.problems)
+            else:
+                stages[stage] = content
+        if arm in stages:
+            stages[f"eval_{arm}"] = evaluation(arm)
+    return whole, refused
+
+
+def distilling() -> list[str]:
+    """The methods that an opd stage runs."""
+    return [name for name in methods() if method(name).get("kind") == "opd"]
+
+
+def newest(home: Path) -> RunDir | None:
+    """The run of a seed that has everything recorded so far."""
+    found = sorted(p.parent for p in home.glob("run-*/run.json"))
+    return RunDir(found[-1]) if found else None
+
+
+def record(folder: Path, chosen: list[str], seeds: list[int]) -> int:
+    """Run what is missing, seed by seed. Returns the worst exit code."""
+    worst = 0
+    for seed in seeds:
+        home = folder / f"seed-{seed}"
+        old = newest(home)
+        have = set(read_recipe(old).stages) if old else set()
+        whole, refused = tree(m for m in distilling() if m in {*chosen, *have})
+        for stage, reason in refused.items():
+            print(f"refused: {stage}: {reason}", flush=True)
+        recipe = resolve({**whole, "seed": seed}, "methods.yaml")
+        if old and fingerprints(read_recipe(old)) == fingerprints(recipe):
+            command = ["resume", str(old.path)]
+        else:
+            home.mkdir(parents=True, exist_ok=True)
+            number = len(list(home.glob("run-*/run.json"))) + 1
+            file = home / f"run-{number:03d}.yaml"
+            file.write_text(dump(json.loads(json.dumps(whole))), encoding="utf-8")
+            command = ["run", str(file), f"seed={seed}", "--out", str(home / f"run-{number:03d}")]
+            command += ["--from", str(old.path)] if old else []
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        program = [sys.executable, "-c", "from opdctl.cli import main; main()", *command]
+        code = subprocess.run(program, env=environment, check=False).returncode
+        worst = max(worst, code)
+        if code == 75:  # stopped as asked
+            break
+    return worst
+
+
+def recovery(accuracy: dict[str, float], setting: dict) -> float:
+    """Mean over domains of (after - before) / (teacher - before)."""
+    before, teacher = setting["start"], setting["teacher"]
+    each = [(accuracy[d] - before[d]) / (teacher[d] - before[d]) for d in DOMAINS]
+    return sum(each) / len(each)
+
+
+def arrival(rows: list[dict], setting: dict) -> tuple[int, float] | None:
+    """Step and CPU seconds at which the mean recovery of the last WINDOW steps' own rollouts is at
+    LEVEL; None if it never is."""
+    curve = [recovery(row["accuracy"], setting) for row in rows]
+    for last in range(WINDOW, len(curve) + 1):
+        if sum(curve[last - WINDOW : last]) / WINDOW >= LEVEL:
+            return last, seconds(rows[:last])
+    return None
+
+
+def seconds(rows: list[dict]) -> float:
+    """CPU seconds of the stage's processes up to the last of these steps, their start included."""
+    of_attempt = {row["attempt"]: row["cpu_seconds"] for row in rows}
+    return round(sum(of_attempt.values()), 2)
+
+
+def one(run: RunDir, recipe: Recipe, found: Measured, name: str, setting: dict) -> dict:
+    """What one seed measured of one method."""
+    record, prints = run.record(name), fingerprints(recipe)
+    if record.get("status") != "done" or run.record(f"eval_{name}").get("status") != "done":
+        return {"failed": record.get("error", "not finished")}
+    rows, scores = found.rows[name], found.scores()
+    accuracy = {d: round(float(scores[name, d]), 4) for d in DOMAINS}
+    stages = [name, f"eval_{name}", *([v] if (v := f"variance_{name}") in recipe.stages else [])]
+    spent = record["compute"]
+    content = {
+        "accuracy": accuracy,
+        "recovery": round(recovery(accuracy, setting), 4),
+        "tokens": {
+            k: spent[f"{k}_tokens"] for k in ("rollout", "teacher_sampled", "teacher", "train")
+        },
+        "cpu_seconds": seconds(rows),
+        "memory_mib": max(row["memory_mib"] for row in rows),
+        "fingerprints": {s: prints[s] for s in stages},
+    }
+    if all(set(row.get("accuracy", ())) == set(DOMAINS) for row in rows):
+        came = arrival(rows, setting)
+        content["arrival"] = {"step": came and came[0], "cpu_seconds": came and came[1]}
+    facts = {k: v for (s, k), v in found.facts.items() if s == v_name(name)}
+    if "variance of their sum" in facts:
+        content["gradient"] = {
+            "variance": float(f"{facts['variance of their sum']:.5g}"),
+            "norm": float(f"{facts['norm of their sum']:.5g}"),
+            "batches": BATCHES,
+        }
+    return content
+
+
+def v_name(name: str) -> str:
+    """The stage that measures a method's variance."""
+    return f"variance_{name}"
+
+
+def collect(folder: Path) -> None:
+    """Read what was measured into docs/methods/."""
+    out = DOCS / "methods"
+    out.mkdir(exist_ok=True)
+    settings: dict[str, dict] = {}
+    each: dict[str, dict[str, dict]] = {}
+    versions: dict = {}
+    for home in sorted(folder.glob("seed-*"), key=lambda p: int(p.name[5:])):
+        run = newest(home)
+        if run is None:
+            continue
+        seed, recipe, found = home.name[5:], read_recipe(run), measured(run)
+        scores = found.scores()
+        setting = {"start": {}, "teacher": {}}
+        for d in DOMAINS:
+            setting["start"][d] = round(float(scores["start", d]), 4)
+            setting["teacher"][d] = round(float(scores[f"teacher_{d}", d]), 4)
+        prints = fingerprints(recipe)
+        settings[seed] = {**setting, "fingerprints": {s: prints[s] for s in SHARED}}
+        versions = run.record("start")["versions"]
+        for name in distilling():
+            if name in recipe.stages:
+                each.setdefault(name, {})[seed] = one(run, recipe, found, name, setting)
+    _, refused = tree(distilling())
+    rollouts = PROMPTS["per_step"] * PROMPTS["samples"]
+    content = {"versions": versions, "steps": STEPS, "rollouts": rollouts, "seeds": settings}
+    write(out / "_setting.json", content)
+    for name in (n for n in distilling() if n in each or n in refused):
+        entry = composed(name)
+        content = {
+            "method": name,
+            "about": method(name)["about"],
+            "temperature": entry["sampling"].get("temperature", 1.0),
+            "tiny": TINY.get(name, {}),
+            "not_in_variance": variance(entry)[1],
+            "refused": refused.get(name, ""),
+            "variance_refused": refused.get(v_name(name), ""),
+            "seeds": each.get(name, {}),
+        }
+        write(out / f"{name}.json", content)
+
+
+def write(path: Path, content: dict) -> None:
+    """Small JSON, as it is committed."""
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    first = commands.add_parser("record")
+    first.add_argument("folder", type=Path)
+    first.add_argument("--methods", default=",".join(distilling()))
+    first.add_argument("--seeds", default="0..4")
+    commands.add_parser("page").add_argument("folder", type=Path, nargs="?")
+    given = parser.parse_args()
+    if given.command == "page":
+        if given.folder:
+            collect(given.folder)
+        (DOCS / "methods.md").write_text(methods_page.page(DOCS / "methods"), encoding="utf-8")
+        return 0
+    chosen = given.methods.split(",")
+    unknown = [m for m in chosen if m not in distilling()]
+    if unknown:
+        raise UsageError(f"no distilling method {unknown[0]!r}", ", ".join(distilling()))
+    return record(given.folder, chosen, parse_seeds(given.seeds))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
