@@ -87,6 +87,10 @@ class Context:
         parsed = references.parse(reference)
         if parsed.form == "policy":
             return self.path_of(self.config.student)
+        if parsed.form == "public":
+            from opdctl.nets.hub import adapter_of
+
+            return adapter_of(parsed.name) or parsed.name
         return str(self.run.output(parsed.name)) if parsed.form == "stage" else parsed.name
 
     def load(

@@ -1,7 +1,9 @@
 """LoRA adapters through peft: put on a student, read from a folder, merged, written.
 
 Hu et al. 2021 (arXiv 2106.09685): W + (alpha / rank) B A, with W frozen. An adapter folder holds
-adapter_config.json, which names the base, and adapter_model.safetensors; plain peft reads it.
+adapter_config.json, which names the base, and adapter_model.safetensors; plain peft reads it. A
+base that another stage wrote is named by its place and, in a file beside that, by the way to it, so
+that a run that was moved or copied finds its own (plain peft looks at the place).
 Adapters are fp32 on a bfloat16 base. Leaves out dropout, adapters of the head, and other kinds of
 adapters in training (what peft reads can be a start or a teacher).
 
@@ -11,12 +13,15 @@ adapters in training (what peft reads can be a start or a teacher).
 from __future__ import annotations
 
 import functools
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from opdctl import references
 from opdctl.core.models import Model
 from opdctl.errors import UsageError
 from opdctl.settings import Lora
@@ -51,6 +56,10 @@ class Adapter:
         config.base_model_name_or_path, config.revision = name, revision or None
         config.target_modules = sorted(config.target_modules)  # a set, in no order that stays
         self.peft.save_pretrained(folder)
+        run = folder.absolute().parents[1]  # of the stages
+        if not revision and Path(name).is_relative_to(run):
+            beside = {"path": os.path.relpath(name, folder.absolute())}
+            (folder / references.BESIDE).write_text(json.dumps(beside) + "\n")
         (folder / "README.md").unlink(missing_ok=True)  # a form with nothing filled in
 
 
