@@ -10,15 +10,17 @@ import shutil
 import pytest
 import torch
 import transformers
+from architectures import write
 from one_step import First, opd, prompts, said
 
 from opdctl import provenance, references
 from opdctl.core import checkpoint
 from opdctl.core.context import Context
-from opdctl.core.models import load, save
+from opdctl.core.models import load, outline, save
 from opdctl.errors import Interrupted, RecipeError, UsageError
 from opdctl.launch import new_run
 from opdctl.nets.hub import adapter_of
+from opdctl.nets.lora import left_out, size
 from opdctl.preflight._pairing import Pairing
 from opdctl.preflight._weights import same_weights
 from opdctl.preflight.memory import holds
@@ -340,6 +342,55 @@ def test_a_run_that_was_copied_finds_its_own_base(on_disk, tmp_path):
     moved = Context(copied, recipe, "more").load(str(copied.output("more")))
     assert torch.allclose(moved.own_logits(IDS), expected, atol=1e-5)
     assert not (copied.output("base") / references.BESIDE).exists()
+
+
+MIXTURES = {  # what peft leaves out
+    "qwen3_moe": [],
+    "deepseek_v3": [f"model.layers.*.mlp.{s}{n}_proj" for s in ("", "shared_experts.")
+                    for n in ("down", "gate", "up")],
+    "gpt_oss": ["model.layers.*.mlp.router"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_are_adapted_or_it_is_said(on_disk, tmp_path, capsys, name):
+    """Of a mixture: moved, written, read by plain peft, switched on one base, merged."""
+    base = str(tmp_path / name)
+    write(base, name)
+    keys, outs = {"student": base, "teacher": base}, {}
+    for output in ("adapter", "merged"):
+        ctx = opd(on_disk, tmp_path, **keys | {"lora": {"rank": 2, "output": output}})
+        model = ctx.student()
+        assert sum("mlp.experts" in n for n in model.moved()) == (8 if "deep" not in name else 4)
+        assert left_out(model, ctx.config.lora) == sorted(MIXTURES[name])
+        assert size(outline(base), ctx.config.lora) == model.trained
+        with torch.no_grad():
+            for n, p in sorted(model.moved().items()):
+                torch.manual_seed(len(n))
+                p.normal_(0, 0.1)
+        ctx.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.commit(ctx.folder, model)
+        outs[output] = str(ctx.folder / "output")
+    printed = capsys.readouterr().out
+    assert ("adapts no" in printed) == bool(MIXTURES[name])
+    assert all(n in printed for n in MIXTURES[name])
+    start = load(base).own_logits(IDS)
+    net = transformers.AutoModelForCausalLM.from_pretrained(base)
+    plain = peft.PeftModel.from_pretrained(net, outs["adapter"]).train(False)(IDS).logits
+    assert (plain - start).abs().max() > 0.1
+    ctx = opd(on_disk, tmp_path, **keys)
+    double = shutil.copytree(outs["adapter"], tmp_path / "double")
+    weights = checkpoint.stored(double / "adapter_model.safetensors")
+    twice = {n: 2 * w if "lora_B" in n else w for n, w in weights.items()}
+    checkpoint.store(double / "adapter_model.safetensors", twice)
+    more = ctx.load(str(double)).own_logits(IDS)
+    assert (more - plain).abs().max() > 0.1
+    expected = {outs["adapter"]: plain, base: start, str(double): more}
+    for place in (*expected, *expected):
+        assert torch.allclose(ctx.frozen(place).own_logits(IDS), expected[place], atol=1e-4)
+    assert ctx.loads == 1
+    for place in outs.values():
+        assert torch.allclose(ctx.load(place).own_logits(IDS), plain, atol=1e-4)
 
 
 def cached(hub, name, folder, commit, ref):

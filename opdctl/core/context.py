@@ -129,7 +129,7 @@ class Context:
         lora = getattr(self.config, "lora", None)
         if lora is None or not lora.rank:
             return self.load(self.config.student, classifier=classifier, trained=True)
-        from opdctl.nets.lora import attach, go_on
+        from opdctl.nets.lora import attach, go_on, left_out
 
         path = self.path_of(self.config.student)
         base, recomputed = references.base_of(path), self.runtime.gradient_checkpointing
@@ -139,6 +139,8 @@ class Context:
             go_on(model, path, lora, base)
         else:
             attach(model, lora, path, draws.key(self.seed, "lora") % 2**63)
+            if missed := left_out(model, lora):
+                print(f"[{self.name}] warning: peft adapts no {', '.join(missed)}", flush=True)
         return model
 
     def frozen(self, reference: str) -> Any:
