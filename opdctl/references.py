@@ -20,6 +20,7 @@ from opdctl.schema import did_you_mean
 
 LONGEST = 1000  # characters; a longer one is no path
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+BESIDE = "base_in_run.json"  # in an adapter's folder
 LARGEST_HEADER = 100_000_000  # bytes, as in safetensors itself
 SIZES = ("_size", "_dim", "heads", "layers", "n_layer", "n_head", "n_embd", "n_inner", "experts")
 _PUBLIC = re.compile(r"^[\w.-]+/[\w.-]+(@[\w.-]+)?$")
@@ -168,10 +169,17 @@ def is_there(folder: str) -> bool:
 def base_of(folder: str) -> str:
     """What an adapter stands on: a folder, or a public name; empty for a model of its own.
 
-    A folder is looked for beside the adapter, then from the working directory.
+    A folder of the same run is looked for first, where it stood from the adapter; others beside the
+    adapter, then from the working directory.
     """
     if not is_adapter(folder):
         return ""
+    try:
+        way = json.loads((Path(folder) / BESIDE).read_text(encoding="utf-8"))["path"]
+        if is_model(str(Path(folder, way))):
+            return str(Path(folder, way).resolve())
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass  # only a stage writes it, and only of a base of its run
     try:
         config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
         name, revision = str(config["base_model_name_or_path"]), config.get("revision")

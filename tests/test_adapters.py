@@ -10,16 +10,21 @@ import shutil
 import pytest
 import torch
 import transformers
+from architectures import write
 from one_step import First, opd, prompts, said
 
-from opdctl import provenance
+from opdctl import provenance, references
 from opdctl.core import checkpoint
 from opdctl.core.context import Context
-from opdctl.core.models import load, save
+from opdctl.core.models import load, outline, save
 from opdctl.errors import Interrupted, RecipeError, UsageError
+from opdctl.launch import new_run
+from opdctl.nets.hub import adapter_of
+from opdctl.nets.lora import left_out, size
 from opdctl.preflight._pairing import Pairing
 from opdctl.preflight._weights import same_weights
 from opdctl.preflight.memory import holds
+from opdctl.recipe import resolve
 from opdctl.registry import member
 from opdctl.rundir import RunDir, read_rows
 from running import carry_out, one_stage, opdctl
@@ -312,6 +317,120 @@ def test_what_the_checks_make_of_adapters(on_disk, adapters, tmp_path):
         file.write_bytes(file.read_bytes() + b" ")
         now = provenance.model(twin)
         assert [k for k in now if now[k] != before[k]] == [changed]
+
+
+def test_a_run_that_was_copied_finds_its_own_base(on_disk, tmp_path):
+    """Plain peft goes by the place that is written, opdctl by the way within the run."""
+    stage = {"kind": "sft", "steps": 1, "prompts": {"per_step": 4}}
+    lora = {"rank": 2, "output": "adapter"}
+    stages = {"base": stage | {"student": str(on_disk / "s")}}
+    stages["more"] = stage | {"student": "stage:base", "lora": lora}
+    recipe = resolve({"name": "two", "data": {"x": prompts(on_disk)}, "stages": stages}, "two")
+    run = new_run(recipe, "", tmp_path / "run")
+    for name in stages:
+        carry_out(Context(run, recipe, name))
+    made = run.output("more")
+    plain = peft.AutoPeftModelForCausalLM.from_pretrained(made)
+    expected = plain(IDS).logits
+    assert torch.allclose(
+        Context(run, recipe, "more").load(str(made)).own_logits(IDS), expected, atol=1e-5
+    )
+    copied = RunDir(shutil.copytree(tmp_path / "run", tmp_path / "copy"))
+    assert references.base_of(str(made)) == str(run.output("base"))
+    assert references.base_of(str(copied.output("more"))) == str(copied.output("base"))
+    shutil.rmtree(tmp_path / "run")
+    moved = Context(copied, recipe, "more").load(str(copied.output("more")))
+    assert torch.allclose(moved.own_logits(IDS), expected, atol=1e-5)
+    assert not (copied.output("base") / references.BESIDE).exists()
+
+
+MIXTURES = {  # what peft leaves out
+    "qwen3_moe": [],
+    "deepseek_v3": [f"model.layers.*.mlp.{s}{n}_proj" for s in ("", "shared_experts.")
+                    for n in ("down", "gate", "up")],
+    "gpt_oss": ["model.layers.*.mlp.router"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_are_adapted_or_it_is_said(on_disk, tmp_path, capsys, name):
+    """Of a mixture: moved, written, read by plain peft, switched on one base, merged."""
+    base = str(tmp_path / name)
+    write(base, name)
+    keys, outs = {"student": base, "teacher": base}, {}
+    for output in ("adapter", "merged"):
+        ctx = opd(on_disk, tmp_path, **keys | {"lora": {"rank": 2, "output": output}})
+        model = ctx.student()
+        assert sum("mlp.experts" in n for n in model.moved()) == (8 if "deep" not in name else 4)
+        assert left_out(model, ctx.config.lora) == sorted(MIXTURES[name])
+        assert size(outline(base), ctx.config.lora) == model.trained
+        with torch.no_grad():
+            for n, p in sorted(model.moved().items()):
+                torch.manual_seed(len(n))
+                p.normal_(0, 0.1)
+        ctx.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.commit(ctx.folder, model)
+        outs[output] = str(ctx.folder / "output")
+    printed = capsys.readouterr().out
+    assert ("adapts no" in printed) == bool(MIXTURES[name])
+    assert all(n in printed for n in MIXTURES[name])
+    start = load(base).own_logits(IDS)
+    net = transformers.AutoModelForCausalLM.from_pretrained(base)
+    plain = peft.PeftModel.from_pretrained(net, outs["adapter"]).train(False)(IDS).logits
+    assert (plain - start).abs().max() > 0.1
+    ctx = opd(on_disk, tmp_path, **keys)
+    double = shutil.copytree(outs["adapter"], tmp_path / "double")
+    weights = checkpoint.stored(double / "adapter_model.safetensors")
+    twice = {n: 2 * w if "lora_B" in n else w for n, w in weights.items()}
+    checkpoint.store(double / "adapter_model.safetensors", twice)
+    more = ctx.load(str(double)).own_logits(IDS)
+    assert (more - plain).abs().max() > 0.1
+    expected = {outs["adapter"]: plain, base: start, str(double): more}
+    for place in (*expected, *expected):
+        assert torch.allclose(ctx.frozen(place).own_logits(IDS), expected[place], atol=1e-4)
+    assert ctx.loads == 1
+    for place in outs.values():
+        assert torch.allclose(ctx.load(place).own_logits(IDS), plain, atol=1e-4)
+
+
+def cached(hub, name, folder, commit, ref):
+    """A folder as a snapshot of the hub's cache."""
+    place = hub / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, place / "snapshots" / (commit * 40))
+    (place / "refs").mkdir(exist_ok=True)
+    (place / "refs" / ref).write_text(commit * 40)
+
+
+def test_models_and_adapters_by_public_names(on_disk, adapters, tmp_path, monkeypatch):
+    """From a cache without a network; revisions are told apart; an adapter finds its base there."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    adapter_of.cache_clear()
+    named = changed(on_disk / "a", tmp_path / "named", base_model_name_or_path="org/base")
+    other = {"base_model_name_or_path": "org/base", "revision": "old"}
+    cached(tmp_path / "hub", "org/base", on_disk / "t", "a", "main")
+    cached(tmp_path / "hub", "org/base", on_disk / "s", "b", "old")
+    cached(tmp_path / "hub", "org/adapter", named, "c", "main")
+    cached(tmp_path / "hub", "org/adapter", changed(named, tmp_path / "o", **other), "d", "old")
+    ctx = opd(on_disk, tmp_path, lora={"rank": 2, **ADAPTER}, student="s")
+    t, s = (load(str(on_disk / n)).own_logits(IDS) for n in "ts")
+    for name, expected in (("org/base", t), ("org/base@old", s), (f"org/base@{'b' * 40}", s)):
+        assert torch.equal(ctx.load(name).own_logits(IDS), expected)
+        assert ctx.path_of(name) == name
+    first = ctx.load("org/adapter").own_logits(IDS)
+    assert torch.allclose(first, dense(on_disk, adapters["a"])(IDS).logits, atol=1e-5)
+    assert (ctx.load("org/adapter@old").own_logits(IDS) - first).abs().max() > 1e-2
+    assert ctx.frozen("org/adapter").net is ctx.frozen("org/base").net
+    keys = {"student": "org/adapter", "teacher": "org/base", "lora": {"rank": 3, "alpha": 8}}
+    keys["lora"] |= ADAPTER
+    tree = {"kind": "opd", "steps": 1, "sampling": {"max_tokens": 4}, **keys}
+    tree["teachers"] = {"sums": tree.pop("teacher")}
+    further = one_stage(tmp_path / "further", {"sums": prompts(on_disk)}, **tree)
+    carry_out(further)
+    written = json.loads((further.folder / "output" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == "org/base"
+    with pytest.raises(UsageError, match="not in the cache of the hub") as caught:
+        ctx.load("org/gone@v2")
+    assert "hf download org/gone --revision v2" in caught.value.hint
 
 
 @pytest.mark.slow

@@ -95,6 +95,10 @@ class Context:
         parsed = references.parse(reference)
         if parsed.form == "policy":
             return self.path_of(self.config.student)
+        if parsed.form == "public":
+            from opdctl.nets.hub import adapter_of
+
+            return adapter_of(parsed.name) or parsed.name
         return str(self.run.output(parsed.name)) if parsed.form == "stage" else parsed.name
 
     def load(
@@ -133,7 +137,7 @@ class Context:
         lora = getattr(self.config, "lora", None)
         if lora is None or not lora.rank:
             return self.load(self.config.student, classifier=classifier, trained=True)
-        from opdctl.nets.lora import attach, go_on
+        from opdctl.nets.lora import attach, go_on, left_out
 
         path = self.path_of(self.config.student)
         base, recomputed = references.base_of(path), self.runtime.gradient_checkpointing
@@ -143,6 +147,8 @@ class Context:
             go_on(model, path, lora, base)
         else:
             attach(model, lora, path, draws.key(self.seed, "lora") % 2**63)
+            if missed := left_out(model, lora):
+                print(f"[{self.name}] warning: peft adapts no {', '.join(missed)}", flush=True)
         return model
 
     def frozen(self, reference: str) -> Any:

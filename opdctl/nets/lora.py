@@ -1,7 +1,9 @@
 """LoRA adapters through peft: put on a student, read from a folder, merged, written.
 
 Hu et al. 2021 (arXiv 2106.09685): W + (alpha / rank) B A, with W frozen. An adapter folder holds
-adapter_config.json, which names the base, and adapter_model.safetensors; plain peft reads it.
+adapter_config.json, which names the base, and adapter_model.safetensors; plain peft reads it. A
+base that another stage wrote is named by its place and, in a file beside that, by the way to it, so
+that a run that was moved or copied finds its own (plain peft looks at the place).
 Adapters are fp32 on a bfloat16 base. Leaves out dropout, adapters of the head, and other kinds of
 adapters in training (what peft reads can be a start or a teacher).
 
@@ -10,13 +12,18 @@ adapters in training (what peft reads can be a start or a teacher).
 
 from __future__ import annotations
 
+import copy
 import functools
+import json
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from opdctl import references
 from opdctl.core.models import Model
 from opdctl.errors import UsageError
 from opdctl.settings import Lora
@@ -51,6 +58,10 @@ class Adapter:
         config.base_model_name_or_path, config.revision = name, revision or None
         config.target_modules = sorted(config.target_modules)  # a set, in no order that stays
         self.peft.save_pretrained(folder)
+        run = folder.absolute().parents[1]  # of the stages
+        if not revision and Path(name).is_relative_to(run):
+            beside = {"path": os.path.relpath(name, folder.absolute())}
+            (folder / references.BESIDE).write_text(json.dumps(beside) + "\n")
         (folder / "README.md").unlink(missing_ok=True)  # a form with nothing filled in
 
 
@@ -79,6 +90,7 @@ def attach(model: Model, lora: Lora, base: str, seed: int) -> None:
         r=lora.rank,
         lora_alpha=lora.alpha,
         target_modules=list(lora.targets) or "all-linear",
+        target_parameters=None if lora.targets else experts(model.net),
         exclude_modules=["score"] if judges else None,
         task_type=None if judges else "CAUSAL_LM",
     )
@@ -106,6 +118,38 @@ def _start(model: Model, adapter: Adapter) -> None:
         model.net.score.requires_grad_(True)  # a language model has none to start from
     model.adapter = adapter
     model.count()
+
+
+def experts(net: torch.nn.Module) -> list[str] | None:
+    """The experts of a mixture, which are one tensor [experts, ...] and no linear layers."""
+    found = {n for n, p in net.named_parameters() if p.ndim == 3 and ".experts." in n}
+    return sorted({"experts." + n.rpartition(".")[2] for n in found}) or None
+
+
+def left_out(model: Model, lora: Lora) -> list[str]:
+    """Matrices without an adapter that the keys ask one for, layers as ``*``.
+
+    peft reads the names of the layers of some mixtures as those of their experts, and leaves out
+    what has the same name beside them: shared experts, layers without any.
+    """
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+
+    adapted = set()
+    for module in model.net.modules():
+        if isinstance(module, ParamWrapper):
+            adapted.add(id(module.get_param()))
+        elif isinstance(module, LoraLayer):
+            adapted.add(id(module.get_base_layer().weight))
+    others = [m for m in model.net.modules() if isinstance(m, torch.nn.Embedding | torch.nn.Conv1d)]
+    other = {id(p) for module in (*others, model.head) for p in module.parameters()}
+    found = set()
+    for name, parameter in model.net.named_parameters():
+        place = name.replace(".base_layer", "").removesuffix(".weight")
+        asked = not lora.targets or place.rpartition(".")[2] in lora.targets
+        matrix = parameter.ndim >= 2 and ".lora_" not in name and not name.endswith("bias")
+        if matrix and asked and id(parameter) not in adapted | other:
+            found.add(re.sub(r"\.\d+\.", ".*.", place))
+    return sorted(found)
 
 
 def _linear(module: Any) -> bool:
@@ -197,14 +241,12 @@ def tokenizer(model: Model, folder: str) -> Any:
         raise unfit(folder, error) from error
 
 
-def size(net: torch.nn.Module, lora: Lora) -> int:
-    """Parameters that ``attach`` would add; the module may be on the meta device."""
-    found, head = 0, net.get_output_embeddings()
-    for name, module in net.named_modules():
-        wanted = name.rsplit(".", 1)[-1] in lora.targets if lora.targets else module is not head
-        if wanted and _linear(module):
-            found += lora.rank * sum(module.weight.shape)
-    return found
+def size(model: Model, lora: Lora) -> int:
+    """Parameters that ``attach`` would add to an outline, which stays as it is."""
+    twin = copy.copy(model)
+    twin.net = copy.deepcopy(model.net)  # without weights
+    attach(twin, lora, "", 0)
+    return twin.trained
 
 
 class Incomparable(UsageError):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from opdctl.errors import UsageError
+from opdctl.references import parse
 
 
 def unreadable(folder: str, error: Exception) -> UsageError:
@@ -20,6 +21,10 @@ def unreadable(folder: str, error: Exception) -> UsageError:
         return UsageError(
             f"cannot load {folder}: {error!s:.200}", "install it, or runtime.attn=auto"
         )
+    if parse(folder).form == "public" and isinstance(error, OSError):
+        what = f"cannot load {folder}: it is not in the cache of the hub, nor could it be fetched"
+        hint = f"where there is a network: hf download {folder.replace('@', ' --revision ')}"
+        return UsageError(f"{what}: {str(error).split(chr(10))[0]:.160}", f"{hint}; or its folder")
     what = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
     if "trust_remote_code" in str(error):
         hint = "it brings code of its own: read that, then runtime.trust_remote_code=true"

@@ -88,7 +88,7 @@ def trained(pairing: Pairing) -> tuple[int, int, int]:
     if lora is not None and lora.rank:
         from opdctl.nets.lora import size
 
-        added = student.trained if student.adapter else size(student.net, lora)
+        added = student.trained if student.adapter else size(student, lora)
         own = student.parameters - (added if student.adapter else 0)
         return of_student(own, runtime.dtype, adapter=added)
     masters = hasattr(config, "optim") and runtime.masters_of(config.optim.lr)
