@@ -9,7 +9,6 @@ from opdctl.catalogue import detail, listing, method, methods
 from opdctl.errors import RecipeError
 from running import carry_out, one_stage
 
-
 TINY = {  # what methods/NAME.yaml says of answers of a few tokens
     "prune_opd": {"controllers": {"length": {"least": 2, "most": 7, "step": 1, "margin": 1}}}
 }
