@@ -42,6 +42,7 @@ def worker(folder, stage, patch=""):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["opdctl.warm"])
     log = Path(folder) / "logs" / "test.log"
+    log.parent.mkdir(exist_ok=True)
     log.unlink(missing_ok=True)
     process = context.Process(target=broken, args=(str(folder), stage, patch, str(log)))
     process.start()

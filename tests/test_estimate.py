@@ -203,6 +203,13 @@ def test_tokens_and_operations_are_those_of_the_ledger(tmp_path):
     tokens = 5 * 8 * 2 * (PROMPT + LENGTH * 40)
     assert found.flops == pytest.approx(tokens * size * (FORWARD + FORWARD + TRAIN))
     assert found.memory.teachers == 2 * 4 * size, "the policy is a copy of its own"
+    leaps = {"size": 10, "candidates": 3}
+    stage["controllers"] = {"extrapolate": leaps, "length": {"least": 1, "most": 60}}
+    recipe = resolve({"data": {"a": domain, "b": domain}, "stages": {"it": stage}}, "x")
+    tokens = 5 * 8 * 2 * (PROMPT + LENGTH * 60)  # as if the limit were the largest from the start
+    tried = 3 * 4 * 10 * (PROMPT + LENGTH * 60)  # at steps 1, 2 and 4, the weights and three more
+    more = cost(recipe, "it", gpu("h200"))
+    assert more.flops == pytest.approx(size * (tokens * (2 * FORWARD + TRAIN) + tried * FORWARD))
     unknown = resolve(
         {"data": {"a": domain}, "stages": {"it": {"kind": "sft", "student": "a/b"}}}, "x"
     )

@@ -12,7 +12,8 @@ from opdctl.rundir import read_json
 from running import carry_out, one_stage
 
 TINY = {  # what methods/NAME.yaml says of answers of a few tokens
-    "prune_opd": {"controllers": {"length": {"least": 2, "most": 7, "step": 1, "margin": 1}}}
+    "effopd": {"controllers": {"extrapolate": {"size": 6}}},
+    "prune_opd": {"controllers": {"length": {"least": 2, "most": 7, "step": 1, "margin": 1}}},
 }
 
 

@@ -18,7 +18,7 @@ from opdctl.errors import Interrupted, RecipeError, UsageError
 from opdctl.recipe import resolve
 from opdctl.rundir import RunDir, read_rows
 from opdctl.types import ScoreRequest
-from running import opdctl, start
+from running import carry_out, one_stage, opdctl, start
 
 vllm = pytest.mark.vllm
 needs_vllm = pytest.mark.skipif(
@@ -222,6 +222,47 @@ def test_an_opd_stage_on_vllm_runs_and_goes_on_after_a_kill(tmp_path):
     assert json.loads((run.stage("score") / "results.json").read_text())[0]["n"] > 0
     assert run.record("opd")["revisions"]["engines/vllm"] == 1
     assert "vllm" in run.record("opd")["versions"]
+
+
+@vllm
+@needs_vllm
+def test_candidates_are_published_and_the_limit_moves(tmp_path):
+    """Every answer of a validation was sampled from the weights of that candidate, training from
+    what was kept, and a response is as long as its step's limit allows."""
+    student, teacher = folder_of(tmp_path, "s"), folder_of(tmp_path, "t", seed=1)
+    rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(40)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    ctx = one_stage(
+        tmp_path / "run",
+        {"sums": {"kind": "jsonl", "path": str(tmp_path / "sums.jsonl")}},
+        kind="opd",
+        student=student,
+        teachers={"teacher": teacher},
+        steps=4,
+        optim={"lr": 1e-2},
+        prompts={"per_step": 8},
+        sampling={"max_tokens": 4},
+        controllers={
+            "extrapolate": {"size": 8, "candidates": 2},
+            "length": {"least": 2, "most": 8, "step": 2, "margin": 0},
+        },
+        runtime={"engine": "vllm", "log_accuracy": False},
+    )
+    real, gaps = ctx.verify, []
+
+    def verify(rollouts):  # asked in validations alone, on the candidate as it stands
+        found = score(ctx._engine.model, [r.request for r in rollouts], temperature=1.0)
+        drawn = torch.tensor([v for r in rollouts for v in r.behaviour_logprobs])
+        gaps.append(float((found.logprobs_N - drawn).abs().max()))
+        return real(rollouts)
+
+    ctx.verify = verify
+    rows = carry_out(ctx)
+    assert [r.get("extrapolate_accepted") for r in rows] == [2, 2, None, 2]  # all are wrong alike
+    assert len(gaps) == 9 and max(gaps) < 1e-4
+    assert all(r["logprob_gap"] < 1e-4 for r in rows)
+    assert [r["length_limit"] for r in rows][:2] == [4, 6]
+    assert all(r["length"] <= r["length_limit"] for r in rows)
 
 
 def tree(**keys):

@@ -23,6 +23,8 @@ def sample_group(
     sampling=None,
     samples: int = 0,
     blend: tuple[Any, float] | None = None,
+    purpose: str = "",
+    version: str = "",
 ) -> list[Rollout]:
     """``samples`` responses to each prompt, a prompt's responses next to each other.
 
@@ -32,14 +34,16 @@ def sample_group(
         sampling: defaults to the stage's ``sampling``, as it is now.
         samples: defaults to the stage's ``prompts.samples``.
         blend: another model and its share in every token; by the transformers engine.
+        purpose: draws are of this use of the step, not its own; none is the step's rollouts.
+        version: names the weights where they are not those of the step.
 
     Raises:
         Interrupted: a stop was asked for.
     """
-    rollouts, keys = unanswered(ctx, model, prompts, step, source, samples)
+    rollouts, keys = unanswered(ctx, model, prompts, step, source, samples, purpose)
     ctx.wal.at(step)
     engine = ctx.engine(model, blend)
-    engine.publish(step)
+    engine.publish(version or step)
     environments = {d: ctx.environment(d) for d in {p.domain for p in prompts}}
     going, turn = list(range(len(rollouts))), 0
     while going:
@@ -58,19 +62,20 @@ def sample_group(
 
 
 def unanswered(
-    ctx, model, prompts: list[Prompt], step: int, source: str, samples: int = 0
+    ctx, model, prompts: list[Prompt], step: int, source: str, samples: int = 0, purpose: str = ""
 ) -> tuple[list[Rollout], list[int]]:
     """The rollouts of a step before anything is sampled, and the key of each one's draws."""
     samples = samples or ctx.config.prompts.samples
     times: Counter[str] = Counter()  # a small pool may give a prompt twice in one step
     rollouts: list[Rollout] = []
     keys: list[int] = []
+    use = (ctx.seed, purpose, step) if purpose else (ctx.seed, step)
     for group, prompt in enumerate(prompts):
         ids = model.render(prompt)
         first = times[prompt.id] * samples
         times[prompt.id] += 1
         for s in range(samples):
-            keys.append(draws.key(ctx.seed, step, prompt.id, first + s))
+            keys.append(draws.key(*use, prompt.id, first + s))
             new = Rollout(prompt, ids, [], [], source=source, group=group, version=step)
             rollouts.append(new)
     return rollouts, keys

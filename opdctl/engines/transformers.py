@@ -48,9 +48,11 @@ class Transformers:
         """``blend``: another model of the same tokens and its share in every token's draw."""
         self.model, self.wave, self.check, self.wal = model, wave, check, wal
         self.blend = blend
+        self.version: int | str = 0
 
-    def publish(self, version: int) -> None:
-        """The weights are the trainer's own."""
+    def publish(self, version: int | str) -> None:
+        """The weights are the trainer's own; what is logged answers for this version of them."""
+        self.version = version
 
     def rest(self) -> None:
         """Nothing is held between rollouts."""
@@ -90,7 +92,7 @@ class Transformers:
         model, device = self.model, self.model.device
         tokens_BT = np.full((len(prompts), max_tokens), model.eos)
         logprobs_BT = np.zeros((len(prompts), max_tokens))
-        asked = (model.name, prompts, keys_B.tolist(), temperature, max_tokens)
+        asked = (model.name, self.version, prompts, keys_B.tolist(), temperature, max_tokens)
         if self.blend:
             asked += (self.blend[0].name, self.blend[1])
         name = f"wave {draws.key(*asked):016x}"

@@ -148,7 +148,7 @@ class Vllm:
             what = f"{model.name} is an adapter, and vllm is given whole models here"
             raise UsageError(what, "merge it first, or runtime.engine=transformers")
         self.cuda = model.device.type == "cuda"
-        self.published: int | None = None
+        self.published: int | str | None = None
         self.awake = True
         self.trained = any(p.requires_grad for p in model.net.parameters())
         vllm = _imported(self.cuda)
@@ -195,11 +195,11 @@ class Vllm:
         self.longest = self.llm.model_config.max_model_len
         self.llm.init_weight_transfer_engine({"init_info": {}})
 
-    def publish(self, version: int) -> None:
+    def publish(self, version: int | str) -> None:
         """Wake up, with the model's weights as they stand; nothing if it has this version.
 
         Args:
-            version: optimizer steps that the weights have seen.
+            version: optimizer steps that the weights have seen, or a name for others.
         """
         if self.cuda and not self.awake:
             self.llm.wake_up()
@@ -247,10 +247,8 @@ class Vllm:
                 f"runtime.engine_args.max_model_len={most}, or a smaller sampling.max_tokens",
             )
         asked = list(zip(prompts, keys, strict=True))
-        names = [
-            f"response {draws.key(self.model.name, p, k, temperature, max_tokens):016x}"
-            for p, k in asked
-        ]
+        of = (self.model.name, self.published)
+        names = [f"response {draws.key(*of, p, k, temperature, max_tokens):016x}" for p, k in asked]
         samples = [self._recall(name) for name in names]
         todo = [i for i, sample in enumerate(samples) if sample is None]
         for i, sample in self._run([(i, *asked[i]) for i in todo], temperature, max_tokens):

@@ -207,7 +207,12 @@ def work_of(config: Any, domains: dict[str, float], student: Shape, shapes: dict
         scored.append((student, tokens))  # the log-probs before the first update
     if kind == "gradients":
         passes = sum(o.coef > 0 for o in config.objectives.values())
-    return Work(samples, scored, tokens * passes)
+    scoring = [  # of the weights at steps 2^n and of each candidate, where all are tried
+        Sampled(student, rounds.bit_length() * (c.candidates + 1), c.size, longest)
+        for c in getattr(config, "controllers", {}).values()
+        if hasattr(c, "candidates")
+    ]
+    return Work([*samples, *scoring], scored, tokens * passes)
 
 
 def _drawn(

@@ -51,6 +51,10 @@ class Adapter:
             merge(self.peft)
             model.net.save_pretrained(folder)
             return
+        if len(self.peft.peft_config) > 1:
+            from opdctl.nets.line import join
+
+            join(self.peft)
         config = self.peft.peft_config[NAME]
         name, _, revision = self.base.partition("@")
         if Path(self.base).is_dir():

@@ -2,7 +2,8 @@
 
 The formula and what it assumes stand in ``estimate/memory.py``; a base with all of its adapters
 counts once, and prompts are as long as the longest of those looked at. Not counted: activations, a
-reward model, the teachers' kept hidden rows, other stages at the same time.
+reward model, the teachers' kept hidden rows, a controller's copies of weights, other stages at the
+same time.
 """
 
 from __future__ import annotations
