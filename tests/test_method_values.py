@@ -42,6 +42,8 @@ def case(on_disk, folder, name):
         keys["teachers"] = {"sums": str(on_disk / "sure64")}
     if "length" in keys.get("controllers", {}):  # of answers of thousands of tokens
         keys["controllers"]["length"] |= {"least": 20, "most": 40}
+    if "extrapolate" in keys.get("controllers", {}):  # there are twelve prompts
+        keys["controllers"]["extrapolate"]["size"] = 4
     folder.mkdir()
     (folder / "verdict.py").write_text(VERDICT)
     data = prompts(on_disk) | {"verifier": {"python": {"call": f"{folder / 'verdict.py'}:even"}}}
@@ -202,6 +204,11 @@ def cliff(c):
 
 def exopd_guarded(c):
     return exopd(c, cliff(c))
+
+
+def effopd(c):
+    weight_N = (c.s_old - c.mu).exp().clamp(max=5.0)
+    return token_mean(-weight_N * c.gap * c.s)
 
 
 def eopd(c):

@@ -208,7 +208,7 @@ def work_of(config: Any, domains: dict[str, float], student: Shape, shapes: dict
     if kind == "gradients":
         passes = sum(o.coef > 0 for o in config.objectives.values())
     scoring = [  # of the weights at steps 2^n and of each candidate, where all are tried
-        Sampled(student, rounds.bit_length() * (c.candidates + 1), c.size, longest)
+        Sampled(student, rounds.bit_length() * (c.candidates + 1), c.size, longest_turn(config))
         for c in getattr(config, "controllers", {}).values()
         if hasattr(c, "candidates")
     ]

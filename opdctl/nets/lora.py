@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import torch
 from opdctl import references
 from opdctl.core.models import Model
 from opdctl.errors import UsageError
+from opdctl.rundir import write_json
 from opdctl.settings import Lora
 
 NAME = "default"  # what plain peft calls the only adapter of a model
@@ -65,7 +65,7 @@ class Adapter:
         run = folder.absolute().parents[1]  # of the stages
         if not revision and Path(name).is_relative_to(run):
             beside = {"path": os.path.relpath(name, folder.absolute())}
-            (folder / references.BESIDE).write_text(json.dumps(beside) + "\n")
+            write_json(folder / references.BESIDE, beside)
         (folder / "README.md").unlink(missing_ok=True)  # a form with nothing filled in
 
 
