@@ -107,7 +107,9 @@ def test_what_differentiating_an_estimator_gives(estimator):
     """k1 nothing, k2 the reverse, k3 the forward gradient: what the names are refused for."""
     objective = SampledKl(SampledKl.Config())
     if estimator == "k1":
-        objective = type("K1", (), {"loss": lambda self, view: view.logprob_C - view["teacher"]})()
+        objective = type(
+            "K1", (), {"needs": (), "loss": lambda self, view: view.logprob_C - view["teacher"]}
+        )()
     else:
         objective.config.estimator = estimator
     mean, _ = expectation(objective, lambda p, q, v: {"teacher": q[:, v]})

@@ -310,9 +310,8 @@ def test_what_has_no_states_or_other_widths_is_refused(on_disk, tmp_path, stage)
         lambda **keys: opd(folder, tmp_path, **keys), **OFF, objectives={"hidden": {}}
     )
     assert problem.path == "stages.it.objectives.hidden"
-    assert "width 32 and teacher teacher (" in problem.message and problem.message.endswith(
-        "has 48"
-    )
+    assert "width 32, and those of teacher teacher (" in problem.message
+    assert problem.message.endswith("are 48 wide")
     assert "--method oprd_bridge" in problem.hint
     for layers in ([], [0, 1], [2, 2]):
         problem = refused(stage, **OFF, objectives={"hidden": {"layers": layers}})

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -21,12 +21,15 @@ from opdctl.core import checkpoint, draws, tokens, update
 from opdctl.core.context import Clock, Context
 from opdctl.core.metrics import Metrics, Watch, by_domain, mean
 from opdctl.core.models import Model
+from opdctl.core.pairs import paired
 from opdctl.core.scored import Parts, Step, advantage, scored, weigh
 from opdctl.errors import Interrupted, StageFailed
 from opdctl.kernels.select import rows_class
 from opdctl.nets.masters import Masters
 from opdctl.rundir import finite
 from opdctl.types import FORWARD, Compute, Rollout
+
+GROUPS = 2**32  # more than a step has, to number those of several steps
 
 
 def train(ctx: Context, model: Model, parts_of: Callable[[Context, Model], Parts]) -> Compute:
@@ -139,9 +142,11 @@ class Loop:
         return [c for c in self.parts.controllers.values() if hasattr(c, method)]
 
     def _members(self) -> dict[str, Any]:
-        """Signals and controllers that remember something between steps."""
+        """Signals, controllers and objectives that remember something between steps."""
         named = {n: s for n, (_, s) in self.parts.signals.items()}
         named |= {f"controllers.{n}": c for n, c in self.parts.controllers.items()}
+        own = (term.objective for term in self.parts.terms)
+        named |= {f"objectives.{type(o).__name__}": o for o in own}
         return {n: m for n, m in named.items() if hasattr(m, "state")}
 
     def _states(self) -> dict[str, dict]:
@@ -179,6 +184,7 @@ class Loop:
         return values
 
     def _step(self, done: int, clock: Clock) -> dict:
+        values = {} if done else self._fit()
         self.ctx.wal.at(done)
         failed = self.ctx.failed.total()
         rollouts = [r for r in self.parts.source.draw(done) if r.response_ids]
@@ -194,7 +200,7 @@ class Loop:
             rollouts = self._shuffled(rollouts, done)
         before = self.ctx.loads
         step = scored(rollouts, self.model, self.parts, self.ctx, self.compute)
-        values = advantage(step, self.parts.signals) | weigh(step, self.parts.terms)
+        values |= advantage(step, self.parts.signals) | weigh(step, self.parts.terms)
         for name, controller in self.parts.controllers.items():
             if hasattr(controller, "read"):
                 values |= {f"{name}_{k}": v for k, v in controller.read(step).items()}
@@ -213,6 +219,28 @@ class Loop:
         clock.lap("train")
         self._log_rollouts(done + 1, step)
         return values
+
+    def _fit(self) -> dict[str, float]:
+        """What objectives have of their own and is made before the first step."""
+        values = {}
+        for objective in (t.objective for t in self.parts.terms if hasattr(t.objective, "fit")):
+            values |= objective.fit(self._pairs(objective.which))
+        return values
+
+    def _pairs(self, which: str) -> Iterator[list]:
+        """Hidden states of both sides, a step's rollouts of the start at a time. Such steps have
+        numbers below 0, so that no draw of theirs is one of training."""
+        step = 0
+        while True:
+            step -= 1
+            self.ctx.check()
+            self.ctx.wal.at(step)
+            rollouts = [r for r in self.parts.source.draw(step) if r.response_ids]
+            self._count_rollouts()
+            if not rollouts:
+                raise StageFailed("nothing to fit on", "the source refused all of its samples")
+            found = paired(rollouts, self.model, self.parts, self.ctx, self.compute, which)
+            yield [(*pair, group_N - step * GROUPS) for *pair, group_N in found]
 
     def _train(self, step: Step, done: int) -> dict:
         rollouts, model = step.rollouts, self.model

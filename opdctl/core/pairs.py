@@ -9,8 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from opdctl.core.context import Context
+from opdctl.core.models import Model
+from opdctl.core.scored import Parts, scored
+from opdctl.core.scoring import score
+from opdctl.core.taught import Held
 from opdctl.core.tokens import per_sequence
 from opdctl.core.view import Term
+from opdctl.types import FORWARD, Compute, Rollout
 
 
 def by_teacher(kept_N: Tensor, tokens_N: Tensor, columns: dict) -> tuple[Tensor, Tensor]:
@@ -48,3 +54,37 @@ def pooled_mean(value_P: Tensor, weight_P: Tensor, where_P: Tensor, count: int) 
     weight_N = per_sequence(weight_P, where_P, count)
     total_N = per_sequence(weight_P * value_P, where_P, count)
     return total_N / torch.where(weight_N > 0, weight_N, 1.0)
+
+
+def paired(
+    rollouts: list[Rollout], model: Model, parts: Parts, ctx: Context, compute: Compute, which: str
+) -> list[tuple[str, Tensor, Tensor, Tensor]]:
+    """Hidden states of both sides at the same tokens, for an objective that is fitted to them.
+
+    Args:
+        which: layers, as in the objective's needs.
+
+    Returns:
+        For each teacher asked its name, the policy's states and its own, [N', L, width] each, and
+        the group of each token's rollout, [N'].
+    """
+    step, requests = scored(rollouts, model, parts, ctx, compute), [r.request for r in rollouts]
+    found = score(
+        model,
+        requests,
+        temperature=parts.temperature,
+        want=("hidden", "inner"),
+        layers=parts.layers,
+        micro_batch=ctx.runtime.micro_batch,
+        check=ctx.check,
+    )
+    compute.flops["train"] += FORWARD * model.parameters * sum(len(q.ids) for q in requests)
+    own = Held(None, found.hidden_ND, inner_NLD=found.inner_NLD)
+    group_N = step.spread([r.group for r in rollouts]).long()
+    places, pairs = parts.layers.places(which), []
+    asked_NM = step.columns["pair_weight"] != 0
+    for i, held in enumerate(step.taught.held):
+        at_N, place_N = (asked_NM & (step.columns["teacher_index"] == i)).nonzero(as_tuple=True)
+        theirs_NLD = held.states(step.columns["teacher_row"][at_N, place_N], places)
+        pairs.append((held.name, own.states(at_N, places), theirs_NLD, group_N[at_N]))
+    return pairs

@@ -49,6 +49,17 @@ class Held:
     inner_NLD: Tensor | None = None
     name: str = ""
 
+    def states(self, row_C: Tensor, places: list[int]) -> Tensor:
+        """Hidden states of some rows, [C, L, width].
+
+        Args:
+            places: which of the layers kept, the inner ones and then the last.
+        """
+        inner = [] if self.inner_NLD is None else self.inner_NLD[row_C].unbind(1)
+        last = [] if self.hidden_ND is None else [self.hidden_ND[row_C]]
+        each = [*inner, *last]
+        return torch.stack([each[place] for place in places], 1)
+
 
 class Taught:
     """The teachers of one step, by index."""
@@ -111,17 +122,9 @@ class Taught:
         return torch.cat(parts)
 
     def states(self, index_C: Tensor, row_C: Tensor, places: list[int]):
-        """Runs of tokens of one teacher: where, its name, its hidden states, [run, L, width].
-
-        Args:
-            places: which of the layers kept, the inner ones and then the last.
-        """
+        """Runs of tokens of one teacher: where, its name, its hidden states, [run, L, width]."""
         for part, i in segments(index_C):
-            held, rows = self.held[i], row_C[part]
-            inner = [] if held.inner_NLD is None else held.inner_NLD[rows].unbind(1)
-            last = [] if held.hidden_ND is None else [held.hidden_ND[rows]]
-            each = [*inner, *last]
-            yield part, held.name, torch.stack([each[p] for p in places], 1)
+            yield part, self.held[i].name, self.held[i].states(row_C[part], places)
 
     def _head(self, index: int) -> Head:
         """The head of a teacher, on the device; the next one's copy is started."""

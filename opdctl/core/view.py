@@ -18,7 +18,7 @@ from opdctl.core.chunks import Chunk, chunked_sum
 from opdctl.core.taught import Taught
 from opdctl.kernels.head import Head
 from opdctl.kernels.topk import among, overlap_ratio, union
-from opdctl.nets.layers import LAST, Layers, numbers
+from opdctl.nets.layers import LAST, Layers
 
 
 @dataclass
@@ -114,7 +114,7 @@ class View:
     def states(self, which: str) -> Tensor:
         """The policy's hidden states on some layers, [C, L, D]; ``which`` as in its needs."""
         each = list(self.chunk.inner_CLD.unbind(1)) if self.layers.inner else []
-        places = self._places(which)
+        places = self.layers.places(which)
         if len(each) in places:
             each.append(self.chunk.hidden_CD)
         return torch.stack([each[p] for p in places], 1)
@@ -122,12 +122,7 @@ class View:
     def teacher_states(self, which: str) -> list[tuple[slice, str, Tensor]]:
         """Those of the tokens' own teachers, on the layers that belong to the policy's: for each
         run of tokens of one teacher the slice, its name and [run, L, its width]."""
-        return list(self.taught.states(*self._asked, self._places(which)))
-
-    def _places(self, which: str) -> list[int]:
-        """Of some layers among those kept: the inner ones, then the last."""
-        kept = (*self.layers.inner, self.layers.depth)
-        return [kept.index(n) for n in numbers(which, self.layers.depth)]
+        return list(self.taught.states(*self._asked, self.layers.places(which)))
 
     @cached_property
     def logprob_C(self) -> Tensor:

@@ -33,11 +33,13 @@ class Wal:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.kept = folder, 0
-        self._step, self._file = -1, None
+        self._step: int | None = None
+        self._file = None
         self._found: dict[str, list[dict[str, np.ndarray]]] = {}
 
     def at(self, step: int) -> None:
-        """Log under this step from now on; what an earlier attempt logged there can be had."""
+        """Log under this step from now on; what an earlier attempt logged there can be had. Numbers
+        below 0 are of what comes before the first step."""
         if step == self._step:
             return
         self.close()
@@ -73,7 +75,7 @@ class Wal:
         """Close the file of the step."""
         if self._file is not None:
             self._file.close()
-        self._step, self._file, self._found = -1, None, {}
+        self._step, self._file, self._found = None, None, {}
 
 
 def entries(content: bytes):

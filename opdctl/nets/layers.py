@@ -36,6 +36,11 @@ class Layers:
         """Those before the last, whose states are kept apart: the last one's are always at hand."""
         return tuple(layer for layer in self.chosen if layer < self.depth)
 
+    def places(self, which: str) -> list[int]:
+        """Of some layers among the states that are kept: the inner ones, then the last."""
+        kept = (*self.inner, self.depth)
+        return [kept.index(n) for n in numbers(which, self.depth)]
+
     def beside(self, depth: int) -> tuple[int, ...]:
         """The layers of a model of ``depth`` layers that belong to the inner ones."""
         steps = max(1, self.depth - 1)

@@ -90,7 +90,7 @@ class Mixture:
 
     def places(self, step: int) -> dict[str, list[int]]:
         """Places of a step's prompts that student, teacher and data answer."""
-        teacher = self.config.teacher * self.config.decay**step
+        teacher = self.config.teacher * self.config.decay ** max(0, step)
         found: dict[str, list[int]] = {"student": [], "teacher": [], "dataset": []}
         for place in range(len(self.order.at(step))):
             u = draws.unit(self.seed, "mixture", step, place)

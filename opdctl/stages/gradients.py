@@ -70,6 +70,10 @@ class Gradients:
         if sum(o.coef > 0 for o in config.objectives.values()) < 1 + alone:
             hint = "objectives: {policy_gradient: {}, divergence: {}}, or together: true for one"
             found.append(Problem("objectives", "fewer than two to compare", hint))
+        for name in config.objectives:
+            if hasattr(member("objectives", name), "fit"):
+                what = "is fitted before a first step, and nothing is trained here"
+                found.append(Problem(f"objectives.{name}", what, "leave it out"))
         return found
 
     def run(self, ctx):

@@ -128,14 +128,19 @@ def _served(config) -> list[Problem]:
 
 def _widths(config, recipe, stage) -> list[Problem]:
     """States of two widths, where the sizes of both models are known without loading them."""
-    found, ours = [], shape_of(recipe, config.student, stage)
+
+    def width(reference: str) -> int:
+        shape = None if _form(reference) == "server" else shape_of(recipe, reference, stage)
+        return shape.hidden if shape else 0  # 0 is not known
+
+    found = []
     for name, objective in config.objectives.items():
         hint = getattr(member("objectives", name), "same_width", "")
         for teacher, keys in config.teachers.items() if objective.coef and hint else ():
-            theirs = None if _form(keys.model) == "server" else shape_of(recipe, keys.model, stage)
-            if ours and theirs and ours.hidden and theirs.hidden not in (0, ours.hidden):
-                what = f"compares states of width {ours.hidden}"
-                what += f" and teacher {teacher} ({keys.model}) has {theirs.hidden}"
+            ours, theirs = width(config.student), width(keys.model)
+            if ours and theirs and ours != theirs:
+                what = f"compares states of width {ours}, and those of teacher {teacher} "
+                what += f"({keys.model}) are {theirs} wide"
                 found.append(Problem(f"objectives.{name}", what, hint))
     return found
 
