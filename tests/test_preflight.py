@@ -23,7 +23,7 @@ from opdctl.registry import members
 from opdctl.rundir import RunDir
 from running import opdctl, worker
 
-CHEAP = {"distinct", "memory", "padded_rows", "template", "tokens"}
+CHEAP = {"distinct", "memory", "padded_rows", "template", "tokens", "widths"}
 
 
 def taught(share, steps=60):

@@ -19,6 +19,7 @@ from opdctl.kernels.head import Head
 from opdctl.nets.layers import Layers, asked, layers_of, numbers, states
 from opdctl.nets.recomputed import recompute
 from opdctl.objectives.hidden import Hidden
+from opdctl.preflight._stage import check
 from opdctl.types import Compute
 from opdctl.weights.window import Window
 from running import carry_out, one_stage
@@ -321,6 +322,22 @@ def test_what_has_no_states_or_other_widths_is_refused(on_disk, tmp_path, stage)
         assert "window" in refused(stage, **OFF, objectives=keys).path
     with pytest.raises(UsageError, match=r"layers 3,9.* has the layers 1 to 2"):
         carry_out(stage(**OFF, objectives={"hidden": {"layers": [3, 9]}}))
+
+
+def test_widths_that_only_a_configuration_says_are_refused_before_the_start(tmp_path, float64):
+    """GPT-2 has another name for its width, which ``validate`` does not read."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    write(folder, {"s": make_model64(0), "t": make_model64(1, width=40), "u": make_model64(2)})
+    said = {}
+    for teacher, objective in (("t", "hidden"), ("u", "hidden"), ("t", "divergence")):
+        ctx = opd(folder, tmp_path, teacher=teacher, objectives={objective: {}}, **OFF)
+        said[teacher, objective] = next(f for f in check(ctx) if f.check == "widths")
+    severities = {key: finding.severity for key, finding in said.items()}
+    assert list(severities.values()) == ["error", "ok", "ok"], severities
+    finding = said["t", "hidden"]
+    assert "of width 24 and, of teacher (" in finding.what and finding.what.endswith("), 40")
+    assert "oprd_bridge" in finding.do
 
 
 def test_the_mix_of_the_method_file_is_a_stage(on_disk, tmp_path):

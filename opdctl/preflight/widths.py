@@ -22,11 +22,13 @@ class Widths:
     )
 
     def look(self, pairing: Pairing) -> list[Finding]:
-        """One finding a teacher; none where no objective compares states."""
+        """One finding a teacher; of the stage where no objective compares states so."""
         used = [n for n, o in pairing.ctx.config.objectives.items() if o.coef]
         hints = [h for n in used if (h := getattr(member("objectives", n), "same_width", ""))]
+        if not hints:
+            return [Finding("ok", "no objective compares hidden states number by number")]
         found = []
-        for name in pairing.teachers if hints else ():
+        for name in pairing.teachers:
             ours, theirs = (
                 m.net.config.get_text_config().hidden_size
                 for m in (pairing.student, pairing.outline(name))
