@@ -1,0 +1,155 @@
+"""One update from given rollouts: hidden states beside the divergences, at a larger vocabulary.
+
+    python benchmarks/states.py [--tokens 1024] [--vocab 32768] [--untied]
+
+A random Qwen3 (d = 256, four layers) is taught by another on 16 sequences. Each loss runs in a
+process of its own: what the teacher is asked for, the update (forward, loss, backward) and the
+optimizer's step. Prints CPU seconds (median of repeats, one thread) of the two passes, and peak
+resident memory beyond the models, the moments and the gradients that every loss has: a larger one
+means that the loss needs it. Sampling is left out: it is the same for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+LOSSES = {
+    "hidden, all layers": ("hidden", {"layers": "all"}, {"hidden", "inner"}),
+    "hidden, last layer": ("hidden", {"layers": "last"}, {"hidden"}),
+    "bridge, all layers": ("bridge", {}, {"hidden", "inner"}),
+    "sampled token": ("policy_gradient", {}, {"logprobs"}),
+    "top 16, tail": (
+        "divergence",
+        {"support": "topk_student", "overlap": False},
+        {"hidden", "lse", "topk", "entropy"},
+    ),
+    "full vocabulary": ("divergence", {"overlap": False}, {"hidden"}),
+}
+
+
+def model_of(seed, vocab, tied):
+    """A random model whose tokenizer has ``vocab`` tokens."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from opdctl.core.corpus import new_tokenizer
+    from opdctl.core.models import Model
+
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=vocab,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=768,
+        tie_word_embeddings=tied,
+    )
+    model = Model(Qwen3ForCausalLM(config).train(False), new_tokenizer(["abc"]), str(seed))
+    model.valid_V = vocab  # the tokenizer of a real model has all of them
+    return model
+
+
+def resident(field):
+    """MiB of this process, by a field of /proc/self/status."""
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(f"{field}:")[1].split()[0]) / 1024
+
+
+def child(name, tokens, vocab, tied, repeats):
+    """Measure one loss; prints JSON."""
+    import torch
+
+    from opdctl.core import update
+    from opdctl.core.scoring import score
+    from opdctl.core.taught import Held, Taught
+    from opdctl.core.view import Term
+    from opdctl.nets.layers import layers_of
+    from opdctl.registry import member
+    from opdctl.settings import Optim
+    from opdctl.types import ScoreRequest
+
+    torch.set_num_threads(1)
+    kind, keys, want = LOSSES[name]
+    cls = member("objectives", kind)
+    objective = cls(cls.Config(**keys))
+    student, teacher = (model_of(seed, vocab, tied) for seed in (0, 1))
+    teacher.net.requires_grad_(False)
+    layers = layers_of(student, ["last" if keys.get("layers") == "last" else "all"])
+    if kind == "bridge":
+        shapes = ((4, 8, 256), (4, 8, 256), (4, 256))
+        objective.maps["t"] = tuple(torch.randn(*shape) for shape in shapes)
+    optimizer = update.make_optimizer(student, Optim(lr=1e-5))
+    prompt, generator = 32, torch.Generator().manual_seed(0)
+
+    def step(count, length):
+        ids_BT = torch.randint(0, vocab, (count, prompt + length), generator=generator)
+        spans = [ScoreRequest(tuple(ids), prompt) for ids in ids_BT.tolist()]
+        before = time.process_time()
+        found = score(teacher, spans, temperature=1.0, want=want, layers=layers)
+        N, seconds = count * length, [time.process_time() - before]
+        columns, taught = {"advantage": torch.randn(N, generator=generator)}, None
+        if found.hidden_ND is not None:
+            of = (found.hidden_ND, found.lse_N, found.top_NK, found.entropy_N)
+            head = None if kind in ("hidden", "bridge") else teacher.projection()
+            taught = Taught([Held(head, *of, None, found.inner_NLD, "t")], torch.device("cpu"))
+            columns["teacher_index"] = torch.zeros(N, 1, dtype=torch.long)
+            columns |= {"teacher_row": torch.arange(N)[:, None], "pair_weight": torch.ones(N, 1)}
+        before = time.process_time()
+        update.accumulate(
+            student,
+            spans,
+            columns,
+            [Term(objective)],
+            temperature=1.0,
+            micro_batch=4,
+            chunk_mib=0,
+            taught=taught,
+            layers=layers,
+        )
+        update.step(student, optimizer, 1e-5, 1.0)
+        return [*seconds, time.process_time() - before]
+
+    step(1, 8)  # makes the moments
+    held = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark again
+    seconds = [step(16, tokens // 16) for _ in range(repeats)]
+    score_s, update_s = (statistics.median(each) for each in zip(*seconds, strict=True))
+    peak = resident("VmHWM") - held
+    print(json.dumps({"score": score_s, "update": update_s, "peak": peak, "held": held}))
+
+
+def main():
+    """Every loss, as a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--vocab", type=int, default=32768)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--untied", action="store_true")
+    parser.add_argument("--child", choices=LOSSES, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    size = (given.tokens, given.vocab, not given.untied, given.repeats)
+    if given.child:
+        child(given.child, *size)
+        return
+    print("| loss | teacher | update | held before | peak beyond it |\n|---|---|---|---|---|")
+    for name in LOSSES:
+        command = [sys.executable, __file__, *sys.argv[1:], "--child", name]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        row = json.loads(done.stdout.splitlines()[-1])
+        print(
+            f"| {name} | {row['score']:.2f} s | {row['update']:.2f} s | {row['held']:.0f} MiB "
+            f"| {row['peak']:.0f} MiB |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
