@@ -76,6 +76,10 @@ def case(on_disk, folder, name):
         ids=[r.response_ids for r in rollouts],
         end=first.model.tokenizer.eos_token_id,
     )
+    for objective in (t.objective for t in first.parts.terms if hasattr(t.objective, "fit")):
+        shapes = ((2, 8, 24), (2, 8, 24), (2, 24))  # how they are fitted: test_bridge.py
+        c.maps = [torch.randn(shape, generator=generator) for shape in shapes]
+        objective.maps["sums"] = tuple(c.maps)
     c.states = lambda: hidden_states(first.model, rollouts)
     c.theirs = lambda: hidden_states(teacher, rollouts).detach()
     c.live = c.s.detach()
@@ -273,6 +277,15 @@ def oprd(c):
     """All layers, the mean over them and over the width; no response has more than 2000 tokens."""
     distance_N = (c.states() - c.theirs()).square().mean((-1, -2))
     return seq_mean(c, distance_N)
+
+
+def oprd_bridge(c):
+    """Ten times the distance of both sides, seen through their maps to 8 numbers of length 1."""
+    ours_LRD, theirs_LRE, mean_LE = c.maps
+    a = torch.einsum("nld,lrd->nlr", c.states(), ours_LRD)
+    b = torch.einsum("nle,lre->nlr", c.theirs() - mean_LE, theirs_LRE)
+    a, b = (h / h.norm(dim=-1, keepdim=True) for h in (a, b))
+    return 10 * seq_mean(c, (a - b).square().mean((-1, -2)))
 
 
 def prune_opd(c):

@@ -13,6 +13,9 @@ from running import carry_out, one_stage
 
 TINY = {  # what methods/NAME.yaml says of answers of a few tokens
     "effopd": {"controllers": {"extrapolate": {"size": 6}}},
+    "oprd_bridge": {
+        "objectives": {"bridge": {"tokens": 30, "weights": {"window": {"last": 2000}}}}
+    },
     "prune_opd": {"controllers": {"length": {"least": 2, "most": 7, "step": 1, "margin": 1}}},
 }
 
