@@ -236,7 +236,7 @@ class Loop:
             self.ctx.check()
             self.ctx.wal.at(step)
             rollouts = [r for r in self.parts.source.draw(step) if r.response_ids]
-            self._count_rollouts()
+            count_rollouts(self.parts.source, self.compute)
             if not rollouts:
                 raise StageFailed("nothing to fit on", "the source refused all of its samples")
             found = paired(rollouts, self.model, self.parts, self.ctx, self.compute, which)
