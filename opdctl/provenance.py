@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -68,16 +69,25 @@ def _hash(folder: Path, patterns: tuple[str, ...]) -> str:
     return whole.hexdigest()[:32] if files else ""
 
 
-def inputs(run: RunDir, recipe: Recipe, stage: str) -> dict[str, dict[str, str]]:
-    """Dotted key -> the path it reads on this machine, and the hashes of what is there."""
+def inputs(
+    run: RunDir, recipe: Recipe, stage: str, check: Callable[[], None] = lambda: None
+) -> dict[str, dict[str, str]]:
+    """Dotted key -> the path it reads on this machine, and the hashes of what is there.
+
+    Args:
+        check: called while a server is waited for; may raise to stop.
+    """
     found: dict[str, dict[str, str]] = {}
+    teachers = getattr(recipe.stages[stage], "teachers", {})
+    at = {f"teachers.{name}.model": teacher.address for name, teacher in teachers.items()}
     for dotted, text in recipe.references(stage):
         ref = references.parse(text)
         if ref.form in ("stage", "folder"):
             path = run.output(ref.name) if ref.form == "stage" else Path(ref.name)
             found[dotted] = {"path": str(path), **model(path)}
         elif ref.form == "server":
-            found[dotted] = {"path": text, **served(dotted, text, recipe.runtime)}
+            address = at.get(dotted, text)
+            found[dotted] = {"path": text, **served(dotted, address, recipe.runtime, check)}
     for domain in recipe.domains(stage):
         for name, keys in getattr(recipe.data[domain], "verifier", {}).items():
             for path in getattr(member("verifiers", name), "files", lambda _: [])(keys):
@@ -89,7 +99,7 @@ def inputs(run: RunDir, recipe: Recipe, stage: str) -> dict[str, dict[str, str]]
     return found
 
 
-def served(dotted: str, text: str, runtime) -> dict[str, str]:
+def served(dotted: str, text: str, runtime, check=lambda: None) -> dict[str, str]:
     """What a server says it serves; the weights behind it cannot be hashed from here.
 
     Raises:
@@ -97,7 +107,7 @@ def served(dotted: str, text: str, runtime) -> dict[str, str]:
     """
     from opdctl.teachers._http import opened
 
-    _, found = opened(f"{dotted} ({text})", text, runtime)
+    _, found = opened(f"{dotted} ({text})", text, runtime, check)
     return {"served": found["id"], "root": str(found.get("root"))}
 
 

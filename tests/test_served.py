@@ -17,6 +17,7 @@ from one_step import First, prompts
 
 from conftest import make_model
 from opdctl.core.models import load
+from opdctl.core.scored import scored
 from opdctl.core.wal import Wal
 from opdctl.errors import Interrupted, RecipeError, StageFailed, UsageError
 from opdctl.provenance import served
@@ -24,7 +25,7 @@ from opdctl.recipe import resolve
 from opdctl.registry import member
 from opdctl.rundir import read_rows
 from opdctl.settings import Sampling
-from opdctl.types import Prompt
+from opdctl.types import Compute, Prompt
 from running import carry_out, one_stage
 
 LOGPROB = -1.25
@@ -226,8 +227,11 @@ def test_scores_stand_at_their_tokens(stage):
         kept = Wal(ctx.folder / "wal")
         ctx.wal.close()
         kept.at(0)
-        assert sum(name.startswith("teacher big") for name in kept._found) == 1
-        assert server.calls == before
+        assert sum(name.startswith("teacher big") for name in kept._found) == 6
+        ctx.wal.at(0)
+        again = scored(first.rollouts, first.model, first.parts, ctx, Compute())
+        assert (again.columns["teacher"] == first.columns["teacher"]).all()
+        assert server.calls == before  # from the log: nothing is asked for twice
         assert served("x", server.url, ctx.runtime) == {"served": "big", "root": "/m"}
 
 
@@ -326,14 +330,19 @@ def test_validate_refuses_what_a_server_cannot_give():
     full = refused({"signals": {}, "objectives": {"divergence": {}}})
     assert "stages.it.objectives.divergence: needs teacher.hidden" in full
     assert "teacher (http://host:8000) is behind a server" in full
-    top = {"divergence": {"support": "topk_teacher"}}
-    assert "is behind a server" in refused({"signals": {}, "objectives": top})
+    for support in ("topk_student", "topk_union"):
+        for name in ("divergence", "topk_tail", "topk_pg"):
+            said = refused({"signals": {}, "objectives": {name: {"support": support}}})
+            assert "is behind a server" in said and "support=topk_teacher" in said
+    gated = {"divergence": {"support": "topk_teacher", "weights": {"eopd": {}}}}
+    assert "over=listed" in refused({"signals": {}, "objectives": gated})
+    lists = {"policy_gradient": {"weights": {"eopd": {"over": "listed"}}}}
+    assert "no objective here says how many" in refused({"objectives": lists})
     assert "kl_baseline" in refused({"signals": {"reverse_kl": {}, "kl_baseline": {}}})
     warm = refused({"sampling": {"temperature": 0.7}})
     assert "stages.it.sampling.temperature" in warm and "at temperature 1" in warm
-    guarded = {"extrapolation": {"guard": "reference"}}
-    guarded = refused({"signals": guarded, "reference": "policy"})
-    assert "signals.extrapolation: needs teacher.modal" in guarded
+    confident = {"policy_gradient": {"weights": {"confidence": {}}}}
+    assert "weights.confidence: needs teacher.entropy" in refused({"objectives": confident})
     for source in ({"mixture": {"student": 0.5, "teacher": 0.5}}, {"teacher_mixed": {}}):
         forward = {"signals": {}, "objectives": {"sampled_kl": {"estimator": "k2"}}}
         assert "is behind a server" in refused({**forward, "sources": source})

@@ -12,6 +12,8 @@ import urllib.error
 import urllib.request
 
 import pytest
+import torch
+from one_step import First, apart
 from test_vllm import folder_of, needs_vllm
 
 from conftest import ALPHABET, make_model
@@ -86,10 +88,12 @@ def signal_all(process, number):
     os.killpg(process.pid, number)
 
 
-def context(folder, place, url, *overrides):
-    given = {"kind": "opd", "student": str(folder / "s"), "teachers": {"teacher": url}}
+def context(folder, place, url, *overrides, **keys):
+    given = {"kind": "opd", "student": str(folder / "s"), "teachers": {"teacher": url}, **keys}
     data = {"sums": {"kind": "jsonl", "path": str(folder / "sums.jsonl")}}
-    return one_stage(place, data, *overrides, **given)
+    ctx = one_stage(place, data, *overrides, **given)
+    ctx.wal.at(0)
+    return ctx
 
 
 def requests_of(model):
@@ -115,6 +119,63 @@ def test_scores_are_those_of_the_weights(folder, server, tmp_path):
         member("teachers", "server")(ctx, student, "big", server.url).score(
             [too_long], 1.0, ("logprobs",)
         )
+
+
+LISTS = {
+    "tail": {"direction": "reverse"},
+    "jsd": {"direction": "jsd", "beta": 0.3},
+    "revisiting": {"direction": "reverse", "form": "renormalised"},
+    "generalised": {"direction": "forward", "form": "generalised"},
+    "eopd": {"direction": "forward", "form": "truncated", "weights": {"eopd": {"over": "listed"}}},
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_its_top_k_trains_as_that_of_its_weights(folder, server, tmp_path, name):
+    """Ids, log-probs, loss and gradient of each form, against the same model from its folder."""
+    divergence = {"support": "topk_teacher", "k": 8, **LISTS[name]}
+    keys = {"signals": {}, "objectives": {"divergence": divergence}}
+    here, there = (
+        First(context(folder, tmp_path / str(i), model, "stages.it.prompts.per_step=12", **keys))
+        for i, model in enumerate((str(folder / "t"), server.url))
+    )
+    assert [r.response_ids for r in here.rollouts] == [r.response_ids for r in there.rollouts]
+    ours, theirs = here.step.taught.held[0], there.step.taught.held[0]
+    assert (ours.top_NK == theirs.top_NK).all() and theirs.head is None
+    rows_N = torch.arange(len(ours.top_NK))
+    asked = (torch.zeros_like(rows_N), rows_N, ours.top_NK)
+    exact_NK, given_NK = (f.step.taught.on_ids(*asked)[0] for f in (here, there))
+    assert (exact_NK - given_NK).abs().max() < 1e-4
+    loss, gradient, table = here.gradient()
+    again, theirs, their_table = there.gradient()
+    assert abs(loss - again) < 1e-4 and apart(theirs, gradient) < 1e-3
+    logged = ["divergence", "overlap", "overlap_mass", "overlap_teacher_mass", "teacher_logprob"]
+    assert all((table[n] - their_table[n]).abs().max() < 1e-3 for n in logged)
+    assert "teacher_entropy" in table and "teacher_entropy" not in their_table
+    if name == "eopd":
+        assert torch.allclose(*(f.columns["teacher_listed_entropy"] for f in (here, there)))
+        gate_N = here.columns["factor.divergence.eopd"]
+        assert (
+            0 < gate_N.float().mean() < 1
+            and (gate_N == there.columns["factor.divergence.eopd"]).all()
+        )
+
+
+def test_the_most_probable_token_guards_an_extrapolation(folder, server, tmp_path):
+    keys = {"signals": {"extrapolation": {"guard": "reference"}}, "reference": "policy"}
+    here, there = (
+        First(context(folder, tmp_path / str(i), model, **keys))
+        for i, model in enumerate((str(folder / "t"), server.url))
+    )
+    assert (here.columns["modal_id"] == there.columns["modal_id"]).all()
+    for column in ("teacher_modal", "advantage"):
+        assert (here.columns[column] - there.columns[column]).abs().max() < 1e-3
+
+
+def test_a_server_that_lists_fewer_is_refused_at_the_start(folder, server, tmp_path):
+    keys = {"signals": {}, "objectives": {"divergence": {"support": "topk_teacher", "k": 21}}}
+    with pytest.raises(UsageError, match=r"does not list the 21 most.*\n.*--max-logprobs 21"):
+        First(context(folder, tmp_path / "run", server.url, **keys))
 
 
 def test_another_tokenizer_is_refused_by_its_first_id(folder, server, tmp_path):

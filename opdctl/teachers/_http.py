@@ -14,8 +14,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 from opdctl import references
 from opdctl.errors import StageFailed, UsageError
@@ -27,6 +27,7 @@ HINTS = {
 }
 AGAIN = (408, 429, 500, 502, 503, 504)
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 8.0  # seconds between tries, doubled each time
+POLL, SAY_EVERY = 0.2, 10.0  # seconds between looks at the stop flag, between lines to the log
 
 
 class Endpoint:
@@ -37,10 +38,14 @@ class Endpoint:
         base: address without a path.
         timeout: seconds that a request may take with all its retries.
         most: requests at once.
+
+    Attributes:
+        trouble: why the newest try failed; empty once one has not.
     """
 
     def __init__(self, who: str, base: str, timeout: float, most: int = 1) -> None:
         self.who, self.base, self.timeout, self.most = who, base.rstrip("/"), timeout, most
+        self.trouble = ""
 
     def ask(self, path: str, body: dict | None = None, stopped=None) -> dict:
         """The JSON answer to a GET, or with a body to a POST.
@@ -55,7 +60,9 @@ class Endpoint:
         while True:
             tries += 1
             try:
-                return self._once(path, body, max(0.01, end - time.monotonic()))
+                answer = self._once(path, body, max(0.01, end - time.monotonic()))
+                self.trouble = ""
+                return answer
             except urllib.error.HTTPError as error:
                 said = error.read(2000).decode(errors="replace").strip()
                 why = f"it answered {error.code}: {said[:300]}"
@@ -68,6 +75,7 @@ class Endpoint:
             except (OSError, http.client.HTTPException) as error:
                 reason = getattr(error, "reason", error)
                 why = "it did not answer" if isinstance(reason, TimeoutError) else str(reason)
+            self.trouble = why
             if time.monotonic() + pause >= end or (stopped and stopped.wait(pause)):
                 raise StageFailed(
                     f"{self.who}: no answer to {path} within {self.timeout:g} s and {tries} "
@@ -88,33 +96,56 @@ class Endpoint:
         with urllib.request.urlopen(request, timeout=seconds) as reply:
             return json.loads(reply.read())
 
-    def all(self, path: str, bodies: list[dict], check: Callable[[], None]) -> list[dict]:
-        """The answers to several requests, in their order.
+    def each(
+        self, path: str, bodies: list[dict | None], check: Callable[[], None]
+    ) -> Iterator[tuple[int, dict]]:
+        """(which, answer) of several requests, as they come.
 
         Args:
-            check: called while waiting; may raise to stop.
+            check: called several times a second while waiting; may raise to stop.
 
         Raises:
-            StageFailed: one of them failed; the others are given up.
+            StageFailed: one of them failed; those that were answered have been given before, the
+                others are given up.
         """
         stopped = threading.Event()
         pool = ThreadPoolExecutor(self.most)
+        begun = said = time.monotonic()
         try:
-            asked = [pool.submit(self.ask, path, body, stopped) for body in bodies]
+            asked = {pool.submit(self.ask, path, b, stopped): i for i, b in enumerate(bodies)}
             waiting = set(asked)
             while waiting:
                 check()
-                done, waiting = wait(waiting, 0.2, FIRST_EXCEPTION)
-                for future in done:
+                done, waiting = wait(waiting, POLL, FIRST_COMPLETED)
+                failed = [future for future in done if future.exception()]
+                for future in done.difference(failed):
+                    yield asked[future], future.result()
+                for future in failed:
                     future.result()
-            return [future.result() for future in asked]
+                now = time.monotonic()
+                begun = now if done else begun
+                if now - max(begun, said) > SAY_EVERY:
+                    said, why = now, f": {self.trouble}" if self.trouble else ""
+                    print(
+                        f"{self.who}: waiting for {path} since {now - begun:.0f} s "
+                        f"(runtime.server_timeout {self.timeout:g} s){why}",
+                        flush=True,
+                    )
         finally:
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def all(self, path: str, bodies: list[dict | None], check: Callable[[], None]) -> list[dict]:
+        """The answers to several requests, in their order; else as ``each``."""
+        found = dict(self.each(path, bodies, check))
+        return [found[i] for i in range(len(bodies))]
 
-def opened(who: str, reference: str, runtime) -> tuple[Endpoint, dict]:
+
+def opened(who: str, reference: str, runtime, check: Callable[[], None]) -> tuple[Endpoint, dict]:
     """A server and what it says of the model that is meant.
+
+    Args:
+        check: called while waiting for it; may raise to stop.
 
     Raises:
         StageFailed: it does not answer.
@@ -122,7 +153,7 @@ def opened(who: str, reference: str, runtime) -> tuple[Endpoint, dict]:
     """
     base, name = references.address(reference)
     endpoint = Endpoint(who, base, runtime.server_timeout, runtime.server_requests)
-    models = endpoint.ask("/v1/models").get("data") or []
+    models = endpoint.all("/v1/models", [None], check)[0].get("data") or []
     names = [m.get("id") for m in models]
     chosen = [m for m in models if m.get("id") == name or (not name and len(models) == 1)]
     if not chosen:
