@@ -225,10 +225,14 @@ class Runtime:
         "compute activations again in the backward pass, to save memory",
         role="numeric",
     )
-    engine: Literal["transformers", "vllm"] = key(
+    engine: Literal["transformers", "vllm", "vllm_server"] = key(
         "transformers", "who samples; `opdctl show engines/vllm`", neutral=True
     )
     engine_args: dict[str, Any] = key({}, "of vllm's engine, by its own names", neutral=True)
+    engine_at: str = key("", "address of the server, for vllm_server", role="operational")
+    engine_share: str = key(
+        "/dev/shm", "folder that vllm_server sees too: weights go through it", role="operational"
+    )
     wave: int = key(512, "responses sampled at once", role="numeric", least=1)
     micro_batch: int = key(
         0, "sequences per pass of an update; 0 is as many as are alike", role="numeric", least=0

@@ -1,19 +1,14 @@
 """A real vLLM server as teacher and as a source of texts: it scores, hangs, and is killed."""
 
 import json
-import os
 import signal
-import socket
 import string
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 
 import pytest
 import torch
 from one_step import First, apart
+from serving import served_by_vllm
 from test_vllm import folder_of, needs_vllm
 
 from conftest import ALPHABET, make_model
@@ -47,45 +42,14 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(folder):
     """The process of a vLLM server of model t; its address is ``url``."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = folder / "server.log"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(folder / "t"), "--served-model-name", "big", "--dtype", "float32"]
-    command += ["--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "64"]
-    command += ["--kv-cache-memory-bytes", str(64 << 20)]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    settings = {"TORCHDYNAMO_DISABLE": "1", "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
-    with open(log, "wb") as file:
-        process = subprocess.Popen(
-            command,
-            env=os.environ | settings,
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
-        )
-    process.url = f"http://127.0.0.1:{port}"
-    try:
-        while not answers(process.url):
-            assert process.poll() is None, log.read_text()[-3000:]
-            time.sleep(0.5)
+    with served_by_vllm(folder / "server.log", *command(folder)) as process:
+        process.wait_until_it_answers()
         yield process
-    finally:
-        signal_all(process, signal.SIGKILL)
-        process.wait()
 
 
-def answers(url):
-    try:
-        return urllib.request.urlopen(f"{url}/health", timeout=5).status == 200
-    except (OSError, urllib.error.URLError):
-        return False
-
-
-def signal_all(process, number):
-    """Its workers too: they are in its process group."""
-    os.killpg(process.pid, number)
+def command(folder):
+    module = "vllm.entrypoints.openai.api_server"
+    return (module, "--model", str(folder / "t"), "--served-model-name", "big")
 
 
 def context(folder, place, url, *overrides, **keys):
@@ -197,14 +161,14 @@ def test_a_server_that_hangs_is_named_within_the_timeout_and_then_goes_on(folder
     ctx = context(folder, tmp_path / "run", server.url, "runtime.server_timeout=30")
     student = load(str(folder / "s"))
     teacher = member("teachers", "server")(ctx, student, "big", server.url)
-    signal_all(server, signal.SIGSTOP)
+    server.signal(signal.SIGSTOP)
     try:
         teacher.endpoint.timeout, begun = 2.0, time.monotonic()
         with pytest.raises(StageFailed, match=r"teacher big \(http.*within 2 s and 1 tries"):
             teacher.score(requests_of(student)[:3], 1.0, ("logprobs",))
         assert time.monotonic() - begun < 10
     finally:
-        signal_all(server, signal.SIGCONT)
+        server.signal(signal.SIGCONT)
     teacher.endpoint.timeout = 60.0
     assert len(teacher.score(requests_of(student)[:3], 1.0, ("logprobs",)).logprobs_N) == 6
 
@@ -234,7 +198,7 @@ def test_a_server_killed_in_the_middle_of_a_stage(folder, server, tmp_path):
     while process.poll() is None and not (metrics.exists() and len(read_rows(metrics)) > 4):
         time.sleep(0.05)
     assert process.poll() is None, log.read_text()
-    signal_all(server, signal.SIGKILL)
+    server.signal(signal.SIGKILL)
     assert process.wait(300) == 1
     record = run.record("opd")
     assert record["status"] == "failed" and f"teacher big ({server.url})" in record["error"]

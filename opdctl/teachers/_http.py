@@ -40,12 +40,13 @@ class Endpoint:
         most: requests at once.
 
     Attributes:
+        again: the codes that are asked again.
         trouble: why the newest try failed; empty once one has not.
     """
 
     def __init__(self, who: str, base: str, timeout: float, most: int = 1) -> None:
         self.who, self.base, self.timeout, self.most = who, base.rstrip("/"), timeout, most
-        self.trouble = ""
+        self.trouble, self.again = "", AGAIN
 
     def ask(self, path: str, body: dict | None = None, stopped=None) -> dict:
         """The JSON answer to a GET, or with a body to a POST.
@@ -66,7 +67,7 @@ class Endpoint:
             except urllib.error.HTTPError as error:
                 said = error.read(2000).decode(errors="replace").strip()
                 why = f"it answered {error.code}: {said[:300]}"
-                if error.code not in AGAIN:
+                if error.code not in self.again:
                     raise StageFailed(
                         f"{self.who}: {path}: {why}", HINTS.get(error.code, "")
                     ) from None
