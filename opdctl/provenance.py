@@ -86,8 +86,8 @@ def inputs(
             path = run.output(ref.name) if ref.form == "stage" else Path(ref.name)
             found[dotted] = {"path": str(path), **model(path)}
         elif ref.form == "server":
-            address = at.get(dotted, text)
-            found[dotted] = {"path": text, **served(dotted, address, recipe.runtime, check)}
+            asked = (f"stages.{stage}.{dotted}", at.get(dotted, text), recipe.runtime, check)
+            found[dotted] = {"path": text, **served(*asked)}
     for domain in recipe.domains(stage):
         for name, keys in getattr(recipe.data[domain], "verifier", {}).items():
             for path in getattr(member("verifiers", name), "files", lambda _: [])(keys):
@@ -105,9 +105,12 @@ def served(dotted: str, text: str, runtime, check=lambda: None) -> dict[str, str
     Raises:
         StageFailed: it does not answer.
     """
-    from opdctl.teachers._http import opened
+    from opdctl.served.endpoint import opened
 
-    _, found = opened(f"{dotted} ({text})", text, runtime, check)
+    elsewhere = f"{dotted.removesuffix('.model')}.at=http://host:8000"
+    _, found = opened(
+        f"{dotted} ({text})", text, runtime, check, elsewhere if ".teachers." in dotted else ""
+    )
     return {"served": found["id"], "root": str(found.get("root"))}
 
 

@@ -6,6 +6,7 @@ speaks its protocol; the real one is in test_vllm_server.py.
 
 import contextlib
 import json
+import signal
 import socket
 import threading
 import time
@@ -19,14 +20,15 @@ from conftest import make_model
 from opdctl.core.models import load
 from opdctl.core.scored import scored
 from opdctl.core.wal import Wal
-from opdctl.errors import Interrupted, RecipeError, StageFailed, UsageError
+from opdctl.errors import EXIT_INTERRUPTED, Interrupted, RecipeError, StageFailed, UsageError
 from opdctl.provenance import served
 from opdctl.recipe import resolve
 from opdctl.registry import member
-from opdctl.rundir import read_rows
+from opdctl.rundir import RunDir, read_rows
 from opdctl.settings import Sampling
-from opdctl.types import Compute, Prompt
-from running import carry_out, one_stage
+from opdctl.status import last_line
+from opdctl.types import WAITING, Compute, Prompt
+from running import carry_out, one_stage, start
 
 LOGPROB = -1.25
 
@@ -285,6 +287,29 @@ def test_a_stop_is_heeded_while_a_server_hangs(stage):
         with pytest.raises(Interrupted):
             First(ctx)
         assert time.monotonic() - begun < 10
+
+
+def test_a_stop_is_heeded_while_a_server_is_waited_for(on_disk, tmp_path):
+    """At the start, where it is not there at all; meanwhile the wait is shown."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    opd = {"kind": "opd", "student": str(on_disk / "s"), "teachers": {"teacher": url}, "steps": 2}
+    tree = {"name": "waits", "data": {"sums": prompts(on_disk)}, "stages": {"it": opd}}
+    (tmp_path / "waits.json").write_text(json.dumps(tree))
+    run = RunDir(tmp_path / "run")
+    process = start("run", tmp_path / "waits.json", "--out", run.path)
+    log, begun = run / "logs" / "latest", time.monotonic()
+    while process.poll() is None and not (log.exists() and WAITING in last_line(log)):
+        assert time.monotonic() - begun < 60
+        time.sleep(0.05)
+    said = last_line(log)
+    assert said.startswith(f"stages.it.teachers.teacher.model ({url})") and "refused" in said
+    assert "runtime.server_timeout 120 s" in said
+    process.send_signal(signal.SIGTERM)
+    begun = time.monotonic()
+    assert process.wait(60) == EXIT_INTERRUPTED and time.monotonic() - begun < 20
+    assert run.record("it")["status"] == "interrupted"
 
 
 def test_another_tokenizer_is_found_by_its_first_id(stage):

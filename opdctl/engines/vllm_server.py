@@ -23,7 +23,7 @@ from opdctl.engines.transformers import Sample
 from opdctl.engines.vllm import Vllm, logged, recalled
 from opdctl.errors import Problem, StageFailed, UsageError
 from opdctl.references import base_of
-from opdctl.teachers._http import opened
+from opdctl.served.endpoint import opened
 
 MOST = 128  # requests at once
 
@@ -69,7 +69,9 @@ class VllmServer:
             what = f"runtime.engine_share: there is no folder {self.share}"
             raise UsageError(what, "a folder that the server sees too, at the same path")
         self.who = f"the vllm engine ({runtime.engine_at})"
-        self.endpoint, served = opened(self.who, runtime.engine_at, runtime, check)
+        self.endpoint, served = opened(
+            self.who, runtime.engine_at, runtime, check, "runtime.engine_at=http://host:8000"
+        )
         self.endpoint.again = [code for code in self.endpoint.again if code != 500]  # told at once
         self.endpoint.most = min(wave, MOST)
         self.served, self.longest = served["id"], served.get("max_model_len")

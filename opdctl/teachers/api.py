@@ -17,7 +17,7 @@ from contextlib import closing
 from opdctl.chat.messages import question
 from opdctl.core import draws
 from opdctl.errors import StageFailed
-from opdctl.teachers._http import opened
+from opdctl.served.endpoint import opened
 from opdctl.types import Prompt
 
 

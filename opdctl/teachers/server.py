@@ -21,7 +21,7 @@ from contextlib import closing
 
 from opdctl.core import draws
 from opdctl.errors import StageFailed, UsageError
-from opdctl.teachers._http import opened
+from opdctl.served.endpoint import opened
 from opdctl.types import ScoreRequest
 
 CHUNK = 1024  # ids of the vocabulary in one question
@@ -53,7 +53,8 @@ class Server:
         runtime = ctx.runtime
         self.who = f"teacher {name} ({reference})"
         self.batch = runtime.server_batch
-        self.endpoint, served = opened(self.who, reference, runtime, ctx.check)
+        elsewhere = f"stages.{ctx.name}.teachers.{name}.at=http://host:8000"
+        self.endpoint, served = opened(self.who, reference, runtime, ctx.check, elsewhere)
         self.served, self.longest = served["id"], served.get("max_model_len")
         self._compare_tokens()
         self._probe(self._most(wants, top))

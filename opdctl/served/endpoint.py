@@ -19,6 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 from opdctl import references
 from opdctl.errors import StageFailed, UsageError
+from opdctl.types import WAITING
 
 HINTS = {
     401: "OPDCTL_API_KEY=KEY in the environment",
@@ -27,7 +28,8 @@ HINTS = {
 }
 AGAIN = (408, 429, 500, 502, 503, 504)
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 8.0  # seconds between tries, doubled each time
-POLL, SAY_EVERY = 0.2, 10.0  # seconds between looks at the stop flag, between lines to the log
+POLL = 0.2  # seconds between looks at the stop flag
+FIRST_LINE, SAY_EVERY = 1.0, 10.0  # seconds until a failure is said, and between lines
 
 
 class Endpoint:
@@ -38,15 +40,18 @@ class Endpoint:
         base: address without a path.
         timeout: seconds that a request may take with all its retries.
         most: requests at once.
+        elsewhere: the key that gives another address.
 
     Attributes:
         again: the codes that are asked again.
         trouble: why the newest try failed; empty once one has not.
     """
 
-    def __init__(self, who: str, base: str, timeout: float, most: int = 1) -> None:
+    def __init__(
+        self, who: str, base: str, timeout: float, most: int = 1, elsewhere: str = ""
+    ) -> None:
         self.who, self.base, self.timeout, self.most = who, base.rstrip("/"), timeout, most
-        self.trouble, self.again = "", AGAIN
+        self.trouble, self.again, self.elsewhere = "", AGAIN, elsewhere
 
     def ask(self, path: str, body: dict | None = None, stopped=None) -> dict:
         """The JSON answer to a GET, or with a body to a POST.
@@ -78,11 +83,12 @@ class Endpoint:
                 why = "it did not answer" if isinstance(reason, TimeoutError) else str(reason)
             self.trouble = why
             if time.monotonic() + pause >= end or (stopped and stopped.wait(pause)):
+                moved = f"; elsewhere: opdctl resume DIR {self.elsewhere}" if self.elsewhere else ""
                 raise StageFailed(
                     f"{self.who}: no answer to {path} within {self.timeout:g} s and {tries} "
                     f"tries: {why}",
                     "start the server again, or raise runtime.server_timeout; what was finished "
-                    "is kept",
+                    "is kept" + moved,
                 )
             if not stopped:
                 time.sleep(pause)
@@ -111,7 +117,7 @@ class Endpoint:
         """
         stopped = threading.Event()
         pool = ThreadPoolExecutor(self.most)
-        begun = said = time.monotonic()
+        begun, said = time.monotonic(), 0.0
         try:
             asked = {pool.submit(self.ask, path, b, stopped): i for i, b in enumerate(bodies)}
             waiting = set(asked)
@@ -125,13 +131,16 @@ class Endpoint:
                     future.result()
                 now = time.monotonic()
                 begun = now if done else begun
-                if now - max(begun, said) > SAY_EVERY:
+                soon = FIRST_LINE if self.trouble and said < begun else SAY_EVERY
+                if waiting and now - max(begun, said) > soon:
                     said, why = now, f": {self.trouble}" if self.trouble else ""
                     print(
-                        f"{self.who}: waiting for {path} since {now - begun:.0f} s "
+                        f"{self.who}{WAITING}{path} since {now - begun:.0f} s "
                         f"(runtime.server_timeout {self.timeout:g} s){why}",
                         flush=True,
                     )
+            if said:
+                print(f"{self.who} answered", flush=True)
         finally:
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -142,18 +151,21 @@ class Endpoint:
         return [found[i] for i in range(len(bodies))]
 
 
-def opened(who: str, reference: str, runtime, check: Callable[[], None]) -> tuple[Endpoint, dict]:
+def opened(
+    who: str, reference: str, runtime, check: Callable[[], None], elsewhere: str = ""
+) -> tuple[Endpoint, dict]:
     """A server and what it says of the model that is meant.
 
     Args:
         check: called while waiting for it; may raise to stop.
+        elsewhere: the key that gives another address.
 
     Raises:
         StageFailed: it does not answer.
         UsageError: it does not serve such a model; names those it does.
     """
     base, name = references.address(reference)
-    endpoint = Endpoint(who, base, runtime.server_timeout, runtime.server_requests)
+    endpoint = Endpoint(who, base, runtime.server_timeout, runtime.server_requests, elsewhere)
     models = endpoint.all("/v1/models", [None], check)[0].get("data") or []
     names = [m.get("id") for m in models]
     chosen = [m for m in models if m.get("id") == name or (not name and len(models) == 1)]
