@@ -227,6 +227,7 @@ def answered(run, least):
 
 def differing(run, step):
     """How many different responses a step had."""
-    rows = read_rows(run.stage("opd") / "rollouts" / f"step-{step:06d}.jsonl")
+    path = run.stage("opd") / "rollouts" / f"step-{step:06d}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 30
     return len({(r["prompt"], *r["ids"]) for r in rows})

@@ -77,6 +77,14 @@ class Together:
         return sum(s.parameters * s.sampled for s in self.sources) / max(1, self.sampled)
 
 
+def asked_for(terms: list[Term], signals: dict[str, tuple[float, Any]]) -> tuple[set[str], int]:
+    """What members need, and how many of a side's most probable tokens."""
+    needs = {n for _, s in signals.values() for n in s.needs}
+    for term in terms:
+        needs.update(term.objective.needs, term.needs)
+    return needs, max((getattr(t.objective.config, "k", 0) for t in terms), default=0)
+
+
 def reward_of(ctx: Context, reference: str) -> Any:
     """The verifier, or the outcome model a reference names."""
     if reference == "verifier":
@@ -103,9 +111,7 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
     signals = {
         n: (c.coef, member("signals", n)(c, ctx)) for n, c in config.signals.items() if c.coef
     }
-    needs = {n for _, s in signals.values() for n in s.needs}
-    for term in terms:
-        needs.update(term.objective.needs, term.needs)
+    needs, k = asked_for(terms, signals)
     rewards = [
         reward_of(ctx, c.reward)
         for n, c in config.signals.items()
@@ -126,7 +132,7 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
         reference = member("teachers", "local")(ctx, model, "reference", config.reference)
     weights = [w for o in config.objectives.values() if o.coef for w in o.weights.values()]
     ids = [w.k for w in weights if hasattr(w, "k")]
-    k = max([*ids, *(getattr(t.objective.config, "k", 0) for t in terms)], default=0)
+    k = max([k, *ids])
     if wanted or sources:
         local = {
             n: (teacher_of(ctx, model, n, t, wanted, k), t.weight) for n, t in teachers.items()

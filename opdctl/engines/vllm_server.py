@@ -75,7 +75,7 @@ class VllmServer:
         self.endpoint.again = [code for code in self.endpoint.again if code != 500]  # told at once
         self.endpoint.most = min(wave, MOST)
         self.served, self.longest = served["id"], served.get("max_model_len")
-        self.published: int | None = None
+        self.published: int | str | None = None
         self.trained = any(p.requires_grad for p in model.net.parameters())
         self.label = ""
         try:
@@ -86,11 +86,11 @@ class VllmServer:
                 "start it with: python -m opdctl.engines._vllm_serve DIR --port 8000",
             ) from None
 
-    def publish(self, version: int) -> None:
+    def publish(self, version: int | str) -> None:
         """Give it the model's weights as they stand; nothing if it has this version.
 
         Args:
-            version: optimizer steps that the weights have seen.
+            version: optimizer steps that the weights have seen, or a name for others.
 
         Raises:
             StageFailed: it did not take them, or says that it has others.
@@ -99,8 +99,9 @@ class VllmServer:
             return
         from opdctl.engines._vllm_parts import named_weights
 
-        self.label = f"{uuid.uuid4().hex[:12]}:{version}"
-        path = Path(self.share) / f"opdctl-{self.label.replace(':', '-')}.safetensors"
+        name = uuid.uuid4().hex[:12]
+        self.label = f"{name}:{version}"
+        path = Path(self.share) / f"opdctl-{name}.safetensors"
         try:
             checkpoint.store(path, named_weights(self.model.net))
             self._tell("/pause?mode=abort", {})

@@ -41,6 +41,7 @@ class Endpoint:
         timeout: seconds that a request may take with all its retries.
         most: requests at once.
         elsewhere: the key that gives another address.
+        key: a secret; that of OPDCTL_API_KEY if not given.
 
     Attributes:
         again: the codes that are asked again.
@@ -48,10 +49,11 @@ class Endpoint:
     """
 
     def __init__(
-        self, who: str, base: str, timeout: float, most: int = 1, elsewhere: str = ""
+        self, who: str, base: str, timeout: float, most: int = 1, elsewhere: str = "", key=None
     ) -> None:
         self.who, self.base, self.timeout, self.most = who, base.rstrip("/"), timeout, most
         self.trouble, self.again, self.elsewhere = "", AGAIN, elsewhere
+        self.key = os.environ.get("OPDCTL_API_KEY", "") if key is None else key
 
     def ask(self, path: str, body: dict | None = None, stopped=None) -> dict:
         """The JSON answer to a GET, or with a body to a POST.
@@ -96,8 +98,8 @@ class Endpoint:
 
     def _once(self, path: str, body: dict | None, seconds: float) -> dict:
         headers = {"Content-Type": "application/json"}
-        if os.environ.get("OPDCTL_API_KEY"):
-            headers["Authorization"] = f"Bearer {os.environ['OPDCTL_API_KEY']}"
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.base + path, data, headers)
         with urllib.request.urlopen(request, timeout=seconds) as reply:

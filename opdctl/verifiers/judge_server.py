@@ -15,11 +15,10 @@ import urllib.request
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
-from opdctl.errors import Problem, StageFailed
+from opdctl.errors import Problem, StageFailed, UsageError
 from opdctl.schema import REQUIRED, key
+from opdctl.served.endpoint import POLL, Endpoint
 from opdctl.verifiers._judging import JudgeKeys, Judging, problems
-
-POLL = 0.2  # seconds between looks at the stop flag
 
 
 class JudgeServer(Judging):
@@ -49,6 +48,26 @@ class JudgeServer(Judging):
                 Problem("url", f"{config.url!r} is no http address", "http://HOST:PORT/v1")
             )
         return found
+
+    @staticmethod
+    def reach(config, domain: str, check) -> None:
+        """Ask which models are served.
+
+        Args:
+            check: called while waiting; may raise to stop.
+
+        Raises:
+            StageFailed: it does not answer.
+            UsageError: it does not serve the one that is named.
+        """
+        key = os.environ.get(config.token_env, "") if config.token_env else ""
+        who = f"the judge {config.name} of data.{domain} ({config.url})"
+        endpoint = Endpoint(who, config.url, config.timeout, key=key)
+        names = [m.get("id") for m in endpoint.all("/models", [None], check)[0].get("data") or []]
+        if config.name not in names:
+            what = f"{who} serves {', '.join(map(str, names)) or 'no model'}, and not {config.name}"
+            hint = f"data.{domain}.verifier.judge_server.name={names[0] if names else 'NAME'}"
+            raise UsageError(what, hint)
 
     def replies(self, asked):
         """Several at once.
