@@ -12,12 +12,19 @@ from serving import served_by_vllm
 from test_vllm import folder_of, needs_vllm
 
 from conftest import ALPHABET, make_model
+from opdctl import provenance
 from opdctl.core.models import load, save
 from opdctl.core.scoring import score
 from opdctl.core.wal import entries
+from opdctl.engines.vllm_server import VllmServer
 from opdctl.errors import StageFailed, UsageError
+from opdctl.plan import fingerprints, ready
+from opdctl.preflight._pairing import Pairing
+from opdctl.preflight._stage import check
+from opdctl.preflight.step0 import compare, estimated
 from opdctl.registry import member
-from opdctl.rundir import RunDir, read_rows
+from opdctl.rundir import RunDir, read_rows, write_json
+from opdctl.settings import Runtime
 from opdctl.types import ScoreRequest
 from running import carry_out, one_stage, start
 
@@ -147,6 +154,68 @@ def test_another_tokenizer_is_refused_by_its_first_id(folder, server, tmp_path):
     other = load(str(folder / "other"))
     with pytest.raises(UsageError, match=r"teacher big \(http.*id 5 is ',' there and '0' here"):
         member("teachers", "server")(ctx, other, "big", server.url)
+
+
+def test_other_weights_under_the_same_name_are_noticed(folder, server, tmp_path):
+    """By the log-probs of a known sequence; not by what another batch or precision rounds."""
+    ctx = context(folder, tmp_path / "run", server.url)
+    key = "teachers.teacher.model"
+    found = provenance.inputs(ctx.run, ctx.recipe, "it")
+    values = [float(v) for v in found[key]["probe"].split()]
+    requests = [ScoreRequest(tuple(provenance.PROBE), 1)]
+    exact = score(load(str(folder / "t")), requests, temperature=1.0).logprobs_N
+    assert (torch.tensor(values) - exact).abs().max() < 1e-3  # three digits are kept
+    other = score(load(str(folder / "s")), requests, temperature=1.0).logprobs_N
+
+    def seen(logprobs):
+        said = {**found[key], "probe": " ".join(f"{v:.3f}" for v in logprobs)}
+        record = {"fingerprint": fingerprints(ctx.recipe)["it"], "inputs": {key: said}}
+        write_json(ctx.folder / "stage.json", record)
+        provenance.require_unchanged(ctx.run, ctx.recipe, "it", found)
+
+    seen(values)
+    seen([v + (0.09 if i % 2 else -0.005) for i, v in enumerate(values)])
+    with pytest.raises(UsageError, match=r"teachers.teacher.model: http.*its probe changed"):
+        seen(other.tolist())
+    with pytest.raises(UsageError, match="its probe changed"):
+        seen(values[:-1])
+
+
+def test_everything_is_looked_at_before_a_run(folder, server, tmp_path):
+    """What ``validate --deep`` does: the teacher, a source and a judge behind the same server."""
+    ctx = context(folder, tmp_path / "run", f"{server.url}#big")
+    by_check = {f.check: f for f in check(ctx, deep=True) if f.teacher == "teacher"}
+    assert by_check.keys() == {"served", "gain", "step0"}
+    assert by_check["served"].severity == "ok" and "reads 128 tokens" in by_check["served"].what
+    assert "teacher 0.00, student 0.00" in by_check["gain"].what
+    name = ctx.config.student
+    pairing = Pairing(ctx)
+    requests = [r.request for r in pairing.rollouts]
+    kl, error, overlap, k = estimated(pairing, "teacher", requests)
+    pairing.teachers["folder"] = str(folder / "t")
+    exact, their_overlap, same_k = compare(pairing, "folder", requests)
+    assert k == same_k and abs(overlap - their_overlap) < 1e-6
+    assert abs(kl - exact) < 4 * error and f"KL {kl:.4g}" in by_check["step0"].what
+    wrong = check(context(folder, tmp_path / "wrong", f"{server.url}#small"), deep=True)
+    assert {(f.check, f.severity) for f in wrong if f.teacher} == {("served", "error")}
+    judge = {"judge_server": {"url": f"{server.url}/v1", "name": "big", "timeout": 5.0}}
+    data = {"kind": "jsonl", "path": str(folder / "sums.jsonl"), "verifier": judge}
+    source = {"teacher": {"model": server.url}}
+    stage = {"kind": "sft", "student": name, "steps": 1, "sources": source}
+    ctx = one_stage(tmp_path / "sft", {"sums": data}, **stage)
+    assert ready(ctx.recipe)[0] == ["it"]
+    assert [(f.check, f.severity) for f in check(ctx, deep=True)] == [("served", "ok")] * 2
+    judge["judge_server"]["name"] = source["teacher"]["model"] = f"{server.url}#none"
+    ctx = one_stage(tmp_path / "none", {"sums": data}, **stage)
+    found = check(ctx, deep=True)
+    assert [f.severity for f in found] == ["error"] * 2 and all("big" in f.what for f in found)
+
+
+def test_a_server_that_was_not_started_to_sample_is_refused(folder, server):
+    model = load(str(folder / "s"))
+    at = Runtime(engine="vllm_server", engine_at=server.url, server_timeout=20.0)
+    with pytest.raises(UsageError, match=r"takes no weights.*\n.*_vllm_serve DIR"):
+        VllmServer(model, 4, lambda: None, None, at)
 
 
 def test_its_texts_train_a_student(folder, server, tmp_path):
