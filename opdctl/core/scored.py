@@ -19,7 +19,7 @@ from opdctl.core.chunks import rows_in
 from opdctl.core.context import Context
 from opdctl.core.metrics import by_domain
 from opdctl.core.models import Model
-from opdctl.core.scoring import Scores, asked_of, score
+from opdctl.core.scoring import Scores, asked_of, listed_entropy, score
 from opdctl.core.taught import Held, Taught, reverse_kl
 from opdctl.core.tokens import future, per_sequence, places, so_far
 from opdctl.core.view import PerStep, Term
@@ -371,12 +371,6 @@ def _asked(
         size = np.array(teacher.parameters)
         ctx.wal.put(question, {"logprobs": found.logprobs_N.cpu().numpy(), "size": size})
     return found, teacher.parameters
-
-
-def listed_entropy(logq_NK: Tensor) -> Tensor:
-    """Entropy of a list of log-probs and one bucket for the rest: a lower bound. Shape [N]."""
-    rest_N = (-logq_NK.double().exp().sum(-1)).add(1.0).clamp(min=0.0)
-    return -(logq_NK.exp() * logq_NK).sum(-1) - torch.xlogy(rest_N, rest_N).to(logq_NK)
 
 
 def _check(name: str, found: Scores, rollouts: list[Rollout]) -> None:

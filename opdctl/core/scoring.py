@@ -63,6 +63,12 @@ def asked_of(teacher, wanted: Collection[str]) -> set[str]:
     return {part for w in wanted for part in LISTED.get(w, (w,))}
 
 
+def listed_entropy(logq_NK: Tensor) -> Tensor:
+    """Entropy of a list of log-probs and one bucket for the rest: a lower bound. Shape [N]."""
+    rest_N = (-logq_NK.double().exp().sum(-1)).add(1.0).clamp(min=0.0)
+    return -(logq_NK.exp() * logq_NK).sum(-1) - torch.xlogy(rest_N, rest_N).to(logq_NK)
+
+
 @torch.no_grad()
 def score(
     model: Model,
