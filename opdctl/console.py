@@ -17,7 +17,8 @@ from rich.text import Text
 
 from opdctl.chat.example import heading
 from opdctl.rundir import finite, read_json
-from opdctl.status import Tail, last_row
+from opdctl.status import Tail, last_line, last_row
+from opdctl.types import WAITING
 from opdctl.verdict import shown
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
@@ -318,7 +319,8 @@ class Progress:
             if isinstance(row.get(name), float):
                 parts.append(f"{name} {row[name]:.3f}")
                 break
-        return ", ".join(parts)
+        said = last_line(job.run / "logs" / "latest")
+        return ", ".join([*parts, said] if WAITING in said else parts)
 
 
 def _label(job, jobs: list) -> str:

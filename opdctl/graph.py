@@ -54,6 +54,10 @@ def _engine(recipe: Any) -> list[Problem]:
     if runtime.engine_args and runtime.engine == "transformers":
         what = "the engine is transformers, which takes none"
         return [Problem("runtime.engine_args", what, "runtime.engine=vllm, or leave them out")]
+    if runtime.engine_at and runtime.engine != "vllm_server":
+        what = f"the engine is {runtime.engine}, which is in the stage's process"
+        hint = "runtime.engine=vllm_server, or leave it out"
+        return [Problem("runtime.engine_at", what, hint)]
     return getattr(registry.member("engines", runtime.engine), "problems", lambda _: [])(recipe)
 
 

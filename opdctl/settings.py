@@ -101,6 +101,17 @@ class Teacher:
     )
     serves: dict[str, bool] = key({}, "domain: true; empty is the domain of the teacher's name")
     weight: float = key(1.0, "factor of its signal", least=0.0)
+    at: str = key(
+        "",
+        "where a served model is now, if not at the address in model",
+        role="operational",
+    )
+
+    @property
+    def address(self) -> str:
+        """Where it is: ``model``, or ``at`` with the name of the one meant there."""
+        name = self.model.partition("#")[2]
+        return f"{self.at}#{name}" if self.at and name else self.at or self.model
 
 
 def routes(domains: dict[str, float], teachers: dict[str, Teacher]) -> dict[str, list[str]]:
@@ -125,6 +136,16 @@ class SignalConfig:
     """Keys of every signal."""
 
     coef: float = key(1.0, "factor of this signal in the advantage; 0 turns it off")
+
+
+# What the k most probable ids of a side ask of a teacher. Its log-probs at the student's ids come
+# out of its hidden rows; at its own ids a list of them will do, which a server can give.
+_REBUILT = ("teacher.hidden", "teacher.lse", "teacher.topk", "teacher.entropy")
+ON_TOP = {
+    "topk_student": _REBUILT,
+    "topk_union": _REBUILT,
+    "topk_teacher": ("teacher.listed",),
+}
 
 
 @dataclass(kw_only=True)
@@ -204,10 +225,14 @@ class Runtime:
         "compute activations again in the backward pass, to save memory",
         role="numeric",
     )
-    engine: Literal["transformers", "vllm"] = key(
+    engine: Literal["transformers", "vllm", "vllm_server"] = key(
         "transformers", "who samples; `opdctl show engines/vllm`", neutral=True
     )
     engine_args: dict[str, Any] = key({}, "of vllm's engine, by its own names", neutral=True)
+    engine_at: str = key("", "address of the server, for vllm_server", role="operational")
+    engine_share: str = key(
+        "/dev/shm", "folder that vllm_server sees too: weights go through it", role="operational"
+    )
     wave: int = key(512, "responses sampled at once", role="numeric", least=1)
     micro_batch: int = key(
         0, "sequences per pass of an update; 0 is as many as are alike", role="numeric", least=0

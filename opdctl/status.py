@@ -128,6 +128,16 @@ def last_row(path: Path) -> dict:
     return {}
 
 
+def last_line(path: Path) -> str:
+    """The last line of a log; empty without one."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 2000))
+            return (file.read().decode(errors="replace").splitlines() or [""])[-1]
+    except OSError:
+        return ""
+
+
 def last_step(path: Path) -> int:
     """Step of the last row; 0 without one."""
     step = last_row(path).get("step", 0)

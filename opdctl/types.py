@@ -132,6 +132,7 @@ class ScoreRequest:
         return places
 
 
+WAITING = ": waiting for "  # in a line of a stage's log: it is shown while it is the last one
 FORWARD, TRAIN = 2.0, 6.0  # floating-point operations a parameter and token
 
 

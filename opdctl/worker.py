@@ -100,7 +100,7 @@ def _attempt(ctx: Context, start: float) -> int:
     code, problem = EXIT_FAILED, None
     try:
         prepare(ctx)
-        found = provenance.inputs(ctx.run, ctx.recipe, ctx.name)
+        found = provenance.inputs(ctx.run, ctx.recipe, ctx.name, ctx.check)
         provenance.require_unchanged(ctx.run, ctx.recipe, ctx.name, found)
         record["inputs"] = found
         write_json(path, record)

@@ -6,6 +6,7 @@ speaks its protocol; the real one is in test_vllm_server.py.
 
 import contextlib
 import json
+import signal
 import socket
 import threading
 import time
@@ -17,15 +18,17 @@ from one_step import First, prompts
 
 from conftest import make_model
 from opdctl.core.models import load
+from opdctl.core.scored import scored
 from opdctl.core.wal import Wal
-from opdctl.errors import Interrupted, RecipeError, StageFailed, UsageError
+from opdctl.errors import EXIT_INTERRUPTED, Interrupted, RecipeError, StageFailed, UsageError
 from opdctl.provenance import served
 from opdctl.recipe import resolve
 from opdctl.registry import member
-from opdctl.rundir import read_rows
+from opdctl.rundir import RunDir, read_rows
 from opdctl.settings import Sampling
-from opdctl.types import Prompt
-from running import carry_out, one_stage
+from opdctl.status import last_line
+from opdctl.types import WAITING, Compute, Prompt
+from running import carry_out, one_stage, start
 
 LOGPROB = -1.25
 
@@ -226,8 +229,11 @@ def test_scores_stand_at_their_tokens(stage):
         kept = Wal(ctx.folder / "wal")
         ctx.wal.close()
         kept.at(0)
-        assert sum(name.startswith("teacher big") for name in kept._found) == 1
-        assert server.calls == before
+        assert sum(name.startswith("teacher big") for name in kept._found) == 6
+        ctx.wal.at(0)
+        again = scored(first.rollouts, first.model, first.parts, ctx, Compute())
+        assert (again.columns["teacher"] == first.columns["teacher"]).all()
+        assert server.calls == before  # from the log: nothing is asked for twice
         assert served("x", server.url, ctx.runtime) == {"served": "big", "root": "/m"}
 
 
@@ -283,6 +289,29 @@ def test_a_stop_is_heeded_while_a_server_hangs(stage):
         assert time.monotonic() - begun < 10
 
 
+def test_a_stop_is_heeded_while_a_server_is_waited_for(on_disk, tmp_path):
+    """At the start, where it is not there at all; meanwhile the wait is shown."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    opd = {"kind": "opd", "student": str(on_disk / "s"), "teachers": {"teacher": url}, "steps": 2}
+    tree = {"name": "waits", "data": {"sums": prompts(on_disk)}, "stages": {"it": opd}}
+    (tmp_path / "waits.json").write_text(json.dumps(tree))
+    run = RunDir(tmp_path / "run")
+    process = start("run", tmp_path / "waits.json", "--out", run.path)
+    log, begun = run / "logs" / "latest", time.monotonic()
+    while process.poll() is None and not (log.exists() and WAITING in last_line(log)):
+        assert time.monotonic() - begun < 60
+        time.sleep(0.05)
+    said = last_line(log)
+    assert said.startswith(f"stages.it.teachers.teacher.model ({url})") and "refused" in said
+    assert "runtime.server_timeout 120 s" in said
+    process.send_signal(signal.SIGTERM)
+    begun = time.monotonic()
+    assert process.wait(60) == EXIT_INTERRUPTED and time.monotonic() - begun < 20
+    assert run.record("it")["status"] == "interrupted"
+
+
 def test_another_tokenizer_is_found_by_its_first_id(stage):
     other = make_model(alphabet="0123456789abcdefghijklmnopqrstuvwxyz =+;").tokenizer
     with (
@@ -326,14 +355,19 @@ def test_validate_refuses_what_a_server_cannot_give():
     full = refused({"signals": {}, "objectives": {"divergence": {}}})
     assert "stages.it.objectives.divergence: needs teacher.hidden" in full
     assert "teacher (http://host:8000) is behind a server" in full
-    top = {"divergence": {"support": "topk_teacher"}}
-    assert "is behind a server" in refused({"signals": {}, "objectives": top})
+    for support in ("topk_student", "topk_union"):
+        for name in ("divergence", "topk_tail", "topk_pg"):
+            said = refused({"signals": {}, "objectives": {name: {"support": support}}})
+            assert "is behind a server" in said and "support=topk_teacher" in said
+    gated = {"divergence": {"support": "topk_teacher", "weights": {"eopd": {}}}}
+    assert "over=listed" in refused({"signals": {}, "objectives": gated})
+    lists = {"policy_gradient": {"weights": {"eopd": {"over": "listed"}}}}
+    assert "no objective here says how many" in refused({"objectives": lists})
     assert "kl_baseline" in refused({"signals": {"reverse_kl": {}, "kl_baseline": {}}})
     warm = refused({"sampling": {"temperature": 0.7}})
     assert "stages.it.sampling.temperature" in warm and "at temperature 1" in warm
-    guarded = {"extrapolation": {"guard": "reference"}}
-    guarded = refused({"signals": guarded, "reference": "policy"})
-    assert "signals.extrapolation: needs teacher.modal" in guarded
+    confident = {"policy_gradient": {"weights": {"confidence": {}}}}
+    assert "weights.confidence: needs teacher.entropy" in refused({"objectives": confident})
     for source in ({"mixture": {"student": 0.5, "teacher": 0.5}}, {"teacher_mixed": {}}):
         forward = {"signals": {}, "objectives": {"sampled_kl": {"estimator": "k2"}}}
         assert "is behind a server" in refused({**forward, "sources": source})

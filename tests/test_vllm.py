@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from architectures import write
 
 from conftest import ALPHABET
 from opdctl.core import draws
@@ -13,7 +14,7 @@ from opdctl.core.models import load, save
 from opdctl.core.scoring import score
 from opdctl.core.wal import Wal
 from opdctl.engines.transformers import Transformers
-from opdctl.engines.vllm import Vllm
+from opdctl.engines.vllm import Vllm, _imported
 from opdctl.errors import Interrupted, RecipeError, UsageError
 from opdctl.recipe import resolve
 from opdctl.rundir import RunDir, read_rows
@@ -265,6 +266,54 @@ def test_candidates_are_published_and_the_limit_moves(tmp_path):
     assert all(r["length"] <= r["length_limit"] for r in rows)
 
 
+@vllm
+@needs_vllm
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "glm4"])
+def test_an_output_loads_in_plain_transformers_and_in_plain_vllm(tmp_path, architecture):
+    """Weights, tokenizer, chat template and ends: both make the same prompt of a conversation and
+    the same greedy tokens, which are not those of the start."""
+    import transformers
+
+    for seed, name in enumerate("st"):
+        write(tmp_path / name, architecture, seed, head_dim=32)
+    rows = [{"prompt": f"gcd {i} {2 * i}=", "answer": str(i)} for i in range(20)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"sums": {"kind": "jsonl", "path": str(tmp_path / "sums.jsonl")}}
+    keys = {"kind": "opd", "student": str(tmp_path / "s"), "steps": 6, "optim": {"lr": 0.02}}
+    keys |= {"teachers": {"teacher": str(tmp_path / "t")}, "prompts": {"per_step": 6}}
+    ctx = one_stage(tmp_path / "run", data, **keys, sampling={"max_tokens": 6})
+    carry_out(ctx)
+    talks = [[{"role": "user", "content": text}] for text in PROMPTS[:4]]
+    said = []
+    for folder in (tmp_path / "s", ctx.folder / "output"):
+        net = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        prompts = [
+            tokenizer.apply_chat_template(t, add_generation_prompt=True, return_dict=False)
+            for t in talks
+        ]
+        found = [
+            net.generate(torch.tensor([p]), do_sample=False, max_new_tokens=12)[0, len(p) :]
+            for p in prompts
+        ]
+        said.append([f.tolist() for f in found])
+    plain = _imported(cuda=False)
+    llm = plain.LLM(
+        str(ctx.folder / "output"),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=128,
+        kv_cache_memory_bytes=64 << 20,
+    )
+    try:
+        greedy = plain.SamplingParams(temperature=0.0, max_tokens=12)
+        outputs = llm.chat(talks, greedy, use_tqdm=False)
+        assert [list(o.prompt_token_ids) for o in outputs] == prompts
+        assert [list(o.outputs[0].token_ids) for o in outputs] == said[1] != said[0]
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
 def tree(**keys):
     """A recipe whose models need not be there."""
     opd = {"kind": "opd", "student": "a/b", "teachers": {"teacher": "c/d"}}
@@ -293,6 +342,10 @@ def test_what_vllm_cannot_do_is_refused_without_it():
         stages={"sft": {"kind": "sft", "student": "a/b", "sources": several}}
     )
     assert "did you mean 'vllm'" in refused(engine="vlm")
+    assert "runtime.engine_at: the engine is vllm" in refused(engine_at="http://host:8000")
+    said = refused(engine="vllm_server", engine_args={"seed": 1}, dtype="float64")
+    assert "runtime.engine_at: the engine is a server" in said and "no float64" in said
+    assert "runtime.engine_args: a server was given its arguments" in said
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="it is installed here")

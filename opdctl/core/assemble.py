@@ -8,6 +8,7 @@ from typing import Any
 from opdctl import references
 from opdctl.core.context import Context
 from opdctl.core.scored import Parts
+from opdctl.core.scoring import LISTED
 from opdctl.core.view import PerStep, Term
 from opdctl.nets.layers import layers_of
 from opdctl.registry import member, parted
@@ -76,6 +77,14 @@ class Together:
         return sum(s.parameters * s.sampled for s in self.sources) / max(1, self.sampled)
 
 
+def asked_for(terms: list[Term], signals: dict[str, tuple[float, Any]]) -> tuple[set[str], int]:
+    """What members need, and how many of a side's most probable tokens."""
+    needs = {n for _, s in signals.values() for n in s.needs}
+    for term in terms:
+        needs.update(term.objective.needs, term.needs)
+    return needs, max((getattr(t.objective.config, "k", 0) for t in terms), default=0)
+
+
 def reward_of(ctx: Context, reference: str) -> Any:
     """The verifier, or the outcome model a reference names."""
     if reference == "verifier":
@@ -83,10 +92,12 @@ def reward_of(ctx: Context, reference: str) -> Any:
     return member("rewards", "model")(ctx, reference)
 
 
-def teacher_of(reference: str) -> type:
-    """The member of ``teachers/`` for what a reference names."""
-    served = references.parse(reference).form == "server"
-    return member("teachers", "server" if served else "local")
+def teacher_of(ctx: Context, model: Any, name: str, teacher: Teacher, wanted: set, top: int) -> Any:
+    """The member of ``teachers/`` for what a reference names; a server is asked whether it gives
+    what is wanted."""
+    if references.parse(teacher.model).form != "server":
+        return member("teachers", "local")(ctx, model, name, teacher.model)
+    return member("teachers", "server")(ctx, model, name, teacher.address, sorted(wanted), top)
 
 
 def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
@@ -100,9 +111,7 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
     signals = {
         n: (c.coef, member("signals", n)(c, ctx)) for n, c in config.signals.items() if c.coef
     }
-    needs = {n for _, s in signals.values() for n in s.needs}
-    for term in terms:
-        needs.update(term.objective.needs, term.needs)
+    needs, k = asked_for(terms, signals)
     rewards = [
         reward_of(ctx, c.reward)
         for n, c in config.signals.items()
@@ -113,7 +122,7 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
     layers = layers_of(model, which) if which else None
     compared = {"teacher.hidden{" + about + "}" for about in which}
     wanted = {n.removeprefix("teacher.") for n in needs - compared if n.startswith("teacher.")}
-    rebuilds = "hidden" in wanted
+    rebuilds = bool({"hidden", "listed"} & wanted)
     if layers:
         wanted |= {"inner"} if layers.inner else set()
         wanted |= {"hidden"} if layers.depth in layers.chosen else set()
@@ -121,10 +130,15 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
     reference, sources = None, getattr(config, "sources", {})
     if refers:
         reference = member("teachers", "local")(ctx, model, "reference", config.reference)
+    weights = [w for o in config.objectives.values() if o.coef for w in o.weights.values()]
+    ids = [w.k for w in weights if hasattr(w, "k")]
+    k = max([k, *ids])
     if wanted or sources:
         local = {
-            n: (teacher_of(t.model)(ctx, model, n, t.model), t.weight) for n, t in teachers.items()
+            n: (teacher_of(ctx, model, n, t, wanted, k), t.weight) for n, t in teachers.items()
         }
+        if "listed" in wanted and all("teacher.hidden" in t.provides for t, _ in local.values()):
+            wanted = wanted - {"listed"} | set(LISTED["listed"])
         route = routes(ctx.recipe.domains(ctx.name), teachers)
         ctx.inspect(model)
     updates = getattr(config, "updates_per_rollout", 1)  # gradients of one step are not applied
@@ -133,8 +147,6 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
     policy = [n.removeprefix("policy.") for n in sorted(needs) if n.startswith("policy.")]
     if "old.logprobs" in needs and several and "logprobs" not in policy:
         policy.append("logprobs")
-    weights = [w for o in config.objectives.values() if o.coef for w in o.weights.values()]
-    ids = [w.k for w in weights if hasattr(w, "k")]
     baseline = next((s.config for _, s in signals.values() if "policy.kl" in s.needs), None)
     top = baseline.k if baseline and baseline.support != "full" else 0
     return Parts(
@@ -155,7 +167,7 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
         teacher_wants=tuple(sorted(wanted)),
         layers=layers,
         rebuilds=rebuilds,
-        teacher_top=max([*ids, *(getattr(t.objective.config, "k", 0) for t in terms)], default=0),
+        teacher_top=k,
         policy_wants=tuple(policy),
         policy_top=top,
         overlap_top=max(ids, default=16),

@@ -191,8 +191,7 @@ class Context:
         if self._engine is None or self._engine.model is not model:
             if self._engine is not None:
                 self._engine.close()
-            code = {"trust_remote_code": self.runtime.trust_remote_code}
-            self._engine = cls(*given, code | self.runtime.engine_args)
+            self._engine = cls(*given, cls.settings(self.runtime))
         return self._engine
 
     def data(self, domain: str) -> Any:

@@ -44,7 +44,8 @@ def pairs(columns: dict[str, Tensor], where_P: Tensor, place_P: Tensor) -> dict[
 
 def share(term: Term, factor_P: Tensor, place_P: Tensor) -> Tensor:
     """A term that compares with teachers acts on every pair, another once a token."""
-    if any(need.startswith("teacher.hidden") for need in term.objective.needs):
+    beside = ("teacher.hidden", "teacher.listed")
+    if any(need.startswith(beside) for need in term.objective.needs):
         return factor_P
     return torch.where(place_P == 0, factor_P, 0.0)
 

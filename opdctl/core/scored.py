@@ -19,7 +19,7 @@ from opdctl.core.chunks import rows_in
 from opdctl.core.context import Context
 from opdctl.core.metrics import by_domain
 from opdctl.core.models import Model
-from opdctl.core.scoring import Scores, score
+from opdctl.core.scoring import Scores, asked_of, listed_entropy, score
 from opdctl.core.taught import Held, Taught, reverse_kl
 from opdctl.core.tokens import future, per_sequence, places, so_far
 from opdctl.core.view import PerStep, Term
@@ -47,8 +47,9 @@ class Parts:
         reference_wants: what is asked of it: logprobs, and modal, its log-prob of the teacher's
             most probable token (the column ``reference_modal``).
         teacher_wants: what is asked of them: logprobs, hidden, inner, lse, topk, entropy, modal,
-            the log-prob of the most probable token (the column ``teacher_modal``), and above, the
-            mass of the tokens more probable than the sampled one (``teacher_above``).
+            the log-prob of the most probable token (the column ``teacher_modal``), above, the
+            mass of the tokens more probable than the sampled one (``teacher_above``), listed, the
+            top k with their log-probs, and listed_entropy (a column ``teacher_`` of that name).
         layers: whose hidden states are compared; None where none are.
         rebuilds: logits of teachers are rebuilt from hidden, so their heads are needed too.
         teacher_top: k of topk.
@@ -259,13 +260,14 @@ def _teach(step, requests, model, parts, ctx, compute, ours_NK) -> None:
     logprob_NM, entropy_NM = torch.zeros_like(weight_NM), torch.zeros_like(weight_NM)
     overlap_NM, above_NM = torch.zeros_like(weight_NM), torch.zeros_like(weight_NM)
     modal_N, modal_id_N = torch.zeros_like(weight_NM[:, 0]), torch.zeros_like(index_NM[:, 0])
+    listed_NM = torch.zeros_like(weight_NM)
     held: list[Held] = []
     for name, (teacher, weight) in parts.teachers.items():
         mine = [i for i, names in enumerate(routes) if name in names]
         if not mine:
             continue
         asked = [requests[i] for i in mine]
-        wants = tuple(parts.teacher_wants)
+        wants = tuple(sorted(asked_of(teacher, parts.teacher_wants)))
         found, parameters = _asked(name, teacher, asked, parts, ctx, model.device, wants)
         _check(name, found, [step.rollouts[i] for i in mine])
         at_N = torch.cat([token_N[i] for i in mine])
@@ -281,6 +283,15 @@ def _teach(step, requests, model, parts, ctx, compute, ours_NK) -> None:
             above_NM[at_N, place_N] = found.above_N
         if ours_NK is not None:
             overlap_NM[at_N, place_N] = _overlap(ours_NK[at_N], found.top_NK).to(model.wide)
+        if "listed_entropy" in parts.teacher_wants:
+            listed_NM[at_N, place_N] = listed_entropy(found.top_logprob_NK)
+        if found.hidden_ND is None and "listed" in wants:
+            index_NM[at_N, place_N] = len(held)
+            row_NM[at_N, place_N] = torch.arange(len(at_N), device=at_N.device)
+            target_N1 = torch.tensor([[q.ids[t]] for q in asked for t in q.targets]).to(at_N)
+            ids_NJ = torch.cat([target_N1, found.top_NK], -1)
+            logq_NJ = torch.cat([found.logprobs_N[:, None], found.top_logprob_NK], -1)
+            held.append(Held(top_NK=found.top_NK, name=name, listed=(ids_NJ, logq_NJ)))
         if found.hidden_ND is not None or found.inner_NLD is not None:
             index_NM[at_N, place_N] = len(held)
             row_NM[at_N, place_N] = torch.arange(len(at_N), device=at_N.device)
@@ -310,6 +321,8 @@ def _teach(step, requests, model, parts, ctx, compute, ours_NK) -> None:
         columns["teacher_above"] = mean(above_NM)
     if ours_NK is not None:
         columns["overlap"] = mean(overlap_NM)
+    if "listed_entropy" in parts.teacher_wants:
+        columns["teacher_listed_entropy"] = mean(listed_NM)
     if "modal" in parts.teacher_wants:
         columns |= {"teacher_modal": modal_N, "modal_id": modal_id_N}
     if held:
@@ -343,9 +356,10 @@ def _asked(
     name: str, teacher, asked, parts, ctx, device, wants: tuple[str, ...], ids_N=None
 ) -> tuple[Scores, int]:
     """What a teacher says, and its parameters; log-probs alone are logged and not paid for twice:
-    a teacher that answered before the kill need not even be loaded."""
+    a teacher that answered before the kill need not even be loaded. One that keeps its own answers
+    logs each as it comes."""
     question = f"teacher {name} {draws.key(asked, parts.temperature):016x}"
-    logged = ctx.wal.get(question) if wants == ("logprobs",) else []
+    logged = ctx.wal.get(question) if wants == ("logprobs",) and not teacher.keeps else []
     if logged:
         return Scores(torch.from_numpy(logged[0]["logprobs"]).to(device)), int(logged[0]["size"])
     given = (asked, parts.temperature, wants, parts.teacher_top)
@@ -353,7 +367,7 @@ def _asked(
         found = teacher.score(*given, layers=parts.layers)
     else:
         found = teacher.score(*given) if ids_N is None else teacher.score(*given, ids_N)
-    if wants == ("logprobs",):
+    if wants == ("logprobs",) and not teacher.keeps and torch.isfinite(found.logprobs_N).all():
         size = np.array(teacher.parameters)
         ctx.wal.put(question, {"logprobs": found.logprobs_N.cpu().numpy(), "size": size})
     return found, teacher.parameters
@@ -363,7 +377,7 @@ def _check(name: str, found: Scores, rollouts: list[Rollout]) -> None:
     """Length and finiteness of what a teacher said."""
     owner = [r for r in rollouts for _ in range(r.length)]
     flat = ("logprobs_N", "lse_N", "entropy_N", "modal_N", "at_N", "above_N")
-    for what in ("hidden_ND", "inner_NLD", *flat):
+    for what in ("hidden_ND", "inner_NLD", "top_logprob_NK", *flat):
         value_N = getattr(found, what)
         if value_N is None:
             continue

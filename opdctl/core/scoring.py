@@ -35,6 +35,7 @@ class Scores:
         at_N: log-prob of another token than the target, at its place; None if not asked for.
         above_N: mass of all tokens more probable than the target: below p, it is in the top-p
             nucleus; None if not asked for.
+        top_logprob_NK: log-probs of the most probable ids; None if not asked for.
     """
 
     logprobs_N: Tensor | None = None
@@ -47,6 +48,25 @@ class Scores:
     at_N: Tensor | None = None
     above_N: Tensor | None = None
     inner_NLD: Tensor | None = None
+    top_logprob_NK: Tensor | None = None
+
+
+# What a list of the k most probable ids with their log-probs comes from, of a model whose hidden
+# rows are at hand.
+LISTED = {"listed": ("hidden", "lse", "topk", "entropy"), "listed_entropy": ("topk", "top_logprob")}
+
+
+def asked_of(teacher, wanted: Collection[str]) -> set[str]:
+    """What is asked of a teacher, one that has hidden rows or one that gives lists."""
+    if "teacher.hidden" not in teacher.provides:
+        return {w for w in wanted if f"teacher.{w}" in teacher.provides}
+    return {part for w in wanted for part in LISTED.get(w, (w,))}
+
+
+def listed_entropy(logq_NK: Tensor) -> Tensor:
+    """Entropy of a list of log-probs and one bucket for the rest: a lower bound. Shape [N]."""
+    rest_N = (-logq_NK.double().exp().sum(-1)).add(1.0).clamp(min=0.0)
+    return -(logq_NK.exp() * logq_NK).sum(-1) - torch.xlogy(rest_N, rest_N).to(logq_NK)
 
 
 @torch.no_grad()
@@ -67,9 +87,8 @@ def score(
     """Run the trunk once over the requests and return what is wanted.
 
     Args:
-        want: any of logprobs, hidden, lse, topk, entropy, modal, at, above.
-        want: any of logprobs, hidden, inner, lse, topk, entropy, modal, at, above.
-        top: k of topk.
+        want: any of logprobs, hidden, inner, lse, topk, top_logprob, entropy, modal, at, above.
+        top: k of topk and top_logprob.
         ids_N: one id for each target: whose log-probs ``at`` is.
         layers: the student's, to whose inner ones those of ``inner`` belong.
         rounded: logits rounded to bfloat16, as in the loss.
@@ -90,6 +109,8 @@ def score(
     if "topk" in want:
         shape = (count, min(top, head.valid_V))
         found.top_NK = weight_VD.new_zeros(shape, dtype=torch.long)
+    if "top_logprob" in want:
+        found.top_logprob_NK = weight_VD.new_zeros(found.top_NK.shape, dtype=head.wide)
     inner = layers.beside(depth_of(model)) if "inner" in want else ()
     rows, logits = rows_in(chunk_mib, head), set(want) - {"hidden", "inner"}
     for group, tokens_N in micro_batches(requests, micro_batch, model.device):
@@ -122,7 +143,9 @@ def _read(
     if found.at_N is not None:
         found.at_N[at_C] = target_logprob(logits_CV, ids_N[at_C])
     if found.top_NK is not None:
-        found.top_NK[at_C] = logits_CV.topk(found.top_NK.shape[1], dim=-1).indices
+        top_CK, found.top_NK[at_C] = logits_CV.topk(found.top_NK.shape[1], dim=-1)
+        if found.top_logprob_NK is not None:
+            found.top_logprob_NK[at_C] = top_CK - logits_CV.logsumexp(-1, keepdim=True)
     if found.logprobs_N is not None:
         found.logprobs_N[at_C] = target_logprob(logits_CV, target_C)
     if found.lse_N is not None:

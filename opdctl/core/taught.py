@@ -2,7 +2,8 @@
 
 Of each teacher only the last hidden rows of its tokens are kept, and those of inner layers that an
 objective compares; its logits are rebuilt through its head, a chunk at a time (DeepSeek-V4, arXiv
-2606.19348). Rows come ordered by teacher. On a GPU
+2606.19348). Of one behind a server there is a list of ids with their log-probs instead. Rows come
+ordered by teacher. On a GPU
 one head is resident and the next is copied meanwhile; ``loads`` counts how often the resident head
 changed: once per teacher and mini-batch, or where teachers are pooled, and micro-batch; ``most``
 is how many heads were on the device at once. On a CPU heads are where their models are, unless
@@ -22,10 +23,13 @@ from opdctl.core import checkpoint
 from opdctl.kernels.head import Head
 from opdctl.kernels.topk import divergence_on, log_outside
 
+TAIL_LEAST = 1e-6  # of a mass of 1; what a list in fp32 cannot tell from 0
+
 
 @dataclass
 class Held:
-    """One teacher: its head (on any device) and a row for each token it scored.
+    """One teacher: its head (on any device) and a row for each token it scored; or, without a head,
+    what it listed.
 
     Attributes:
         head: None where no logit of it is rebuilt.
@@ -38,16 +42,18 @@ class Held:
         stored: where the weight of the head is, if the head has none.
         inner_NLD: rows of the layers that belong to the student's inner ones, see nets/layers.py.
         name: of the teacher.
+        listed: ids, [N, J], and their log-probs: the target, then its most probable ones.
     """
 
-    head: Head | None
-    hidden_ND: Tensor
+    head: Head | None = None
+    hidden_ND: Tensor | None = None
     lse_N: Tensor | None = None
     top_NK: Tensor | None = None
     entropy_N: Tensor | None = None
     stored: Path | None = None
     inner_NLD: Tensor | None = None
     name: str = ""
+    listed: tuple[Tensor, Tensor] | None = None
 
     def states(self, row_C: Tensor, places: list[int]) -> Tensor:
         """Hidden states of some rows, [C, L, width].
@@ -80,7 +86,7 @@ class Taught:
             row_C: which of its hidden rows.
             use: names the buffer, for what must outlive another call.
         """
-        head = self.held[0].head
+        head = next(held.head for held in self.held if held.head is not None)
         shape = (len(index_C), head.valid_V)
         if use not in self._buffers or len(self._buffers[use]) < shape[0]:
             self._buffers[use] = torch.empty(shape, dtype=head.wide, device=self.device)
@@ -95,14 +101,31 @@ class Taught:
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probs of each token's own teacher at some ids, [C, K], by the cached normaliser.
 
-        Few ids are read from their rows of the head; many cost less as one product with all.
+        Few ids are read from their rows of the head; many cost less as one product with all. A
+        teacher without a head is asked for ids it listed alone.
 
         Args:
             outside_CK: ids; the log of the mass on all others is wanted too, [C], for which every
-                logit is needed.
+                logit is needed, or what the list leaves of 1.
         """
-        D = max(held.hidden_ND.shape[1] for held in self.held)
-        head, tail_C = self.held[0].head, None
+        if all(held.listed is None for held in self.held):
+            return self._rebuilt(index_C, row_C, ids_CK, outside_CK)
+        found = []
+        for part, index in segments(index_C):
+            outside = None if outside_CK is None else outside_CK[part]
+            if self.held[index].listed is not None:
+                ids_NJ, logq_NJ = self.held[index].listed
+                listed = (ids_NJ[row_C[part]], logq_NJ[row_C[part]])
+                found.append(read_off(*listed, ids_CK[part], outside))
+            else:
+                found.append(self._rebuilt(index_C[part], row_C[part], ids_CK[part], outside))
+        logq, tails = zip(*found, strict=True)
+        return torch.cat(logq), None if outside_CK is None else torch.cat(tails)
+
+    def _rebuilt(self, index_C, row_C, ids_CK, outside_CK) -> tuple[Tensor, Tensor | None]:
+        heads = [held for held in self.held if held.head is not None]
+        D = max(held.hidden_ND.shape[1] for held in heads)
+        head, tail_C = heads[0].head, None
         lse_C = self.kept("lse_N", index_C, row_C)
         if outside_CK is not None or ids_CK.shape[1] * D >= head.valid_V:
             logits_CV = self.logits(index_C, row_C, "gathered")
@@ -115,6 +138,10 @@ class Taught:
                 hidden_CD = self.held[index].hidden_ND[row_C[part]]
                 logits_CK[part] = self._head(index).at(hidden_CD, ids_CK[part])
         return logits_CK - lse_C[:, None], tail_C
+
+    def knows(self, name: str) -> bool:
+        """Whether something is kept of every teacher."""
+        return all(getattr(held, name) is not None for held in self.held)
 
     def kept(self, name: str, index_C: Tensor, row_C: Tensor) -> Tensor:
         """Rows of something kept of each token's own teacher: lse_N, top_NK, entropy_N."""
@@ -136,10 +163,11 @@ class Taught:
                 torch.cuda.current_stream(self.device).wait_stream(self._stream)
             self._resident = (index, head)
             following = (index + 1) % len(self.held)
-            if following != index:
+            if following != index and self.held[following].head is not None:
                 self._coming = (following, self._copy(following))
             self._copies = [r for r in self._copies if r() is not None]
-            here = sum(h.head.weight_VD.device == self.device for h in self.held)
+            heads = [held.head for held in self.held if held.head is not None]
+            here = sum(head.weight_VD.device == self.device for head in heads)
             self.most = max(self.most, here + len(self._copies))
         return self._resident[1]
 
@@ -201,6 +229,29 @@ def reverse_kl(
             value_NM[at_C, place] = value_C
     total_N = weight_NM.sum(1)
     return (weight_NM * value_NM).sum(1) / torch.where(total_N > 0, total_N, 1.0)
+
+
+def read_off(
+    ids_CJ: Tensor, logq_CJ: Tensor, ids_CK: Tensor, outside_CK: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs at some ids out of lists that hold them, [C, K], and of all others than some, [C].
+
+    A list's log-probs are rounded, by some 1e-7 each, so the mass outside is what they leave of 1
+    and not below TAIL_LEAST.
+    """
+    logq_CK, there = _found(ids_CJ, logq_CJ, ids_CK)
+    assert there.all(), "a list is asked for what is in it"
+    if outside_CK is None:
+        return logq_CK, None
+    inside_CK = _found(ids_CJ, logq_CJ, outside_CK)[0].double()
+    tail_C = (-inside_CK.exp().sum(-1)).add(1.0).clamp(min=TAIL_LEAST).log()
+    return logq_CK, tail_C.to(logq_CJ.dtype)
+
+
+def _found(ids_CJ: Tensor, value_CJ: Tensor, ids_CK: Tensor) -> tuple[Tensor, Tensor]:
+    same_CKJ = ids_CK[:, :, None] == ids_CJ[:, None, :]
+    place_CK = same_CKJ.to(torch.uint8).argmax(-1)
+    return value_CJ.gather(-1, place_CK), same_CKJ.any(-1)
 
 
 def segments(index_C: Tensor) -> list[tuple[slice, int]]:

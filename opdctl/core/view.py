@@ -187,23 +187,27 @@ class View:
         if support != "topk_union":
             keep_CK = torch.ones_like(keep_CK[:, part])
         logp_CK = self.rows.at(ids_CK)
-        all_CK = torch.cat([self.target_C[:, None], ids_CK], -1)
+        first = k if support == "topk_teacher" else 0  # the student's ids are not asked for
+        asked_CK = torch.cat([self.target_C[:, None], ids_CK[:, first:]], -1)
         outside_CK = ids_CK[:, part] if tails else None
-        logq_CK, tail_C = self.taught.on_ids(*self._asked, all_CK, outside_CK)
+        logq_CK, tail_C = self.taught.on_ids(*self._asked, asked_CK, outside_CK)
         seen_CK = torch.cat([self.target_C[:, None], theirs_CK], -1)
-        seen_logq_CK = torch.cat([logq_CK[:, :1], logq_CK[:, 1 + k :]], -1)
-        entropy_C = self.taught.kept("entropy_N", *self._asked)
+        seen_logq_CK = torch.cat([logq_CK[:, :1], logq_CK[:, 1 + k - first :]], -1)
+        known = self.taught.knows("entropy_N")
+        entropy_C = self.taught.kept("entropy_N", *self._asked) if known else None
         seen_logp_CK = self.rows.at(seen_CK, leaf=False)
         self._log_both(seen_CK, seen_logp_CK, seen_logq_CK, ours_CK if overlap else None, entropy_C)
         holds_C = (ids_CK[:, part] == self.target_C[:, None]).any(-1)
         both = (self.rows.outside(outside_CK), tail_C) if tails else None
-        here = (logp_CK[:, part], logq_CK[:, 1:][:, part], keep_CK, both)
+        theirs = slice(part.start - first, part.stop - first)
+        here = (logp_CK[:, part], logq_CK[:, 1:][:, theirs], keep_CK, both)
         return Top(*here, holds_C, logq_CK[:, 0])
 
     def _log_both(self, ids_CK, logp_CK, logq_CK, ours_CK, entropy_C) -> None:
         """Entropies, log-probs of the target (first id), overlap of the rest with the student's."""
         self.log("entropy", self.entropy_C)
-        self.log("teacher_entropy", entropy_C)
+        if entropy_C is not None:
+            self.log("teacher_entropy", entropy_C)
         self.log("student_logprob", logp_CK[:, 0])
         self.log("teacher_logprob", logq_CK[:, 0])
         if ours_CK is not None:

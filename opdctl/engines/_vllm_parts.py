@@ -1,7 +1,8 @@
 """What vLLM is extended by, through its own interfaces: a weight-transfer backend, a mask.
 
-The backend takes tensors that lie in this process; vLLM's four phases (init, start, update, finish)
-are around it as around its own. On a CPU vLLM packs each linear layer and drops the weight; a head
+The backend takes tensors that lie in this process, or the path of a file of them that both sides
+see, so it needs no device of its own kind; vLLM's four phases (init, start, update, finish) are
+around it as around its own. On a CPU vLLM packs each linear layer and drops the weight; a head
 tied to the embedding is packed once, as the model is loaded, and never again, so it would stay as
 it was: it is packed anew here. Layouts of weights are those of a checkpoint.
 
@@ -37,8 +38,9 @@ def register_backend() -> str:
         """All weights, by their names in a checkpoint."""
 
         tensors: dict = field(default_factory=dict)
+        path: str = ""
 
-    class InProcess(WeightTransferEngine[Init, Update]):
+    class Whole(WeightTransferEngine[Init, Update]):
         init_info_cls, update_info_cls = Init, Update
 
         def init_transfer_engine(self, init_info) -> None:
@@ -48,7 +50,12 @@ def register_backend() -> str:
             initialize_layerwise_reload(self.model)
 
         def receive_weights(self, update_info) -> None:
-            self.model.load_weights(iter(update_info.tensors.items()))
+            tensors = update_info.tensors
+            if update_info.path:
+                from safetensors.torch import load_file
+
+                tensors = load_file(update_info.path)
+            self.model.load_weights(iter(tensors.items()))
 
         def update_weights(self, update_info) -> None:
             self.receive_weights(self.parse_update_info(update_info))
@@ -68,7 +75,7 @@ def register_backend() -> str:
             pass
 
     if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, InProcess)
+        WeightTransferEngineFactory.register_engine(BACKEND, Whole)
     return BACKEND
 
 

@@ -4,8 +4,8 @@ Every request has a seed of its own, from the sample's draws, and stops at the t
 response; log-probs are those of the distribution sampled from, after temperature and with the
 padded rows of the vocabulary at -inf. Finished responses are logged as they come; one that a kill
 cut is begun again with its seed. vLLM promises no bits: on a CPU in fp32 a rerun gave the same
-tokens, on a GPU the composition of a batch may change them. Left out: a server on other devices,
-several devices for one engine, top-p and top-k.
+tokens, on a GPU the composition of a batch may change them. Left out: other devices (the engine
+``vllm_server``), several devices for one engine, top-p and top-k.
 
     opdctl run recipes/qwen3.yaml runtime.engine=vllm runtime.engine_args.max_model_len=4096
 """
@@ -124,6 +124,11 @@ class Vllm:
             what = "runtime.engine is vllm, and vllm is not installed here"
             hint = "pip install 'opdctl[vllm]' (CUDA), or runtime.engine=transformers"
             raise UsageError(what, hint)
+
+    @staticmethod
+    def settings(runtime) -> dict[str, Any]:
+        """``args``, of a run's keys."""
+        return {"trust_remote_code": runtime.trust_remote_code, **runtime.engine_args}
 
     def __init__(
         self,
@@ -249,12 +254,12 @@ class Vllm:
         asked = list(zip(prompts, keys, strict=True))
         of = (self.model.name, self.published)
         names = [f"response {draws.key(*of, p, k, temperature, max_tokens):016x}" for p, k in asked]
-        samples = [self._recall(name) for name in names]
+        samples = [recalled(self.wal, name, self.model.ends) for name in names]
         todo = [i for i, sample in enumerate(samples) if sample is None]
         for i, sample in self._run([(i, *asked[i]) for i in todo], temperature, max_tokens):
             samples[i] = sample
             if self.wal is not None:
-                self.wal.put(names[i], _arrays(sample))
+                self.wal.put(names[i], logged(sample))
         return samples
 
     def _run(self, asked, temperature, max_tokens):
@@ -291,16 +296,18 @@ class Vllm:
         logprobs = [at[i].logprob for i, at in zip(ids, output.logprobs, strict=True)]
         return Sample(ids, logprobs, ids[-1] not in self.model.ends)
 
-    def _recall(self, name: str) -> Sample | None:
-        """What an earlier attempt finished."""
-        found = self.wal.get(name) if self.wal else []
-        if not found:
-            return None
-        ids, logprobs = found[0]["tokens"].tolist(), found[0]["logprobs"].tolist()
-        return Sample(ids, logprobs, ids[-1] not in self.model.ends)
+
+def recalled(wal, name: str, ends) -> Sample | None:
+    """What an earlier attempt finished and logged under a name."""
+    found = wal.get(name) if wal else []
+    if not found:
+        return None
+    ids, logprobs = found[0]["tokens"].tolist(), found[0]["logprobs"].tolist()
+    return Sample(ids, logprobs, ids[-1] not in ends)
 
 
-def _arrays(sample: Sample) -> dict:
+def logged(sample: Sample) -> dict:
+    """What is put into the log of a finished response."""
     import numpy as np
 
     return {"tokens": np.array(sample.ids), "logprobs": np.array(sample.logprobs)}

@@ -20,14 +20,14 @@ from typing import Literal
 
 from opdctl.errors import Problem
 from opdctl.schema import key
-from opdctl.settings import ObjectiveConfig
+from opdctl.settings import ON_TOP, ObjectiveConfig
 
 
 class Divergence:
     """Reverse KL, forward KL or JSD to each token's teacher, exact or on a top-k support."""
 
     revision = 1
-    needs = ("teacher.hidden",)
+    needs = ()  # all depend on its keys
     rows = "prediction"
 
     @dataclass(kw_only=True)
@@ -69,15 +69,18 @@ class Divergence:
         return found
 
     @staticmethod
+    def also(config) -> tuple[str, ...]:
+        """What its support asks of a teacher."""
+        return ("teacher.hidden",) if config.support == "full" else ON_TOP[config.support]
+
+    @staticmethod
     def gives(config) -> str:
         """Direction of the KL to the teacher whose gradient it has."""
         ends = {0.0: "forward", 1.0: "reverse"}  # what a jsd of these betas means, see above
         return ends.get(config.beta, "jsd") if config.direction == "jsd" else config.direction
 
     def __init__(self, config) -> None:
-        self.config = config
-        if config.support != "full":
-            self.needs = (*self.needs, "teacher.lse", "teacher.topk", "teacher.entropy")
+        self.config, self.needs = config, self.also(config)
 
     def loss(self, view):
         """Shape [C]."""

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from opdctl.schema import key
-from opdctl.settings import ObjectiveConfig
+from opdctl.settings import ON_TOP, ObjectiveConfig
 
 
 class TopkPg:
     """Policy gradient over the k most probable tokens, weighted by a side's probabilities."""
 
     revision = 1
-    needs = ("teacher.hidden", "teacher.lse", "teacher.topk", "teacher.entropy")
+    needs = ()  # all depend on its keys
     rows = "prediction"
 
     @dataclass(kw_only=True)
@@ -35,12 +35,17 @@ class TopkPg:
         )
 
     @staticmethod
+    def also(config) -> tuple[str, ...]:
+        """What its support asks of a teacher."""
+        return ON_TOP[config.support]
+
+    @staticmethod
     def gives(config) -> str:
         """Direction of the KL to the teacher whose gradient it has."""
         return "reverse"
 
     def __init__(self, config) -> None:
-        self.config = config
+        self.config, self.needs = config, self.also(config)
 
     def loss(self, view):
         """Shape [C]; its value is the weighted log-ratio at p = p_old."""

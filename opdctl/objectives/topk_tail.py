@@ -14,14 +14,14 @@ from typing import Literal
 
 from opdctl.errors import Problem
 from opdctl.schema import key
-from opdctl.settings import ObjectiveConfig
+from opdctl.settings import ON_TOP, ObjectiveConfig
 
 
 class TopkTail:
     """Reverse KL, exact on the top k and sampled outside: unbiased for the full gradient."""
 
     revision = 1
-    needs = ("teacher.hidden", "teacher.lse", "teacher.topk", "teacher.entropy")
+    needs = ()  # all depend on its keys
     rows = "prediction"
     own = True
 
@@ -43,12 +43,17 @@ class TopkTail:
         return [Problem("", what, "updates_per_rollout=1 and minibatches=1, or divergence")]
 
     @staticmethod
+    def also(config) -> tuple[str, ...]:
+        """What its support asks of a teacher."""
+        return ON_TOP[config.support]
+
+    @staticmethod
     def gives(config) -> str:
         """Direction of the KL to the teacher whose gradient it has."""
         return "reverse"
 
     def __init__(self, config) -> None:
-        self.config = config
+        self.config, self.needs = config, self.also(config)
 
     def loss(self, view):
         """Shape [C]; its value is an unbiased estimate of the divergence and may be negative."""

@@ -6,6 +6,7 @@ weights and samples are there for those that ask. Prompts are the stage's own.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 from opdctl import references
 from opdctl.core import draws
 from opdctl.core.prompts import fitting
-from opdctl.errors import UsageError
+from opdctl.errors import StageFailed, UsageError
 from opdctl.preflight._weights import same_weights
+from opdctl.registry import member
 from opdctl.settings import longest_turn, routes
 from opdctl.types import Prompt, Rollout
 
@@ -57,7 +59,7 @@ class Pairing:
         used = {name for names in self.route.values() for name in names}
         every = {n: t.model for n, t in ctx.config.teachers.items() if n in used}
         self.policy = [n for n, r in every.items() if references.parse(r).form == "policy"]
-        self.served = [n for n, r in every.items() if references.parse(r).form == "server"]
+        self.served = {n: r for n, r in every.items() if references.parse(r).form == "server"}
         apart = (*self.policy, *self.served)  # a server is compared when it is first spoken to
         self.teachers = {n: r for n, r in every.items() if n not in apart}
         self._given = student
@@ -65,6 +67,7 @@ class Pairing:
         self._prompts: dict[str, list[Prompt]] = {}
         self._same: dict[str, bool] = {}
         self._answers: dict[str, list[Rollout]] = {}
+        self._servers: dict[str, Any] = {}
 
     def read(self) -> None:
         """Outlines of all.
@@ -141,10 +144,59 @@ class Pairing:
 
     def answers(self, name: str) -> list[Rollout]:
         """A teacher's own answers to the same prompts of its domains, in the same order."""
+        if name in self.served and name not in self._answers:
+            self._answers[name] = self._told(name)
         if name not in self._answers:
             reference = self.teachers[name]
             self._answers[name] = self._sample(reference, self.domains(name), "teacher")
         return self._answers[name]
+
+    def server(self, name: str) -> Any:
+        """A served teacher, asked as the stage will ask it.
+
+        Raises:
+            StageFailed, UsageError: it does not answer, or not for these tokens; again without
+                asking it again.
+        """
+        if isinstance(self._servers.get(name), (StageFailed, UsageError)):
+            raise self._servers[name]
+        if name not in self._servers:
+            from opdctl.core.assemble import asked_for, terms_of
+
+            ctx = self.ctx
+            needs, k = asked_for(terms_of(ctx.config.objectives), {})
+            wants = [n.removeprefix("teacher.") for n in needs if n.startswith("teacher.")]
+            given = (ctx, ctx.frozen(ctx.config.student), name, ctx.config.teachers[name].address)
+            try:
+                self._servers[name] = member("teachers", "server")(*given, wants, k)
+            except (StageFailed, UsageError) as error:
+                self._servers[name] = error
+                raise
+        return self._servers[name]
+
+    @property
+    def reached(self) -> list[str]:
+        """The served teachers that answer as they should."""
+        found = []
+        for name in self.served:
+            with contextlib.suppress(StageFailed, UsageError):
+                self.server(name)
+                found.append(name)
+        return found
+
+    def _told(self, name: str) -> list[Rollout]:
+        """A served teacher's answers, as texts; seeds are heeded as far as it does."""
+        from opdctl.core.sampling import unanswered
+
+        prompts = [p for d in self.domains(name) for p in self.prompts(d, SAMPLED)]
+        ctx = self.ctx
+        student = ctx.frozen(ctx.config.student)
+        api = member("teachers", "api")(ctx, student, name, ctx.config.teachers[name].address)
+        rollouts, keys = unanswered(ctx, student, prompts, 0, "teacher", 1)
+        answers = api.answer(prompts, keys, ctx.config.sampling)
+        for rollout, (rollout.text, rollout.truncated) in zip(rollouts, answers, strict=True):
+            rollout.response_ids = student.encode(rollout.text)
+        return rollouts
 
     def _sample(self, reference: str, domains: list[str], source: str) -> list[Rollout]:
         from opdctl.core.sampling import sample_group

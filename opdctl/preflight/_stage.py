@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from opdctl.errors import UsageError
+from opdctl.errors import StageFailed, UsageError
 from opdctl.preflight._pairing import Finding, Pairing
+from opdctl.preflight.served import services
 from opdctl.registry import member, members
 
 
@@ -21,9 +22,12 @@ def check(ctx, student: Any = None, deep: bool = False) -> list[Finding]:
         student: its model where it is loaded already.
         deep: sample too.
     """
+    apart = services(ctx) if deep else []
+    if not getattr(ctx.config, "teachers", {}):
+        return apart
     pairing = Pairing(ctx, student)
     checks = [(name, member("preflight", name)) for name in members("preflight")]
-    found = _unreadable(pairing)
+    found = apart + _unreadable(pairing)
     for samples in (False, True) if deep else (False,):
         if any(f.severity == "error" for f in found):
             break
@@ -50,7 +54,7 @@ def _unreadable(pairing: Pairing) -> list[Finding]:
 def _look(cls: type, pairing: Pairing) -> list[Finding]:
     try:
         return cls().look(pairing)
-    except UsageError as error:
+    except (UsageError, StageFailed) as error:  # a server that does not answer fails the stage
         return [Finding("error", error.message, error.hint)]
 
 

@@ -23,11 +23,13 @@ class Gain:
     )
 
     def look(self, pairing: Pairing) -> list[Finding]:
-        """One finding for each teacher and domain, but for a teacher that is the student."""
+        """One finding for each teacher and domain, but for a teacher that is the student, and one
+        behind a server where an environment would answer it."""
         return [
             self._one(pairing, name, domain)
-            for name in pairing.differing
+            for name in (*pairing.differing, *pairing.reached)
             for domain in pairing.domains(name)
+            if name in pairing.teachers or not pairing.ctx.environment(domain)
         ]
 
     def _one(self, pairing: Pairing, name: str, domain: str) -> Finding:

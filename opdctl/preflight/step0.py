@@ -33,7 +33,8 @@ class Step0:
 
     def look(self, pairing: Pairing) -> list[Finding]:
         """One finding a teacher that is not the student itself."""
-        return [self._one(pairing, name) for name in pairing.differing]
+        found = [self._one(pairing, name) for name in pairing.differing]
+        return found + [self._served(pairing, name) for name in pairing.reached]
 
     def _one(self, pairing: Pairing, name: str) -> Finding:
         domains = pairing.domains(name)
@@ -55,6 +56,43 @@ class Step0:
         if overlap < OVERLAP_LEAST:
             do.append("a cold start on the teacher's samples first: sft with sources.teacher")
         return Finding("warning" if do else "ok", what, "; ".join(do), name)
+
+    def _served(self, pairing: Pairing, name: str) -> Finding:
+        """What the log-probs of the sampled tokens say, where there are no others."""
+        domains = pairing.domains(name)
+        asked = [r.request for r in pairing.rollouts if r.prompt.domain in domains]
+        kl, error, overlap, k = estimated(pairing, name, asked)
+        most = math.log(pairing.student.valid_V) / 2
+        what = (
+            f"KL {kl:.4g} +- {2 * error:.2g} nats a token on what was sampled (from {KL_LEAST} to "
+            f"{most:.1f}), top-{k} overlap {overlap:.2f} (at least {OVERLAP_LEAST}), over "
+            f"{len(asked)} responses"
+        )
+        do = []
+        if kl + 2 * error < KL_LEAST:
+            do.append("check what is served: it is all but the student")
+        if kl - 2 * error > most:
+            do.append("check that it is of the student's family and trained on this format")
+        if overlap < OVERLAP_LEAST:
+            do.append("a cold start on the teacher's samples first: sft with sources.teacher")
+        return Finding("warning" if do else "ok", what, "; ".join(do), name)
+
+
+def estimated(pairing: Pairing, name: str, requests: list) -> tuple[float, float, float, int]:
+    """Mean of log p - log q on the student's own tokens, an unbiased estimate of KL(p || q), its
+    standard error over tokens, mean top-k overlap, and k."""
+    from opdctl.core.scoring import score
+
+    ctx = pairing.ctx
+    model = ctx.frozen(ctx.config.student)
+    k = max(1, min(TOP, model.valid_V // 8))
+    how = {"temperature": 1.0, "micro_batch": ctx.runtime.micro_batch, "check": ctx.check}
+    ours = score(model, requests, want=("logprobs", "topk"), top=k, **how)
+    theirs = pairing.server(name).score(requests, 1.0, ("listed",), k)
+    gap_N = ours.logprobs_N - theirs.logprobs_N
+    both_NK = (ours.top_NK[:, :, None] == theirs.top_NK[:, None, :]).any(-1)
+    error = float(gap_N.std()) / math.sqrt(len(gap_N)) if len(gap_N) > 1 else math.inf
+    return float(gap_N.mean()), error, float(both_NK.to(gap_N.dtype).mean()), k
 
 
 def compare(pairing: Pairing, name: str, requests: list) -> tuple[float, float, int]:

@@ -78,7 +78,7 @@ class Opd:
             provided |= {n.replace("teacher.", "reference.") for n in local}
         found = needs_domains(recipe, stage) + member_problems(config, provided)
         found += source_problems(config, recipe) + combination_problems(config, alone)
-        found += _served(config) + _widths(config, recipe, stage)
+        found += _served(config) + _addresses(config) + _widths(config, recipe, stage)
         return found + _routing(config, recipe, stage) + _tokenizers(config)
 
     @staticmethod
@@ -116,9 +116,8 @@ def _served(config) -> list[Problem]:
         lacking = [n for n in needs if n.startswith("teacher.") and parted(n)[0] not in provides]
         if lacking:
             what = f"needs {lacking[0]}, and teacher {who} is behind a server, which gives "
-            what += f"{' and '.join(provides)} alone"
-            hint = "signals: {reverse_kl: {}} and objectives: {policy_gradient: {}}, or a folder"
-            found.append(Problem(path, what, hint))
+            what += f"{', '.join(provides)} alone"
+            found.append(Problem(path, what, _instead(keys)))
     key = "loss_temperature" if config.loss_temperature else "sampling.temperature"
     if (config.loss_temperature or config.sampling.temperature) != 1.0:
         what = f"teacher {who} is behind a server, whose log-probs are those at temperature 1"
@@ -143,6 +142,29 @@ def _widths(config, recipe, stage) -> list[Problem]:
                 what += f"({keys.model}) are {theirs} wide"
                 found.append(Problem(f"objectives.{name}", what, hint))
     return found
+
+
+def _addresses(config) -> list[Problem]:
+    """Another address of what is behind none, or one that is none."""
+    found = []
+    for name, teacher in config.teachers.items():
+        path = f"teachers.{name}.at"
+        if teacher.at and _form(teacher.model) != "server":
+            what = f"{teacher.model} is not behind a server"
+            found.append(Problem(path, what, f"teachers.{name}.model=http://host:8000"))
+        elif teacher.at and (_form(teacher.at) != "server" or "#" in teacher.at):
+            what = f"{teacher.at!r} is no address; the model's name stands in model"
+            found.append(Problem(path, what, f"{path}=http://host:8000"))
+    return found
+
+
+def _instead(keys) -> str:
+    """What a server can give in place of what a member asks for."""
+    if hasattr(keys, "support"):
+        return "support=topk_teacher, whose ids a server lists, or a folder"
+    if hasattr(keys, "over"):
+        return "over=listed, or a folder"
+    return "signals: {reverse_kl: {}} and objectives: {policy_gradient: {}}, or a folder"
 
 
 def _form(text: str) -> str:

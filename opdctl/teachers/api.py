@@ -12,10 +12,12 @@ the content.
 
 from __future__ import annotations
 
+from contextlib import closing
+
 from opdctl.chat.messages import question
 from opdctl.core import draws
 from opdctl.errors import StageFailed
-from opdctl.teachers._http import opened
+from opdctl.served.endpoint import opened
 from opdctl.types import Prompt
 
 
@@ -34,7 +36,7 @@ class Api:
         """
         self.ctx, self.reference = ctx, reference
         self.who = f"teacher {name} ({reference})"
-        self.endpoint, served = opened(self.who, reference, ctx.runtime)
+        self.endpoint, served = opened(self.who, reference, ctx.runtime, ctx.check)
         self.served = served["id"]
         self.student, self.chat = student, bool(student.tokenizer.chat_template)
 
@@ -52,15 +54,12 @@ class Api:
         names = [f"answer {draws.key(*how, a, k):016x}" for a, k in zip(asked, keys, strict=True)]
         found = [self._recall(name) for name in names]
         todo = [i for i, answer in enumerate(found) if answer is None]
-        most = max(1, self.endpoint.most)
         path = "/v1/chat/completions" if self.chat else "/v1/completions"
-        for start in range(0, len(todo), most):  # what is finished is logged before more is asked
-            part = todo[start : start + most]
-            bodies = [self._question(asked[i], keys[i], sampling) for i in part]
-            replies = self.endpoint.all(path, bodies, self.ctx.check)
-            for i, reply in zip(part, replies, strict=True):
-                found[i] = self._read(reply)
-                self._log(names[i], *found[i])
+        bodies = [self._question(asked[i], keys[i], sampling) for i in todo]
+        with closing(self.endpoint.each(path, bodies, self.ctx.check)) as replies:
+            for at, reply in replies:
+                found[todo[at]] = self._read(reply)
+                self._log(names[todo[at]], *found[todo[at]])
         return found
 
     def _asked(self, prompt: Prompt) -> dict:

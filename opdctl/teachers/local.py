@@ -7,6 +7,7 @@ class Local:
     """A frozen model in this process; scores the exact token ids."""
 
     revision = 1
+    keeps = False  # its answers are logged by who asks
     provides = (
         "teacher.logprobs",
         "teacher.hidden",
@@ -15,6 +16,8 @@ class Local:
         "teacher.entropy",
         "teacher.modal",
         "teacher.above",
+        "teacher.listed",
+        "teacher.listed_entropy",
     )
 
     def __init__(self, ctx, student, name: str, reference: str) -> None:

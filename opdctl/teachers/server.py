@@ -1,58 +1,85 @@
 """A teacher behind vLLM's OpenAI-compatible server: the exact token ids in, log-probs out.
 
-    python -m vllm.entrypoints.openai.api_server --model DIR --port 8000
+    python -m vllm.entrypoints.openai.api_server --model DIR --port 8000 --max-logprobs 32
     opdctl stage opd --student DIR --teacher http://host:8000 ...
 
 A server of several models wants the one meant: ``http://host:8000#NAME``. Its log-probs are those
 at temperature 1 over all rows of its head, padded ones included. At the start its whole vocabulary
-is compared with the student's, id by id, and a known sequence is scored. Left out: hidden rows and
-the whole vocabulary (a reply would be megabytes a token), top-k, scoring at another temperature.
+is compared with the student's, id by id, and a known sequence is scored, with as many of the most
+probable tokens as will be asked for. Each answer is logged as it comes, under what was asked and
+not where, so a resumed stage asks a server that was started again for the rest.
+
+Left out: hidden rows and the whole vocabulary (a reply would be megabytes a token); log-probs at
+ids of the student's choice, which vLLM has for CUDA alone (``prompt_logprob_token_ids``, behind
+``--enable-scale-out``); scoring at another temperature.
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import closing
 
+from opdctl.core import draws
 from opdctl.errors import StageFailed, UsageError
-from opdctl.teachers._http import opened
+from opdctl.served.endpoint import opened
+from opdctl.types import ScoreRequest
 
 CHUNK = 1024  # ids of the vocabulary in one question
+LISTS = ("listed", "listed_entropy")
 
 
 class Server:
-    """A frozen model behind vLLM's server; log-probs of the exact token ids."""
+    """A frozen model behind vLLM's server; log-probs of the exact token ids, and its top k."""
 
     revision = 1
-    provides = ("teacher.logprobs",)
+    keeps = True
+    provides = ("teacher.logprobs", "teacher.listed", "teacher.listed_entropy", "teacher.modal")
     stored = None  # it gives no hidden rows, so it needs no head
 
-    def __init__(self, ctx, student, name: str, reference: str) -> None:
+    def __init__(
+        self, ctx, student, name: str, reference: str, wants=("logprobs",), top: int = 0
+    ) -> None:
         """Compare its vocabulary with the student's and score a known sequence.
+
+        Args:
+            wants: what it will be asked for.
+            top: k of the lists.
 
         Raises:
             StageFailed: it does not answer.
-            UsageError: it has other tokens, or does not score.
+            UsageError: it has other tokens, does not score, or gives shorter lists.
         """
-        self.ctx, self.student, self.parameters = ctx, student, 0
+        self.ctx, self.student, self.name, self.parameters = ctx, student, name, 0
         runtime = ctx.runtime
         self.who = f"teacher {name} ({reference})"
         self.batch = runtime.server_batch
-        self.endpoint, served = opened(self.who, reference, runtime)
+        elsewhere = f"stages.{ctx.name}.teachers.{name}.at=http://host:8000"
+        self.endpoint, served = opened(self.who, reference, runtime, ctx.check, elsewhere)
         self.served, self.longest = served["id"], served.get("max_model_len")
         self._compare_tokens()
-        self._probe()
+        self._probe(self._most(wants, top))
+
+    def _most(self, wants, top: int) -> int:
+        """How many of the most probable tokens answer what is wanted."""
+        return min(top if set(LISTS) & set(wants) else int("modal" in wants), self.student.valid_V)
 
     def score(self, requests, temperature: float, want, top: int = 16):
-        """Log-probs of every target token, in the order of the requests.
+        """Scores of every target token, in the order of the requests.
+
+        Args:
+            want: any of logprobs, listed and listed_entropy (the ``top`` most probable ids with
+                their log-probs), modal.
 
         Raises:
-            StageFailed: it died, hung, answered short, or for other tokens.
+            StageFailed: it died, hung, answered short, or for other tokens. What it answered
+                before is logged.
         """
+        import numpy as np
         import torch
 
         from opdctl.core.scoring import Scores
 
-        assert temperature == 1.0 and set(want) <= {"logprobs"}, "validate refuses the rest"
+        assert temperature == 1.0 and {f"teacher.{w}" for w in want} <= set(self.provides)
         for request in requests:
             if self.longest and len(request.ids) >= self.longest:
                 raise StageFailed(
@@ -60,25 +87,62 @@ class Server:
                     f"{len(request.ids)}",
                     "start it with a larger --max-model-len, or a smaller sampling.max_tokens",
                 )
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].ids))
-        parts = [order[i : i + self.batch] for i in range(0, len(order), self.batch)]
-        bodies = [self._question([list(requests[i].ids) for i in part]) for part in parts]
-        answers = self.endpoint.all("/v1/completions", bodies, self.ctx.check)
-        found: list[list[float]] = [[] for _ in requests]
-        for part, answer in zip(parts, answers, strict=True):
-            for i, row in zip(part, self._rows(answer, len(part)), strict=True):
-                logprobs = self._logprobs(row, requests[i].ids)
-                found[i] = [logprobs[t] for t in requests[i].targets]
-        flat = [v for row in found for v in row]
-        return Scores(torch.tensor(flat, dtype=self.student.wide, device=self.student.device))
+        k = self._most(want, top)
+        keys = [f"teacher {self.name} {draws.key(k, r):016x}" for r in requests]
+        asked = dict(zip(keys, requests, strict=True))  # the same answer twice is asked for once
+        found = {key: logged[0] for key in asked if (logged := self.ctx.wal.get(key))}
+        todo = sorted((q for q in asked if q not in found), key=lambda q: len(asked[q].ids))
+        parts = [todo[i : i + self.batch] for i in range(0, len(todo), self.batch)]
+        bodies = [self._question([list(asked[q].ids) for q in part], k) for part in parts]
+        with closing(self.endpoint.each("/v1/completions", bodies, self.ctx.check)) as answers:
+            for at, answer in answers:
+                for q, row in zip(parts[at], self._rows(answer, len(parts[at])), strict=True):
+                    found[q] = self._read(row, asked[q], k)
+                    if np.isfinite(found[q]["logprobs"]).all():
+                        self.ctx.wal.put(q, found[q])
+        whole = {n: np.concatenate([found[q][n] for q in keys]) for n in ("logprobs", "ids")}
+        values_NJ = torch.from_numpy(whole["logprobs"]).to(self.student.device, self.student.wide)
+        ids_NK = torch.from_numpy(whole["ids"]).to(self.student.device)
+        scores = Scores(values_NJ[:, 0])
+        if k:
+            scores.top_NK, scores.top_logprob_NK = ids_NK, values_NJ[:, 1:]
+            scores.modal_N, scores.modal_id_N = values_NJ[:, 1], ids_NK[:, 0]
+        return scores
 
-    def _question(self, ids: list[list[int]]) -> dict:
+    def _read(self, row: list, request, k: int) -> dict:
+        """Log-probs of a sequence's targets, [n, 1 + k], that of the target first, and the ids of
+        the k most probable, [n, k], in descending order."""
+        import numpy as np
+
+        self._require_whole(row, request.ids)
+        places = request.targets
+        values, ids = np.full((len(places), 1 + k), np.nan), np.zeros((len(places), k), np.int64)
+        for n, place in enumerate(places):
+            target, entry = str(request.ids[place]), row[place]
+            values[n, 0] = logprob(entry[target])
+            # the target is there whether or not it is one of the most probable
+            top = sorted((t for t in entry if t != target or len(entry) == k), key=rank(entry))[:k]
+            if len(top) < k:
+                raise StageFailed(
+                    f"{self.who} listed {len(top)} of the {k} most probable tokens at place {place}"
+                )
+            ids[n] = [int(t) for t in top]
+            values[n, 1:] = [logprob(entry[t]) for t in top]
+        if k and ids.size and ids.max() >= self.student.valid_V:
+            raise StageFailed(
+                f"{self.who} has id {ids.max()} among its {k} most probable, and the tokenizer has "
+                f"{self.student.valid_V} ids",
+                "a row of its head that stands for no token: a smaller k, or a folder as teacher",
+            )
+        return {"logprobs": values, "ids": ids}
+
+    def _question(self, ids: list[list[int]], k: int) -> dict:
         return {
             "model": self.served,
             "prompt": ids,
             "max_tokens": 1,  # what it writes is not looked at
             "temperature": 1.0,
-            "prompt_logprobs": 0,
+            "prompt_logprobs": k,  # and the token that stands there
             "add_special_tokens": False,
         }
 
@@ -95,22 +159,20 @@ class Server:
             )
         return rows
 
-    def _logprobs(self, row: list, ids) -> list[float]:
-        """One per id; that of the first, which nothing predicts, is NaN, and so is a null."""
+    def _require_whole(self, row: list, ids) -> None:
+        """An entry for each id that was sent, but for the first, which nothing predicts.
+
+        Raises:
+            StageFailed: fewer, or of other ids.
+        """
         if len(row) != len(ids):
             raise StageFailed(f"{self.who} scored {len(row)} of the {len(ids)} tokens it was sent")
-        found = [math.nan]
         for place, (token, entry) in enumerate(zip(ids, row, strict=True)):
-            if place == 0:
-                continue
-            if str(token) not in (entry or {}):
+            if place and str(token) not in (entry or {}):
                 raise StageFailed(
                     f"{self.who} was sent id {token} at place {place} and answered for "
                     f"{', '.join(entry or {}) or 'nothing'}"
                 )
-            value = entry[str(token)].get("logprob")
-            found.append(math.nan if value is None else float(value))
-        return found
 
     def _compare_tokens(self) -> None:
         """Every id the student has must be the same text there.
@@ -141,19 +203,39 @@ class Server:
         bodies = [{"model": self.served, "tokens": part} for part in parts]
         return [a["prompt"] for a in self.endpoint.all("/detokenize", bodies, self.ctx.check)]
 
-    def _probe(self) -> None:
-        """Score a known sequence: the same ids come back, with log-probs.
+    def _probe(self, k: int) -> None:
+        """Score a known sequence: the same ids come back, with log-probs, and k at each place.
 
         Raises:
-            UsageError: what comes back are not log-probs.
+            UsageError: what comes back are not log-probs, or it lists fewer.
         """
         last = self.student.valid_V - 1
-        ids = [self.student.eos, 0, last // 2, last, self.student.eos]
-        (answer,) = self.endpoint.all("/v1/completions", [self._question([ids])], self.ctx.check)
-        (row,) = self._rows(answer, 1)
-        logprobs = self._logprobs(row, ids)[1:]
-        if not all(-math.inf < v < 1e-4 for v in logprobs):
+        ids = (self.student.eos, 0, last // 2, last, self.student.eos)
+        try:
+            answer = self.endpoint.all(
+                "/v1/completions", [self._question([list(ids)], k)], self.ctx.check
+            )
+        except StageFailed as error:
+            if k and "logprobs" in error.message:
+                raise UsageError(
+                    f"{self.who} does not list the {k} most probable tokens: {error.message}",
+                    f"start it with --max-logprobs {k}, or ask for fewer: k in the objective",
+                ) from None
+            raise
+        (row,) = self._rows(answer[0], 1)
+        logprobs = self._read(row, ScoreRequest(ids, 1), k)["logprobs"]
+        if not ((logprobs > -math.inf) & (logprobs < 1e-4)).all():
             raise UsageError(
-                f"{self.who} gives {logprobs} as log-probs of known tokens",
+                f"{self.who} gives {logprobs[:, 0].tolist()} as log-probs of known tokens",
                 "start it with --logprobs-mode raw_logprobs, and in a precision that is finite",
             )
+
+
+def logprob(entry: dict) -> float:
+    """Of one token; a null is NaN."""
+    return math.nan if entry.get("logprob") is None else float(entry["logprob"])
+
+
+def rank(entry: dict):
+    """Order of an entry's tokens: the most probable first, of equals the smaller id."""
+    return lambda token: (-logprob(entry[token]), int(token))

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import os
-import time
+import threading
 import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
-from opdctl.errors import Problem, StageFailed
+from opdctl.errors import Problem, StageFailed, UsageError
 from opdctl.schema import REQUIRED, key
+from opdctl.served.endpoint import POLL, Endpoint
 from opdctl.verifiers._judging import JudgeKeys, Judging, problems
 
 
@@ -48,6 +49,26 @@ class JudgeServer(Judging):
             )
         return found
 
+    @staticmethod
+    def reach(config, domain: str, check) -> None:
+        """Ask which models are served.
+
+        Args:
+            check: called while waiting; may raise to stop.
+
+        Raises:
+            StageFailed: it does not answer.
+            UsageError: it does not serve the one that is named.
+        """
+        key = os.environ.get(config.token_env, "") if config.token_env else ""
+        who = f"the judge {config.name} of data.{domain} ({config.url})"
+        endpoint = Endpoint(who, config.url, config.timeout, key=key)
+        names = [m.get("id") for m in endpoint.all("/models", [None], check)[0].get("data") or []]
+        if config.name not in names:
+            what = f"{who} serves {', '.join(map(str, names)) or 'no model'}, and not {config.name}"
+            hint = f"data.{domain}.verifier.judge_server.name={names[0] if names else 'NAME'}"
+            raise UsageError(what, hint)
+
     def replies(self, asked):
         """Several at once.
 
@@ -55,15 +76,21 @@ class JudgeServer(Judging):
             StageFailed: the server does not answer, or refuses.
             Interrupted: a stop was asked for.
         """
-        with ThreadPoolExecutor(self.config.jobs) as pool:
-            parts = [pool.submit(self._ask, question) for _, question in asked]
-            try:
-                return [part.result() for part in parts]
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        pool, stopped = ThreadPoolExecutor(self.config.jobs), threading.Event()
+        try:
+            parts = [pool.submit(self._ask, question, stopped) for _, question in asked]
+            waiting = set(parts)
+            while waiting:
+                self.ctx.check()
+                done, waiting = wait(waiting, POLL, FIRST_EXCEPTION)
+                for part in done:
+                    part.result()
+            return [part.result() for part in parts]
+        finally:  # a request in hand is left behind: its answer is not waited for
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    def _ask(self, question: str) -> str:
+    def _ask(self, question: str, stopped: threading.Event) -> str:
         config = self.config
         body = {
             "model": config.name,
@@ -77,7 +104,6 @@ class JudgeServer(Judging):
         url = f"{config.url.rstrip('/')}/chat/completions"
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         for tried in range(1, config.tries + 1):
-            self.ctx.check()
             try:
                 with urllib.request.urlopen(request, timeout=config.timeout) as answer:
                     return str(json.loads(answer.read())["choices"][0]["message"]["content"] or "")
@@ -87,8 +113,8 @@ class JudgeServer(Judging):
                     break  # it will refuse again
             except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
                 what = f"{type(error).__name__}: {error}"
-            if tried < config.tries:
-                time.sleep(min(0.25 * 2**tried, 10.0))
+            if tried == config.tries or stopped.wait(min(0.25 * 2**tried, 10.0)):
+                break
         raise StageFailed(
             f"the judge {config.name} of data.{self.domain} at {config.url}: {what} "
             f"(tried {tried} times)",

@@ -14,11 +14,12 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 from opdctl import references
 from opdctl.errors import StageFailed, UsageError
+from opdctl.types import WAITING
 
 HINTS = {
     401: "OPDCTL_API_KEY=KEY in the environment",
@@ -27,6 +28,8 @@ HINTS = {
 }
 AGAIN = (408, 429, 500, 502, 503, 504)
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 8.0  # seconds between tries, doubled each time
+POLL = 0.2  # seconds between looks at the stop flag
+FIRST_LINE, SAY_EVERY = 1.0, 10.0  # seconds until a failure is said, and between lines
 
 
 class Endpoint:
@@ -37,10 +40,20 @@ class Endpoint:
         base: address without a path.
         timeout: seconds that a request may take with all its retries.
         most: requests at once.
+        elsewhere: the key that gives another address.
+        key: a secret; that of OPDCTL_API_KEY if not given.
+
+    Attributes:
+        again: the codes that are asked again.
+        trouble: why the newest try failed; empty once one has not.
     """
 
-    def __init__(self, who: str, base: str, timeout: float, most: int = 1) -> None:
+    def __init__(
+        self, who: str, base: str, timeout: float, most: int = 1, elsewhere: str = "", key=None
+    ) -> None:
         self.who, self.base, self.timeout, self.most = who, base.rstrip("/"), timeout, most
+        self.trouble, self.again, self.elsewhere = "", AGAIN, elsewhere
+        self.key = os.environ.get("OPDCTL_API_KEY", "") if key is None else key
 
     def ask(self, path: str, body: dict | None = None, stopped=None) -> dict:
         """The JSON answer to a GET, or with a body to a POST.
@@ -55,11 +68,13 @@ class Endpoint:
         while True:
             tries += 1
             try:
-                return self._once(path, body, max(0.01, end - time.monotonic()))
+                answer = self._once(path, body, max(0.01, end - time.monotonic()))
+                self.trouble = ""
+                return answer
             except urllib.error.HTTPError as error:
                 said = error.read(2000).decode(errors="replace").strip()
                 why = f"it answered {error.code}: {said[:300]}"
-                if error.code not in AGAIN:
+                if error.code not in self.again:
                     raise StageFailed(
                         f"{self.who}: {path}: {why}", HINTS.get(error.code, "")
                     ) from None
@@ -68,12 +83,14 @@ class Endpoint:
             except (OSError, http.client.HTTPException) as error:
                 reason = getattr(error, "reason", error)
                 why = "it did not answer" if isinstance(reason, TimeoutError) else str(reason)
+            self.trouble = why
             if time.monotonic() + pause >= end or (stopped and stopped.wait(pause)):
+                moved = f"; elsewhere: opdctl resume DIR {self.elsewhere}" if self.elsewhere else ""
                 raise StageFailed(
                     f"{self.who}: no answer to {path} within {self.timeout:g} s and {tries} "
                     f"tries: {why}",
                     "start the server again, or raise runtime.server_timeout; what was finished "
-                    "is kept",
+                    "is kept" + moved,
                 )
             if not stopped:
                 time.sleep(pause)
@@ -81,48 +98,77 @@ class Endpoint:
 
     def _once(self, path: str, body: dict | None, seconds: float) -> dict:
         headers = {"Content-Type": "application/json"}
-        if os.environ.get("OPDCTL_API_KEY"):
-            headers["Authorization"] = f"Bearer {os.environ['OPDCTL_API_KEY']}"
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.base + path, data, headers)
         with urllib.request.urlopen(request, timeout=seconds) as reply:
             return json.loads(reply.read())
 
-    def all(self, path: str, bodies: list[dict], check: Callable[[], None]) -> list[dict]:
-        """The answers to several requests, in their order.
+    def each(
+        self, path: str, bodies: list[dict | None], check: Callable[[], None]
+    ) -> Iterator[tuple[int, dict]]:
+        """(which, answer) of several requests, as they come.
 
         Args:
-            check: called while waiting; may raise to stop.
+            check: called several times a second while waiting; may raise to stop.
 
         Raises:
-            StageFailed: one of them failed; the others are given up.
+            StageFailed: one of them failed; those that were answered have been given before, the
+                others are given up.
         """
         stopped = threading.Event()
         pool = ThreadPoolExecutor(self.most)
+        begun, said = time.monotonic(), 0.0
         try:
-            asked = [pool.submit(self.ask, path, body, stopped) for body in bodies]
+            asked = {pool.submit(self.ask, path, b, stopped): i for i, b in enumerate(bodies)}
             waiting = set(asked)
             while waiting:
                 check()
-                done, waiting = wait(waiting, 0.2, FIRST_EXCEPTION)
-                for future in done:
+                done, waiting = wait(waiting, POLL, FIRST_COMPLETED)
+                failed = [future for future in done if future.exception()]
+                for future in done.difference(failed):
+                    yield asked[future], future.result()
+                for future in failed:
                     future.result()
-            return [future.result() for future in asked]
+                now = time.monotonic()
+                begun = now if done else begun
+                soon = FIRST_LINE if self.trouble and said < begun else SAY_EVERY
+                if waiting and now - max(begun, said) > soon:
+                    said, why = now, f": {self.trouble}" if self.trouble else ""
+                    print(
+                        f"{self.who}{WAITING}{path} since {now - begun:.0f} s "
+                        f"(runtime.server_timeout {self.timeout:g} s){why}",
+                        flush=True,
+                    )
+            if said:
+                print(f"{self.who} answered", flush=True)
         finally:
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def all(self, path: str, bodies: list[dict | None], check: Callable[[], None]) -> list[dict]:
+        """The answers to several requests, in their order; else as ``each``."""
+        found = dict(self.each(path, bodies, check))
+        return [found[i] for i in range(len(bodies))]
 
-def opened(who: str, reference: str, runtime) -> tuple[Endpoint, dict]:
+
+def opened(
+    who: str, reference: str, runtime, check: Callable[[], None], elsewhere: str = ""
+) -> tuple[Endpoint, dict]:
     """A server and what it says of the model that is meant.
+
+    Args:
+        check: called while waiting for it; may raise to stop.
+        elsewhere: the key that gives another address.
 
     Raises:
         StageFailed: it does not answer.
         UsageError: it does not serve such a model; names those it does.
     """
     base, name = references.address(reference)
-    endpoint = Endpoint(who, base, runtime.server_timeout, runtime.server_requests)
-    models = endpoint.ask("/v1/models").get("data") or []
+    endpoint = Endpoint(who, base, runtime.server_timeout, runtime.server_requests, elsewhere)
+    models = endpoint.all("/v1/models", [None], check)[0].get("data") or []
     names = [m.get("id") for m in models]
     chosen = [m for m in models if m.get("id") == name or (not name and len(models) == 1)]
     if not chosen:
