@@ -242,7 +242,7 @@ class Runtime:
         20, "steps between rollout logs; 0 is never", role="operational", least=0
     )
     log_overlap_every: int = key(
-        10,
+        20,
         "steps between passes that measure how student and teacher overlap, on log_rollouts of a "
         "step; 0 is never. Objectives that have both sides' logits log it in every step",
         role="operational",

@@ -71,7 +71,8 @@ class Loop:
         self.compute, self.watch = Compute(), Watch(ctx.config.watch, ctx.name)
         self.checkpoints = ctx.folder / "checkpoints"
         self.row: dict = {}  # of a step whose controllers have not acted yet
-        self.apart = bool(parts.teachers)  # no objective is known to log the overlap itself
+        told = any(getattr(t.objective, "compares", False) for t in parts.terms)
+        self.apart = bool(parts.teachers) and not told  # nothing in the update logs the overlap
 
     def run(self) -> Compute:
         """Train to the end.
@@ -206,9 +207,7 @@ class Loop:
         clock.lap("score")
         if step.taught is not None:
             step.taught.loads = 0  # those of the update alone
-        trained = self._train(step, done)
-        self.apart = self.apart and "overlap" not in trained
-        values = {**seen, **trained, **values}
+        values = {**seen, **self._train(step, done), **values}
         if step.taught is not None:
             values |= {
                 "head_loads": step.taught.loads,

@@ -45,7 +45,7 @@ class Divergence:
             "on a top-k support: one bucket for the rest, none, none and both renormalised, or the "
             "teacher alone renormalised (forward)",
         )
-        overlap: bool = key(True, "log how much of the teacher's top k the student's holds")
+        overlap: bool = key(True, "log in every step how the top k of both overlap")
 
     @staticmethod
     def problems(config, stage) -> list[Problem]:
@@ -75,7 +75,7 @@ class Divergence:
         return ends.get(config.beta, "jsd") if config.direction == "jsd" else config.direction
 
     def __init__(self, config) -> None:
-        self.config = config
+        self.config, self.compares = config, config.overlap
         if config.support != "full":
             self.needs = (*self.needs, "teacher.lse", "teacher.topk", "teacher.entropy")
 

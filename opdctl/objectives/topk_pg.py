@@ -21,6 +21,7 @@ class TopkPg:
     revision = 1
     needs = ("teacher.hidden", "teacher.lse", "teacher.topk", "teacher.entropy")
     rows = "prediction"
+    compares = True  # logs the overlap of both top k
 
     @dataclass(kw_only=True)
     class Config(ObjectiveConfig):

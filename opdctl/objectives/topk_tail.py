@@ -23,6 +23,7 @@ class TopkTail:
     revision = 1
     needs = ("teacher.hidden", "teacher.lse", "teacher.topk", "teacher.entropy")
     rows = "prediction"
+    compares = True  # logs the overlap of both top k
     own = True
 
     @dataclass(kw_only=True)
