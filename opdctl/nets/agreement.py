@@ -72,17 +72,19 @@ def agreement(
 
 def compared(
     ctx: Any, student: Model, teacher: Model, requests: Sequence[ScoreRequest], temperature: float
-) -> dict[str, Tensor]:
-    """``agreement`` of two models on some requests, with the divergences.
+) -> tuple[dict[str, Tensor], list[tuple[Tensor, Head]]]:
+    """``agreement`` of two models on some requests, with the divergences; and of both the hidden
+    rows and the head that it was made of.
 
     Raises:
         Interrupted: a stop was asked for.
     """
-    given = []
-    for model in (student, teacher):
-        given += [_hidden(ctx, model, requests, temperature), model.projection(temperature)]
-    size = max(1, rows_in(ctx.runtime.chunk_mib, given[1]) // 4)  # the definition keeps more
-    return agreement(*given, size=size, divergences=True)
+    sides = [
+        (_hidden(ctx, model, requests, temperature), model.projection(temperature))
+        for model in (student, teacher)
+    ]
+    size = max(1, rows_in(ctx.runtime.chunk_mib, sides[0][1]) // 4)  # the definition keeps more
+    return agreement(*sides[0], *sides[1], size=size, divergences=True), sides
 
 
 def logged(ctx: Any, student: Model, parts: Any, rollouts: list) -> dict[str, float]:

@@ -49,10 +49,11 @@ class Pairing:
     Args:
         ctx: the stage's.
         student: its model where it is loaded already.
+        sampled: prompts of a domain that are answered.
     """
 
-    def __init__(self, ctx, student: Any = None) -> None:
-        self.ctx = ctx
+    def __init__(self, ctx, student: Any = None, sampled: int = SAMPLED) -> None:
+        self.ctx, self.sampled = ctx, sampled
         self.route = routes(ctx.recipe.domains(ctx.name), ctx.config.teachers)
         used = {name for names in self.route.values() for name in names}
         every = {n: t.model for n, t in ctx.config.teachers.items() if n in used}
@@ -119,8 +120,8 @@ class Pairing:
         return [name for name in self.teachers if not self.same(name)]
 
     def prompts(self, domain: str, most: int) -> list[Prompt]:
-        """At most ``most`` (itself at most SAMPLED) distinct training prompts of a domain, in an
-        order of their own.
+        """At most ``most`` (at most ``sampled``) distinct training prompts of a domain, in an order
+        of their own.
 
         Raises:
             UsageError: it has none.
@@ -131,7 +132,7 @@ class Pairing:
             if not pool:
                 raise UsageError(f"data.{domain} has no training prompts")
             order = draws.permutation(len(pool), self.ctx.seed, "preflight", domain)
-            self._prompts[domain] = [pool[i] for i in order[:SAMPLED].tolist()]
+            self._prompts[domain] = [pool[i] for i in order[: self.sampled].tolist()]
         return self._prompts[domain][:most]
 
     @cached_property
@@ -149,7 +150,7 @@ class Pairing:
     def _sample(self, reference: str, domains: list[str], source: str) -> list[Rollout]:
         from opdctl.core.sampling import sample_group
 
-        prompts = [p for d in domains for p in self.prompts(d, SAMPLED)]
+        prompts = [p for d in domains for p in self.prompts(d, self.sampled)]
         model = self.ctx.frozen(reference)
         config = self.ctx.config  # a limit that moves is looked at where it is largest
         sampling = replace(config.sampling, max_tokens=longest_turn(config))

@@ -62,6 +62,6 @@ def compare(pairing: Pairing, name: str, requests: list) -> tuple[float, float, 
 
     ctx = pairing.ctx
     models = [ctx.frozen(r) for r in (ctx.config.student, pairing.teachers[name])]
-    found = compared(ctx, *models, requests, ctx.config.sampling.temperature)
+    found, _ = compared(ctx, *models, requests, ctx.config.sampling.temperature)
     means = (float(found[what].mean()) for what in ("reverse", "overlap"))
     return *means, top_of(models[0].projection())
