@@ -10,55 +10,52 @@ the same prefixes too: what it makes of ground that the student prepared.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opdctl.core.chunks import rows_in
 from opdctl.core.evaluation import half_width
 from opdctl.core.metrics import mean
 from opdctl.diagnosis import directions
 from opdctl.diagnosis.nodes import Node, choose, success, window
-from opdctl.nets.agreement import top_of
 
 
 def alignment(
     ctx: Any,
     models: list,
     rollouts: list,
-    sides: list,
+    see: Callable[[list[Node], Tensor], directions.Seen],
     effort: Any,
     told: Callable[[str], None],
 ) -> dict:
     """``alignment`` and ``reach`` of one teacher.
 
     Args:
-        models: the student and the teacher.
+        models: the student, and the teacher where it can be sampled from here.
         rollouts: the student's, judged.
-        sides: hidden rows and head of each, of the rollouts' tokens in their order.
+        see: nodes, and the place of each among the rollouts' tokens, [N] -> both sides there.
+
+    Raises:
+        Interrupted: a stop was asked for.
     """
     verdicts = [r.right for r in rollouts]
-    width = min(effort.top, sides[0][1].valid_V)
-    nodes = choose(rollouts, verdicts, effort.budget // (width * effort.samples), ctx.seed)
-    starts, at = [], 0
-    for rollout in rollouts:
-        starts.append(at)
-        at += rollout.length
-    index_N = torch.tensor([starts[n.rollout] + n.depth for n in nodes])
-    rows = [(hidden_ND[index_N], head) for hidden_ND, head in sides]
-    size = max(1, rows_in(ctx.runtime.chunk_mib, sides[0][1]) // 16)
-    top = top_of(sides[0][1])
-    seen = directions.look(*rows[0], *rows[1], candidates=width, top=top, size=size)
+    width = min(effort.top, models[0].valid_V)
+    nodes = choose(rollouts, verdicts, max(1, effort.budget // (width * effort.samples)), ctx.seed)
+    first_B = [0, *accumulate(r.length for r in rollouts)]
+    seen = see(nodes, torch.tensor([first_B[n.rollout] + n.depth for n in nodes]))
     forced = seen.ids_NK.tolist()
     whole = len(nodes) * width * effort.samples
     told(f"{len(nodes)} nodes, {whole} continuations by the student")
     given = (ctx, models[0], rollouts, nodes, forced, effort.samples)
     found = success(*given, lambda done: told(f"{done} of {whole} continuations"))
     found_NKS = torch.tensor(found, dtype=torch.float64)
-    told("the teacher goes on from the same prefixes")
-    theirs = success(ctx, models[1], rollouts, nodes, [[None]] * len(nodes), effort.samples)
-    reached_N = torch.tensor(theirs, dtype=torch.float64).mean((1, 2))
+    reached_N = None
+    if len(models) > 1:
+        told("the teacher goes on from the same prefixes")
+        theirs = success(ctx, models[1], rollouts, nodes, [[None]] * len(nodes), effort.samples)
+        reached_N = torch.tensor(theirs, dtype=torch.float64).mean((1, 2))
     wrong_N = torch.tensor([not verdicts[n.rollout] for n in nodes])
     return {
         "alignment": judged(seen, found_NKS, nodes, wrong_N),
@@ -69,7 +66,8 @@ def alignment(
 def judged(
     seen: directions.Seen, found_NKS: Tensor, nodes: list[Node], wrong_N: Tensor
 ) -> dict[str, Any]:
-    """Cosines of each signal with the ideal update, by the rollout's outcome.
+    """Cosines of each signal with the ideal update, by the rollout's outcome; ``behind`` is how far
+    it is behind the best of the teacher's, node by node.
 
     Args:
         found_NKS: verdicts of the continuations of each candidate.
@@ -97,8 +95,11 @@ def judged(
             "rollouts": len(set(owner)),
             "halves": over(directions.cosine(*split)[kept_N], owner) if split else None,
         }
+        exact = [n for n in values if n != "outcome"]
+        best_N = values[max(exact, key=lambda n: over(values[n][kept_N], owner)["mean"] or 0.0)]
         for name, cos_N in values.items():
             entry = signals.setdefault(name, {}).setdefault(side, over(cos_N[kept_N], owner))
+            entry["behind"] = over((best_N - cos_N)[kept_N] / 2, owner, 2.0)
             if name in single:
                 draw_N, noise_N = (x[kept_N] for x in single[name])
                 entry["one_draw"] = over(draw_N, owner)["mean"]
@@ -111,7 +112,7 @@ def judged(
 def reach(
     seen: directions.Seen,
     success_NK: Tensor,
-    reached_N: Tensor,
+    reached_N: Tensor | None,
     nodes: list[Node],
     wrong_N: Tensor,
     accuracy: float,
@@ -132,10 +133,10 @@ def reach(
     advantage_N = ((q_NK - p_NK) * success_NK).sum(-1)
     values = {
         "student": own_N,
-        "teacher": reached_N,
-        "beyond": reached_N - own_N,
         "advantage": advantage_N,
     }
+    if reached_N is not None:
+        values |= {"teacher": reached_N, "beyond": reached_N - own_N}
     found: dict[str, Any] = {}
     centre, square = 0.0, 0.0
     for side, inside_N in (("wrong", wrong_N), ("right", ~wrong_N)):
@@ -159,8 +160,9 @@ def reach(
     return found
 
 
-def over(value_N: Tensor, owner: list[int]) -> dict:
-    """Mean over rollouts of the mean of their nodes, each from -1 to 1; its 95 % interval."""
+def over(value_N: Tensor, owner: list[int], scale: float = 1.0) -> dict:
+    """``scale`` times the mean over rollouts of the mean of their nodes, each from -1 to 1; its 95 %
+    interval."""
     of: dict[int, list[float]] = {}
     for rollout, value in zip(owner, value_N.tolist(), strict=True):
         of.setdefault(rollout, []).append(value)
@@ -169,4 +171,4 @@ def over(value_N: Tensor, owner: list[int]) -> dict:
         return {"mean": None, "ci95": None}
     half = half_width(each) if len(each) > 1 else 1.0
     ends = [max(-1.0, mean(each) - half), min(1.0, mean(each) + half)]
-    return {"mean": mean(each), "ci95": ends}
+    return {"mean": scale * mean(each), "ci95": [scale * end for end in ends]}

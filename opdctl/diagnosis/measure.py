@@ -9,19 +9,18 @@ gives the same numbers.
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from opdctl.core.metrics import mean
-from opdctl.core.tokens import per_sequence, places
+from opdctl.core.chunks import rows_in
+from opdctl.diagnosis import directions
 from opdctl.diagnosis.alignment import alignment
-from opdctl.diagnosis.nodes import window
+from opdctl.diagnosis.served import by_server
+from opdctl.diagnosis.summary import owners, pooled, profile, spread, told_gain
 from opdctl.nets.agreement import compared, top_of
 from opdctl.preflight._pairing import Pairing
 from opdctl.preflight._stage import check
@@ -96,70 +95,35 @@ def measure(ctx: Any, effort: Effort) -> dict:
 
 def _teacher(ctx, pairing: Pairing, name: str, effort: Effort, entry: dict, told: Told) -> None:
     """Fill in what is measured of one teacher."""
-    told(f"teacher {name} answers the same prompts")
     domains = pairing.domains(name)
+    told(f"teacher {name} answers the same prompts")
     gains = {d: paired(pairing, name, d) for d in domains}
     entry["gain"] = {d: told_gain(found) for d, found in gains.items()}
     entry["gain"]["together"] = told_gain(pooled(list(gains.values())))
-    told(f"teacher {name}: agreement on the student's answers")
     rollouts = [r for r in pairing.rollouts if r.prompt.domain in domains]
-    models = [ctx.frozen(r) for r in (ctx.config.student, pairing.teachers[name])]
+    given = (ctx, rollouts, effort, entry, lambda text: told(f"teacher {name}: {text}"))
+    if entry["served"]:
+        by_server(name, *given)
+    else:
+        _by_weights([ctx.config.student, pairing.teachers[name]], *given)
+
+
+def _by_weights(references: list[str], ctx, rollouts, effort: Effort, entry: dict, told) -> None:
+    """Of a teacher whose weights are here."""
+    told("agreement on the student's answers")
+    models = [ctx.frozen(r) for r in references]
     requests = [r.request for r in rollouts]
     table, sides = compared(ctx, *models, requests, ctx.config.sampling.temperature)
-    lengths = torch.tensor([r.length for r in rollouts], device=sides[0][0].device)
-    sequence_N = torch.repeat_interleave(torch.arange(len(rollouts)), lengths)
-    entry["step0"] = {"top": top_of(sides[0][1]), "tokens": len(sequence_N)}
+    top = top_of(sides[0][1])
+    sequence_N = owners(rollouts, sides[0][0].device)
+    entry["step0"] = {"top": top, "tokens": len(sequence_N)}
     entry["step0"] |= {what: spread(v_N, sequence_N) for what, v_N in table.items()}
     entry["profile"] = profile(table, sequence_N, len(rollouts))
-    entry |= alignment(ctx, models, rollouts, sides, effort, lambda t: told(f"teacher {name}: {t}"))
 
+    def see(_, at_N: Tensor) -> directions.Seen:
+        rows = [(hidden_ND[at_N], head) for hidden_ND, head in sides]
+        size = max(1, rows_in(ctx.runtime.chunk_mib, sides[0][1]) // 16)  # it keeps as many copies
+        width = min(effort.top, sides[0][1].valid_V)
+        return directions.look(*rows[0], *rows[1], candidates=width, top=top, size=size)
 
-def pooled(found: list[dict]) -> dict:
-    """The domains of a teacher together, each prompt counting once."""
-    from opdctl.core.evaluation import half_width
-
-    right = [pair for one in found for pair in one["right"]]
-    gaps = [t - s for s, t in right]
-    half, centre = half_width(gaps) if len(gaps) > 1 else 1.0, mean(gaps)
-    sides = {"student": mean(s for s, _ in right), "teacher": mean(t for _, t in right)}
-    ends = [centre - half, centre + half]
-    return {**sides, "gain": centre, "ci95": ends, "prompts": len(right), "right": right}
-
-
-def told_gain(found: dict) -> dict:
-    """A paired gain with, in place of the verdicts, what the teacher solves of what the student
-    fails, and fails of what it solves."""
-    from opdctl.core.evaluation import half_width
-
-    result = {k: v for k, v in found.items() if k != "right"}
-    for what, side in (("solves", 0.0), ("loses", 1.0)):
-        given = [t if what == "solves" else 1 - t for s, t in found["right"] if bool(s) == side]
-        half = half_width(given) if len(given) > 1 else 1.0
-        share = mean(given)
-        result[what] = {"of": len(given), "mean": share if given else None}
-        result[what]["ci95"] = [max(0.0, share - half), min(1.0, share + half)] if given else None
-    return result
-
-
-def spread(value_N: Tensor, sequence_N: Tensor) -> dict:
-    """Mean over tokens, and its 95 % interval: responses are independent, their tokens are not."""
-    value_N, count = value_N.double(), int(sequence_N.max()) + 1
-    centre = float(value_N.mean())
-    off_B = per_sequence(value_N - centre, sequence_N, count)
-    half = math.inf
-    if count > 1:
-        half = 1.96 * float((off_B**2).sum() * count / (count - 1)) ** 0.5 / len(value_N)
-    return {"mean": centre, "ci95": [centre - half, centre + half]}
-
-
-def profile(table: dict[str, Tensor], sequence_N: Tensor, count: int) -> list[dict]:
-    """Means by position in the response, in windows that double."""
-    place_N, _ = places(sequence_N, count)
-    found, first = [], 0
-    while (place_N >= first).any():
-        _, last = window(first)
-        inside_N = (place_N >= first) & (place_N <= last)
-        row = {"from": first, "to": min(last, int(place_N.max())), "tokens": int(inside_N.sum())}
-        found.append(row | {k: float(v[inside_N].double().mean()) for k, v in table.items()})
-        first = last + 1
-    return found
+    entry |= alignment(ctx, models, rollouts, see, effort, told)

@@ -99,7 +99,9 @@ def recommend(found: dict[str, Any], student: str, name: str = "teacher") -> dic
             )
         else:
             reasons.append(f"thinking is compatible: they overlap in {told}, {mass}")
-    kl = step0.get("reverse", step0.get("log_ratio", {})).get("mean")
+    kl = step0.get("reverse", {}).get("mean")
+    if "log_ratio" in step0:
+        kl = step0["log_ratio"]["ci95"][1]  # estimated: its upper end
     if kl is not None and kl < KL_LEAST:
         verdict = "nothing_to_learn"
         reasons.append(f"the two differ by {kl:.2g} nats a token: there is no signal to follow")
@@ -133,11 +135,11 @@ def _signal(found: dict, reasons: list[str], do: list[str]) -> tuple[str, float]
         reasons.append("too few prefixes where the next token decides to judge the signals by")
         return None
     means = {n: s[side] for n, s in signals.items() if n in TO_RUN}
-    best = max(means, key=lambda n: means[n]["mean"])  # of equals the first: the exact one
+    near = [n for n in TO_RUN if n in means and means[n]["behind"]["ci95"][0] <= 0]
+    best = near[0]  # of those that are not told apart, the exact ones first
     told = f"{best} has cos {means[best]['mean']:.2f} {_interval(means[best])}"
     low = means[best]["ci95"][0]
-    near = [n for n, s in means.items() if n != best and s["ci95"][1] > low]
-    beside = f"; not told apart from it: {', '.join(near)}" if near else ""
+    beside = f"; not told apart from it: {', '.join(near[1:])}" if near[1:] else ""
     reasons.append(f"aligned with the ideal update on {side} rollouts: {told}{beside}")
     if sides["right"]["rollouts"] >= FEW and side == "wrong":
         right = signals[best]["right"]

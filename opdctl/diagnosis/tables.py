@@ -83,6 +83,8 @@ def _share(value: dict) -> str:
 
 def _profile(one: dict, entry: dict) -> Any:
     step0 = entry["step0"]
+    if "log_ratio" in step0:
+        return _ratio(step0, entry["profile"])
     rows = [[f"{r['from']}-{r['to']}", r["tokens"], *_numbers(r)] for r in entry["profile"]]
     whole = {k: v["mean"] for k, v in step0.items() if isinstance(v, dict)}
     rows.append(["all", step0["tokens"], *_numbers(whole)])
@@ -90,6 +92,14 @@ def _profile(one: dict, entry: dict) -> Any:
     columns += ["KL(S|T)", "KL(T|S)", "H(S)", "H(T)"]
     title = f"On the student's answers, top {step0['top']}, nats a token at temperature"
     return table(columns, rows, f"{title} {one['temperature']:g}")
+
+
+def _ratio(step0: dict, profile: list[dict]) -> Any:
+    """Of a teacher that gives log-probs alone."""
+    rows = [[f"{r['from']}-{r['to']}", r["tokens"], f"{r['log_ratio']:.2f}"] for r in profile]
+    whole = _with(step0["log_ratio"]["mean"], step0["log_ratio"]["ci95"], "")
+    rows.append(["all", step0["tokens"], whole])
+    return table(["position", "tokens", "log S - log T"], rows, "On the student's answers")
 
 
 def _numbers(row: dict) -> list[str]:
@@ -112,18 +122,15 @@ def _alignment(found: dict) -> Any:
     sides = found["sides"]
     heads = [f"{s}, {sides[s]['nodes'] - sides[s]['undecided']} nodes" for s in ("wrong", "right")]
     columns = ["signal", *heads, "1 draw", "noise"]
-    return table(
-        columns,
-        rows,
-        "Cosine with the ideal update, on rollouts that are wrong or right (1 draw: wrong)",
-    )
+    title = "Cosine with the ideal update, on wrong and right rollouts (1 draw, noise: wrong)"
+    return table(columns, rows, title)
 
 
 def _reach(found: dict) -> Any:
     rows = []
     for r in found["profile"]:
-        rates = [f"{r[n]:.2f}" for n in ("student", "teacher")]
-        more = [f"{r[n]:+.2f}" for n in ("beyond", "advantage")]
+        rates = [f"{r[n]:.2f}" if n in r else "" for n in ("student", "teacher")]
+        more = [f"{r[n]:+.2f}" if n in r else "" for n in ("beyond", "advantage")]
         rows.append([f"{r['from']}-{r['to']}", r["nodes"], *rates, *more])
     columns = ["position", "nodes", "student", "teacher", "beyond", "one token"]
     return table(columns, rows, "Success going on from the student's prefixes")

@@ -15,6 +15,7 @@ from opdctl.core import draws
 from opdctl.core.prompts import fitting
 from opdctl.errors import UsageError
 from opdctl.preflight._weights import same_weights
+from opdctl.registry import member
 from opdctl.settings import longest_turn, routes
 from opdctl.types import Prompt, Rollout
 
@@ -142,10 +143,25 @@ class Pairing:
 
     def answers(self, name: str) -> list[Rollout]:
         """A teacher's own answers to the same prompts of its domains, in the same order."""
+        if name in self.served:
+            self._answers.setdefault(name, self._texts(name))
         if name not in self._answers:
             reference = self.teachers[name]
             self._answers[name] = self._sample(reference, self.domains(name), "teacher")
         return self._answers[name]
+
+    def _texts(self, name: str) -> list[Rollout]:
+        """A served teacher's answers, as the texts that its server writes."""
+        from opdctl.core.sampling import unanswered
+
+        config = self.ctx.config
+        prompts = [p for d in self.domains(name) for p in self.prompts(d, self.sampled)]
+        api = member("teachers", "api")(self.ctx, self.student, name, config.teachers[name].model)
+        found, keys = unanswered(self.ctx, self.student, prompts, 0, "teacher", 1)
+        answers = api.answer(prompts, keys, config.sampling)
+        for rollout, (rollout.text, rollout.truncated) in zip(found, answers, strict=True):
+            rollout.response_ids = self.student.encode(rollout.text)
+        return found
 
     def _sample(self, reference: str, domains: list[str], source: str) -> list[Rollout]:
         from opdctl.core.sampling import sample_group
