@@ -59,6 +59,7 @@ def continued(ctx, model, rollouts: list[Rollout], keys: list[int]) -> None:
     Raises:
         Interrupted: a stop was asked for.
     """
+    ctx.wal.at(0)
     sampling, engine = ctx.config.sampling, ctx.engine(model)
     engine.publish(0)
     waiting: dict[int, list[int]] = {}

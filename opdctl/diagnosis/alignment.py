@@ -161,8 +161,8 @@ def reach(
 
 
 def over(value_N: Tensor, owner: list[int], scale: float = 1.0) -> dict:
-    """``scale`` times the mean over rollouts of the mean of their nodes, each from -1 to 1; its 95 %
-    interval."""
+    """``scale`` times the mean over rollouts of the mean of their nodes, each from -1 to 1, with
+    its 95 % interval."""
     of: dict[int, list[float]] = {}
     for rollout, value in zip(owner, value_N.tolist(), strict=True):
         of.setdefault(rollout, []).append(value)

@@ -113,11 +113,13 @@ def recommend(found: dict[str, Any], student: str, name: str = "teacher") -> dic
         if first["ci95"][0] <= 0:
             verdict = "unclear" if verdict == "go" else verdict
             reasons.append("so its scores are not shown to say, token by token, what it knows")
-    signal = _signal(found, reasons, do)
+    gate: list[str] = []
+    signal = _signal(found, reasons, gate)
     if verdict == "go" and signal and signal[1] < 0:
         verdict = "away"
     if verdict == "go" and signal:
         do.append(f"opdctl stage opd {pair} {TO_RUN[signal[0]]}")
+        do += gate
     for what, why in found.get("missing", {}).items():
         reasons.append(f"not measured: {what}; {why}")
     return _said(verdict, reasons, do, signal[0] if signal else None)
@@ -143,9 +145,9 @@ def _signal(found: dict, reasons: list[str], do: list[str]) -> tuple[str, float]
     reasons.append(f"aligned with the ideal update on {side} rollouts: {told}{beside}")
     if sides["right"]["rollouts"] >= FEW and side == "wrong":
         right = signals[best]["right"]
-        if right["ci95"][1] < low:
+        if right["ci95"][1] < low and right["mean"] < means[best]["mean"] / 2:
             reasons.append(f"on right rollouts it has cos {right['mean']:.2f}: mostly noise there")
-            do.append("distil on wrong rollouts alone: --method unmasking, or weights.outcome_gate")
+            do.append("or on wrong rollouts alone: --method unmasking, weights.outcome_gate")
     return best, means[best]["ci95"][1]
 
 
