@@ -70,7 +70,12 @@ def _figures(entry: dict) -> list[str]:
     elif rows:
         found.append(_lines("log S - log T by position, nats", rows, {"log_ratio": "mean"}))
     if "gain" in entry:
-        points = [(d, [(g["gain"], g["ci95"])]) for d, g in entry["gain"].items()]
+        several = len(entry["gain"]) > 2
+        points = [
+            (d, [(g["gain"], g["ci95"])])
+            for d, g in entry["gain"].items()
+            if d != "together" or several
+        ]
         found.append(_points("Gain in accuracy on the same prompts, 95 %", points, ("teacher",)))
     if "alignment" in entry:
         signals = entry["alignment"]["signals"]
@@ -103,7 +108,7 @@ def _lines(title: str, rows: list[dict], names: dict[str, str], top: float = 0.0
         span = f"{r['from']}" if r["from"] == r["to"] else f"{r['from']}-{r['to']}"
         if len(rows) < 9 or i % 2 == 0:
             parts.append(_text(LEFT + i * step, HIGH - LOW + 16, span, "middle"))
-    for colour, (key, label) in zip(COLOURS, names.items(), strict=False):
+    for colour, key in zip(COLOURS, names, strict=False):
         spots = [(LEFT + i * step, y(r[key])) for i, r in enumerate(rows)]
         line = " ".join(f"{a:.1f},{b:.1f}" for a, b in spots)
         parts.append(f"<polyline fill=none stroke={colour} stroke-width=2 points='{line}'/>")

@@ -7,7 +7,8 @@ heuristic, but for the overlaps of the paper: OPD succeeded from .72 on and took
 the same prompts: what its own training gave it shows there, and a plain sibling has none. The
 estimate of what can be recovered is the gain that following the teacher for one token at each of
 the student's prefixes brings to first order, over the teacher's whole gain: OPD is told of nothing
-else. It knows nothing of how the prefixes change as the student learns.
+else. It knows nothing of how the prefixes change as the student learns, and is too low where
+several tokens of a response have to improve together.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ def _alignment(found: dict) -> Any:
     sides = found["sides"]
     heads = [f"{s}, {sides[s]['nodes'] - sides[s]['undecided']} nodes" for s in ("wrong", "right")]
     columns = ["signal", *heads, "1 draw", "noise"]
-    title = "Cosine with the ideal update, on wrong and right rollouts (1 draw, noise: wrong)"
+    title = "Cosine with the ideal update by rollout (1 draw, noise: wrong ones)"
     return table(columns, rows, title)
 
 
