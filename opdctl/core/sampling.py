@@ -7,9 +7,11 @@ the answer's tokens are context. A later turn starts from the very ids of those 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from opdctl.core import draws
+from opdctl.settings import longest_turn
 from opdctl.types import Prompt, Rollout
 
 
@@ -51,7 +53,7 @@ def sample_group(
 
 def continued(ctx, model, rollouts: list[Rollout], keys: list[int]) -> None:
     """Finish responses whose first tokens stand there already: with the stage's sampling, cut where
-    a whole response would be. Nothing may have been observed yet.
+    a whole response would be at most. Nothing may have been observed yet.
 
     Args:
         keys: 64 bits each, that determine the draws.
@@ -60,7 +62,8 @@ def continued(ctx, model, rollouts: list[Rollout], keys: list[int]) -> None:
         Interrupted: a stop was asked for.
     """
     ctx.wal.at(0)
-    sampling, engine = ctx.config.sampling, ctx.engine(model)
+    sampling = replace(ctx.config.sampling, max_tokens=longest_turn(ctx.config))
+    engine = ctx.engine(model)
     engine.publish(0)
     waiting: dict[int, list[int]] = {}
     for i, rollout in enumerate(rollouts):

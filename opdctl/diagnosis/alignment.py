@@ -9,6 +9,7 @@ the same prefixes too: what it makes of ground that the student prepared.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
@@ -148,9 +149,14 @@ def reach(
         for node, i in some:
             gained = node.stands_for * float(advantage_N[i])
             sums[node.rollout] = sums.get(node.rollout, 0.0) + gained
+        if share and not sums:
+            centre = math.nan  # a part of the rollouts was not looked at
         centre += share * mean(sums.values())
         square += (share * half_width(list(sums.values()))) ** 2
-    found["first_order"] = {"mean": centre, "ci95": [centre - square**0.5, centre + square**0.5]}
+    ends = [centre - square**0.5, centre + square**0.5]
+    found["first_order"] = {"mean": centre, "ci95": ends}
+    if math.isnan(centre):
+        found["first_order"] = {"mean": None, "ci95": None}
     spans = sorted({window(n.depth) for n in nodes})
     found["profile"] = []
     for first, last in spans:

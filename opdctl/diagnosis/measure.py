@@ -105,13 +105,13 @@ def _teacher(ctx, pairing: Pairing, name: str, effort: Effort, entry: dict, told
     if entry["served"]:
         by_server(name, *given)
     else:
-        _by_weights([ctx.config.student, pairing.teachers[name]], *given)
+        _by_weights(pairing.teachers[name], *given)
 
 
-def _by_weights(references: list[str], ctx, rollouts, effort: Effort, entry: dict, told) -> None:
+def _by_weights(reference: str, ctx, rollouts, effort: Effort, entry: dict, told) -> None:
     """Of a teacher whose weights are here."""
     told("agreement on the student's answers")
-    models = [ctx.frozen(r) for r in references]
+    models = [ctx.start(), ctx.frozen(reference)]
     requests = [r.request for r in rollouts]
     table, sides = compared(ctx, *models, requests, ctx.config.sampling.temperature)
     top = top_of(sides[0][1])

@@ -63,6 +63,8 @@ def recommend(found: dict[str, Any], student: str, name: str = "teacher") -> dic
         name: the teacher's.
     """
     if found["same"]:
+        if found["model"] == "policy":
+            return _said("nothing_to_learn", ["it is the student, which keeps its domains"], [])
         why = "the teacher has the student's own weights: every score is zero"
         return _said("nothing_to_learn", [why], ["--teacher REF: the checkpoint that was meant"])
     reasons, do, model = [], [], found["model"]

@@ -40,7 +40,7 @@ def by_server(
     """
     entry["missing"] = dict.fromkeys(ABSENT, LOGITS)
     told("log-probs of the student's answers")
-    student, temperature = ctx.frozen(ctx.config.student), ctx.config.sampling.temperature
+    student, temperature = ctx.start(), ctx.config.sampling.temperature
     reference = ctx.config.teachers[name].model
     teacher = teacher_of(reference)(ctx, student, name, reference)
     requests = [r.request for r in rollouts]

@@ -80,7 +80,7 @@ class Pairing:
     @cached_property
     def student(self) -> Any:
         """Its outline, or the model itself."""
-        return self._given or self._outline(self.ctx.config.student)
+        return self._given or self.ctx.aligned(self._outline(self.ctx.config.student))
 
     def outline(self, name: str) -> Any:
         """A teacher without its weights."""
@@ -139,15 +139,15 @@ class Pairing:
     @cached_property
     def rollouts(self) -> list[Rollout]:
         """The student's answers at step 0, one a prompt."""
-        return self._sample(self.ctx.config.student, list(self.route), "student")
+        return self._sample(self.ctx.start(), list(self.route), "student")
 
     def answers(self, name: str) -> list[Rollout]:
         """A teacher's own answers to the same prompts of its domains, in the same order."""
-        if name in self.served:
-            self._answers.setdefault(name, self._texts(name))
-        if name not in self._answers:
-            reference = self.teachers[name]
-            self._answers[name] = self._sample(reference, self.domains(name), "teacher")
+        if name not in self._answers and name in self.served:
+            self._answers[name] = self._texts(name)
+        elif name not in self._answers:
+            model = self.ctx.frozen(self.teachers[name])
+            self._answers[name] = self._sample(model, self.domains(name), "teacher")
         return self._answers[name]
 
     def _texts(self, name: str) -> list[Rollout]:
@@ -158,16 +158,20 @@ class Pairing:
         prompts = [p for d in self.domains(name) for p in self.prompts(d, self.sampled)]
         api = member("teachers", "api")(self.ctx, self.student, name, config.teachers[name].model)
         found, keys = unanswered(self.ctx, self.student, prompts, 0, "teacher", 1)
-        answers = api.answer(prompts, keys, config.sampling)
+        answers = api.answer(prompts, keys, self.sampling)
         for rollout, (rollout.text, rollout.truncated) in zip(found, answers, strict=True):
             rollout.response_ids = self.student.encode(rollout.text)
         return found
 
-    def _sample(self, reference: str, domains: list[str], source: str) -> list[Rollout]:
+    @property
+    def sampling(self) -> Any:
+        """The stage's; a limit that moves is looked at where it is largest."""
+        config = self.ctx.config
+        return replace(config.sampling, max_tokens=longest_turn(config))
+
+    def _sample(self, model: Any, domains: list[str], source: str) -> list[Rollout]:
         from opdctl.core.sampling import sample_group
 
         prompts = [p for d in domains for p in self.prompts(d, self.sampled)]
-        model = self.ctx.frozen(reference)
-        config = self.ctx.config  # a limit that moves is looked at where it is largest
-        sampling = replace(config.sampling, max_tokens=longest_turn(config))
-        return sample_group(self.ctx, model, prompts, 0, source, samples=1, sampling=sampling)
+        given = (self.ctx, model, prompts, 0, source)
+        return sample_group(*given, samples=1, sampling=self.sampling)

@@ -61,7 +61,7 @@ def compare(pairing: Pairing, name: str, requests: list) -> tuple[float, float, 
     from opdctl.nets.agreement import compared, top_of
 
     ctx = pairing.ctx
-    models = [ctx.frozen(r) for r in (ctx.config.student, pairing.teachers[name])]
+    models = [ctx.start(), ctx.frozen(pairing.teachers[name])]
     found, _ = compared(ctx, *models, requests, ctx.config.sampling.temperature)
     means = (float(found[what].mean()) for what in ("reverse", "overlap"))
     return *means, top_of(models[0].projection())
