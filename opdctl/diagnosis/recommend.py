@@ -18,6 +18,7 @@ from typing import Any
 from opdctl.preflight.step0 import KL_LEAST, OVERLAP_LEAST
 
 OVERLAP_GOOD = 0.72  # arXiv 2604.13016, at the start of runs that succeeded
+CLOSE = 0.02  # of a cosine: no reason to prefer another signal
 FEW = 8  # rollouts below which an alignment is not talked about
 VERDICTS = {
     "go": "go",
@@ -140,7 +141,8 @@ def _signal(found: dict, reasons: list[str], do: list[str]) -> tuple[str, float]
         reasons.append("too few prefixes where the next token decides to judge the signals by")
         return None
     means = {n: s[side] for n, s in signals.items() if n in TO_RUN}
-    near = [n for n in TO_RUN if n in means and means[n]["behind"]["ci95"][0] <= 0]
+    behind = {n: means[n]["behind"] for n in TO_RUN if n in means}
+    near = [n for n, b in behind.items() if b["ci95"][0] <= 0 or b["mean"] < CLOSE]
     best = near[0]  # of those that are not told apart, the exact ones first
     told = f"{best} has cos {means[best]['mean']:.2f} {_interval(means[best])}"
     low = means[best]["ci95"][0]
