@@ -191,6 +191,63 @@ def validate(
 
 
 @app.command()
+def diagnose(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE|DIR] [key=value]...",
+            help="a recipe or run whose stages are meant, and overrides",
+        ),
+    ] = None,
+    student: Annotated[str, typer.Option(help="model that would be taught")] = "",
+    teacher: Annotated[
+        list[str] | None, typer.Option(help="[DOMAIN=]REF; once for each teacher")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="prompts: a file, a run, a recipe, a domain or a task; as in the run that wrote "
+            "the model if not given"
+        ),
+    ] = None,
+    stage: Annotated[str, typer.Option(help="of the recipe; all with teachers if not given")] = "",
+    prompts: Annotated[
+        int, typer.Option(help="of each domain, answered once by each", min=2)
+    ] = 100,
+    budget: Annotated[
+        int, typer.Option(help="continuations sampled for the alignment, each teacher", min=64)
+    ] = 4096,
+    top: Annotated[int, typer.Option(help="tokens forced at each prefix", min=2)] = 8,
+    samples: Annotated[int, typer.Option(help="continuations of each", min=2)] = 8,
+    plot: Annotated[Path | None, typer.Option(help="write an HTML page with figures")] = None,
+    as_json: Json = False,
+) -> None:
+    """Will this student learn from this teacher? Measured before money is spent."""
+    from opdctl import console
+    from opdctl.diagnosis.page import write
+    from opdctl.diagnosis.tables import show
+    from opdctl.session import diagnosis_of
+
+    effort = {"prompts": prompts, "budget": budget, "top": top, "samples": samples}
+    found = diagnosis_of(
+        tuple(overrides or ()),
+        student=student,
+        teachers=tuple(teacher or ()),
+        data=tuple(data or ()),
+        stage=stage,
+        effort=effort,
+    )
+    if as_json:
+        console.emit_json({"stages": found})
+    else:
+        show(found)
+    if plot:
+        console.say(f"plot: {write(found, plot)}")
+    if any(one["refused"] for one in found):
+        sys.exit(EXIT_USAGE)
+
+
+@app.command()
 def status(
     directory: Annotated[
         Path | None, typer.Argument(help="the newest run if not given", metavar="[DIR]")

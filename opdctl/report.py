@@ -20,7 +20,7 @@ text-align: left; vertical-align: top; font-variant-numeric: tabular-nums }
 figure { display: inline-block; margin: 0 1em 1em 0 } figcaption { font-size: .85em }
 svg { background: #fafafa; border: 1px solid #ddd }
 """
-CURVES = ("loss", "reward", "entropy", "length", "nll", "guessed")
+CURVES = ("loss", "reward", "entropy", "length", "nll", "guessed", "overlap", "entropy_gap")
 
 
 def write(run: RunDir, claims: list[dict] | None = None) -> Path:

@@ -7,6 +7,7 @@ on it; the others finish. SIGINT and SIGTERM are passed on, and each stage commi
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from opdctl.errors import EXIT_INTERRUPTED, EXIT_USAGE, StageFailed
+from opdctl.errors import EXIT_INTERRUPTED, EXIT_USAGE, StageFailed, UsageError
 from opdctl.launch import new_run
 from opdctl.plan import Planned, plan
 from opdctl.positions import dump
@@ -137,14 +138,42 @@ def examine(
     """
     if not stages:
         return []
+    asked = ["--preflight", "deep" if deep else "cheap", *stages]
+    found = _apart(recipe, run, asked, "preflight.json", list)
+    return [Finding(**f) for f in found]
+
+
+def diagnose(
+    recipe: Recipe, stages: list[str], run: RunDir | None = None, effort: dict | None = None
+) -> list[dict]:
+    """What ``diagnosis/`` measures of stages whose models are all there, likewise.
+
+    Args:
+        effort: what it may cost, see ``diagnosis/measure.py``.
+
+    Raises:
+        StageFailed: the worker broke down; what it said went to stderr.
+        UsageError: a model or the prompts of a stage cannot be read.
+    """
+    asked = ["--diagnose", json.dumps(effort or {}), *stages]
+    found = _apart(recipe, run, asked, "diagnosis.json", dict)
+    if "error" in found:
+        raise UsageError(*found["error"])
+    return found["stages"]
+
+
+def _apart(
+    recipe: Recipe, run: RunDir | None, asked: list[str], result: str, kind: type
+) -> list | dict:
+    """Ask a worker about a recipe put into a run directory that is thrown away, with links to the
+    outputs of ``run`` in it; what it left in ``result``."""
     with tempfile.TemporaryDirectory(prefix="opdctl-") as folder:
         made = new_run(recipe, dump(recipe.to_dict()), Path(folder) / "run")
         for name in recipe.stages if run else ():
             if run.record(name).get("status") == "done" and run.output(name).is_dir():
                 made.output(name).symlink_to(run.output(name), target_is_directory=True)
-        command = [sys.executable, "-m", "opdctl.worker", str(made.path)]
         worker = subprocess.Popen(
-            [*command, "--preflight", "deep" if deep else "cheap", *stages],
+            [sys.executable, "-m", "opdctl.worker", str(made.path), *asked],
             stdin=subprocess.PIPE,  # it ends when this process does
             stdout=sys.stderr.fileno(),
         )
@@ -153,13 +182,13 @@ def examine(
         finally:
             worker.kill()
             worker.stdin.close()
-        found = read_json(made / "preflight.json", list)
+        found = read_json(made / result, kind)
         if code or found is None:
             raise StageFailed(
-                f"the checks of {', '.join(stages)} ended with exit code {code}",
+                f"the checks of {', '.join(asked[2:])} ended with exit code {code}",
                 "what they said stands above",
             )
-    return [Finding(**f) for f in found]
+    return found
 
 
 def _ready(jobs: list[Job]) -> list[tuple[int, str]]:

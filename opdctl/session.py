@@ -8,9 +8,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from opdctl import console, references
+from opdctl import console
 from opdctl import launch as run_launch
-from opdctl.errors import OpdctlError, UsageError
+from opdctl.diagnosis import asked
+from opdctl.diagnosis.recommend import recommend, recoverability
+from opdctl.errors import UsageError
 from opdctl.estimate import gpus
 from opdctl.estimate.work import Costs, costs
 from opdctl.plan import Planned, plan, ready
@@ -20,9 +22,9 @@ from opdctl.preflight._stage import refuse
 from opdctl.recipe import Recipe, find, load, read, resolve
 from opdctl.registry import member
 from opdctl.rundir import RunDir, lock, new_name, write_json, write_text
-from opdctl.runner import Job, Outcome, carry_out, examine
+from opdctl.runner import Job, Outcome, carry_out, diagnose, examine
 from opdctl.schema import did_you_mean
-from opdctl.single.tree import one_stage
+from opdctl.single.tree import one_stage, run_data
 
 STARTED = time.time()
 
@@ -77,7 +79,7 @@ def run_stage(
 ) -> int:
     """``opdctl stage``: a recipe of one stage, built in memory. Returns the exit code."""
     tree, full, named, said = one_stage(kind, overrides, student, teachers, method)
-    data = _data_of([student, *(t.split("=", 1)[-1] for t in teachers)])
+    data = run_data([student, *(t.split("=", 1)[-1] for t in teachers)])
     own = any(o.startswith("data.") and o.split("=")[0].endswith(".kind") for o in full)
     if data and not own and "data" not in tree:
         wanted = [n for n in named if n in data]
@@ -93,17 +95,6 @@ def run_stage(
     _require_engine(recipe)
     path = out or Path("runs") / new_name(kind)
     return _start(recipe, dump(tree), path, None, ())
-
-
-def _data_of(models: list[str]) -> dict[str, dict]:
-    """The data entries of the run that wrote one of these model folders, if a run did."""
-    for text in models:
-        ref = references.parse(text)
-        folder = Path(ref.name)
-        if ref.form == "folder" and len(folder.parents) > 2:
-            with contextlib.suppress(OpdctlError):
-                return run_launch.read_recipe(RunDir(folder.parents[2])).to_dict()["data"]
-    return {}
 
 
 def resume_run(directory: Path, overrides: tuple[str, ...]) -> int:
@@ -189,6 +180,47 @@ def _require_engine(recipe: Recipe) -> None:
         UsageError: it is not there.
     """
     getattr(member("engines", recipe.runtime.engine), "require", lambda: None)()
+
+
+def diagnosis_of(
+    given: tuple[str, ...],
+    *,
+    student: str,
+    teachers: tuple[str, ...],
+    data: tuple[str, ...],
+    stage: str,
+    effort: dict,
+) -> list[dict]:
+    """``opdctl diagnose``: what was measured of each stage, with a recommendation for each teacher.
+
+    Args:
+        given: at most one recipe or run directory, and overrides.
+
+    Raises:
+        UsageError: a recipe and models, or neither.
+    """
+    targets = [text for text in given if "=" not in text]
+    overrides = tuple(text for text in given if "=" in text)
+    pair = student or teachers or data
+    if len(targets) > 1 or bool(targets) == bool(pair):
+        hint = "opdctl diagnose --student REF --teacher REF, or opdctl diagnose RECIPE|DIR"
+        raise UsageError("one recipe or run directory, or a student and a teacher", hint)
+    if targets:
+        recipe, stages, run = asked.of_recipe(targets[0], stage, overrides)
+    else:
+        if stage or not (student and teachers):
+            what = "--stage is of a recipe" if stage else "--student and --teacher are both needed"
+            raise UsageError(what, "opdctl diagnose --student REF --teacher REF --data FILE")
+        recipe, said = asked.of_models(student, teachers, data, overrides)
+        stages, run = ["opd"], None
+        for line in said:
+            console.say(line)
+    found = diagnose(recipe, stages, run, effort)
+    for one in found:
+        for name, entry in one["teachers"].items():
+            entry["recoverability"] = recoverability(entry)
+            entry["recommendation"] = recommend(entry, one["student"], name)
+    return found
 
 
 def _refuse_early(recipe: Recipe, old: RunDir | None, only: tuple[str, ...]) -> None:

@@ -266,6 +266,13 @@ class Runtime:
     log_rollouts_every: int = key(
         20, "steps between rollout logs; 0 is never", role="operational", least=0
     )
+    log_overlap_every: int = key(
+        20,
+        "steps between passes that measure how student and teacher overlap, on log_rollouts of a "
+        "step; 0 is never. Objectives that have both sides' logits log it in every step",
+        role="operational",
+        least=0,
+    )
     log_accuracy: bool = key(True, "verify each step's rollouts", role="operational")
     log_rollouts: int = key(16, "rollouts in each log", role="operational", least=1)
 

@@ -2,8 +2,10 @@
 
     python -m opdctl.worker DIR STAGE
     python -m opdctl.worker DIR --preflight cheap|deep STAGE ...
+    python -m opdctl.worker DIR --diagnose EFFORT STAGE ...
 
-The second form runs no stage: it leaves what the checks say of some in ``preflight.json``.
+The other forms run no stage: they leave what the checks say of some in ``preflight.json``, or what
+is measured of them in ``diagnosis.json``, for an effort in JSON.
 
 Exit codes: 0 done, 75 stopped with a checkpoint committed, 2 bad input, 1 failed, 4 busy. It ends
 when its parent does, whatever the parent died of.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import signal
 import sys
@@ -186,6 +189,27 @@ def examine(folder: str, how: str, *stages: str) -> int:
     return 0
 
 
+def diagnose(folder: str, effort: str, *stages: str) -> int:
+    """Measure stages whose models are there. Returns the exit code."""
+    from opdctl.diagnosis.measure import Effort, measure
+
+    run, result = RunDir(folder), {"stages": []}
+    recipe = read_recipe(run)
+    try:
+        for stage in stages:
+            with tempfile.TemporaryDirectory() as aside:
+                ctx = Context(run, recipe, stage, wal=Wal(Path(aside)))
+                prepare(ctx)
+                result["stages"].append(measure(ctx, Effort(**json.loads(effort))))
+    except UsageError as error:
+        result["error"] = [error.message, error.hint]
+    except OpdctlError as error:
+        print(f"[{stage}] {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    write_json(run / "diagnosis.json", result)
+    return 0
+
+
 def child(folder: str, stage: str, log: str) -> None:
     """Body of a forked worker: log to a file, end with the parent, run the stage."""
     import multiprocessing
@@ -213,9 +237,13 @@ def _follow_stdin() -> None:
 
 
 if __name__ == "__main__":
-    looking = sys.argv[2:3] == ["--preflight"] and len(sys.argv) > 4
-    if not (looking or len(sys.argv) in (3, 4)) or not Path(sys.argv[1]).is_dir():
-        sys.exit("usage: python -m opdctl.worker DIR STAGE | DIR --preflight cheap|deep STAGE ...")
-    if looking or sys.argv[3:] == ["--follow-stdin"]:
+    asides = {"--preflight": examine, "--diagnose": diagnose}
+    aside = asides.get(sys.argv[2]) if len(sys.argv) > 4 else None
+    if not (aside or len(sys.argv) in (3, 4)) or not Path(sys.argv[1]).is_dir():
+        usage = "DIR STAGE | DIR --preflight cheap|deep STAGE ... | DIR --diagnose EFFORT STAGE ..."
+        sys.exit(f"usage: python -m opdctl.worker {usage}")
+    if aside or sys.argv[3:] == ["--follow-stdin"]:
         threading.Thread(target=_follow_stdin, daemon=True).start()
-    sys.exit(examine(sys.argv[1], *sys.argv[3:]) if looking else run_stage(*sys.argv[1:3]))
+    if aside:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to take
+    sys.exit(aside(sys.argv[1], *sys.argv[3:]) if aside else run_stage(*sys.argv[1:3]))

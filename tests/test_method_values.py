@@ -321,6 +321,14 @@ def outcome(c, scaled):
     return advantage_B[c.owner]
 
 
+def rethinking(c):
+    """The k most probable tokens of the student, weighted by it, against the teacher."""
+    top = c.p.detach().topk(16).indices
+    ours, theirs = (x.gather(-1, top) for x in (c.p, c.q))
+    old = ours.detach()
+    return token_mean(-(old.softmax(-1) * (theirs - old) * (ours - old).exp()).sum(-1))
+
+
 def grpo(c):
     return seq_mean(c, clipped(c, outcome(c, True), 0.2, 0.28))
 

@@ -43,9 +43,11 @@ class Chat:
         Raises:
             UsageError: the tokenizer has no end token.
         """
+        self.generation = generation
         self.rendered: dict[Any, list[int]] = {}
         self.answers: dict[Any, list[int]] = {}
         self.readable: set[str] = set()
+        vars(self).pop("reads_thinking", None)
         token = self.tokenizer.eos_token_id
         if token is None:
             hint = "name one as eos_token in tokenizer_config.json: a response has to end"
@@ -58,6 +60,23 @@ class Chat:
         self.pad: int = token if pad is None else pad
         for ids, what in (([self.eos], "its end token"), ([self.pad], "padding")):
             self._known(ids, what)
+
+    def take_template(self, template: Any, whose: str) -> None:
+        """Speak by another model's chat template from now on; what is saved has it too.
+
+        Args:
+            template: of a tokenizer; None where it has none.
+            whose: names that model.
+
+        Raises:
+            UsageError: it has none.
+        """
+        if not template:
+            hint = "a model that was trained on a template: the teacher, or its base"
+            raise UsageError(f"{whose} has no chat template to take", hint)
+        if template != self.tokenizer.chat_template:
+            self.tokenizer.chat_template = template
+            self.begin_chat(self.generation)
 
     def write_ends(self, generation: Any) -> None:
         """Have other programs stop where this one does: the ends into the generation config."""

@@ -170,6 +170,25 @@ class Context:
         self._models[place] = self._models.pop(place)  # the newest stands last
         return self._models[place].view(path if base else "")
 
+    def start(self) -> Any:
+        """The stage's student at its start, frozen, prompted as it will be."""
+        return self.aligned(self.frozen(self.config.student))
+
+    def aligned(self, model: Any) -> Any:
+        """The student, or its outline, with the chat template that the stage prompts it by.
+
+        Raises:
+            UsageError: the model that is to bring one has none.
+        """
+        reference = getattr(self.config, "template", None)
+        if reference:
+            from opdctl.core.models import template_of
+
+            path = self.path_of(reference)
+            place = references.base_of(path) or path
+            model.take_template(template_of(place, self.runtime.trust_remote_code), reference)
+        return model
+
     def show_first(self, rollout: Rollout, tokenizer: Any, trained: bool = True) -> None:
         """Leave the stage's first prompt in ``example.json`` and, the loss in [[ ]], in the log."""
         found = example(rollout, tokenizer, trained)

@@ -25,6 +25,7 @@ from opdctl.core.pairs import paired
 from opdctl.core.scored import Parts, Step, advantage, scored, weigh
 from opdctl.errors import Interrupted, StageFailed
 from opdctl.kernels.select import rows_class
+from opdctl.nets import agreement
 from opdctl.nets.masters import Masters
 from opdctl.rundir import finite
 from opdctl.types import FORWARD, Compute, Rollout
@@ -73,6 +74,8 @@ class Loop:
         self.compute, self.watch = Compute(), Watch(ctx.config.watch, ctx.name)
         self.checkpoints = ctx.folder / "checkpoints"
         self.row: dict = {}  # of a step whose controllers have not acted yet
+        told = any(getattr(t.objective, "compares", False) for t in parts.terms)
+        self.apart = bool(parts.teachers) and not told  # nothing in the update logs the overlap
 
     def run(self) -> Compute:
         """Train to the end.
@@ -204,10 +207,13 @@ class Loop:
         for name, controller in self.parts.controllers.items():
             if hasattr(controller, "read"):
                 values |= {f"{name}_{k}": v for k, v in controller.read(step).items()}
+        seen = {}
+        if self.apart and self._due(done + 1, self.ctx.runtime.log_overlap_every):
+            seen = agreement.logged(self.ctx, self.model, self.parts, rollouts)
         clock.lap("score")
         if step.taught is not None:
             step.taught.loads = 0  # those of the update alone
-        values = {**self._train(step, done), **values}
+        values = {**seen, **self._train(step, done), **values}
         if step.taught is not None:
             values |= {
                 "head_loads": step.taught.loads,
@@ -332,9 +338,12 @@ class Loop:
         place = {groups[g]: i for i, g in enumerate(order)}
         return sorted(rollouts, key=lambda r: place[r.group])
 
+    def _due(self, done: int, every: int) -> bool:
+        """Whether something is logged in a step: in each so many, the first and the last."""
+        return bool(every) and (done % every == 0 or done in (1, self.steps))
+
     def _log_rollouts(self, done: int, step: Step) -> None:
-        every = self.ctx.runtime.log_rollouts_every
-        if not every or (done % every and done not in (1, self.steps)):
+        if not self._due(done, self.ctx.runtime.log_rollouts_every):
             return
         lengths = [r.length for r in step.rollouts]
         flat = {k: v for k, v in step.columns.items() if v.ndim == 1 and k != "domain"}

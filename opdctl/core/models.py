@@ -158,6 +158,21 @@ def outline(folder: str, trust_remote_code: bool = False) -> Model:
         raise unreadable(folder, error) from error
 
 
+def template_of(folder: str, trust_remote_code: bool = False) -> str | None:
+    """The chat template of a model's tokenizer; None without one.
+
+    Raises:
+        UsageError: its tokenizer cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    name, options = _source(folder, trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(name, **options).chat_template
+    except Exception as error:  # files of a stranger make transformers raise anything
+        raise unreadable(folder, error) from error
+
+
 def _source(folder: str, trust_remote_code: bool) -> tuple[str, dict]:
     """What transformers is to be asked for: a folder or a public name, and how."""
     name, _, revision = folder.partition("@") if not Path(folder).is_dir() else (folder, "", "")

@@ -7,9 +7,11 @@ the answer's tokens are context. A later turn starts from the very ids of those 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from opdctl.core import draws
+from opdctl.settings import longest_turn
 from opdctl.types import Prompt, Rollout
 
 
@@ -44,21 +46,50 @@ def sample_group(
     ctx.wal.at(step)
     engine = ctx.engine(model, blend)
     engine.publish(version or step)
-    environments = {d: ctx.environment(d) for d in {p.domain for p in prompts}}
-    going, turn = list(range(len(rollouts))), 0
-    while going:
-        _turn(
-            engine,
-            model,
-            [rollouts[i] for i in going],
-            turn,
-            [keys[i] for i in going],
-            sampling or ctx.sampling,
-        )
-        going = [i for i in going if answered(rollouts[i], turn, environments, model)]
-        turn += 1
+    _turns(ctx, engine, model, rollouts, keys, sampling or ctx.sampling)
     engine.rest()
     return rollouts
+
+
+def continued(ctx, model, rollouts: list[Rollout], keys: list[int]) -> None:
+    """Finish responses whose first tokens stand there already: with the stage's sampling, cut where
+    a whole response would be at most. Nothing may have been observed yet.
+
+    Args:
+        keys: 64 bits each, that determine the draws.
+
+    Raises:
+        Interrupted: a stop was asked for.
+    """
+    ctx.wal.at(0)
+    sampling = replace(ctx.config.sampling, max_tokens=longest_turn(ctx.config))
+    engine = ctx.engine(model)
+    engine.publish(0)
+    waiting: dict[int, list[int]] = {}
+    for i, rollout in enumerate(rollouts):
+        room = sampling.max_tokens - len(rollout.response_ids)
+        rollout.truncated = not room and rollout.response_ids[-1] not in model.ends
+        if room and (not rollout.response_ids or rollout.response_ids[-1] not in model.ends):
+            waiting.setdefault(room, []).append(i)
+    for room, some in sorted(waiting.items(), reverse=True):
+        some_keys = [keys[i] for i in some]
+        _turn(engine, model, [rollouts[i] for i in some], 0, some_keys, sampling, room)
+    for rollout in rollouts:
+        rollout.text = model.decode(rollout.response_ids)
+    _turns(ctx, engine, model, rollouts, keys, sampling, begun=True)
+    engine.rest()
+
+
+def _turns(ctx, engine, model, rollouts, keys: list[int], sampling, begun: bool = False) -> None:
+    """Turn by turn to the end; with ``begun`` from the answer to the first on."""
+    environments = {d: ctx.environment(d) for d in {r.prompt.domain for r in rollouts}}
+    going, turn = list(range(len(rollouts))), 0
+    while going:
+        if turn or not begun:
+            some, some_keys = [rollouts[i] for i in going], [keys[i] for i in going]
+            _turn(engine, model, some, turn, some_keys, sampling)
+        going = [i for i in going if answered(rollouts[i], turn, environments, model)]
+        turn += 1
 
 
 def unanswered(
@@ -81,13 +112,13 @@ def unanswered(
     return rollouts, keys
 
 
-def _turn(engine, model, rollouts, turn: int, keys: list[int], sampling) -> None:
+def _turn(engine, model, rollouts, turn: int, keys: list[int], sampling, room: int = 0) -> None:
     """One more turn of each, appended."""
     drawn = engine.generate(
         [[*r.prompt_ids, *r.response_ids] for r in rollouts],
         [draws.key(k, "turn", turn) if turn else k for k in keys],
         temperature=sampling.temperature,
-        max_tokens=sampling.max_tokens,
+        max_tokens=room or sampling.max_tokens,
     )
     for rollout, sample in zip(rollouts, drawn, strict=True):
         rollout.response_ids = [*rollout.response_ids, *sample.ids]

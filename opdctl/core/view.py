@@ -17,7 +17,7 @@ from torch import Tensor
 from opdctl.core.chunks import Chunk, chunked_sum
 from opdctl.core.taught import Taught
 from opdctl.kernels.head import Head
-from opdctl.kernels.topk import among, overlap_ratio, union
+from opdctl.kernels.topk import overlap_numbers, union
 from opdctl.nets.layers import LAST, Layers
 
 
@@ -208,13 +208,13 @@ class View:
         self.log("entropy", self.entropy_C)
         if entropy_C is not None:
             self.log("teacher_entropy", entropy_C)
+            self.log("entropy_gap", (entropy_C - self.entropy_C).abs())
         self.log("student_logprob", logp_CK[:, 0])
         self.log("teacher_logprob", logq_CK[:, 0])
         if ours_CK is not None:
-            both_CK = among(ids_CK[:, 1:], ours_CK)
-            self.log("overlap", overlap_ratio(ours_CK, ids_CK[:, 1:]))
-            self.log("overlap_mass", (logp_CK[:, 1:].exp() * both_CK).sum(-1))
-            self.log("overlap_teacher_mass", (logq_CK[:, 1:].exp() * both_CK).sum(-1))
+            numbers = overlap_numbers(logp_CK[:, 1:], logq_CK[:, 1:], ours_CK, ids_CK[:, 1:])
+            for name, value_C in numbers.items():
+                self.log(name, value_C)
 
     def __getitem__(self, column: str) -> Tensor:
         return self.columns[column]

@@ -115,7 +115,8 @@ def costs(recipe: Any, gpu: Gpu) -> Costs:
 def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
     """Memory and time of a stage, or in words why there is no telling."""
     config, runtime = recipe.stages[stage], recipe.runtime
-    named = [t for _, t in refs_of(config) if references.parse(t).form != "unknown"]
+    read = [t for k, t in refs_of(config) if k != "template"]  # of that the tokenizer alone
+    named = [t for t in read if references.parse(t).form != "unknown"]
     shapes = {text: shape_of(recipe, text, stage) for text in named}  # the verifier is no model
     missing = [text for text, shape in shapes.items() if shape is None]
     if missing:

@@ -95,3 +95,29 @@ def union(ours_CK: Tensor, theirs_CK: Tensor) -> tuple[Tensor, Tensor]:
     again_CK = among(theirs_CK, ours_CK)
     keep_CK = torch.cat([torch.ones_like(again_CK), ~again_CK], -1)
     return torch.cat([ours_CK, theirs_CK], -1), keep_CK
+
+
+def overlap_numbers(
+    logp_CK: Tensor, logq_CK: Tensor, ours_CK: Tensor, theirs_CK: Tensor
+) -> dict[str, Tensor]:
+    """How two sides agree on their k most probable ids (arXiv 2604.13016). [C] each, no gradient.
+
+    On S, the ids that both have: ``overlap``, |S| / k; the mass of S under either side; and the
+    mean over S of p (log q - log p), both renormalised on S, ``overlap_advantage``: never positive,
+    0 where the two agree on S, or S is empty.
+
+    Args:
+        logp_CK: log-probs of a side at the other's ids, ``theirs_CK``; normalised over all ids.
+        logq_CK: the other's.
+        ours_CK: the k most probable ids of the side of ``logp_CK``.
+    """
+    logp_CK, logq_CK = logp_CK.detach(), logq_CK.detach()
+    both_CK = among(theirs_CK, ours_CK)
+    kl_C = divergence_on(logp_CK, logq_CK, both_CK, "renormalised", "reverse", 0.5)
+    count_C = both_CK.sum(-1)
+    return {
+        "overlap": overlap_ratio(ours_CK, theirs_CK),
+        "overlap_mass": (logp_CK.exp() * both_CK).sum(-1),
+        "overlap_teacher_mass": (logq_CK.exp() * both_CK).sum(-1),
+        "overlap_advantage": -kl_C / torch.where(count_C > 0, count_C, 1),
+    }

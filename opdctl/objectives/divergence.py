@@ -45,7 +45,7 @@ class Divergence:
             "on a top-k support: one bucket for the rest, none, none and both renormalised, or the "
             "teacher alone renormalised (forward)",
         )
-        overlap: bool = key(True, "log how much of the teacher's top k the student's holds")
+        overlap: bool = key(True, "log in every step how the top k of both overlap")
 
     @staticmethod
     def problems(config, stage) -> list[Problem]:
@@ -81,6 +81,7 @@ class Divergence:
 
     def __init__(self, config) -> None:
         self.config, self.needs = config, self.also(config)
+        self.compares = config.overlap
 
     def loss(self, view):
         """Shape [C]."""

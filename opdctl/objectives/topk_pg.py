@@ -21,6 +21,7 @@ class TopkPg:
     revision = 1
     needs = ()  # all depend on its keys
     rows = "prediction"
+    compares = True  # logs the overlap of both top k
 
     @dataclass(kw_only=True)
     class Config(ObjectiveConfig):

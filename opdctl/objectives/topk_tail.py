@@ -23,6 +23,7 @@ class TopkTail:
     revision = 1
     needs = ()  # all depend on its keys
     rows = "prediction"
+    compares = True  # logs the overlap of both top k
     own = True
 
     @dataclass(kw_only=True)

@@ -51,10 +51,11 @@ class Pairing:
     Args:
         ctx: the stage's.
         student: its model where it is loaded already.
+        sampled: prompts of a domain that are answered.
     """
 
-    def __init__(self, ctx, student: Any = None) -> None:
-        self.ctx = ctx
+    def __init__(self, ctx, student: Any = None, sampled: int = SAMPLED) -> None:
+        self.ctx, self.sampled = ctx, sampled
         self.route = routes(ctx.recipe.domains(ctx.name), ctx.config.teachers)
         used = {name for names in self.route.values() for name in names}
         every = {n: t.model for n, t in ctx.config.teachers.items() if n in used}
@@ -81,7 +82,7 @@ class Pairing:
     @cached_property
     def student(self) -> Any:
         """Its outline, or the model itself."""
-        return self._given or self._outline(self.ctx.config.student)
+        return self._given or self.ctx.aligned(self._outline(self.ctx.config.student))
 
     def outline(self, name: str) -> Any:
         """A teacher without its weights."""
@@ -122,8 +123,8 @@ class Pairing:
         return [name for name in self.teachers if not self.same(name)]
 
     def prompts(self, domain: str, most: int) -> list[Prompt]:
-        """At most ``most`` (itself at most SAMPLED) distinct training prompts of a domain, in an
-        order of their own.
+        """At most ``most`` (at most ``sampled``) distinct training prompts of a domain, in an order
+        of their own.
 
         Raises:
             UsageError: it has none.
@@ -134,21 +135,21 @@ class Pairing:
             if not pool:
                 raise UsageError(f"data.{domain} has no training prompts")
             order = draws.permutation(len(pool), self.ctx.seed, "preflight", domain)
-            self._prompts[domain] = [pool[i] for i in order[:SAMPLED].tolist()]
+            self._prompts[domain] = [pool[i] for i in order[: self.sampled].tolist()]
         return self._prompts[domain][:most]
 
     @cached_property
     def rollouts(self) -> list[Rollout]:
         """The student's answers at step 0, one a prompt."""
-        return self._sample(self.ctx.config.student, list(self.route), "student")
+        return self._sample(self.ctx.start(), list(self.route), "student")
 
     def answers(self, name: str) -> list[Rollout]:
         """A teacher's own answers to the same prompts of its domains, in the same order."""
-        if name in self.served and name not in self._answers:
-            self._answers[name] = self._told(name)
-        if name not in self._answers:
-            reference = self.teachers[name]
-            self._answers[name] = self._sample(reference, self.domains(name), "teacher")
+        if name not in self._answers and name in self.served:
+            self._answers[name] = self._texts(name)
+        elif name not in self._answers:
+            model = self.ctx.frozen(self.teachers[name])
+            self._answers[name] = self._sample(model, self.domains(name), "teacher")
         return self._answers[name]
 
     def server(self, name: str) -> Any:
@@ -184,25 +185,28 @@ class Pairing:
                 found.append(name)
         return found
 
-    def _told(self, name: str) -> list[Rollout]:
-        """A served teacher's answers, as texts; seeds are heeded as far as it does."""
+    def _texts(self, name: str) -> list[Rollout]:
+        """A served teacher's answers, as the texts that its server writes."""
         from opdctl.core.sampling import unanswered
 
-        prompts = [p for d in self.domains(name) for p in self.prompts(d, SAMPLED)]
-        ctx = self.ctx
-        student = ctx.frozen(ctx.config.student)
-        api = member("teachers", "api")(ctx, student, name, ctx.config.teachers[name].address)
-        rollouts, keys = unanswered(ctx, student, prompts, 0, "teacher", 1)
-        answers = api.answer(prompts, keys, ctx.config.sampling)
-        for rollout, (rollout.text, rollout.truncated) in zip(rollouts, answers, strict=True):
-            rollout.response_ids = student.encode(rollout.text)
-        return rollouts
+        config = self.ctx.config
+        prompts = [p for d in self.domains(name) for p in self.prompts(d, self.sampled)]
+        api = member("teachers", "api")(self.ctx, self.student, name, config.teachers[name].address)
+        found, keys = unanswered(self.ctx, self.student, prompts, 0, "teacher", 1)
+        answers = api.answer(prompts, keys, self.sampling)
+        for rollout, (rollout.text, rollout.truncated) in zip(found, answers, strict=True):
+            rollout.response_ids = self.student.encode(rollout.text)
+        return found
 
-    def _sample(self, reference: str, domains: list[str], source: str) -> list[Rollout]:
+    @property
+    def sampling(self) -> Any:
+        """The stage's; a limit that moves is looked at where it is largest."""
+        config = self.ctx.config
+        return replace(config.sampling, max_tokens=longest_turn(config))
+
+    def _sample(self, model: Any, domains: list[str], source: str) -> list[Rollout]:
         from opdctl.core.sampling import sample_group
 
-        prompts = [p for d in domains for p in self.prompts(d, SAMPLED)]
-        model = self.ctx.frozen(reference)
-        config = self.ctx.config  # a limit that moves is looked at where it is largest
-        sampling = replace(config.sampling, max_tokens=longest_turn(config))
-        return sample_group(self.ctx, model, prompts, 0, source, samples=1, sampling=sampling)
+        prompts = [p for d in domains for p in self.prompts(d, self.sampled)]
+        given = (self.ctx, model, prompts, 0, source)
+        return sample_group(*given, samples=1, sampling=self.sampling)

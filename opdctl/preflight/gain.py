@@ -33,25 +33,41 @@ class Gain:
         ]
 
     def _one(self, pairing: Pairing, name: str, domain: str) -> Finding:
-        from opdctl.core.evaluation import half_width
-
-        student, teacher = (
-            pairing.ctx.verify([r for r in rollouts if r.prompt.domain == domain])
-            for rollouts in (pairing.rollouts, pairing.answers(name))
-        )
-        gaps = [t - s for s, t in zip(student, teacher, strict=True)]
-        n, centre = len(gaps), mean(gaps)
-        half = half_width(gaps) if n > 1 else 1.0
+        found = paired(pairing, name, domain)
+        low, high = found["ci95"]
         what = (
-            f"{domain}: teacher {mean(teacher):.2f}, student {mean(student):.2f}, gain "
-            f"{centre:+.2f} [{centre - half:+.2f}, {centre + half:+.2f}] on {n} prompts"
+            f"{domain}: teacher {found['teacher']:.2f}, student {found['student']:.2f}, gain "
+            f"{found['gain']:+.2f} [{low:+.2f}, {high:+.2f}] on {found['prompts']} prompts"
         )
-        if centre - half > 0:
+        if low > 0:
             return Finding("ok", what, teacher=name)
-        if centre + half < 0:
+        if high < 0:
             do = "another teacher for this domain, or policy to keep it as it is"
             return Finding("error", f"{what}: worse", do, name)
         do = "train the teacher further, or leave it: what it teaches may not be what is verified"
-        if not any(teacher):
+        if not found["teacher"]:
             do = "look at what it answers: the verifier, the format, or sampling.max_tokens"
         return Finding("warning", f"{what}: not shown to be better", do, name)
+
+
+def paired(pairing: Pairing, name: str, domain: str) -> dict:
+    """Accuracy of student and teacher on the same prompts of a domain, the mean difference with its
+    95 % interval, and ``right``: the verdicts of both, a pair for each prompt."""
+    from opdctl.core.evaluation import half_width
+
+    student, teacher = (
+        pairing.ctx.verify([r for r in rollouts if r.prompt.domain == domain])
+        for rollouts in (pairing.rollouts, pairing.answers(name))
+    )
+    right = list(zip(student, teacher, strict=True))
+    gaps = [t - s for s, t in right]
+    n, centre = len(gaps), mean(gaps)
+    half = half_width(gaps) if n > 1 else 1.0
+    return {
+        "student": mean(student),
+        "teacher": mean(teacher),
+        "gain": centre,
+        "ci95": [centre - half, centre + half],
+        "prompts": n,
+        "right": right,
+    }

@@ -17,7 +17,6 @@ import math
 from opdctl.preflight._pairing import Finding, Pairing
 
 KL_LEAST, OVERLAP_LEAST = 1e-3, 0.5
-TOP = 16
 
 
 class Step0:
@@ -82,10 +81,11 @@ def estimated(pairing: Pairing, name: str, requests: list) -> tuple[float, float
     """Mean of log p - log q on the student's own tokens, an unbiased estimate of KL(p || q), its
     standard error over tokens, mean top-k overlap, and k."""
     from opdctl.core.scoring import score
+    from opdctl.nets.agreement import top_of
 
     ctx = pairing.ctx
     model = ctx.frozen(ctx.config.student)
-    k = max(1, min(TOP, model.valid_V // 8))
+    k = top_of(model.projection())
     how = {"temperature": 1.0, "micro_batch": ctx.runtime.micro_batch, "check": ctx.check}
     ours = score(model, requests, want=("logprobs", "topk"), top=k, **how)
     theirs = pairing.server(name).score(requests, 1.0, ("listed",), k)
@@ -97,36 +97,10 @@ def estimated(pairing: Pairing, name: str, requests: list) -> tuple[float, float
 
 def compare(pairing: Pairing, name: str, requests: list) -> tuple[float, float, int]:
     """Mean KL of the student to a teacher, mean top-k overlap, and k."""
-    import torch
-
-    from opdctl.core.chunks import rows_in
-    from opdctl.core.scoring import score
-    from opdctl.kernels.reference import divergence
-    from opdctl.kernels.topk import overlap_ratio
+    from opdctl.nets.agreement import compared, top_of
 
     ctx = pairing.ctx
-    temperature = ctx.config.sampling.temperature
-    hidden, heads = [], []
-    for reference in (ctx.config.student, pairing.teachers[name]):
-        model = ctx.frozen(reference)
-        heads.append(model.projection(temperature))
-        found = score(
-            model,
-            requests,
-            temperature=temperature,
-            want=("hidden",),
-            micro_batch=ctx.runtime.micro_batch,
-            check=ctx.check,
-        )
-        hidden.append(found.hidden_ND)
-    k = max(1, min(TOP, heads[0].valid_V // 8))
-    kls, overlaps = [], []
-    with torch.no_grad():
-        size = max(1, rows_in(ctx.runtime.chunk_mib, heads[0]) // 4)  # the definition keeps more
-        for ours_CD, theirs_CD in zip(*(h.split(size) for h in hidden), strict=True):
-            logp_CV = heads[0].logits(ours_CD).log_softmax(-1)
-            logq_CV = heads[1].logits(theirs_CD).log_softmax(-1)
-            kls.append(divergence(logp_CV, logq_CV, "reverse"))
-            tops = [log_CV.topk(k, dim=-1).indices for log_CV in (logp_CV, logq_CV)]
-            overlaps.append(overlap_ratio(*tops))
-    return float(torch.cat(kls).mean()), float(torch.cat(overlaps).mean()), k
+    models = [ctx.start(), ctx.frozen(pairing.teachers[name])]
+    found, _ = compared(ctx, *models, requests, ctx.config.sampling.temperature)
+    means = (float(found[what].mean()) for what in ("reverse", "overlap"))
+    return *means, top_of(models[0].projection())

@@ -48,11 +48,20 @@ class Template:
                     return Finding(
                         "error",
                         f"the {what} {text[:40]!r} of {domain} is rendered differently: {told}",
-                        "give both the same chat_template: copy the teacher's chat_template.jinja "
-                        "beside the student's tokenizer, or train the student on it first (sft)",
+                        _mend(pairing, name),
                         name,
                     )
         return Finding("ok", f"{count} texts are rendered to the same ids", teacher=name)
+
+
+def _mend(pairing: Pairing, name: str) -> str:
+    taken = f"prompt the student by the teacher's: template={pairing.teachers[name]}"
+    copied = (
+        "give both the same chat_template: copy the teacher's chat_template.jinja beside the "
+        "student's tokenizer"
+    )
+    how = taken if hasattr(pairing.ctx.config, "template") else copied
+    return f"{how}, or train the student on it first (sft)"
 
 
 def difference(tokenizer, ours: list[int], theirs: list[int]) -> str:

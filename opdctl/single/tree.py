@@ -6,15 +6,18 @@ from its path, whose rollouts an outcome model judges, that a file to evaluate o
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from opdctl import catalogue
-from opdctl.errors import UsageError
+from opdctl import catalogue, references
+from opdctl.errors import OpdctlError, UsageError
+from opdctl.launch import read_recipe
 from opdctl.recipe import lookup
 from opdctl.registry import member
 from opdctl.resolution import TOP
+from opdctl.rundir import RunDir
 from opdctl.schema import describe, did_you_mean
 
 
@@ -114,3 +117,14 @@ def _kinds(kind: str, overrides: Iterable[str], said: list[str]) -> dict[str, di
             found[domain]["eval_share"] = 1.0
             said.append(f"data.{domain}.eval_share: 1, all of {path} is evaluated on")
     return found
+
+
+def run_data(models: list[str]) -> dict[str, dict]:
+    """The data entries of the run that wrote one of these model folders, if a run did."""
+    for text in models:
+        ref = references.parse(text)
+        folder = Path(ref.name)
+        if ref.form == "folder" and len(folder.parents) > 2:
+            with contextlib.suppress(OpdctlError):
+                return read_recipe(RunDir(folder.parents[2])).to_dict()["data"]
+    return {}

@@ -52,6 +52,12 @@ class Opd:
             ref=True,
             neutral=True,
         )
+        template: str | None = key(
+            None,
+            "model whose chat template the student is prompted by, and keeps: the teacher's own",
+            ref=True,
+            neutral=True,
+        )
         sources: dict = key(
             {}, "where responses come from; empty is the student", family="sources", neutral=True
         )
@@ -96,7 +102,7 @@ class Opd:
         from opdctl.core.assemble import on_policy
         from opdctl.core.loop import train
 
-        model = ctx.student()
+        model = ctx.aligned(ctx.student())
         return train(ctx, model, lambda ctx, model: on_policy(ctx, model, ctx.config.teachers))
 
 

@@ -1,0 +1,87 @@
+"""How student and teacher agree, by hand and in runs: logged everywhere, and of no consequence."""
+
+import math
+
+import pytest
+import torch
+from test_served import serving
+
+from opdctl.kernels.topk import overlap_numbers
+from opdctl.rundir import RunDir
+from running import carry_out
+
+NAMES = {"overlap", "overlap_mass", "overlap_teacher_mass", "overlap_advantage", "entropy_gap"}
+
+
+def test_by_hand():
+    p = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).double()
+    q = torch.tensor([[0.2, 0.1, 0.6, 0.1]]).double()
+    ours, theirs = torch.tensor([[0, 1]]), torch.tensor([[2, 0]])  # both have id 0 alone
+    logs = [x.log().gather(-1, theirs) for x in (p, q)]
+    found = {k: float(v) for k, v in overlap_numbers(*logs, ours, theirs).items()}
+    assert found == pytest.approx(
+        {
+            "overlap": 0.5,
+            "overlap_mass": 0.5,
+            "overlap_teacher_mass": 0.2,
+            "overlap_advantage": 0.0,  # one id: renormalised it is 1 on both sides
+        }
+    )
+    ours = torch.tensor([[2, 0]])  # both ids: p (.769, .231), q (.25, .75) renormalised
+    found = {k: float(v) for k, v in overlap_numbers(*logs, ours, theirs).items()}
+    a, b = (0.5 / 0.65, 0.15 / 0.65), (0.25, 0.75)
+    kl = sum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
+    assert found == pytest.approx(
+        {
+            "overlap": 1.0,
+            "overlap_mass": 0.65,
+            "overlap_teacher_mass": 0.8,
+            "overlap_advantage": -kl / 2,
+        }
+    )
+    apart = overlap_numbers(*logs, torch.tensor([[1, 3]]), theirs)
+    assert all(float(value) == 0 for value in apart.values())
+
+
+def bits(ctx):
+    return RunDir(ctx.run.path).output("it") / "model.safetensors"
+
+
+SAMPLED = {}
+HIDDEN = {"signals": {}, "objectives": {"hidden": {}}}
+
+
+@pytest.mark.parametrize("keys", [SAMPLED, HIDDEN])
+def test_it_is_measured_and_changes_nothing(stage, keys):
+    rows, files = [], []
+    for every in (0, 2):
+        ctx = stage(steps=5, runtime={"log_overlap_every": every}, **keys)
+        rows.append(carry_out(ctx))
+        files.append(bits(ctx).read_bytes())
+    assert files[0] == files[1]
+    assert not any(NAMES & row.keys() for row in rows[0])
+    assert [row["step"] for row in rows[1] if row.keys() >= NAMES] == [1, 2, 4, 5]
+    drop = {*NAMES, "entropy", "teacher_entropy", "seconds", "time", "memory_mib"}
+    kept = [[{k: v for k, v in row.items() if k not in drop} for row in each] for each in rows]
+    assert kept[0] == kept[1]
+    first = rows[1][0]
+    assert 0 < first["overlap"] < 1 and first["overlap_advantage"] < 0 < first["entropy_gap"]
+
+
+def test_it_is_what_the_exact_objective_logs(stage):
+    """All tokens of the first step, measured apart and in the pass that has the logits."""
+    exact = {"signals": {}, "objectives": {"divergence": {"k": 5}}}
+    apart, within = (
+        carry_out(stage(steps=1, runtime={"log_rollouts": 99}, **k)) for k in ({}, exact)
+    )
+    for name in NAMES:
+        assert apart[0][name] == pytest.approx(within[0][name], rel=1e-4), name
+    own = carry_out(stage(steps=2, teacher="policy", **SAMPLED))
+    assert own[0]["overlap"] == 1 and own[0]["entropy_gap"] == own[0]["overlap_advantage"] == 0
+    assert own[1]["overlap_advantage"] <= 0
+
+
+def test_a_server_that_gives_log_probs_alone_is_left_out(stage):
+    with serving() as server:
+        rows = carry_out(stage(steps=1, teachers={"teacher": server.url}))
+    assert rows[0]["rollouts"] == 6 and not NAMES & rows[0].keys()

@@ -1,0 +1,285 @@
+"""``opdctl diagnose``: gradients against autograd, success against enumeration, and real pairs."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from test_preflight import context, folder, recipe_of  # noqa: F401  (folder is a fixture)
+from test_served import serving
+
+from conftest import make_model
+from opdctl.core.models import load, save
+from opdctl.diagnosis import directions, nodes
+from opdctl.diagnosis.asked import data_of
+from opdctl.diagnosis.directions import centred, cosine, ideal, look, outcome_draws, single_draws
+from opdctl.diagnosis.measure import Effort, measure
+from opdctl.diagnosis.recommend import recommend, recoverability
+from opdctl.diagnosis.summary import spread
+from opdctl.errors import UsageError
+from opdctl.kernels.head import Head
+from opdctl.kernels.reference import divergence
+from opdctl.types import Prompt, Rollout
+from running import opdctl
+
+
+def tensor(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def gradient(loss_of, logits_CV):
+    leaf = logits_CV.clone().requires_grad_()
+    return torch.autograd.grad(loss_of(leaf).sum(), leaf)[0]
+
+
+def test_steps_are_minus_the_gradients_of_the_losses():
+    z, t = tensor(6, 9, seed=0), tensor(6, 9, seed=1)
+    logp, logq = z.log_softmax(-1), t.log_softmax(-1)
+    found = directions.steps_of(z, t, 4)
+    for name, direction in (("reverse_kl", "reverse"), ("forward_kl", "forward"), ("jsd", "jsd")):
+        expected = -gradient(lambda x, d=direction: divergence(x.log_softmax(-1), logq, d), z)
+        assert torch.allclose(found[name], expected, atol=1e-12), name
+    p, q, r = logp.exp(), logq.exp(), logp - logq
+    kl = (p * r).sum(-1, keepdim=True)
+    assert torch.allclose(found["reverse_kl"], -p * (r - kl), atol=1e-12)
+    assert torch.allclose(found["forward_kl"], q - p, atol=1e-12)
+    ids = z.topk(4).indices
+    weight = logp.gather(-1, ids).softmax(-1)
+    gap = (logq - logp).gather(-1, ids)
+
+    def candidates(x):
+        return -(weight * gap * x.log_softmax(-1).gather(-1, ids)).sum(-1)
+
+    assert torch.allclose(found["top_k"], -gradient(candidates, z), atol=1e-12)
+
+
+def test_the_ideal_step_is_the_gradient_of_the_success_rate():
+    z, success = tensor(6, 5, seed=2), tensor(6, 5, seed=3).sigmoid()
+    expected = gradient(lambda x: (x.softmax(-1) * success).sum(-1), z)
+    assert torch.allclose(ideal(z.log_softmax(-1), success), expected, atol=1e-14)
+    assert float(ideal(z, torch.full_like(z, 0.25)).abs().max()) < 1e-15
+
+
+def seen_of(V=9, K=4):
+    """Both sides at six nodes, over hidden rows that are the logits themselves."""
+    z, t, eye = tensor(6, V, seed=4), tensor(6, V, seed=5), torch.eye(V, dtype=torch.float64)
+    head = Head(eye, V)
+    return z, t, look(z, head, t, head, candidates=K, top=3, size=4)
+
+
+@pytest.mark.parametrize("K", [4, 9])
+def test_one_draw_by_enumeration(K):
+    z, t, seen = seen_of(K=K)
+    logp, gap = z.log_softmax(-1), t.log_softmax(-1) - z.log_softmax(-1)
+    assert (seen.ids_NK[:, 0] == (logp.exp() + t.softmax(-1)).argmax(-1)).all()
+    g = ideal(seen.logp_NK, tensor(6, K, seed=6).sigmoid())
+    cos, noise = single_draws(seen, g)
+    for n in range(6):
+        mean, square, expected = torch.zeros(K).double(), 0.0, 0.0
+        for y in range(9):
+            step = gap[n, y] * (torch.eye(9).double()[y] - logp[n].exp())
+            step = centred(step[seen.ids_NK[n]])
+            p = float(logp[n, y].exp())
+            mean, square = mean + p * step, square + p * float(step @ step)
+            expected += p * float(cosine(g[n], step))
+        assert float(cos[n]) == pytest.approx(expected, abs=1e-12)
+        assert torch.allclose(mean, seen.steps["reverse_kl"][n], atol=1e-12)
+        assert float(noise[n]) == pytest.approx(square / float(mean @ mean) - 1, rel=1e-9)
+
+
+def test_one_verdict_by_enumeration():
+    _, _, seen = seen_of()
+    success = tensor(6, 4, seed=7).sigmoid()
+    g, p = ideal(seen.logp_NK, success), seen.logp_NK.softmax(-1)
+    cos, noise = outcome_draws(seen.logp_NK, success)
+    for n in range(6):
+        base = float(p[n] @ success[n])
+        mean, square, expected = torch.zeros(4).double(), 0.0, 0.0
+        for y, verdict in itertools.product(range(4), (0.0, 1.0)):
+            chance = float(success[n, y]) if verdict else 1 - float(success[n, y])
+            step = (verdict - base) * (torch.eye(4).double()[y] - p[n])
+            weight = float(p[n, y]) * chance
+            mean, square = mean + weight * step, square + weight * float(step @ step)
+            expected += weight * float(cosine(g[n], step))
+        assert torch.allclose(mean, g[n], atol=1e-12), "the expected outcome step is the ideal one"
+        assert float(cos[n]) == pytest.approx(expected, abs=1e-12)
+        assert float(noise[n]) == pytest.approx(square / float(mean @ mean) - 1, rel=1e-9)
+
+
+def test_a_server_knows_the_candidates():
+    _, _, whole = seen_of(K=9)
+    seen = directions.on_candidates(whole.ids_NK, whole.logp_NK, whole.logq_NK)
+    assert torch.allclose(seen.steps["sampled"], whole.steps["reverse_kl"], atol=1e-12)
+
+
+def test_windows_double_and_the_budget_holds():
+    assert [nodes.window(d) for d in (0, 1, 2, 3, 4, 7, 8)] == [
+        (0, 0), (1, 1), (2, 3), (2, 3), (4, 7), (4, 7), (8, 15)
+    ]  # fmt: skip
+    prompts = [Prompt(f"{i}", "d", "", "", {}) for i in range(9)]
+    rollouts = [Rollout(p, [1], list(range(20))) for p in prompts]
+    right = [1.0] * 7 + [0.0] * 2
+    chosen = nodes.choose(rollouts, right, 32, seed=3)
+    assert chosen == nodes.choose(rollouts, right, 32, seed=3)
+    assert len(chosen) == 30, "whole rollouts: five of six windows each are 6 x 5"
+    each = {i: [n for n in chosen if n.rollout == i] for i in {n.rollout for n in chosen}}
+    assert {7, 8} <= each.keys(), "wrong rollouts are taken in turn with right ones"
+    windows = [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, 31)]
+    for of in each.values():
+        assert [nodes.window(n.depth) for n in of] == windows
+        assert [n.stands_for for n in of] == [1, 1, 2, 4, 8, 4]
+    rollouts[0].observed = ((3, 8),)
+    assert max(n.depth for n in nodes.choose(rollouts, right, 99, 3) if n.rollout == 0) < 3
+
+
+def test_success_against_enumeration(tmp_path):
+    """Every continuation of a tiny vocabulary, by the model's own probabilities."""
+    student = make_model(3, layers=1, alphabet="01=")
+    save(student, tmp_path / "s")
+    rows = [{"prompt": f"{a}{b}=", "answer": "1"} for a in "01" for b in "01"] * 3
+    rows += [{"prompt": "1" * n + "=", "answer": "1"} for n in range(3, 12)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    recipe = recipe_of(tmp_path, {"sums": "policy"}, "s", sampling={"max_tokens": 3})
+    ctx = context(tmp_path, recipe)
+    model = load(str(tmp_path / "s"))
+    prompt = ctx.prompts("sums", "train")[0]
+    whole = Rollout(prompt, model.render(prompt), [0, 0, 0])
+    one = model.ids("1")[0]
+    forced = [one, model.end_of_turn, model.ids("0")[0]]
+    count = 600
+    found = nodes.success(ctx, model, [whole], [nodes.Node(0, 0)], [forced], count)[0]
+    for verdicts, k in zip(found, forced, strict=True):
+        exact = 0.0
+        for rest in [[y] for y in range(model.valid_V)] + [
+            [y, e] for y in range(model.valid_V) for e in model.ends
+        ]:
+            ids = [k, *rest] if k not in model.ends else [k]
+            if ids[-1] not in model.ends or any(i in model.ends for i in ids[:-1]):
+                continue
+            if model.decode(ids).strip() != "1":
+                continue
+            whole_ids = torch.tensor([[*whole.prompt_ids, *ids]])
+            logp = model.net(whole_ids).logits[0, len(whole.prompt_ids) : -1].log_softmax(-1)
+            chance = logp.gather(-1, torch.tensor(ids[1:])[:, None]).sum().exp()
+            exact += float(chance.detach())
+        spread_of = math.sqrt(exact * (1 - exact) / count)
+        assert sum(verdicts) / count == pytest.approx(exact, abs=4 * spread_of + 1e-9)
+    assert 0.02 < sum(found[0]) / count < 0.98, "something to estimate"
+    assert not any(found[1]) and not any(found[2])
+    last = nodes.success(ctx, model, [whole], [nodes.Node(0, 2)], [[one, model.eos]], 2)[0]
+    assert last == [[0.0, 0.0], [0.0, 0.0]], "no room for an end: cut, and so wrong"
+
+
+def test_an_interval_counts_responses():
+    value, owner = torch.tensor([1.0, 1.0, 1.0, 0.0]).double(), torch.tensor([0, 0, 0, 1])
+    found = spread(value, owner)
+    half = 1.96 * math.sqrt(2 * (0.75**2 + 0.75**2)) / 4
+    assert found["mean"] == 0.75 and found["ci95"][1] == pytest.approx(0.75 + half)
+
+
+SMALL = Effort(prompts=40, budget=512, top=4, samples=4)
+
+
+def diagnosed(tmp_path, models, teachers, **keys):
+    (tmp_path / "run").mkdir(parents=True, exist_ok=True)
+    result = measure(context(tmp_path / "run", recipe_of(models, teachers, **keys)), SMALL)
+    (entry,) = result["teachers"].values()
+    return result, entry, recommend(entry, result["student"])
+
+
+def test_recommendations_of_real_pairs(folder, tmp_path):  # noqa: F811
+    _, good, said = diagnosed(tmp_path / "a", folder, {"sums": f"{folder}/teacher"})
+    assert said["verdict"] == "go" and good["gain"]["together"]["ci95"][0] > 0
+    assert recoverability(good)["new_knowledge"] and recoverability(good)["estimate"] > 0.5
+    cos = good["alignment"]["signals"]["reverse_kl"]["wrong"]
+    assert cos["ci95"][0] > 0.8 and good["reach"]["first_order"]["ci95"][0] > 0
+    assert good["reach"]["profile"][0]["beyond"] > 0.1
+    assert said["do"] and "opdctl stage opd" in said["do"][0]
+    _, _, said = diagnosed(tmp_path / "b", folder, {"sums": f"{folder}/student"})
+    assert said["verdict"] == "nothing_to_learn"
+    _, bad, said = diagnosed(
+        tmp_path / "c", folder, {"sums": f"{folder}/student"}, student="teacher"
+    )
+    assert said["verdict"] == "another_teacher" and "worse" in " ".join(said["reasons"])
+    assert bad["reach"]["first_order"]["ci95"][1] < 0
+    save(make_model(77), tmp_path / "unrelated")
+    _, far, said = diagnosed(tmp_path / "d", folder, {"sums": f"{tmp_path}/unrelated"})
+    assert far["step0"]["overlap"]["mean"] < 0.5 and "not compatible" in " ".join(said["reasons"])
+    assert said["verdict"] == "another_teacher"
+
+
+def entry(gain, overlap, kl=0.5, accuracy=0.8):
+    low, high = gain - 0.1, gain + 0.1
+    together = {"gain": gain, "ci95": [low, high], "prompts": 100, "teacher": accuracy}
+    numbers = {"overlap": overlap, "overlap_mass": 0.9, "reverse": kl}
+    step0 = {"top": 16, **{k: {"mean": v, "ci95": [v, v]} for k, v in numbers.items()}}
+    return {"same": False, "model": "T", "gain": {"together": together}, "step0": step0}
+
+
+def test_recommendations_follow_the_numbers():
+    def verdict(*given, **keys):
+        return recommend(entry(*given, **keys), "S")["verdict"]
+
+    assert verdict(0.3, 0.8) == "go" and verdict(0.3, 0.6) == "go"
+    assert verdict(0.3, 0.4) == "cold_start" and verdict(0.05, 0.4) == "cold_start"
+    assert "opdctl stage sft --student S --teacher T" in recommend(entry(0.3, 0.4), "S")["do"][0]
+    assert verdict(0.05, 0.8) == "unclear" and verdict(-0.3, 0.8) == "another_teacher"
+    assert verdict(0.3, 0.8, kl=1e-4) == "nothing_to_learn"
+    assert verdict(0.05, 0.4, accuracy=0.0) == "another_teacher"
+    assert recommend({"same": False, "model": "T"}, "S")["verdict"] == "not_measured"
+
+
+def test_a_served_teacher_is_measured_as_far_as_it_says(folder, tmp_path):  # noqa: F811
+    with serving(tokenizer=load(f"{folder}/student").tokenizer) as server:
+        _, found, said = diagnosed(tmp_path, folder, {"sums": server.url})
+    assert said["verdict"] == "unclear" and len(found["missing"]) == 3
+    assert sum("not measured" in reason for reason in said["reasons"]) == 3
+    assert found["step0"].keys() == {"tokens", "log_ratio"}
+    assert found["alignment"]["signals"].keys() == {"sampled", "outcome"}
+    assert 0.3 < found["gain"]["together"]["teacher"] < 0.7, "it answers 7 or 12 by the seed"
+    assert not any("overlap" in row for row in found["profile"])
+
+
+def test_on_the_command_line(folder, tmp_path):  # noqa: F811
+    """Real processes: the same command gives the same JSON, and a page."""
+    command = ("diagnose", "--student", f"{folder}/student", "--teacher", f"{folder}/teacher")
+    command += ("--data", f"{folder}/p.jsonl", "--prompts", 20, "--budget", 256)
+    command += ("sampling.max_tokens=4", "--json")
+    done = opdctl(*command, "--plot", tmp_path / "d.html")
+    assert done.returncode == 0, done.stderr
+    (stage,) = json.loads(done.stdout)["stages"]
+    found = stage["teachers"]["teacher"]
+    assert found["recommendation"]["verdict"] in ("go", "unclear")
+    assert {"gain", "step0", "profile", "alignment", "reach"} <= found.keys()
+    page = (tmp_path / "d.html").read_text()
+    assert "<svg" in page and "http" not in page.replace("http://www.w3.org", "")
+    assert "of 256 continuations" in done.stderr and "Traceback" not in done.stderr
+    assert opdctl(*command).stdout == done.stdout
+
+
+def test_what_data_means(folder, tmp_path):  # noqa: F811
+    files = {"p": {"kind": "jsonl", "path": f"{folder}/p.jsonl"}}
+    assert data_of(f"{folder}/p.jsonl", {}) == files
+    assert data_of("gcd", {}) == {"gcd": {"kind": "reasoning_gym", "task": "gcd"}}
+    assert data_of("math", {"math": {"kind": "x"}}) == {"math": {"kind": "x"}}
+    assert "math" in data_of("mimo", {})
+    with pytest.raises(UsageError, match="maths") as caught:
+        data_of("maths", {"math": {}})
+    assert "'math'" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((), "one recipe or run directory, or a student and a teacher"),
+        (("--student", "X"), "--student and --teacher are both needed"),
+        (("mimo", "--student", "X"), "one recipe or run directory"),
+        (("mimo", "--stage", "mopdd"), "did you mean 'mopd'"),
+        (("mimo", "--stage", "sft"), "stage sft has no teachers"),
+        (("mimo",), "can be diagnosed yet"),
+    ],
+)
+def test_what_is_asked_wrongly(given, said):
+    done = opdctl("diagnose", *given)
+    assert done.returncode == 2 and said in done.stderr and not done.stdout
