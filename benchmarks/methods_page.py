@@ -297,11 +297,6 @@ def _headlines(found: dict) -> list[str]:
 def _notes(found: dict) -> list[str]:
     out = []
     for name, content in found.items():
-        if content["temperature"] != 1:
-            out.append(
-                f"- `{name}` samples at temperature {content['temperature']}; recovery is at 1, "
-                "its own rollouts are not."
-            )
         if content["tiny"]:
             out.append(f"- `{name}` differs here: {json.dumps(content['tiny'])}.")
         if content["not_in_variance"]:
