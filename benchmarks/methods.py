@@ -52,8 +52,8 @@ PROMPTS = {"per_step": 32, "samples": 4}
 SAMPLING = {"max_tokens": 6, "temperature": 1.0}
 OPTIM = {"lr": 2.0e-3, "schedule": "cosine", "warmup": 3}
 
-# method: keys that it needs otherwise here, named on the page. All are judged at temperature 1 and so
-# sample at it, gkd's loss too; prune_opd's numbers are for long answers and a large vocabulary.
+# method: keys that it needs otherwise here, named on the page. All are judged at temperature 1 and
+# so sample at it, gkd's loss too; prune_opd's numbers are for long answers, a large vocabulary.
 TINY: dict[str, dict] = {
     "gkd": {"loss_temperature": 0.0},
     "prune_opd": {
