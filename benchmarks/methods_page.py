@@ -269,8 +269,11 @@ def _headlines(found: dict) -> list[str]:
     out = [
         "## What the papers report, and what shows here",
         "",
-        "Ratios are of the method to what it is compared with, seed by seed.",
-        "",
+        *_paragraph(
+            "Ratios and differences are of the method to what it is compared with, seed by seed. A "
+            "headline **shows** if their whole 95 % interval lies on the paper's side of no "
+            "difference, however far; it is **reversed** if it lies on the other side."
+        ),
         "| method | the paper's headline | compared here | measured | |",
         "|---|---|---|---|---|",
     ]
