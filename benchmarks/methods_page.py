@@ -269,8 +269,11 @@ def _headlines(found: dict) -> list[str]:
     out = [
         "## What the papers report, and what shows here",
         "",
-        "Ratios are of the method to what it is compared with, seed by seed.",
-        "",
+        *_paragraph(
+            "Ratios and differences are of the method to what it is compared with, seed by seed. A "
+            "headline **shows** if their whole 95 % interval lies on the paper's side of no "
+            "difference, however far; it is **reversed** if it lies on the other side."
+        ),
         "| method | the paper's headline | compared here | measured | |",
         "|---|---|---|---|---|",
     ]
@@ -297,11 +300,6 @@ def _headlines(found: dict) -> list[str]:
 def _notes(found: dict) -> list[str]:
     out = []
     for name, content in found.items():
-        if content["temperature"] != 1:
-            out.append(
-                f"- `{name}` samples at temperature {content['temperature']}; recovery is at 1, "
-                "its own rollouts are not."
-            )
         if content["tiny"]:
             out.append(f"- `{name}` differs here: {json.dumps(content['tiny'])}.")
         if content["not_in_variance"]:

@@ -28,7 +28,8 @@ def test_every_distilling_method_has_an_arm_of_the_same_budget():
         if name in refused:
             continue
         arm, first = stages[name], stages[methods_page.SAMPLED]
-        assert (arm.steps, arm.optim, arm.prompts) == (first.steps, first.optim, first.prompts)
+        for key in ("steps", "optim", "prompts", "sampling"):
+            assert getattr(arm, key) == getattr(first, key), (name, key)
         assert arm.student == "stage:start" and arm.seed_group == first.seed_group
         assert arm.teachers == first.teachers and f"eval_{name}" in stages
         assert f"variance_{name}" in stages or f"variance_{name}" in refused
@@ -66,7 +67,7 @@ def content(values, **more):
         str(s): {"recovery": v, "arrival": {"step": step, "cpu_seconds": step}, **more}
         for s, (v, step) in enumerate(values)
     }
-    plain = {"temperature": 1.0, "tiny": {}, "not_in_variance": [], "variance_refused": ""}
+    plain = {"tiny": {}, "not_in_variance": [], "variance_refused": ""}
     return {"seeds": seeds, **plain}
 
 
