@@ -20,7 +20,7 @@ from opdctl.core.models import load, outline, save
 from opdctl.errors import Interrupted, RecipeError, UsageError
 from opdctl.launch import new_run
 from opdctl.nets.hub import adapter_of
-from opdctl.nets.lora import left_out, size
+from opdctl.nets.lora import left_out, size, with_adapters
 from opdctl.preflight._pairing import Pairing
 from opdctl.preflight._weights import same_weights
 from opdctl.preflight.memory import holds
@@ -369,7 +369,12 @@ def test_experts_are_adapted_or_it_is_said(on_disk, tmp_path, capsys, name):
                 torch.manual_seed(len(n))
                 p.normal_(0, 0.1)
         ctx.folder.mkdir(parents=True, exist_ok=True)
+        given = with_adapters(model)
         checkpoint.commit(ctx.folder, model)
+        if output == "merged":
+            weights = model.net.state_dict()
+            assert given.keys() == weights.keys()
+            assert all(torch.allclose(given[n], weights[n], atol=1e-6) for n in given)
         outs[output] = str(ctx.folder / "output")
     printed = capsys.readouterr().out
     assert ("adapts no" in printed) == bool(MIXTURES[name])
@@ -388,6 +393,9 @@ def test_experts_are_adapted_or_it_is_said(on_disk, tmp_path, capsys, name):
     expected = {outs["adapter"]: plain, base: start, str(double): more}
     for place in (*expected, *expected):
         assert torch.allclose(ctx.frozen(place).own_logits(IDS), expected[place], atol=1e-4)
+        switched = with_adapters(ctx.frozen(place))
+        same = all(torch.allclose(switched[n], given[n], atol=1e-6) for n in given)
+        assert same == (place == outs["adapter"])
     assert ctx.loads == 1
     for place in outs.values():
         assert torch.allclose(ctx.load(place).own_logits(IDS), plain, atol=1e-4)

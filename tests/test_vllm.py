@@ -120,6 +120,50 @@ def test_tokens_and_log_probs_are_the_trainers_after_every_update(tmp_path, tied
         engine.close()
 
 
+@vllm
+@needs_vllm
+def test_an_adapter_is_published_as_the_model_it_makes(tmp_path):
+    """A student that trains one, and a frozen one from a folder: the log-probs are the trainer's,
+    its own weights are as they were."""
+    from opdctl.nets.lora import attach, merged
+    from opdctl.settings import Lora
+
+    base = folder_of(tmp_path, "m")
+    model = load(base)
+    before = {n: p.clone() for n, p in model.net.state_dict().items()}
+    attach(model, Lora(rank=4, output="adapter"), base, 0)
+    engine = Vllm(model, 64)
+    try:
+        for version in range(3):
+            stale = ask(engine, model, keys=range(90, 120)) if version else None
+            with torch.no_grad():
+                for name, parameter in model.net.named_parameters():
+                    if "lora_" in name and version:
+                        parameter += 0.3 * torch.randn_like(parameter)
+            engine.publish(version)
+            if stale:
+                assert gap(model, *stale) > 0.05
+            assert gap(model, *ask(engine, model)) < 1e-4
+    finally:
+        engine.close()
+    after = model.net.state_dict()
+    for name, weight in before.items():
+        kept = after.get(name, after.get(name.replace(".weight", ".base_layer.weight")))
+        assert torch.equal(kept, weight), name
+    (tmp_path / "a").mkdir()
+    save(model, tmp_path / "a")
+    frozen = merged(load(base), str(tmp_path / "a"))
+    frozen.net.requires_grad_(False)
+    engine = Vllm(frozen, 64)
+    try:
+        for version in range(2):  # published once, whatever the step
+            engine.publish(version)
+            assert engine.published == 0
+        assert gap(frozen, *ask(engine, frozen)) < 1e-4 < gap(load(base), *ask(engine, frozen))
+    finally:
+        engine.close()
+
+
 def _reruns(engine, model, tmp_path):
     """Seeds decide the tokens, whatever the batch; a log answers instead of vLLM; a stop stops."""
     engine.wal = None

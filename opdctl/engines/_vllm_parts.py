@@ -101,13 +101,19 @@ def mask_padding() -> type:
     return MaskPadding
 
 
-def named_weights(net) -> dict:
-    """The weights by the names they have in a checkpoint; one of two that are tied."""
+def named_weights(model) -> dict:
+    """The weights by the names they have in a checkpoint, adapters in them; one of two that are
+    tied."""
     from transformers.core_model_loading import revert_weight_conversion
 
+    weights = model.net.state_dict()
+    if any(".lora_A." in name for name in weights):
+        from opdctl.nets.lora import with_adapters
+
+        weights = with_adapters(model)
     found, seen = {}, set()
-    for name, tensor in net.state_dict().items():
+    for name, tensor in weights.items():
         if tensor.data_ptr() not in seen:
             found[name] = tensor.detach()
             seen.add(tensor.data_ptr())
-    return revert_weight_conversion(net, found)
+    return revert_weight_conversion(model.net, found)

@@ -84,9 +84,6 @@ class Vllm:
                 if name == "mixture" and source.teacher:
                     what = "one vllm engine a stage, and two models sample here"
                     found.append(Problem(f"{place}.teacher", what, "runtime.engine=transformers"))
-            if getattr(config, "lora", None) and config.lora.rank:
-                what = "vllm is given whole models here, not adapters"
-                found.append(Problem(f"stages.{stage}.lora", what, "runtime.engine=transformers"))
             room = recipe.runtime.engine_args.get("max_model_len")
             if hasattr(config, "sampling") and isinstance(room, int):
                 most = longest_turn(config)  # found at once, not when a limit has grown to it
@@ -149,13 +146,12 @@ class Vllm:
                 run this model here.
         """
         self.model, self.check, self.wal = model, check, wal
-        if model.adapter is not None or base_of(model.name):
-            what = f"{model.name} is an adapter, and vllm is given whole models here"
-            raise UsageError(what, "merge it first, or runtime.engine=transformers")
         self.cuda = model.device.type == "cuda"
         self.published: int | str | None = None
         self.awake = True
         self.trained = any(p.requires_grad for p in model.net.parameters())
+        base = base_of(model.name)
+        self.unwritten = self.trained or bool(base)  # no folder has these weights as they are
         vllm = _imported(self.cuda)
         from vllm.engine.arg_utils import EngineArgs
 
@@ -166,9 +162,9 @@ class Vllm:
             if name not in known:
                 near = did_you_mean(name, known, "arguments of vllm's engine:")
                 raise UsageError(f"runtime.engine_args.{name}: vllm has no such argument", near)
-        name, _, revision = (
-            model.name.partition("@") if not os.path.isdir(model.name) else (model.name, "", "")
-        )
+        name, revision = base or model.name, ""
+        if not os.path.isdir(name):
+            name, _, revision = name.partition("@")
         chosen = {
             "dtype": str(next(model.net.parameters()).dtype).removeprefix("torch."),
             "max_num_seqs": wave,
@@ -209,12 +205,13 @@ class Vllm:
         if self.cuda and not self.awake:
             self.llm.wake_up()
         self.awake = True
-        if not self.trained or self.published == version:
+        again = self.trained and self.published != version
+        if not self.unwritten or not (again or self.published is None):
             return
         from opdctl.engines._vllm_parts import named_weights
 
         self.llm.start_weight_update()
-        self.llm.update_weights({"update_info": {"tensors": named_weights(self.model.net)}})
+        self.llm.update_weights({"update_info": {"tensors": named_weights(self.model)}})
         self.llm.finish_weight_update(weight_version=str(version))
         self.llm.reset_prefix_cache()  # it holds keys and values of other weights
         self.published = version

@@ -7,7 +7,7 @@ Publishing is vLLM's own sequence over HTTP: pause (what an earlier attempt left
 update with the path, finish with a version, resume. The version is of this engine alone; it is
 asked before and after each rollout, so a server that was started again, or that another run uses
 too, ends the stage by name and not with samples of other weights. Seeds, ends and the log are those
-of the ``vllm`` engine. Left out: several servers, ``nccl`` (weights from GPU to GPU), adapters.
+of the ``vllm`` engine. Left out: several servers, ``nccl`` (weights from GPU to GPU).
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from opdctl.core import checkpoint, draws
 from opdctl.engines.transformers import Sample
 from opdctl.engines.vllm import Vllm, logged, recalled
 from opdctl.errors import Problem, StageFailed, UsageError
-from opdctl.references import base_of
 from opdctl.served.endpoint import opened
 
 MOST = 128  # requests at once
@@ -59,12 +58,9 @@ class VllmServer:
 
         Raises:
             StageFailed: it does not answer, or takes no weights.
-            UsageError: the model is an adapter, or the server was not started for this.
+            UsageError: the server was not started for this.
         """
         self.model, self.check, self.wal, self.share = model, check, wal, runtime.engine_share
-        if model.adapter is not None or base_of(model.name):
-            what = f"{model.name} is an adapter, and vllm is given whole models here"
-            raise UsageError(what, "merge it first, or runtime.engine=transformers")
         if not Path(self.share).is_dir():
             what = f"runtime.engine_share: there is no folder {self.share}"
             raise UsageError(what, "a folder that the server sees too, at the same path")
@@ -103,7 +99,7 @@ class VllmServer:
         self.label = f"{name}:{version}"
         path = Path(self.share) / f"opdctl-{name}.safetensors"
         try:
-            checkpoint.store(path, named_weights(self.model.net))
+            checkpoint.store(path, named_weights(self.model))
             self._tell("/pause?mode=abort", {})
             self._tell("/start_weight_update", {})
             self._tell("/update_weights", {"update_info": {"path": str(path)}})

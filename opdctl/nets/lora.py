@@ -225,6 +225,31 @@ def merge(peft: Any) -> None:
     peft.merge_and_unload()
 
 
+@torch.no_grad()
+def with_adapters(model: Model) -> dict[str, torch.Tensor]:
+    """The weights that a model without adapters would need, by its names: W + (alpha / rank) B A in
+    the type of W for every adapter that is on. The model stays as it is."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if model.switch is not None:
+        model.switch()
+    state = model.net.state_dict()
+    found = {plain(n): weight for n, weight in state.items() if ".lora_" not in n}
+    for name, layer in model.net.named_modules():
+        if not isinstance(layer, BaseTunerLayer) or layer.disable_adapters:
+            continue
+        weight = f"{plain(name)}.{getattr(layer, 'parameter_name', 'weight')}"
+        for adapter in layer.active_adapters:
+            if adapter in layer.lora_A:
+                found[weight] = found[weight] + layer.get_delta_weight(adapter).to(found[weight])
+    return found
+
+
+def plain(name: str) -> str:
+    """A module's or a weight's name where there are no adapters."""
+    return name.replace(".base_layer", "")
+
+
 def merged(model: Model, folder: str) -> Model:
     """The model with the adapter in a folder merged into it."""
     merge(read(model, folder))
