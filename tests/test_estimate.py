@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from one_step import opd, prompts
 from test_architecture import BLOCKED, ROOT
 
 from conftest import make_model
@@ -14,7 +15,8 @@ from opdctl.estimate.memory import estimate, of_student
 from opdctl.estimate.rollout import LENGTH, PROMPT, Sampled, decode_seconds, served_seconds
 from opdctl.estimate.shape import CHARACTERS, Shape, kept_of, made, of_folder
 from opdctl.estimate.work import DEMONSTRATION, SHARE, cost
-from opdctl.preflight.memory import per_token
+from opdctl.preflight._pairing import Pairing
+from opdctl.preflight.memory import holds, per_token
 from opdctl.recipe import load, resolve
 from opdctl.registry import member
 from opdctl.types import FORWARD, TRAIN
@@ -248,6 +250,61 @@ def test_other_writers_and_a_reference_are_counted(tmp_path):
     for ref, model in (("policy", s), (str(tmp_path / "t"), t)):
         more = flops(reference=ref, **beyond) - plain
         assert more == pytest.approx(FORWARD * tokens * model.per_token)
+
+
+def test_a_judge_is_held_beside_the_stage(on_disk, tmp_path):
+    """By the plan and by the check before a start, the student's own weights as its judge too."""
+    sizes = {n: of_folder(on_disk / n).parameters for n in "stu"}
+    for judge in ("", "u", "s"):
+        verifier = {"judge": {"model": str(on_disk / judge)}} if judge else {"exact": {}}
+        ctx = opd(on_disk, tmp_path, data={"sums": prompts(on_disk) | {"verifier": verifier}})
+        teachers = 4 * (sizes["t"] + (sizes[judge] if judge else 0))
+        assert cost(ctx.recipe, "it", gpu("h100")).memory.teachers == teachers
+        assert holds(Pairing(ctx)).teachers == teachers
+    far = {"judge": {"model": "org/judge"}}
+    ctx = opd(on_disk, tmp_path, data={"sums": prompts(on_disk) | {"verifier": far}})
+    assert "shapes: {org/judge:" in cost(ctx.recipe, "it", gpu("h100"))
+
+
+def test_tokens_of_each_kind_by_hand():
+    """Of stages on models of known sizes, without a file."""
+    shapes = {n: {"parameters": p, "layers": 1, "hidden": 4, "intermediate": 8}
+              for n, p in (("o/s", 10.0), ("o/t", 30.0))}  # fmt: skip
+    two = {"per_step": 4, "domains": {"a": 3, "b": 1}}
+    sampling, short = {"max_tokens": 40}, PROMPT + LENGTH * 40
+    whole = PROMPT + DEMONSTRATION
+
+    def flops(runtime=None, **stage):
+        domain = {"kind": "reasoning_gym", "task": "gcd"}
+        stage = {"student": "o/s", "prompts": two, **stage}
+        tree = {"data": {"a": domain, "b": domain}, "stages": {"it": stage}, "shapes": shapes}
+        return cost(resolve({**tree, "runtime": runtime or {}}, "x"), "it", gpu("h100"))
+
+    learns = TRAIN * 10
+    orm = flops(kind="orm", policy="o/t", steps=2, sampling=sampling, prompts={**two, "samples": 2})
+    assert orm.flops == pytest.approx(2 * 8 * short * (FORWARD * 30 + learns))
+    teacher = {"model": "o/t", "domains": {"a": True}, "sampling": sampling}
+    mixed = flops(kind="sft", steps=2, sources={"teacher": teacher, "dataset": {}})
+    told = 2 * 3 * short * (FORWARD * 30 + learns)
+    assert mixed.flops == pytest.approx(told + 2 * 4 * 0.25 * whole * learns)
+    opd = {"kind": "opd", "steps": 2, "sampling": sampling, "teachers": {"a": "o/t", "b": "o/s"}}
+    once, twice = flops(**opd), flops(**opd, updates_per_rollout=2)
+    tokens = 2 * 4 * short
+    scores = FORWARD * (0.75 * 30 + 0.25 * 10)
+    assert once.flops == pytest.approx(tokens * (FORWARD * 10 + scores + learns))
+    assert twice.flops - once.flops == pytest.approx(tokens * (FORWARD * 10 + learns))
+    keys = {k: v for k, v in opd.items() if k not in ("kind", "steps")}
+    measured = flops(kind="gradients", batches=2, **keys)
+    assert measured.flops == pytest.approx(once.flops + tokens * learns), "two objectives"
+    small = flops(**opd, lora={"rank": 2}).memory
+    assert small.gradients == 4 * 2 * (8 * 4 + 3 * 12) and small.parameters == 40 + small.gradients
+    again = flops({"gradient_checkpointing": True, "micro_batch": 3}, **opd).memory
+    assert again.activations == 3 * (PROMPT + 40) * 4 * (4 + 40 + 32)
+
+
+def test_activations_computed_again_are_counted_as_such():
+    shape = Shape(parameters=1, layers=10, hidden=8, intermediate=16)
+    assert shape.activated() == 10 * (80 + 64) and shape.activated(True) == 10 * 8 + 80 + 64
 
 
 def test_the_command_says_what_it_assumed_and_needs_no_torch():
