@@ -4,6 +4,7 @@ import signal
 
 import pytest
 import torch
+from architectures import write
 from one_step import prompts, refused
 from test_controllers import stopped_at
 
@@ -50,6 +51,7 @@ def test_points_of_the_line(model):
     with torch.no_grad():
         for parameter in model.net.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+            parameter.view(-1)[0] = -0.0  # 0 x anything added to it is another byte
     start, there = line.point(), bytes_of(model)
     weights = {n: p.detach().clone() for n, p in model.net.named_parameters()}
     line.go(start, previous, 4.0)
@@ -175,6 +177,18 @@ def test_an_adapters_line_is_that_of_the_product(stage):
             parameter.copy_(dict(model.net.named_parameters())[name])
     line_of(other, BOTH, "here").load(state)
     assert bytes_of(other) == bytes_of(model)
+
+
+def test_an_adapter_on_experts_is_refused(stage, tmp_path):
+    """peft stacks their factors in one tensor: ranks that are put together would mix experts."""
+    pytest.importorskip("peft", reason="the extra peft")
+    base = str(tmp_path / "moe")
+    write(base, "qwen3_moe")
+    model = stage(student=base, teacher=base, lora={"rank": 2}).student()
+    with pytest.raises(UsageError, match=r"here: the adapter is on experts .*mlp\.experts"):
+        line_of(model, [r"attn\."], "here")
+    model = stage(student=base, teacher=base, lora={"rank": 2, "targets": ["q_proj"]}).student()
+    line_of(model, [r"attn\."], "here")
 
 
 @pytest.mark.parametrize("output", ["merged", "adapter"])
@@ -408,6 +422,7 @@ def test_a_stop_in_a_validation_commits_the_step_without_it(stage, count):
     newest = sorted((cut.folder / "checkpoints").glob("step-*"))[-1]
     held = read_json(newest / "state.json")
     assert held["row"]["loss"] and held["step"] in (1, 2, 4)
+    assert (cut.folder / "wal" / f"step-{held['step'] - 1:06d}").exists()  # what was answered
     assert len(read_rows(cut.folder / "metrics.jsonl")) == held["step"] - 1
     again = Context(cut.run, cut.recipe, "it", attempt=2)
     found = member("stages", "opd")().run(again)

@@ -95,7 +95,18 @@ class Products:
     """Some of the layers of a model that is trained through an adapter."""
 
     def __init__(self, model: Model, patterns: list[str], where: str) -> None:
+        """
+        Raises:
+            UsageError: a pattern is found nowhere, or experts have adapters: they are stacked, so
+                ranks do not add up there as in a layer.
+        """
+        from peft.tuners.lora.layer import ParamWrapper
+
         self.model = model
+        stacked = [n for n, m in model.net.named_modules() if isinstance(m, ParamWrapper)]
+        if stacked:
+            what = f"the adapter is on experts ({stacked[0]}), whose products cannot be moved"
+            raise UsageError(f"{where}: {what}", "lora.targets=[q_proj, v_proj], or lora.rank=0")
         layers = {n: m for n, m in model.net.named_modules() if NAME in getattr(m, "lora_A", {})}
         # a layer's name has no dot at its end, and the patterns are those of its weight
         named = chosen([f"{n}.weight" for n in layers], patterns, where)
