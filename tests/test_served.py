@@ -301,7 +301,7 @@ def test_a_stop_is_heeded_while_a_server_is_waited_for(on_disk, tmp_path):
     process = start("run", tmp_path / "waits.json", "--out", run.path)
     log, begun = run / "logs" / "latest", time.monotonic()
     while process.poll() is None and not (log.exists() and WAITING in last_line(log)):
-        assert time.monotonic() - begun < 60
+        assert time.monotonic() - begun < 240
         time.sleep(0.05)
     said = last_line(log)
     assert said.startswith(f"stages.it.teachers.teacher.model ({url})") and "refused" in said

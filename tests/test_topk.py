@@ -7,7 +7,8 @@ import pytest
 import torch
 from test_chunks import CPU, LEVELS, columns_of, head_of, plain_logits, tensor
 
-from opdctl.core.taught import Held, Taught
+from opdctl.core.scoring import listed_entropy
+from opdctl.core.taught import Held, Taught, read_off
 from opdctl.core.view import Term, weighted_sum
 from opdctl.kernels import reference
 from opdctl.kernels.head import Head
@@ -264,3 +265,24 @@ def test_overlap_is_the_share_of_ids_that_both_sides_have():
     assert overlap_ratio(ours_CK, theirs_CK).tolist() == [0.5, 0.0, 1.0]
     assert among(theirs_CK, ours_CK)[0].tolist() == [True, True, False, False]
     assert among(ours_CK, theirs_CK)[0].tolist() == [True, False, False, True]
+
+
+def test_a_list_gives_its_log_probs_the_mass_outside_and_a_bound_of_the_entropy():
+    """Against the whole distribution in float64; the list itself is in fp32, as a server's is."""
+    torch.manual_seed(0)
+    logq_NV = torch.randn(5, 40, dtype=torch.float64).log_softmax(-1)
+    top_NK, ids_NK = logq_NV.topk(8)
+    target_N1 = torch.randint(40, (5, 1))
+    listed_NJ = torch.cat([logq_NV.gather(-1, target_N1), top_NK], -1).float()
+    given = (torch.cat([target_N1, ids_NK], -1), listed_NJ)
+    found_NK, tail_N = read_off(*given, ids_NK.flip(-1), ids_NK)
+    outside_N = logq_NV.scatter(-1, ids_NK, -torch.inf).logsumexp(-1)
+    assert (found_NK - top_NK.flip(-1)).abs().max() < 1e-6
+    assert (tail_N - outside_N).abs().max() < 1e-6
+    bucket_N = -(top_NK.exp() * top_NK).sum(-1) - outside_N.exp() * outside_N
+    assert (listed_entropy(top_NK.float()) - bucket_N).abs().max() < 1e-6
+    assert (bucket_N < -(logq_NV.exp() * logq_NV).sum(-1)).all()
+    sure = torch.tensor([[0.0, 0.0, -30.0]])  # what the list leaves of 1 cannot be told from 0
+    assert read_off(torch.tensor([[3, 3, 1]]), sure, *[torch.tensor([[3, 1]])] * 2)[1] > -14
+    with pytest.raises(AssertionError):
+        read_off(*given, torch.full((5, 1), 41), None)
