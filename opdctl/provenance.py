@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 
 from opdctl import __version__, references
+from opdctl.data._shards import shards
 from opdctl.errors import UsageError
 from opdctl.plan import fingerprints
 from opdctl.recipe import Recipe
@@ -47,27 +49,32 @@ def model(folder: Path) -> dict[str, str]:
 
 
 def data(path: Path) -> str:
-    """Hash of a data file, or of all files of a data folder."""
-    if path.is_file():
-        return _hash(path.parent, (path.name,))
-    return _hash(path, ("**/*",))
+    """Hash of a data file, of all files of a data folder, or of those that a pattern fits; empty if
+    there are none."""
+    if path.is_dir():
+        return _hash(path, ("**/*",))
+    return _of_files(path.parent, shards(str(path)))
 
 
 def _hash(folder: Path, patterns: tuple[str, ...]) -> str:
-    """Names and contents of the matching files; empty if there are none.
+    """Names and contents of the matching files; empty if there are none."""
+    return _of_files(folder, {p for x in patterns for p in folder.glob(x) if p.is_file()})
+
+
+def _of_files(folder: Path, found: Iterable[Path]) -> str:
+    """Names, as seen from the folder, and contents of files; empty if there are none.
 
     Raises:
         UsageError: one of them cannot be read.
     """
-    files = sorted({p for pattern in patterns for p in folder.glob(pattern) if p.is_file()})
-    whole = hashlib.sha256()
+    files, whole = sorted(found), hashlib.sha256()
     for path in files:
         try:
             with open(path, "rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise UsageError(f"cannot read {path}: {error.strerror}", "chmod +r") from error
-        whole.update(f"{path.relative_to(folder)}\0{content}\n".encode())
+        whole.update(f"{os.path.relpath(path, folder)}\0{content}\n".encode())
     return whole.hexdigest()[:32] if files else ""
 
 
@@ -96,8 +103,8 @@ def inputs(
                 where = f"data.{domain}.verifier.{name}"
                 found[where] = {"path": str(Path(path).absolute()), "code": data(Path(path))}
         path = Path(getattr(recipe.data[domain], "path", "") or "")
-        if path.name and path.exists():
-            found[f"data.{domain}.path"] = {"path": str(path.absolute()), "data": data(path)}
+        if path.name and (content := data(path)):
+            found[f"data.{domain}.path"] = {"path": str(path.absolute()), "data": content}
     return found
 
 

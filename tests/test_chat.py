@@ -265,6 +265,21 @@ def test_which_part_of_a_conversation_asks():
         assert says in complaint(wrong)
 
 
+def test_what_is_remembered_of_prompts_does_not_grow(monkeypatch):
+    """A stream brings new ones for ever: the newest are kept, by their length in all."""
+    monkeypatch.setattr("opdctl.chat.rendering.MOST", 200)
+    model = chat(CHATML)
+    for i in range(50):
+        text = f"question {i}"
+        assert model.render(text) is model.render(text)
+        model.observation(f"{i}", "user")
+        kept = (model.rendered, model.answers, model.readable)
+        assert all(c.length == sum(map(len, c.values())) <= 200 for c in kept)
+    assert text in model.rendered and text in model.readable and len(model.rendered) > 1
+    long = "x" * 300
+    assert len(model.render(long)) > 200 and list(model.rendered) == [long]
+
+
 FREE = Thinking()
 OPEN, EMPTY = "<think>\n", "<think>\n\n</think>\n\n"
 R1 = CHATML + "{% if add_generation_prompt %}<think>\n{% endif %}"

@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 
+from opdctl import provenance
 from opdctl.core.models import load
 from opdctl.core.prompts import PromptOrder, fitting
 from opdctl.core.questions import canonical, side
+from opdctl.data._shards import shards
 from opdctl.data.hf import Hf
 from opdctl.data.jsonl import Jsonl
 from opdctl.data.reasoning_gym import ReasoningGym
@@ -92,7 +95,6 @@ def test_template_reads_fields_only():
 
 
 def test_jsonl_parquet_and_hf(tmp_path):
-    import datasets
     import pyarrow
     from pyarrow import parquet
 
@@ -112,6 +114,50 @@ def test_jsonl_parquet_and_hf(tmp_path):
     first = prompts[0][0]
     assert judged(found[0], first, first.answer + " ") == 1.0
     assert judged(found[0], first, "no") == 0.0
+
+
+def test_shards_are_one_table_in_the_order_of_their_names(on_disk, tmp_path):
+    """Whatever wrote them last; the same prompts, steps and rows as of one file; hashed by name."""
+    whole = Path(sums(tmp_path))
+    lines = whole.read_text().splitlines(keepends=True)
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    cuts = {"00002": lines[40:], "00000": lines[:17], "00001": lines[17:40]}
+    for name, part in cuts.items():
+        rows = [json.loads(line) for line in part]
+        if name == "00001":
+            datasets.Dataset.from_list(rows).to_parquet(parts / f"t-{name}.parquet")
+        else:
+            (parts / f"t-{name}.jsonl").write_text("".join(part))
+    (parts / "other.txt").write_text("nothing to do with it")
+    pattern = str(parts / "t-*")
+    ours, one = (table(Jsonl, path=p, eval_share=0.3) for p in (pattern, str(whole)))
+    assert [p.text for p in ours.prompts("train")] == [p.text for p in one.prompts("train")]
+    assert list(ours.stored("train", tmp_path / "cache")) == ours.prompts("train")
+    runs = [
+        [plain(r) for r in carry_out(staged(on_disk, tmp_path, f"r{i}", path=path, stream=bool(i)))]
+        for i, path in enumerate((str(whole), pattern))
+    ]
+    assert runs[0] == runs[1]
+    before = provenance.data(Path(pattern))
+    spool = len(list((tmp_path / "cache").iterdir()))
+    (parts / "t-00003.jsonl").write_text(lines[0])
+    assert provenance.data(Path(pattern)) != before
+    ours.stored("train", tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == spool + 1, "read again"
+    (parts / "t-00003.jsonl").write_text("no json")
+    with pytest.raises(UsageError, match=r"t-00003.jsonl:1: not JSON"):
+        ours.prompts("train")
+    for cls, path, hint in (
+        (Jsonl, str(parts), "/*.jsonl"),
+        (Jsonl, str(parts / "u-*"), "a .jsonl or"),
+        (Hf, pattern, "kind: jsonl"),
+    ):
+        (problem,) = cls.problems(table(cls, path=path).config)
+        assert hint in problem.hint
+    named = tmp_path / "a[1].jsonl"
+    named.write_text(lines[0])
+    assert shards(str(named)) == [named], "a file of that very name is no pattern"
 
 
 @pytest.mark.parametrize(
@@ -197,8 +243,6 @@ def test_empty_and_repeated_prompts_are_left_out_and_counted(tmp_path):
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "hf"])
 def test_a_stream_is_the_list(tmp_path, kind):
     """The same prompts in the same places; slices and picks read nothing; a second opening none."""
-    import datasets
-
     path, cls = sums(tmp_path), Jsonl
     rows = datasets.Dataset.from_list([json.loads(x) for x in Path(path).read_text().splitlines()])
     if kind == "parquet":
@@ -230,7 +274,8 @@ def test_a_stream_is_written_again_for_other_rows(tmp_path):
 
 
 def staged(on_disk, tmp_path, name, prompts=None, **data):
-    keys = {"kind": "jsonl", "path": sums(tmp_path), "eval_share": 0.3, **data}
+    path = data.pop("path", None) or sums(tmp_path)
+    keys = {"kind": "jsonl", "path": path, "eval_share": 0.3, **data}
     given = {"per_step": 7, "samples": 1, **(prompts or {})}
     return one_stage(
         tmp_path / name, {"s": keys}, kind="sft", student=str(on_disk / "s"), steps=9, prompts=given
@@ -267,8 +312,6 @@ def test_prompts_that_are_too_long(on_disk, tmp_path, capsys):
 
 
 def test_a_saved_folder_with_several_splits(tmp_path):
-    import datasets
-
     rows = datasets.Dataset.from_list([{"prompt": "q", "answer": "a"}])
     datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(str(tmp_path / "d"))
     held = table(Hf, path=str(tmp_path / "d"), split="test", eval_share=0.0)

@@ -16,7 +16,24 @@ from opdctl.chat.messages import Message, question
 from opdctl.errors import UsageError
 from opdctl.types import Prompt
 
+MOST = 2**21  # ids, or characters, that a cache keeps: a stream brings new prompts for ever
 SAID = "\x02said\x03"  # a turn's content, cut out again: it does not matter how it is shown
+
+
+class Recent(dict):
+    """Values of some length, the newest ones: no more than MOST in all, but for the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length = 0
+
+    def keep(self, key: Any, value: Any) -> Any:
+        """Add a value, the oldest ones go; returns it."""
+        self[key] = value
+        self.length += len(value)
+        while self.length > MOST and len(self) > 1:
+            self.length -= len(self.pop(next(iter(self))))
+        return value
 
 
 class Chat:
@@ -44,9 +61,9 @@ class Chat:
             UsageError: the tokenizer has no end token.
         """
         self.generation = generation
-        self.rendered: dict[Any, list[int]] = {}
-        self.answers: dict[Any, list[int]] = {}
-        self.readable: set[str] = set()
+        self.rendered: Recent = Recent()  # ids by prompt
+        self.answers: Recent = Recent()  # ids by what an environment said
+        self.readable: Recent = Recent()  # texts
         vars(self).pop("reads_thinking", None)
         token = self.tokenizer.eos_token_id
         if token is None:
@@ -166,7 +183,7 @@ class Chat:
         if key not in self.rendered:
             if isinstance(prompt, str):
                 prompt = Prompt("", "", prompt, "", {})
-            self.rendered[key] = self._render(prompt)
+            return self.rendered.keep(key, self._render(prompt))
         return self.rendered[key]
 
     def prompt_length(self, prompt: Prompt) -> int:
@@ -246,7 +263,7 @@ class Chat:
         key = (text, role, end, prompt and prompt.enable_thinking)
         if key not in self.answers:
             self.require_readable(text)
-            self.answers[key] = self._observation(text, role, end, prompt)
+            return self.answers.keep(key, self._observation(text, role, end, prompt))
         return self.answers[key]
 
     def _observation(self, text: str, role: str, end: int, prompt: Prompt | None) -> list[int]:
@@ -297,7 +314,7 @@ class Chat:
                 f"{self.name}: its tokenizer has no token for {lost[0]!r}, as in {text[:60]!r}",
                 "train the tokenizer on this data too, or use a public one",
             )
-        self.readable.add(text)
+        self.readable.keep(text, text)
 
 
 def _listed(generation: Any) -> list[int]:

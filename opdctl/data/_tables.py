@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from opdctl.chat.messages import answer_of, complaint, question, text_of
 from opdctl.core.questions import DomainKeys, Split, chosen, digest
+from opdctl.data._shards import shards
 from opdctl.errors import UsageError
 from opdctl.registry import member
 from opdctl.schema import did_you_mean, key, with_role
@@ -111,8 +113,8 @@ class TableData(ABC):
     def version(self) -> list:
         """What tells the files of a path from later ones: name, size and time of change of each."""
         path = Path(self.config.path)
-        files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
-        stats = [(str(f.relative_to(path.parent)), f.stat()) for f in files]
+        files = sorted(path.rglob("*")) if path.is_dir() else shards(self.config.path)
+        stats = [(os.path.relpath(f, path.parent), f.stat()) for f in files]
         return [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
 
     def _read(self, split: Split) -> Iterator[Prompt]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from opdctl.core.questions import Split
+from opdctl.data._shards import WILD
 from opdctl.data._tables import ColumnKeys, TableData
 from opdctl.errors import Problem, UsageError
 from opdctl.schema import REQUIRED, did_you_mean, key
@@ -35,6 +36,9 @@ class Hf(TableData):
             name = "revision" if config.revision else "subset"
             what = f"{config.path} is a folder, which has no {name}"
             return [Problem(name, what, "leave it out, or name a public data set")]
+        if any(mark in config.path for mark in WILD):
+            what = f"{config.path} is a pattern of files, and a data set is named here"
+            return [Problem("path", what, "kind: jsonl reads .jsonl and .parquet files")]
         return []
 
     def rows(self, split: Split) -> Iterator[dict]:
@@ -70,5 +74,6 @@ class Hf(TableData):
             what = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
             raise UsageError(
                 f"data.{self.domain}.path: cannot load {config.path}: {what}",
-                "a public name, or a folder that save_to_disk wrote; split names one of its splits",
+                "a public name, or a folder that save_to_disk wrote; split names one of its splits;"
+                " files in a folder: kind: jsonl, path: FOLDER/*.parquet",
             ) from None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opdctl.core.questions import Split
+from opdctl.data._shards import shards
 from opdctl.data._tables import ColumnKeys, TableData
 from opdctl.errors import Problem, UsageError
 from opdctl.schema import REQUIRED, key
@@ -17,7 +18,7 @@ LONGEST = 2**24  # bytes of a line
 
 
 class Jsonl(TableData):
-    """A .jsonl or .parquet file, with column names as keys."""
+    """A .jsonl or .parquet file, or several shards, with column names as keys."""
 
     revision = 2
 
@@ -25,24 +26,35 @@ class Jsonl(TableData):
     class Config(ColumnKeys):
         """Keys of a file domain."""
 
-        path: str = key(REQUIRED, "file; .parquet is read as parquet, anything else as JSON lines")
+        path: str = key(
+            REQUIRED,
+            "file, or a pattern such as data/train-*.parquet, whose files are read in the order of "
+            "their names; .parquet is read as parquet, anything else as JSON lines",
+        )
 
     @staticmethod
     def problems(config) -> list[Problem]:
         """What the schema cannot see."""
-        if os.path.isfile(config.path):
+        if shards(config.path):
             return []
-        return [Problem("path", f"no file {config.path}", "a .jsonl or .parquet file")]
+        hint = "a .jsonl or .parquet file"
+        if os.path.isdir(config.path):
+            hint = f"the files in it: {config.path}/*.jsonl, or kind: hf for one of save_to_disk"
+        return [Problem("path", f"no file {config.path}", hint)]
 
     def rows(self, split: Split) -> Iterator[dict]:
-        """Rows of the file.
+        """Rows of the files.
 
         Raises:
             UsageError: no such file, or a line that is not a JSON object; says which.
         """
-        path = Path(self.config.path)
-        if not os.path.isfile(path):
-            raise UsageError(f"data.{self.domain}.path: no file {path}")
+        files = shards(self.config.path)
+        if not files:
+            raise UsageError(f"data.{self.domain}.path: no file {self.config.path}")
+        for path in files:
+            yield from self._rows(path)
+
+    def _rows(self, path: Path) -> Iterator[dict]:
         if path.suffix == ".parquet":
             yield from parquet_rows(path, self.domain)
             return

@@ -26,7 +26,6 @@ from opdctl.estimate.rollout import (
     served_seconds,
 )
 from opdctl.estimate.shape import Shape, made, shape_of
-from opdctl.schema import references as refs_of
 from opdctl.settings import longest_turn
 from opdctl.types import FORWARD, TRAIN
 
@@ -115,7 +114,8 @@ def costs(recipe: Any, gpu: Gpu) -> Costs:
 def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
     """Memory and time of a stage, or in words why there is no telling."""
     config, runtime = recipe.stages[stage], recipe.runtime
-    read = [t for k, t in refs_of(config) if k != "template"]  # of that the tokenizer alone
+    every = recipe.references(stage)  # those of its verifiers too
+    read = [t for k, t in every if k != "template"]  # of that the tokenizer alone
     named = [t for t in read if references.parse(t).form != "unknown"]
     shapes = {text: shape_of(recipe, text, stage) for text in named}  # the verifier is no model
     missing = [text for text, shape in shapes.items() if shape is None]
@@ -128,7 +128,8 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
     vllm = runtime.engine == "vllm"
     share = runtime.engine_args.get("gpu_memory_utilization", SHARE) if vllm else 0
     learns, lora = work.trained > 0, getattr(config, "lora", None)
-    frozen = {r: s.parameters for r, s in shapes.items() if r != start}
+    judges = {t for dotted, t in every if dotted.startswith("data.")}
+    frozen = {r: s.parameters for r, s in shapes.items() if r != start or r in judges}
     per_pass = work.samples[0].longest if work.samples else DEMONSTRATION
     memory = estimate(
         of_student(

@@ -82,13 +82,14 @@ class Pairing:
     @cached_property
     def student(self) -> Any:
         """Its outline, or the model itself."""
-        return self._given or self.ctx.aligned(self._outline(self.ctx.config.student))
+        return self._given or self.ctx.aligned(self.of(self.ctx.config.student))
 
     def outline(self, name: str) -> Any:
         """A teacher without its weights."""
-        return self._outline(self.teachers[name])
+        return self.of(self.teachers[name])
 
-    def _outline(self, reference: str) -> Any:
+    def of(self, reference: str) -> Any:
+        """Any model without its weights."""
         from opdctl.core.models import outline
 
         path = self.ctx.path_of(reference)

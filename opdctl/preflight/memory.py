@@ -1,9 +1,9 @@
 """What the stage will hold at once, against the device or the machine.
 
 The formula and what it assumes stand in ``estimate/memory.py``; a base with all of its adapters
-counts once, and prompts are as long as the longest of those looked at. Not counted: activations, a
-reward model, the teachers' kept hidden rows, a controller's copies of weights, other stages at the
-same time.
+counts once, judges count as teachers do, and prompts are as long as the longest of those looked at.
+Not counted: activations, a reward model, the teachers' kept hidden rows, a controller's copies of
+weights, other stages at the same time.
 """
 
 from __future__ import annotations
@@ -57,9 +57,13 @@ def holds(pairing: Pairing) -> Estimate:
     """See ``estimate/memory.py`` for what is assumed."""
     config, runtime, student = pairing.ctx.config, pairing.ctx.runtime, pairing.student
     each = BYTES[runtime.dtype]
-    held = {pairing.ctx.path_of(r): pairing.outline(n) for n, r in pairing.teachers.items()}
+    ctx = pairing.ctx
+    held = {ctx.path_of(r): pairing.outline(n) for n, r in pairing.teachers.items()}
     if pairing.policy:
-        held[pairing.ctx.path_of(config.student)] = student
+        held[ctx.path_of(config.student)] = student
+    for dotted, judge in ctx.recipe.references(ctx.name):
+        if dotted.startswith("data."):  # of a verifier
+            held[ctx.path_of(judge)] = pairing.of(judge)
     places: dict[str, int] = {}
     for path, model in held.items():  # the outline of an adapter is that of its base
         base = references.base_of(path)

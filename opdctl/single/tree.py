@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opdctl import catalogue, references
+from opdctl.data._shards import shards
 from opdctl.errors import OpdctlError, UsageError
 from opdctl.launch import read_recipe
 from opdctl.recipe import lookup
@@ -109,7 +110,7 @@ def _kinds(kind: str, overrides: Iterable[str], said: list[str]) -> dict[str, di
         if "kind" in keys or not ("path" in keys or "task" in keys):
             continue
         path = keys.get("path", "")
-        file = Path(path).suffix in (".jsonl", ".json", ".parquet") or Path(path).is_file()
+        file = Path(path).suffix in (".jsonl", ".json", ".parquet") or bool(shards(path))
         chosen = "reasoning_gym" if not path else "jsonl" if file else "hf"
         found[domain] = {"kind": chosen}
         said.append(f"data.{domain}.kind: {chosen}")
