@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from one_step import opd, prompts
 from test_architecture import BLOCKED, ROOT
 
 from conftest import make_model
@@ -14,7 +15,8 @@ from opdctl.estimate.memory import estimate, of_student
 from opdctl.estimate.rollout import LENGTH, PROMPT, Sampled, decode_seconds, served_seconds
 from opdctl.estimate.shape import CHARACTERS, Shape, kept_of, made, of_folder
 from opdctl.estimate.work import DEMONSTRATION, SHARE, cost
-from opdctl.preflight.memory import per_token
+from opdctl.preflight._pairing import Pairing
+from opdctl.preflight.memory import holds, per_token
 from opdctl.recipe import load, resolve
 from opdctl.registry import member
 from opdctl.types import FORWARD, TRAIN
@@ -248,6 +250,25 @@ def test_other_writers_and_a_reference_are_counted(tmp_path):
     for ref, model in (("policy", s), (str(tmp_path / "t"), t)):
         more = flops(reference=ref, **beyond) - plain
         assert more == pytest.approx(FORWARD * tokens * model.per_token)
+
+
+def test_a_judge_is_held_beside_the_stage(on_disk, tmp_path):
+    """By the plan and by the check before a start, the student's own weights as its judge too."""
+    sizes = {n: of_folder(on_disk / n).parameters for n in "stu"}
+    for judge in ("", "u", "s"):
+        verifier = {"judge": {"model": str(on_disk / judge)}} if judge else {"exact": {}}
+        ctx = opd(on_disk, tmp_path, data={"sums": prompts(on_disk) | {"verifier": verifier}})
+        teachers = 4 * (sizes["t"] + (sizes[judge] if judge else 0))
+        assert cost(ctx.recipe, "it", gpu("h100")).memory.teachers == teachers
+        assert holds(Pairing(ctx)).teachers == teachers
+    far = {"judge": {"model": "org/judge"}}
+    ctx = opd(on_disk, tmp_path, data={"sums": prompts(on_disk) | {"verifier": far}})
+    assert "shapes: {org/judge:" in cost(ctx.recipe, "it", gpu("h100"))
+
+
+def test_activations_computed_again_are_counted_as_such():
+    shape = Shape(parameters=1, layers=10, hidden=8, intermediate=16)
+    assert shape.activated() == 10 * (80 + 64) and shape.activated(True) == 10 * 8 + 80 + 64
 
 
 def test_the_command_says_what_it_assumed_and_needs_no_torch():
