@@ -320,12 +320,7 @@ def show(
     if found.get("text"):
         print(found["text"])
     if found.get("keys"):
-        console.show(
-            console.table(
-                ["key", "type", "default", "changes", "meaning"],
-                [list(r.values()) for r in found["keys"]],
-            )
-        )
+        console.show(console.keys_table(found["keys"]))
     if found.get("more"):
         print(found["more"])
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -24,6 +25,7 @@ from opdctl.verdict import shown
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
 
+NARROW = 110  # columns of a terminal
 STYLES = {
     "done": "green",
     "skip": "green",
@@ -67,6 +69,7 @@ def table(columns: list[str], rows: list[list[Any]], title: str = "") -> Table:
         pad_edge=False,
         header_style="bold",
         title_style="bold",
+        min_width=min(len(title), err.width) or None,  # else it is broken to a narrow table's width
     )
     for i, column in enumerate(columns):
         numeric = rows and all(isinstance(r[i], int | float) or r[i] in ("", None) for r in rows)
@@ -76,6 +79,23 @@ def table(columns: list[str], rows: list[list[Any]], title: str = "") -> Table:
             "" if v is None else f"{v:.3f}" if isinstance(v, float) else plain(str(v)) for v in row
         ]
         grid.add_row(*[Text(c, style=STYLES.get(c, "")) for c in cells])
+    return grid
+
+
+def keys_table(keys: list[dict[str, str]]) -> Table:
+    """Keys with their types, defaults and meanings; on a narrow terminal two lines each, since five
+    columns there would break every name."""
+    if out.width >= NARROW:
+        names = ["key", "type", "default", "changes", "meaning"]
+        return table(names, [list(k.values()) for k in keys])
+    grid = Table(box=None, pad_edge=False, show_header=False)
+    grid.add_column(overflow="fold")
+    for k in keys:
+        line = Text(k["key"], style="bold")
+        line.append(f" = {k['default']}" if k["default"] else "", style="not bold")
+        line.append(f"   {k['type']}, {k['role']}", style="not bold dim")
+        grid.add_row(line)
+        grid.add_row(Padding(Text(plain(k["doc"])), (0, 0, 0, 4)))
     return grid
 
 

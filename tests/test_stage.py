@@ -1,13 +1,17 @@
 """``opdctl stage`` as a person types it: every kind, on chat models, from files; what it writes
 loads in plain transformers. One process, so that torch is imported once."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 from test_chat import CHATML, R1, chat
 from typer.testing import CliRunner
 
+from opdctl.catalogue import detail
 from opdctl.cli import app
+from opdctl.console import keys_table, table
 from opdctl.core.models import save
 from opdctl.rundir import RunDir, read_rows
 
@@ -204,6 +208,28 @@ def test_what_is_wrong_is_said_with_what_to_type(desk, monkeypatch, arguments, s
     monkeypatch.chdir(desk)
     done = CliRunner().invoke(app, ["stage", *arguments, "--dry-run"])
     assert says in str(done.exception)
+
+
+@pytest.mark.parametrize("width", [20, 80])
+def test_a_title_is_not_broken_to_the_width_of_a_narrow_table(monkeypatch, width):
+    console = Console(width=width, file=io.StringIO())
+    monkeypatch.setattr("opdctl.console.err", console)
+    console.print(table(["stage", "status"], [["sft", "done"]], "1/1 stages, 26 s"))
+    lines = console.file.getvalue().splitlines()
+    assert lines[0].rstrip() == "1/1 stages, 26 s" and max(map(len, lines)) <= width
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_names_of_keys_are_whole_on_a_terminal_of_any_width(monkeypatch, width):
+    console = Console(width=width, file=io.StringIO())
+    monkeypatch.setattr("opdctl.console.out", console)
+    keys = detail("grpo")["keys"]
+    console.print(keys_table(keys))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert {k["key"] for k in keys} <= {line.split()[0] for line in lines if line.strip()}
+    whole = "".join(console.file.getvalue().split())
+    assert "".join(keys[3]["doc"].split()) in whole or width >= 110
 
 
 def test_keys_are_found_without_reading_code(tmp_path, monkeypatch, desk):
