@@ -266,6 +266,42 @@ def test_a_judge_is_held_beside_the_stage(on_disk, tmp_path):
     assert "shapes: {org/judge:" in cost(ctx.recipe, "it", gpu("h100"))
 
 
+def test_tokens_of_each_kind_by_hand():
+    """Of stages on models of known sizes, without a file."""
+    shapes = {n: {"parameters": p, "layers": 1, "hidden": 4, "intermediate": 8}
+              for n, p in (("o/s", 10.0), ("o/t", 30.0))}  # fmt: skip
+    two = {"per_step": 4, "domains": {"a": 3, "b": 1}}
+    sampling, short = {"max_tokens": 40}, PROMPT + LENGTH * 40
+    whole = PROMPT + DEMONSTRATION
+
+    def flops(runtime=None, **stage):
+        domain = {"kind": "reasoning_gym", "task": "gcd"}
+        stage = {"student": "o/s", "prompts": two, **stage}
+        tree = {"data": {"a": domain, "b": domain}, "stages": {"it": stage}, "shapes": shapes}
+        return cost(resolve({**tree, "runtime": runtime or {}}, "x"), "it", gpu("h100"))
+
+    learns = TRAIN * 10
+    orm = flops(kind="orm", policy="o/t", steps=2, sampling=sampling, prompts={**two, "samples": 2})
+    assert orm.flops == pytest.approx(2 * 8 * short * (FORWARD * 30 + learns))
+    teacher = {"model": "o/t", "domains": {"a": True}, "sampling": sampling}
+    mixed = flops(kind="sft", steps=2, sources={"teacher": teacher, "dataset": {}})
+    told = 2 * 3 * short * (FORWARD * 30 + learns)
+    assert mixed.flops == pytest.approx(told + 2 * 4 * 0.25 * whole * learns)
+    opd = {"kind": "opd", "steps": 2, "sampling": sampling, "teachers": {"a": "o/t", "b": "o/s"}}
+    once, twice = flops(**opd), flops(**opd, updates_per_rollout=2)
+    tokens = 2 * 4 * short
+    scores = FORWARD * (0.75 * 30 + 0.25 * 10)
+    assert once.flops == pytest.approx(tokens * (FORWARD * 10 + scores + learns))
+    assert twice.flops - once.flops == pytest.approx(tokens * (FORWARD * 10 + learns))
+    keys = {k: v for k, v in opd.items() if k not in ("kind", "steps")}
+    measured = flops(kind="gradients", batches=2, **keys)
+    assert measured.flops == pytest.approx(once.flops + tokens * learns), "two objectives"
+    small = flops(**opd, lora={"rank": 2}).memory
+    assert small.gradients == 4 * 2 * (8 * 4 + 3 * 12) and small.parameters == 40 + small.gradients
+    again = flops({"gradient_checkpointing": True, "micro_batch": 3}, **opd).memory
+    assert again.activations == 3 * (PROMPT + 40) * 4 * (4 + 40 + 32)
+
+
 def test_activations_computed_again_are_counted_as_such():
     shape = Shape(parameters=1, layers=10, hidden=8, intermediate=16)
     assert shape.activated() == 10 * (80 + 64) and shape.activated(True) == 10 * 8 + 80 + 64
