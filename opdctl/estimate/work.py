@@ -114,9 +114,9 @@ def costs(recipe: Any, gpu: Gpu) -> Costs:
 def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
     """Memory and time of a stage, or in words why there is no telling."""
     config, runtime = recipe.stages[stage], recipe.runtime
-    # of a template the tokenizer alone is read
-    every = [t for k, t in recipe.references(stage) if k != "template"]
-    named = [t for t in every if references.parse(t).form != "unknown"]
+    every = recipe.references(stage)  # those of its verifiers too
+    read = [t for k, t in every if k != "template"]  # of that the tokenizer alone
+    named = [t for t in read if references.parse(t).form != "unknown"]
     shapes = {text: shape_of(recipe, text, stage) for text in named}  # the verifier is no model
     missing = [text for text, shape in shapes.items() if shape is None]
     if missing:
