@@ -147,7 +147,7 @@ def test_success_against_enumeration(tmp_path):
     whole = Rollout(prompt, model.render(prompt), [0, 0, 0])
     one = model.ids("1")[0]
     forced = [one, model.end_of_turn, model.ids("0")[0]]
-    count = 600
+    count = 300
     found = nodes.success(ctx, model, [whole], [nodes.Node(0, 0)], [forced], count)[0]
     for verdicts, k in zip(found, forced, strict=True):
         exact = 0.0
@@ -189,7 +189,8 @@ def diagnosed(tmp_path, models, teachers, **keys):
 
 
 def test_recommendations_of_real_pairs(folder, tmp_path):  # noqa: F811
-    _, good, said = diagnosed(tmp_path / "a", folder, {"sums": f"{folder}/teacher"})
+    whole, good, said = diagnosed(tmp_path / "a", folder, {"sums": f"{folder}/teacher"})
+    assert diagnosed(tmp_path / "again", folder, {"sums": f"{folder}/teacher"})[0] == whole
     assert said["verdict"] == "go" and good["gain"]["together"]["ci95"][0] > 0
     assert recoverability(good)["new_knowledge"] and recoverability(good)["estimate"] > 0.5
     cos = good["alignment"]["signals"]["reverse_kl"]["wrong"]
@@ -242,7 +243,7 @@ def test_a_served_teacher_is_measured_as_far_as_it_says(folder, tmp_path):  # no
 
 
 def test_on_the_command_line(folder, tmp_path):  # noqa: F811
-    """Real processes: the same command gives the same JSON, and a page."""
+    """Real processes: JSON and nothing else on stdout, progress beside it, and a page."""
     command = ("diagnose", "--student", f"{folder}/student", "--teacher", f"{folder}/teacher")
     command += ("--data", f"{folder}/p.jsonl", "--prompts", 20, "--budget", 256)
     command += ("sampling.max_tokens=4", "--json")
@@ -255,7 +256,6 @@ def test_on_the_command_line(folder, tmp_path):  # noqa: F811
     page = (tmp_path / "d.html").read_text()
     assert "<svg" in page and "http" not in page.replace("http://www.w3.org", "")
     assert "of 256 continuations" in done.stderr and "Traceback" not in done.stderr
-    assert opdctl(*command).stdout == done.stdout
 
 
 def test_what_data_means(folder, tmp_path):  # noqa: F811
