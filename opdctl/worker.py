@@ -92,6 +92,7 @@ def _attempt(ctx: Context, start: float) -> int:
         "versions": provenance.versions(),
         "code": provenance.code(),
         "inputs": before.get("inputs", {}),
+        "data": before.get("data", {}),
     }
     path = ctx.folder / "stage.json"
     passed = before.get("preflight")

@@ -1,12 +1,16 @@
 """What a stage was made from is recorded, and a change of it under the same path is noticed."""
 
+import json
 import shutil
 import signal
 
 import pytest
+from one_step import opd
 from test_resume import IN_SAMPLING, copy_without
 
 from opdctl import __version__, provenance
+from opdctl.errors import UsageError
+from opdctl.plan import fingerprints
 from opdctl.rundir import RunDir, read_json, write_json
 from running import opdctl, worker
 
@@ -99,3 +103,67 @@ def test_from_leaves_what_was_made_from_other_files(demo_run, tmp_path):
     assert "t_math" in changed and "mopd" in changed and "sft" in reused
     assert read_json(tmp_path / "new/stages/sft/stage.json")["reused_from"] == str(old)
     assert not (tmp_path / "new/stages/mopd").exists()
+
+
+def test_a_public_model_is_known_by_its_commit(on_disk, tmp_path, monkeypatch):
+    """From the hub's cache: what a name means is recorded, and that it means another is noticed."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    place = tmp_path / "models--org--base"
+    for commit, model in (("a", "s"), ("b", "t")):
+        shutil.copytree(on_disk / model, place / "snapshots" / (commit * 40))
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("a" * 40)
+    ctx = opd(on_disk, tmp_path, student=on_disk / "s")
+    ctx.config.student = "org/base"
+    now = provenance.inputs(ctx.run, ctx.recipe, "it")
+    assert now["student"] == {"path": "org/base", "commit": "a" * 40}
+    record = {"fingerprint": fingerprints(ctx.recipe)["it"], "inputs": now}
+    write_json(ctx.run.stage("it") / "stage.json", record)
+    provenance.require_unchanged(ctx.run, ctx.recipe, "it", now)
+    (place / "refs" / "main").write_text("b" * 40)
+    later = provenance.inputs(ctx.run, ctx.recipe, "it")
+    with pytest.raises(UsageError, match=r"its commit changed from a{40} to b{40}"):
+        provenance.require_unchanged(ctx.run, ctx.recipe, "it", later)
+    ctx.config.student = f"org/base@{'a' * 40}"  # pinned, whatever main is
+    assert provenance.inputs(ctx.run, ctx.recipe, "it")["student"]["commit"] == "a" * 40
+
+
+def named(cache, rows):
+    """A public data set org/name as the library keeps it, prepared from these rows."""
+    import datasets
+
+    lines = "\n".join(json.dumps({"prompt": p, "answer": a}) for p, a in rows)
+    cache.mkdir(exist_ok=True)
+    (cache / "rows.jsonl").write_text(lines)
+    files = {"train": str(cache / "rows.jsonl")}
+    made = datasets.load_dataset_builder("json", data_files=files, cache_dir=str(cache / "made"))
+    made.download_and_prepare()
+    place = cache / "org___name" / "default" / "0.0.0" / ("a" * 40)
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(made.cache_dir, place)
+    (place / "json-train.arrow").rename(place / "name-train.arrow")
+    info = json.loads((place / "dataset_info.json").read_text())
+    (place / "dataset_info.json").write_text(json.dumps(info | {"dataset_name": "name"}))
+
+
+def test_a_public_data_set_is_known_by_its_prompts(on_disk, tmp_path, monkeypatch):
+    """Read by its name from the library's cache, without a network."""
+    import datasets
+
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    rows = [(f"{i}+1=", str(i + 1)) for i in range(8)]
+    named(cache, rows)
+    data = {"sums": {"kind": "hf", "path": "org/name", "eval_share": 0}}
+    ctx = opd(on_disk, tmp_path, data=data)
+    assert [p.text for p in ctx.prompts("sums", "train")] == [p for p, _ in rows]
+    digest = ctx.counts["sums"]["train"]["digest"]
+    record = {"fingerprint": fingerprints(ctx.recipe)["it"], "data": ctx.counts}
+    write_json(ctx.run.stage("it") / "stage.json", record)
+    again = type(ctx)(ctx.run, ctx.recipe, "it")
+    again.prompts("sums", "train")
+    assert again.counts["sums"]["train"]["digest"] == digest
+    named(cache, [*rows[:-1], ("7+1=", "9")])
+    with pytest.raises(UsageError, match="org/name has other rows than stage it was given"):
+        type(ctx)(ctx.run, ctx.recipe, "it").prompts("sums", "train")

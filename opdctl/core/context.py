@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from opdctl import references
+from opdctl import provenance, references
 from opdctl.chat.example import example, plain
 from opdctl.core import draws
 from opdctl.core.wal import Wal
@@ -302,6 +302,11 @@ class Context:
                 found = data.stored(split, self.run / "cache") if stream else data.prompts(split)
                 self._prompts[domain, split] = found
                 self.counted(domain, split, data.counts[split])
+                if getattr(data, "public", False) and not stream:  # a spool is the run's own copy
+                    digest = provenance.require_same_rows(
+                        self.run, self.recipe, found, domain, split
+                    )
+                    self.counts[domain][split]["digest"] = digest
             return self._prompts[domain, split]
         config = to_dict(data.config)
         name = f"{domain}-{split}-{draws.key(self.recipe.seed, config, data.revision):016x}.json"

@@ -41,6 +41,11 @@ class Hf(TableData):
             return [Problem("path", what, "kind: jsonl reads .jsonl and .parquet files")]
         return []
 
+    @property
+    def public(self) -> bool:
+        """Whether it is a name, behind which there may be other rows tomorrow."""
+        return not os.path.isdir(self.config.path)
+
     def rows(self, split: Split) -> Iterator[dict]:
         """Rows of the data set.
 

@@ -14,6 +14,25 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 SPOKEN = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges*", "chat_template*", "*.model")
 
 
+def commit_of(name: str) -> str:
+    """The commit that ``org/name@revision`` is at, as the hub says, or without a network its cache;
+    empty where neither knows."""
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
+
+    repository, _, revision = name.partition("@")
+    quiet = ("gated_repo", "missing_entries", "connection_errors")
+    options = {f"_raise_exceptions_for_{what}": False for what in quiet}
+    for file in ("config.json", FILES[0]):
+        try:
+            found = cached_file(repository, file, revision=revision or None, **options)
+        except OSError:  # transformers says what is wrong with a name, when it loads it
+            found = None
+        if found:
+            return extract_commit_hash(found, None) or ""
+    return ""
+
+
 @functools.cache
 def adapter_of(name: str) -> str:
     """Folder of the adapter that ``org/name@revision`` is; empty if it is none, or not there.
