@@ -15,7 +15,6 @@ from opdctl import references
 from opdctl.errors import StageFailed, UsageError
 from opdctl.preflight._pairing import Finding, Pairing
 from opdctl.registry import member
-from opdctl.served.endpoint import opened
 
 WHY = (
     "a server is another program on another machine: what it serves under a name can be of another "
@@ -47,6 +46,8 @@ class Served:
 
 def services(ctx) -> list[Finding]:
     """One finding for each server of texts that a stage asks: its sources', its judges'."""
+    from opdctl.served.endpoint import opened  # an HTTP client is no part of reading a recipe
+
     asked = []
     for dotted, text in ctx.recipe.references(ctx.name):
         if references.parse(text).form == "server" and not dotted.startswith("teachers."):
