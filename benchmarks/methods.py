@@ -109,12 +109,12 @@ def variance(entry: dict) -> tuple[dict, list[str]]:
 def tree(chosen: Iterable[str]) -> tuple[dict, dict[str, str]]:
     """The recipe of some methods, and what is refused: {stage: reason}."""
     whole = parse((HERE / "methods.yaml").read_text(encoding="utf-8"), "methods.yaml")[0]
-    stages, refused = whole["stages"], {}
+    shared, stages, refused = dict(whole["stages"]), whole["stages"], {}
     for arm in chosen:
         entry = composed(arm)
         for stage, content in ((arm, entry), (f"variance_{arm}", variance(entry)[0])):
             try:
-                resolve({**whole, "stages": {**stages, stage: content}}, "methods.yaml")
+                resolve({**whole, "stages": {**shared, stage: content}}, "methods.yaml")
             except RecipeError as error:
                 refused[stage] = "; ".join(f"{p.path}: {p.message}" for p in error.problems)
             else:
