@@ -30,8 +30,6 @@ from opdctl.nets.masters import Masters
 from opdctl.rundir import finite
 from opdctl.types import FORWARD, Compute, Rollout
 
-GROUPS = 2**32  # more than a step has, to number those of several steps
-
 
 def train(ctx: Context, model: Model, parts_of: Callable[[Context, Model], Parts]) -> Compute:
     """Run the loop to its end and commit the stage's ``output/``.
@@ -245,8 +243,7 @@ class Loop:
             count_rollouts(self.parts.source, self.compute)
             if not rollouts:
                 raise StageFailed("nothing to fit on", "the source refused all of its samples")
-            found = paired(rollouts, self.model, self.parts, self.ctx, self.compute, which)
-            yield [(*pair, group_N - step * GROUPS) for *pair, group_N in found]
+            yield paired(rollouts, self.model, self.parts, self.ctx, self.compute, which)
 
     def _train(self, step: Step, done: int) -> dict:
         rollouts, model = step.rollouts, self.model

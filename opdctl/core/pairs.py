@@ -67,7 +67,7 @@ def paired(
 
     Returns:
         For each teacher asked its name, the policy's states and its own, [N', L, width] each, and
-        the group of each token's rollout, [N'].
+        a number for the prompt of each token, [N'], the same wherever the prompt comes again.
     """
     step, requests = scored(rollouts, model, parts, ctx, compute), [r.request for r in rollouts]
     found = score(
@@ -81,11 +81,12 @@ def paired(
     )
     compute.flops["train"] += FORWARD * model.parameters * sum(len(q.ids) for q in requests)
     own = Held(None, found.hidden_ND, inner_NLD=found.inner_NLD)
-    group_N = step.spread([r.group for r in rollouts]).long()
+    numbers = [int(r.prompt.id, 16) >> 1 for r in rollouts]  # 63 bits: a signed integer holds them
+    prompt_N = torch.tensor(numbers, device=model.device)[step.sequence_N]
     places, pairs = parts.layers.places(which), []
     asked_NM = step.columns["pair_weight"] != 0
     for i, held in enumerate(step.taught.held):
         at_N, place_N = (asked_NM & (step.columns["teacher_index"] == i)).nonzero(as_tuple=True)
         theirs_NLD = held.states(step.columns["teacher_row"][at_N, place_N], places)
-        pairs.append((held.name, own.states(at_N, places), theirs_NLD, group_N[at_N]))
+        pairs.append((held.name, own.states(at_N, places), theirs_NLD, prompt_N[at_N]))
     return pairs

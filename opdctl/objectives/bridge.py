@@ -27,7 +27,7 @@ from opdctl.objectives._layers import both, text_of, unnumbered
 from opdctl.schema import key
 from opdctl.settings import ObjectiveConfig
 
-HELD_OUT = 10  # every so many prompts of a teacher one is held out, the first to begin with
+HELD_OUT = 10  # every so many distinct prompts of a teacher one is held out, wherever it comes
 RIDGES = (1e-8, 1e-6, 1e-4, 1e-2, 1.0)
 
 
@@ -86,7 +86,7 @@ class Bridge:
                 tokens += len(rows[0])
         for name, batches in seen.items():
             ours_NLD, theirs_NLE, prompt_N = map(torch.cat, zip(*batches, strict=True))
-            order = torch.unique_consecutive(prompt_N, return_inverse=True)[1]
+            order = torch.unique(prompt_N, return_inverse=True)[1]
             held_N = order % HELD_OUT == 0
             narrow = min(ours_NLD.shape[-1], theirs_NLE.shape[-1])
             if held_N.all() or narrow < self.config.rank:
