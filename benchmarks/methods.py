@@ -1,4 +1,4 @@
-"""Every distillation method against plain OPD: same start, teachers, prompts, draws, token budget.
+"""Every distillation method against plain OPD: same start, teachers, prompts, draws, steps.
 
     python benchmarks/methods.py record DIR [--methods a,b] [--seeds 0..4]
     python benchmarks/methods.py page DIR
@@ -13,7 +13,8 @@ the page alone. Methods of RL (grpo, dr_grpo) have no teacher and are left out.
 
 One setting, one learning rate, tuned on seed 100 for the two plain forms: a method that would gain
 from its own is not given it. Each differs from the plain form in what its file in opdctl/methods
-says, and in nothing else but what ``TINY`` overrides.
+says, and in nothing else but what ``TINY`` overrides. Each takes as many steps of as many rollouts;
+what one samples beside them (a bridge's fit, EffOPD's validation) is in its tokens.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ OPTIM = {"lr": 2.0e-3, "schedule": "cosine", "warmup": 3}
 # so sample at it, gkd's loss too; prune_opd's numbers are for long answers, a large vocabulary.
 TINY: dict[str, dict] = {
     "gkd": {"loss_temperature": 0.0},
+    "oprd_bridge": {"objectives": {"bridge": {"tokens": 1024}}},
     "prune_opd": {
         "objectives": {"topk_pg": {"weights": {"overlap": {"k": 4, "tau": 0.5, "drop": 0.1}}}},
         "controllers": {"length": {"least": 2, "most": 6, "step": 1, "margin": 1}},

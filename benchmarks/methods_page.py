@@ -66,10 +66,10 @@ HEADLINES = {
     "scope": Headline("5.5 % above OPD (Avg@32, relative)", "recovery", more=True),
     "tip": Headline("half of the tokens above all: 79.1 to 76.7", "recovery", FULL, True),
     "unmasking": Headline("signals point to success on wrong rollouts", "recovery", more=True),
-    "oprd": Headline("1.44 times faster than top-k, 54 % less memory", "whole", "revisiting"),
+    "oprd": Headline("1.44 times faster than top-k, 54 % less memory", "whole", "rethinking"),
     "oprd_bridge": Headline("best@16 33.9 to 30.8 with OPD after it, for unequal widths"),
     "effopd": Headline("more than 3 times fewer steps", "step"),
-    "prune_opd": Headline("37.6 to 68 % less training time", "whole"),
+    "prune_opd": Headline("37.6 to 68 % less training time", "whole", "rethinking"),
     "rethinking": Headline(
         "a cold start on teacher samples: overlap .55 to .75, a higher ceiling",
         "recovery",

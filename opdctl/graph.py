@@ -82,7 +82,11 @@ def rounding(recipe: Any, lost: bool) -> list[Problem]:
 def _adapters(recipe: Any) -> list[Problem]:
     """Keys of an adapter where there is none."""
     return [
-        Problem(f"stages.{stage}.lora.rank", "0 is no adapter, and other keys of lora are set")
+        Problem(
+            f"stages.{stage}.lora.rank",
+            "0 is no adapter, and other keys of lora are set",
+            "lora.rank=16, or leave the others out",
+        )
         for stage, config in recipe.stages.items()
         if hasattr(config, "lora") and not config.lora.rank and config.lora != Lora()
     ]
@@ -180,9 +184,24 @@ def _data(recipe, folders: bool) -> list[Problem]:
         if path and (config.kind == "jsonl" or os.path.exists(place)):
             config.path = str(Path(place).absolute())
         check = getattr(registry.member("data", config.kind), "problems", lambda _: [])
-        wrong = problems(config) + _verifier(config) + (check(config) if folders else [])
+        wrong = problems(config) + _verifier(config) + _columns(config)
+        wrong += check(config) if folders else []
         found += [replace(p, path=f"data.{domain}.{p.path}") for p in wrong]
     return found
+
+
+def _columns(config) -> list[Problem]:
+    """Columns that nothing reads beside others."""
+    turns = getattr(config, "messages_column", "")
+    if turns and config.thought_column:
+        what = "a conversation's thinking stands in its turns: messages_column is read, not this"
+        return [
+            Problem("thought_column", what, "leave it out, or prompt_column for messages_column")
+        ]
+    if getattr(config, "tools_column", "") and not turns:
+        what = "tools belong to a conversation, and there is no messages_column"
+        return [Problem("tools_column", what, "messages_column=messages, or leave it out")]
+    return []
 
 
 def _verifier(config) -> list[Problem]:

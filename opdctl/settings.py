@@ -152,7 +152,7 @@ ON_TOP = {
 class ObjectiveConfig:
     """Keys of every objective."""
 
-    coef: float = key(1.0, "factor of this objective in the loss; 0 turns it off")
+    coef: float = key(1.0, "factor of this objective in the loss; 0 turns it off", least=0.0)
     normalise: Literal["seq_mean", "token_mean", "domain_mean"] = key(
         "seq_mean",
         "seq_mean: 1/|y| per response, then their mean; domain_mean: a domain's tokens together "

@@ -20,7 +20,7 @@ from opdctl.core.models import load, outline, save
 from opdctl.errors import Interrupted, RecipeError, UsageError
 from opdctl.launch import new_run
 from opdctl.nets.hub import adapter_of
-from opdctl.nets.lora import left_out, size, with_adapters
+from opdctl.nets.lora import deltas, left_out, size, with_adapters
 from opdctl.preflight._pairing import Pairing
 from opdctl.preflight._weights import same_weights
 from opdctl.preflight.memory import holds
@@ -494,6 +494,26 @@ def changed(folder, to, **keys):
     path = to / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
     return to
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_taken_out_of_its_base_shares_none(on_disk, adapters, tmp_path, start):
+    """peft changes the base's weights as it reads one: other teachers would be others. Alone it is
+    a model like any other, and its change of the weights is no product to compare."""
+    net = transformers.AutoModelForCausalLM.from_pretrained(on_disk / "t")
+    config = peft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=start)
+    made = peft.get_peft_model(net, config)
+    made.save_pretrained(tmp_path / start)
+    teachers = {"a": {"model": str(on_disk / "a")}, "b": {"model": str(tmp_path / start)}}
+    data = dict.fromkeys(teachers, prompts(on_disk))
+    ctx = opd(on_disk, tmp_path, teachers=teachers, data=data, signals={"reverse_kl": {}})
+    ctx.frozen(str(on_disk / "a"))
+    with pytest.raises(UsageError, match=f"was started with '{start}'.*base's weights change"):
+        ctx.frozen(str(tmp_path / start))
+    with pytest.raises(UsageError, match="more than pairs of A and B"):
+        deltas(str(tmp_path / start))
+    expected = made.train(False)(IDS).logits
+    assert torch.allclose(ctx.load(str(tmp_path / start)).own_logits(IDS), expected, atol=1e-4)
 
 
 def test_an_adapter_with_biases_shares_no_base(on_disk, adapters, tmp_path):

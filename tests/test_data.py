@@ -15,8 +15,8 @@ from opdctl.data._shards import shards
 from opdctl.data.hf import Hf
 from opdctl.data.jsonl import Jsonl
 from opdctl.data.reasoning_gym import ReasoningGym
-from opdctl.errors import UsageError
-from opdctl.recipe import lookup
+from opdctl.errors import RecipeError, UsageError
+from opdctl.recipe import lookup, resolve
 from opdctl.registry import member
 from opdctl.schema import build
 from opdctl.types import Prompt
@@ -334,3 +334,32 @@ def test_conversations_of_one_text_with_other_calls_are_two(tmp_path):
     config = Jsonl.Config(kind="jsonl", path=str(path), messages_column="turns", eval_share=0.0)
     data = Jsonl(config, "d", 0)
     assert len(data.prompts("train")) == 2 and data.counts["train"]["repeated"] == 1
+
+
+def test_a_conversations_answer_is_in_the_column_that_is_named(tmp_path):
+    """Only the default may be absent: the last turn is the answer then."""
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "last"}]
+    path = tmp_path / "c.jsonl"
+    path.write_text(json.dumps({"turns": turns, "gold": "8", "empty": None}) + "\n")
+    keys = {"kind": "jsonl", "path": str(path), "messages_column": "turns", "eval_share": 0.0}
+
+    def answer(**more):
+        return Jsonl(Jsonl.Config(**keys, **more), "d", 0).prompts("train")[0].answer
+
+    assert answer() == "last" and answer(answer_column="gold") == "8"
+    for name in ("glod", "empty"):
+        with pytest.raises(UsageError, match=f"row 1: no column '{name}'"):
+            answer(answer_column=name)
+
+
+def test_columns_that_nothing_reads_are_refused(tmp_path):
+    (tmp_path / "c.jsonl").write_text("{}")
+    for keys, path in (
+        ({"messages_column": "m", "thought_column": "t"}, "thought_column"),
+        ({"tools_column": "t"}, "tools_column"),
+    ):
+        data = {"d": {"kind": "jsonl", "path": str(tmp_path / "c.jsonl"), **keys}}
+        stage = {"kind": "sft", "student": "a/b"}
+        with pytest.raises(RecipeError) as caught:
+            resolve({"data": data, "stages": {"it": stage}}, "x")
+        assert [p.path for p in caught.value.problems] == [f"data.d.{path}"]

@@ -334,6 +334,7 @@ def test_what_it_samples_is_in_the_ledger(stage):
     ours, theirs = (member("stages", "opd")().run(c) for c in (with_it, without))
     row = read_rows(with_it.folder / "metrics.jsonl")[0]
     assert row["extrapolate_scores"] == [0] * 4  # nothing is right, so all is as good
+    assert row["extrapolate_blind"] is True
     assert row["extrapolate_accepted"] == 3
     more = ours.rollout_tokens - theirs.rollout_tokens
     assert 4 * 6 * 6 < more <= 4 * 6 * (9 + 6)

@@ -85,6 +85,31 @@ NONSENSE = {
         "signals.extrapolation.guard_clip",
         "the cap of lambda is for a clip of 4, objectives.policy_gradient clips at 5",
     ),
+    "states twice": (
+        {"signals": {}, "objectives": {"hidden": {}, "bridge": {"rank": 4}}},
+        "objectives.bridge",
+        "brings the student's states to the teacher's, as objectives.hidden does",
+    ),
+    "away from the teacher": (
+        {"signals": {}, "objectives": {"divergence": {"coef": -1.0}}},
+        "objectives.divergence.coef",
+        "-1.0 is below 0.0",
+    ),
+    "more directions than numbers": (
+        {"signals": {}, "objectives": {"bridge": {"rank": 40}}},
+        "objectives.bridge.rank",
+        "40 directions, and a side has 32 numbers",
+    ),
+    "no such layer": (
+        {"signals": {}, "objectives": {"hidden": {"layers": [1, 9]}}},
+        "objectives.hidden.layers",
+        "[1, 9], and the student has the layers 1 to 2",
+    ),
+    "a reference for nothing": (
+        {"reference": "policy"},
+        "reference",
+        "nothing here measures from it",
+    ),
     "two samples of it": (
         {"signals": {}, "objectives": {"topk_tail": {}, "sampled_kl": {}}},
         "objectives.sampled_kl",
@@ -180,6 +205,20 @@ NONSENSE = {
 def test_a_combination_without_sense_is_refused(case, on_disk, tmp_path):
     keys, path, message = NONSENSE[case]
     assert refused(on_disk, tmp_path / "run", **keys) == {path: message}
+
+
+def test_keys_of_a_weight_that_nothing_reads_are_noted(on_disk, tmp_path):
+    def noted(**keys):
+        objectives = {"topk_pg": {"k": 4, "weights": {"overlap": keys}}}
+        ctx = stage_of(on_disk, tmp_path / str(keys), "mopd", signals={}, objectives=objectives)
+        start = "stages.it.objectives.topk_pg.weights.overlap."
+        return {n.path.removeprefix(start): n.message for n in ctx.recipe.notes()}
+
+    assert noted() == {} and noted(by="nucleus") == {}
+    assert noted(top_p=0.5) == {"top_p": "is not read where a token is bad by overlap"}
+    assert noted(by="nucleus", tau=0.2) == {"tau": "is not read where a token is bad by nucleus"}
+    assert noted(tau=0.0) == {"tau": "0: nothing ever decays"}
+    assert noted(drop=0.0) == {"drop": "0: nothing ever decays"}
 
 
 def test_one_kl_on_two_sides_of_the_outcome_is_allowed(on_disk, tmp_path):

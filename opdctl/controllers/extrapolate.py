@@ -10,8 +10,9 @@ what moves in host memory and in every checkpoint, and while it scores a second 
 The prompts are drawn once, in the stage's shares; they are answered at the stage's temperature,
 one response each, with the same draws for every candidate of a step, so scores are compared prompt
 by prompt. With 50 prompts one standard error of a score is about .07: noise passes the paper's
-rule (a candidate may equal the best), and a set that is all wrong passes everything. ``margin``
-and ``errors`` are ours; the released code keeps what is strictly better: margin 0.001.
+rule (a candidate may equal the best), and where every answer gets the same verdict it leaps on
+nothing, which the log and the row (``extrapolate_blind``) say. ``margin`` and ``errors`` are ours;
+the released code keeps what is strictly better: margin 0.001.
 
     opdctl stage opd --student DIR --teacher math=DIR --method effopd
 """
@@ -121,11 +122,13 @@ class Extrapolate:
         if done & (done - 1):
             return {}
         start, best, scores, kept = self.line.point(), [], [], 0
+        verdicts: set[float] = set()
         try:
             for k in range(self.config.candidates + 1):
                 self.line.go(start, self.previous, self.config.stride * k)
                 right = self._score(done, k)
                 scores.append(sum(right) / len(right))
+                verdicts.update(right)
                 if k and not self.better(right, best):
                     break
                 best, kept = right, k
@@ -135,7 +138,13 @@ class Extrapolate:
         self.line.go(start, self.previous, self.config.stride * kept)
         self.line.keep()
         self.previous = self.line.point()
-        return {"scores": scores, "accepted": kept}
+        blind = len(verdicts) == 1
+        if blind and kept:
+            what = (
+                f"[{self.ctx.name}] warning: extrapolate leapt on no evidence: every answer got the"
+            )
+            print(f"{what} same verdict; {self.where}.margin=0.001 asks for a gain", flush=True)
+        return {"scores": scores, "accepted": kept, **({"blind": True} if blind else {})}
 
     def better(self, right: list[float], best: list[float]) -> bool:
         """Whether verdicts are good enough to replace the best, prompt by prompt."""

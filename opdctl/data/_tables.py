@@ -165,6 +165,9 @@ class TableData(ABC):
                 f"{where}: column {config.tools_column!r} is no list of JSON schemas",
                 '[{"type": "function", "function": {"name": "..."}}]',
             )
+        named = config.answer_column not in ("", ColumnKeys.answer_column)
+        if named and row.get(config.answer_column) is None:  # else the last turn may be it
+            raise _missing(config.answer_column, row, where)
         text, given = text_of(messages), row.get(config.answer_column)
         answer = answer_of(messages) if given is None else str(given)
         calls = [m["tool_calls"] for m in question(messages) if m.get("tool_calls")]

@@ -220,6 +220,13 @@ def unfit(folder: str, error: Exception) -> UsageError:
     return UsageError(f"cannot load the adapter {folder}: {what:.300}", hint)
 
 
+def of_base(config: dict) -> bool:
+    """Whether an adapter's start was taken out of its base's weights (PiSSA, OLoRA, CorDA, LoftQ,
+    or one that is not known not to): peft changes those of the base when it reads it."""
+    start = str(config.get("init_lora_weights", True)).lower()
+    return start not in ("true", "false", "none", "gaussian", "orthogonal", "eva")
+
+
 def merge(peft: Any) -> None:
     """W + (alpha / rank) B A in place of W, in the type of W; the module is a plain one again."""
     peft.merge_and_unload()
@@ -298,6 +305,7 @@ def deltas(folder: str) -> dict[str, Any]:
         tensors = load_file(Path(folder) / "adapter_model.safetensors")
         scale = config.lora_alpha / config.r
         others = config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern
+        others = others or of_base(config.to_dict())
     except Exception as error:  # files of a stranger make peft raise anything
         raise unfit(folder, error) from error
     if others or not all(n.endswith((".lora_A.weight", ".lora_B.weight")) for n in tensors):

@@ -12,7 +12,7 @@ from typing import Any
 
 from opdctl.core.models import Model
 from opdctl.errors import UsageError
-from opdctl.nets.lora import read, require_safe, tokenizer, unfit
+from opdctl.nets.lora import of_base, read, require_safe, tokenizer, unfit
 
 
 class Shared:
@@ -75,9 +75,15 @@ def _require_switchable(folder: str) -> None:
     """An adapter that is off must leave its base as it was.
 
     Raises:
-        UsageError: its biases stand in the base's own.
+        UsageError: its biases stand in the base's own, or its start was taken out of the base.
     """
-    config = Path(folder) / "adapter_config.json"
-    if json.loads(config.read_text(encoding="utf-8")).get("bias", "none") != "none":
-        what = f"{folder} has biases, which would stay in the base when it is switched off"
-        raise UsageError(what, "merge it into a model of its own: a stage of kind merge")
+    config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    what = ""
+    if config.get("bias", "none") != "none":
+        what = "has biases, which would stay in the base when it is switched off"
+    elif of_base(config):
+        start = config["init_lora_weights"]
+        what = f"was started with {start!r}: the base's weights change when it is read"
+    if what:
+        hint = "merge it into a model of its own: a stage of kind merge"
+        raise UsageError(f"{folder} {what}", hint)

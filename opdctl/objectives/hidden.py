@@ -49,6 +49,11 @@ class Hidden:
         return both(config.layers)
 
     @staticmethod
+    def gives(config) -> str:
+        """What of the teacher it brings the student to."""
+        return "states"
+
+    @staticmethod
     def problems(config, stage) -> list[Problem]:
         """Numbers that no model has as layers."""
         return unnumbered(config.layers)

@@ -76,6 +76,8 @@ def _gives(family: str, name: str, config) -> str:
 
 def _counted(path: str, other: str, way: str) -> Problem:
     what = f"has the gradient of the {way} KL to the teacher, which {other} has too"
+    if way == "states":
+        what = f"brings the student's states to the teacher's, as {other} does"
     return Problem(path, what, f"keep one of them, with a larger coef; {path}.coef=0")
 
 

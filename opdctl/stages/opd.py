@@ -83,6 +83,7 @@ class Opd:
         if config.reference:
             provided |= {n.replace("teacher.", "reference.") for n in local}
         found = needs_domains(recipe, stage) + member_problems(config, provided)
+        found += _unused_reference(config)
         found += source_problems(config, recipe) + combination_problems(config, alone)
         found += _served(config) + _addresses(config) + _widths(config, recipe, stage)
         return found + _routing(config, recipe, stage) + _tokenizers(config)
@@ -138,7 +139,7 @@ def _widths(config, recipe, stage) -> list[Problem]:
         shape = None if _form(reference) == "server" else shape_of(recipe, reference, stage)
         return shape.hidden if shape else 0  # 0 is not known
 
-    found = []
+    found = _ranks(config, recipe, stage)
     for name, objective in config.objectives.items():
         hint = getattr(member("objectives", name), "same_width", "")
         for teacher, keys in config.teachers.items() if objective.coef and hint else ():
@@ -148,6 +149,39 @@ def _widths(config, recipe, stage) -> list[Problem]:
                 what += f"({keys.model}) are {theirs} wide"
                 found.append(Problem(f"objectives.{name}", what, hint))
     return found
+
+
+def _ranks(config, recipe, stage) -> list[Problem]:
+    """More directions than a side has numbers, and layers that the student has not."""
+    found, known = [], {}
+    for ref in (config.student, *(t.model for t in config.teachers.values())):
+        shape = None if _form(ref) == "server" else shape_of(recipe, ref, stage)
+        known[ref] = shape
+    for name, objective in config.objectives.items():
+        if not objective.coef:
+            continue
+        rank = getattr(objective, "rank", 0)
+        narrow = min((s.hidden for s in known.values() if s and s.hidden), default=0)
+        if narrow and rank > narrow:
+            what = f"{rank} directions, and a side has {narrow} numbers"
+            found.append(Problem(f"objectives.{name}.rank", what, f"rank={min(8, narrow)}"))
+        layers, student = getattr(objective, "layers", ""), known[config.student]
+        depth = student.layers if student else 0
+        if isinstance(layers, list) and depth and max(layers, default=0) > depth:
+            what = f"{layers}, and the student has the layers 1 to {depth}"
+            found.append(Problem(f"objectives.{name}.layers", what, "layers: all, last, even, odd"))
+    return found
+
+
+def _unused_reference(config) -> list[Problem]:
+    """A reference that is loaded for nothing."""
+    active = {n: s for n, s in config.signals.items() if s.coef}
+    named = [(member(*p.split(".")[-2:]), k) for p, k in in_use(config, active).items()]
+    asked = [n for cls, keys in named if hasattr(cls, "needs") for n in needs_of(cls, keys)]
+    if not config.reference or any(n.startswith("reference.") for n in asked):
+        return []
+    hint = "signals: {extrapolation: {}}, or leave it out"
+    return [Problem("reference", "nothing here measures from it", hint)]
 
 
 def _addresses(config) -> list[Problem]:

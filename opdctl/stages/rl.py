@@ -152,9 +152,10 @@ def in_use(config, active: dict) -> dict:
 def cannot_act(config) -> list[Problem]:
     """Keys that are well formed and have no effect in this combination."""
     found = []
+    for path, keys in in_use(config, {n: s for n, s in config.signals.items() if s.coef}).items():
+        notes = getattr(member(*path.split(".")[-2:]), "notes", lambda _: [])
+        found += [replace(n, path=f"{path}.{n.path}") for n in notes(keys)]
     for name, objective in config.objectives.items():
-        notes = getattr(member("objectives", name), "notes", lambda _: [])
-        found += [replace(n, path=f"objectives.{name}.{n.path}") for n in notes(objective)]
         clip = getattr(objective, "clip_low", 0) or getattr(objective, "clip_high", 0)
         if clip and config.updates_per_rollout * config.minibatches == 1:
             found.append(

@@ -54,6 +54,19 @@ class Overlap:
             return []
         return [Problem("", "differs from that of another objective", "the same keys in both")]
 
+    @staticmethod
+    def notes(config) -> list[Problem]:
+        """Keys of the other test, and a test that no token fails."""
+        plain, found = Overlap.Config(), []
+        for name in ("k", "tau") if config.by == "nucleus" else ("top_p",):
+            if getattr(config, name) != getattr(plain, name):
+                what = f"is not read where a token is bad by {config.by}"
+                found.append(Problem(name, what, "leave it out, or another by"))
+        if (config.by == "overlap" and not config.tau) or not config.drop:
+            name = "drop" if not config.drop else "tau"
+            found.append(Problem(name, "0: nothing ever decays", f"{name}={getattr(plain, name)}"))
+        return found
+
     def __init__(self, config) -> None:
         self.config = config
         self.needs = self.also(config)
