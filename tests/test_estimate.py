@@ -9,17 +9,20 @@ from one_step import opd, prompts
 from test_architecture import BLOCKED, ROOT
 
 from conftest import make_model
+from opdctl.core.checkpoint import store
 from opdctl.core.models import save
+from opdctl.core.tokens import micro_batches
+from opdctl.estimate.cost import SHARE, cost, per_update
 from opdctl.estimate.gpus import GPUS, gpu
 from opdctl.estimate.memory import estimate, of_student
 from opdctl.estimate.rollout import LENGTH, PROMPT, Sampled, decode_seconds, served_seconds
 from opdctl.estimate.shape import CHARACTERS, Shape, kept_of, made, of_folder
-from opdctl.estimate.work import DEMONSTRATION, SHARE, cost
+from opdctl.estimate.work import DEMONSTRATION
 from opdctl.preflight._pairing import Pairing
 from opdctl.preflight.memory import holds, per_token
 from opdctl.recipe import load, resolve
 from opdctl.registry import member
-from opdctl.types import FORWARD, TRAIN
+from opdctl.types import FORWARD, TRAIN, ScoreRequest
 
 RECIPES = ("qwen3", "glm5", "mimo", "deepseek_v4", "thinking_machines", "sparse_to_dense")
 HEADS = {"0.6B": (16, True), "1.7B": (16, True), "4B": (32, True), "8B": (32, False)}
@@ -287,6 +290,10 @@ def test_tokens_of_each_kind_by_hand():
     mixed = flops(kind="sft", steps=2, sources={"teacher": teacher, "dataset": {}})
     told = 2 * 3 * short * (FORWARD * 30 + learns)
     assert mixed.flops == pytest.approx(told + 2 * 4 * 0.25 * whole * learns)
+    teacher = {"model": "o/t", "experts": {"b": "o/s"}, "sampling": sampling}
+    experts = flops(kind="sft", steps=2, sources={"teacher": teacher})
+    told = 2 * short * (FORWARD * (3 * 30 + 1 * 10) + 4 * learns)
+    assert experts.flops == pytest.approx(told), "an expert writes what is of its domain"
     opd = {"kind": "opd", "steps": 2, "sampling": sampling, "teachers": {"a": "o/t", "b": "o/s"}}
     once, twice = flops(**opd), flops(**opd, updates_per_rollout=2)
     tokens = 2 * 4 * short
@@ -296,10 +303,129 @@ def test_tokens_of_each_kind_by_hand():
     keys = {k: v for k, v in opd.items() if k not in ("kind", "steps")}
     measured = flops(kind="gradients", batches=2, **keys)
     assert measured.flops == pytest.approx(once.flops + tokens * learns), "two objectives"
-    small = flops(**opd, lora={"rank": 2}).memory
+    assert once.memory.teachers == 4 * (30 + 10), "the student as a teacher is a copy of its own"
+    adapter = 2 * (8 * 4 + 3 * 12)
+    lora = flops(**opd, lora={"rank": 2})
+    update = 4 * (10 + adapter) + 2 * adapter  # a token, forward and back, and its own gradient
+    assert lora.flops == pytest.approx(tokens * (FORWARD * (10 + adapter) + scores + update))
+    small = lora.memory
     assert small.gradients == 4 * 2 * (8 * 4 + 3 * 12) and small.parameters == 40 + small.gradients
     again = flops({"gradient_checkpointing": True, "micro_batch": 3}, **opd).memory
     assert again.activations == 3 * (PROMPT + 40) * 4 * (4 + 40 + 32)
+
+
+def test_models_behind_a_server_are_left_out_and_named():
+    """Their tokens are trained on all the same; what the stage does itself is counted as ever."""
+    shapes = {n: {"parameters": p, "layers": 1, "hidden": 4, "intermediate": 8}
+              for n, p in (("o/s", 10.0), ("o/t", 30.0))}  # fmt: skip
+    away, sampling, short = "http://host:8000", {"max_tokens": 840}, PROMPT + LENGTH * 840
+
+    def found(**stage):
+        domain = {"kind": "reasoning_gym", "task": "gcd"}
+        stage = {"student": "o/s", "steps": 2, **stage}
+        stage["prompts"] = {"per_step": 4, "domains": {"a": 3, "b": 1}}
+        tree = {"data": {"a": domain, "b": domain}, "stages": {"it": stage}, "shapes": shapes}
+        return cost(resolve(tree, "x"), "it", gpu("h100"))
+
+    both = {"sampling": sampling, "teachers": {"a": away, "b": "o/t"}}
+    opd = found(kind="opd", signals={"reverse_kl": {}}, **both)
+    tokens = 2 * 4 * short
+    assert opd.flops == pytest.approx(tokens * (FORWARD * (10 + 0.25 * 30) + TRAIN * 10))
+    assert (
+        opd.memory.teachers == 4 * 30 and opd.unknown == f"{away} is behind a server: not counted"
+    )
+    teacher = {"model": away, "experts": {"b": "o/t"}, "sampling": sampling}
+    sft = found(kind="sft", sources={"teacher": teacher})
+    assert sft.flops == pytest.approx(2 * short * (FORWARD * 1 * 30 + 4 * TRAIN * 10))
+    assert sft.unknown.count(away) == 1 and sft.memory.teachers == 4 * 30
+    alone = found(kind="sft", sources={"teacher": teacher | {"experts": {}}})
+    assert alone.flops == pytest.approx(tokens * TRAIN * 10) and alone.seconds["rollout"] == 0
+    assert alone.memory.activations == 4 * (PROMPT + 840) * 4 * (40 + 32)
+
+
+def write_adapter(folder, base, rank):
+    """Of peft's form, on two matrices of 32 x 32 (the model is 32 wide)."""
+    import torch
+
+    sides = {"lora_A": (rank, 32), "lora_B": (32, rank)}
+    names = [(f"{n}.{k}", size) for n in ("q_proj", "o_proj") for k, size in sides.items()]
+    store(folder / "adapter_model.safetensors", {n: torch.zeros(size) for n, size in names})
+    content = {"base_model_name_or_path": str(base), "peft_type": "LORA", "r": rank}
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+
+
+def test_an_adapter_is_its_file_on_its_base(on_disk, tmp_path):
+    """Held once with others of its base, as the check before a start does; trained further where
+    the keys ask for it; the hint for one without a size works."""
+    base = of_folder(on_disk / "t").parameters
+    for name, on, rank in (
+        ("a", on_disk / "t", 3),
+        ("b", on_disk / "t", 5),
+        ("far", "org/base", 3),
+    ):
+        (tmp_path / name).mkdir()
+        write_adapter(tmp_path / name, on, rank)
+    a, b = 2 * 3 * 64, 2 * 5 * 64
+    data = dict.fromkeys(("a", "b", "t"), prompts(on_disk))
+    places = {"a": str(tmp_path / "a"), "b": str(tmp_path / "b"), "t": str(on_disk / "t")}
+
+    def found(student, teachers, shapes=None, **keys):
+        stage = {"kind": "opd", "student": str(student), "steps": 2, "teachers": teachers, **keys}
+        stage |= {"prompts": {"per_step": 6}, "sampling": {"max_tokens": 6}}
+        tree = {"data": data, "stages": {"it": stage}, "shapes": shapes or {}}
+        return cost(resolve(tree, "x"), "it", gpu("h100"))
+
+    whole = found(on_disk / "s", places)
+    assert whole.memory.teachers == 4 * (base + a + b)
+    ctx = opd(on_disk, tmp_path, data=data, teachers=places)
+    assert holds(Pairing(ctx)).teachers == whole.memory.teachers
+    own = of_folder(on_disk / "s").parameters
+    tokens = 2 * 6 * (PROMPT + LENGTH * 6)
+    scored = FORWARD * (base + (a + b) / 3)
+    assert whole.flops == pytest.approx(tokens * (FORWARD * own + scored + TRAIN * own))
+    further = found(
+        tmp_path / "a", {"t": str(on_disk / "u"), "a": "policy", "b": "policy"}, lora={"rank": 3}
+    )
+    assert further.memory.parameters == 4 * (base + a) and further.memory.gradients == 4 * a
+    assert further.memory.moments == 8 * a
+    dense = found(tmp_path / "a", places)
+    assert dense.memory.parameters == dense.memory.gradients == 4 * base, "merged, trained whole"
+    far = {**places, "a": str(tmp_path / "far")}
+    assert "no size of org/base; shapes: {org/base: {" in found(on_disk / "s", far)
+    shapes = {"org/base": {"parameters": 1000.0, "layers": 1}}
+    assert found(on_disk / "s", far, shapes).memory.teachers == 4 * (1000 + a + base + b)
+    shapes = {str(on_disk / "t"): {"parameters": 2000.0, "layers": 1}}
+    assert found(on_disk / "s", places, shapes).memory.teachers == 4 * (2000 + a + b)
+
+
+def test_an_update_of_an_adapter_costs_what_the_ledger_says(on_disk, tmp_path):
+    """The model that a stage trains, its own count of operations a token."""
+    pytest.importorskip("peft", reason="the extra peft")
+    whole = opd(on_disk, tmp_path).student()
+    assert per_update(whole.parameters, 0) == whole.flops
+    model = opd(on_disk, tmp_path, lora={"rank": 3}).student()
+    assert 0 < model.trained < model.parameters
+    assert per_update(model.parameters, model.trained) == model.flops
+
+
+def test_a_pass_that_nothing_bounds_may_have_every_sequence_of_a_step():
+    """As core/tokens.micro_batches does it: equal lengths never close a group."""
+    shapes = {"o/s": {"parameters": 10.0, "layers": 1, "hidden": 4, "intermediate": 8}}
+    stage = {"student": "o/s", "prompts": {"per_step": 40, "samples": 2}}
+    rl = {**stage, "kind": "rl", "sampling": {"max_tokens": 44}}
+
+    def activations(stage, **runtime):
+        data = {"a": {"kind": "reasoning_gym", "task": "gcd"}}
+        tree = {"data": data, "stages": {"it": stage}, "shapes": shapes, "runtime": runtime}
+        return cost(resolve(tree, "x"), "it", gpu("h100")).memory.activations
+
+    token = 4 * (10 * 4 + 4 * 8)  # float32
+    spans = [ScoreRequest((1,) * 9, 5)] * 80
+    assert [len(group) for group, _ in micro_batches(spans, 0)] == [80]
+    assert activations(rl | {"minibatches": 1}) == 80 * (PROMPT + 44) * token
+    assert activations(rl | {"minibatches": 3}) == 27 * (PROMPT + 44) * token
+    assert activations(rl | {"minibatches": 3}, micro_batch=5) == 5 * (PROMPT + 44) * token
+    assert activations(stage | {"kind": "sft"}) == 80 * (PROMPT + DEMONSTRATION) * token
 
 
 def test_activations_computed_again_are_counted_as_such():

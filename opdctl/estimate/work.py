@@ -1,52 +1,20 @@
-"""What a stage will do, in tokens, and how long a GPU takes for it: from its keys, without data.
+"""What a stage will do, in tokens: from its keys, without data.
 
-The ledger of a finished stage (``types.Compute``) counts the same tokens with the same factors;
-here the lengths that only a run can tell are assumed (``ASSUMED``), and so are the utilisations.
-Left out: loading, checkpoints, verifiers, the preflight, and time between stages.
-
-    opdctl plan qwen3 --size small --gpu h100
+The ledger of a finished stage (``types.Compute``) counts the same tokens; here the lengths that
+only a run can tell are assumed (``cost.ASSUMED``).
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from opdctl import references
-from opdctl.estimate.gpus import Gpu
-from opdctl.estimate.memory import BYTES, Estimate, estimate, of_student
-from opdctl.estimate.rollout import (
-    DECODE,
-    GRAPH,
-    LAUNCH,
-    LENGTH,
-    PROMPT,
-    Sampled,
-    decode_seconds,
-    served_seconds,
-)
-from opdctl.estimate.shape import Shape, made, shape_of
+from opdctl.estimate.rollout import PROMPT, Sampled
+from opdctl.estimate.shape import Shape
 from opdctl.settings import longest_turn
-from opdctl.types import FORWARD, TRAIN
 
 DEMONSTRATION = 512  # tokens of an answer that the data gives
-COMPUTE = 0.4  # of the peak of multiplications: prompts, scoring, training
-SHARE = 0.3  # of the GPU that vllm takes while it samples, where its arguments do not say
-ASSUMED = (
-    "parameters, gradients and two moments of AdamW in runtime.dtype; in float32 for copies of "
-    "bfloat16 parameters (runtime.masters) and adapters on every linear layer; keys and "
-    "values of a wave of "
-    "responses of the full sampling.max_tokens (of the most that a controller may make of it); "
-    "activations of a micro-batch, all of them unless "
-    "runtime.gradient_checkpointing; "
-    f"prompts of {PROMPT} tokens, demonstrations of {DEMONSTRATION}, responses of {LENGTH:.0%} of "
-    f"sampling.max_tokens; {FORWARD:g} operations a parameter and token forward, {TRAIN:g} in "
-    f"training, at {COMPUTE:.0%} of the GPU's dense peak in runtime.dtype; decoding at "
-    f"{DECODE:.0%} of its bandwidth, and no faster than {1e3 * LAUNCH:g} ms a layer and token "
-    f"(transformers) or {1e3 * GRAPH:g} ms (vllm, which has {SHARE:.0%} of the GPU and begins a "
-    "response where another ends); one GPU; nothing measured. Not counted: loading, checkpoints, "
-    "verifiers, teachers' kept hidden rows."
-)
 
 
 @dataclass
@@ -57,127 +25,13 @@ class Work:
         samples: who writes what.
         scored: ``(model, tokens)`` that are run forward with a gradient for nobody.
         trained: tokens that are trained on, every pass counted.
+        longest: tokens of the longest response that is trained on.
     """
 
     samples: list[Sampled] = field(default_factory=list)
     scored: list[tuple[Shape, float]] = field(default_factory=list)
     trained: float = 0.0
-
-
-@dataclass
-class Cost:
-    """A stage on a GPU.
-
-    Attributes:
-        memory: bytes by what they are for.
-        seconds: by phase: rollout, score, train.
-        flops: of all phases.
-        fits: whether its peak is within the GPU's memory.
-        unknown: what was left out as no shape says it, in words.
-    """
-
-    memory: Estimate
-    seconds: dict[str, float]
-    flops: float
-    fits: bool
-    unknown: str
-
-    def to_dict(self) -> dict:
-        """For ``plan --json``: bytes and seconds."""
-        memory = {**asdict(self.memory), "peak": self.memory.peak}
-        return {**asdict(self), "memory": memory}
-
-
-@dataclass
-class Costs:
-    """What every stage of a recipe would hold and take on a GPU.
-
-    Attributes:
-        stages: stage -> its cost, or in words why there is no telling.
-    """
-
-    gpu: Gpu
-    stages: dict[str, Cost | str]
-    assumed: str = ASSUMED
-
-    def of(self, stage: str) -> dict:
-        """For ``plan --json``."""
-        found = self.stages[stage]
-        return {"unknown": found} if isinstance(found, str) else found.to_dict()
-
-
-def costs(recipe: Any, gpu: Gpu) -> Costs:
-    """Of every stage, in the order they run."""
-    return Costs(gpu, {stage: cost(recipe, stage, gpu) for stage in recipe.order()})
-
-
-def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
-    """Memory and time of a stage, or in words why there is no telling."""
-    config, runtime = recipe.stages[stage], recipe.runtime
-    every = recipe.references(stage)  # those of its verifiers too
-    read = [t for k, t in every if k != "template"]  # of that the tokenizer alone
-    named = [t for t in read if references.parse(t).form != "unknown"]
-    shapes = {text: shape_of(recipe, text, stage) for text in named}  # the verifier is no model
-    missing = [text for text, shape in shapes.items() if shape is None]
-    if missing:
-        return f"no size of {missing[0]}; shapes: {{{missing[0]}: {{parameters: N, layers: N}}}}"
-    start = getattr(config, "student", "")
-    student = shapes[start] if start else made(config.model)
-    work = work_of(config, recipe.domains(stage), student, shapes)
-    wave, longest = _wave(work, runtime.wave)
-    vllm = runtime.engine == "vllm"
-    share = runtime.engine_args.get("gpu_memory_utilization", SHARE) if vllm else 0
-    learns, lora = work.trained > 0, getattr(config, "lora", None)
-    judges = {t for dotted, t in every if dotted.startswith("data.")}
-    frozen = {r: s.parameters for r, s in shapes.items() if r != start or r in judges}
-    per_pass = work.samples[0].longest if work.samples else DEMONSTRATION
-    memory = estimate(
-        of_student(
-            student.parameters,
-            runtime.dtype,
-            masters=hasattr(config, "optim") and runtime.masters_of(config.optim.lr),
-            adapter=student.adapter(lora.rank) if lora and lora.rank else None,
-        ),
-        [n * BYTES[runtime.dtype] for n in frozen.values()],
-        dtype=runtime.dtype,
-        learns=learns,
-        steps=hasattr(config, "optim"),
-        resident=1 if config.kind == "merge" else runtime.resident_teachers,
-        chunk_mib=runtime.chunk_mib,
-        cached=max((s.model.cached for s in work.samples), default=0),
-        sampled=wave * (PROMPT + longest),
-        engine=share * gpu.memory if work.samples else 0,
-        activated=student.activated(runtime.gradient_checkpointing),
-        trained=(runtime.micro_batch or 16) * (PROMPT + per_pass),
-    )
-    each = BYTES[runtime.dtype]
-    peak = COMPUTE * gpu.flops[runtime.dtype]
-    flops = {
-        "rollout": sum(
-            FORWARD * s.model.per_token * s.responses * (PROMPT + s.mean) for s in work.samples
-        ),
-        "score": sum(FORWARD * model.per_token * tokens for model, tokens in work.scored),
-        "train": TRAIN * student.per_token * work.trained,
-    }
-    seconds = {
-        "rollout": sum(
-            served_seconds(s, runtime.wave, each, gpu, peak, share * gpu.memory)
-            if vllm
-            else decode_seconds(s, runtime.wave, each, gpu, peak)
-            for s in work.samples
-        ),
-        "score": flops["score"] / peak,
-        "train": flops["train"] / peak,
-    }
-    blind = any(s.model.layers == 0 for s in work.samples) or (learns and not student.layers)
-    unknown = "cache and activations: a shape has no layers" if blind else ""
-    return Cost(memory, seconds, sum(flops.values()), memory.peak <= gpu.memory, unknown)
-
-
-def _wave(work: Work, most: int) -> tuple[int, int]:
-    """Responses at once, and the longest of them."""
-    batch = max((min(s.batch, most) for s in work.samples), default=0)
-    return batch, max((s.longest for s in work.samples), default=0)
+    longest: int = DEMONSTRATION
 
 
 def work_of(config: Any, domains: dict[str, float], student: Shape, shapes: dict) -> Work:
@@ -185,7 +39,7 @@ def work_of(config: Any, domains: dict[str, float], student: Shape, shapes: dict
 
     Args:
         domains: domain -> share of each step.
-        shapes: of every model the stage names.
+        shapes: of every model the stage names, but for those behind a server: they are not counted.
     """
     kind = config.kind
     if kind == "merge":
@@ -202,7 +56,7 @@ def work_of(config: Any, domains: dict[str, float], student: Shape, shapes: dict
     judge = shapes[config.policy] if kind == "orm" else student
     samples, tokens = _drawn(config, domains, rounds, batch, judge, shapes)
     if kind == "orm":
-        return Work(samples, trained=tokens)
+        return Work(samples, trained=tokens, longest=longest_turn(config))
     scored = _scored(config, domains, tokens, shapes)
     passes = getattr(config, "updates_per_rollout", 1)
     if passes * getattr(config, "minibatches", 1) > 1:
@@ -214,7 +68,12 @@ def work_of(config: Any, domains: dict[str, float], student: Shape, shapes: dict
         for c in getattr(config, "controllers", {}).values()
         if hasattr(c, "candidates")
     ]
-    return Work([*samples, *scoring], scored, tokens * passes)
+    return Work([*samples, *scoring], scored, tokens * passes, longest_turn(config))
+
+
+def behind_server(reference: str) -> bool:
+    """Whether a model is behind a server: what it holds and does is not counted."""
+    return references.parse(reference).form == "server"
 
 
 def _drawn(
@@ -239,9 +98,11 @@ def _drawn(
 
 
 def _by_teacher(config, domains, batch: float, shapes: dict) -> list[tuple[Shape, float]]:
-    """A batch in the shares of the domains that each teacher serves."""
+    """A batch in the shares of the domains that each teacher serves, but for servers."""
     found = []
     for name, teacher in config.teachers.items():
+        if behind_server(teacher.model):
+            continue
         shape = shapes[config.student if teacher.model == "policy" else teacher.model]
         served = [d for d, on in teacher.serves.items() if on] or [name]
         share = sum(domains.get(d, 0.0) for d in served)
@@ -251,19 +112,25 @@ def _by_teacher(config, domains, batch: float, shapes: dict) -> list[tuple[Shape
 
 
 def _imitation(config, domains, rounds: int, batch: int, shapes: dict) -> Work:
-    """An sft stage: a teacher samples its share of each step, the data has the rest."""
+    """An sft stage: a teacher samples its share of each step, some domains of it its experts do,
+    and the data has the rest."""
     teacher = config.sources.get("teacher")
-    share = 0.0
+    shares: dict[str, float] = {}  # of each step, by who samples it
     if teacher:
         own = {d for d, on in teacher.domains.items() if on}
         other = {d for n, s in config.sources.items() if n != "teacher" for d in s.domains}
-        share = sum(v for d, v in domains.items() if (d in own if own else d not in other))
-    work = Work(trained=rounds * batch * (1 - share) * (PROMPT + DEMONSTRATION))
-    if teacher:
-        model, longest = shapes[teacher.model], teacher.sampling.max_tokens
-        sampled = Sampled(model, rounds, max(1, round(batch * share)), longest)
-        work.samples.append(sampled)
-        work.trained += sampled.responses * (PROMPT + sampled.mean)
+        for domain, share in domains.items():
+            if domain in own if own else domain not in other:
+                expert = teacher.experts.get(domain, teacher.model)
+                shares[expert] = shares.get(expert, 0.0) + share
+    shown = rounds * batch * (1 - sum(shares.values()))
+    work = Work(trained=shown * (PROMPT + DEMONSTRATION))
+    for expert, share in shares.items():
+        work.longest = longest = teacher.sampling.max_tokens
+        told = Sampled(shapes.get(expert), rounds, max(1, round(batch * share)), longest)
+        work.trained += told.responses * (PROMPT + told.mean)
+        if not behind_server(expert):
+            work.samples.append(told)
     return work
 
 

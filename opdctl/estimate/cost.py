@@ -1,0 +1,192 @@
+"""What a stage holds and how long a GPU takes for it: its work (``work.py``) on one GPU.
+
+The ledger of a finished stage (``types.Compute``) counts with the same factors; utilisations are
+assumed (``ASSUMED``). Left out: loading, checkpoints, verifiers, the preflight, and time between
+stages.
+
+    opdctl plan qwen3 --size small --gpu h100
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from opdctl import references
+from opdctl.estimate.gpus import Gpu
+from opdctl.estimate.memory import BYTES, Estimate, estimate, of_student
+from opdctl.estimate.rollout import (
+    DECODE,
+    GRAPH,
+    LAUNCH,
+    LENGTH,
+    PROMPT,
+    decode_seconds,
+    served_seconds,
+)
+from opdctl.estimate.shape import Standing, added, made, standing
+from opdctl.estimate.work import DEMONSTRATION, Work, behind_server, work_of
+from opdctl.types import FORWARD, TRAIN
+
+COMPUTE = 0.4  # of the peak of multiplications: prompts, scoring, training
+SHARE = 0.3  # of the GPU that vllm takes while it samples, where its arguments do not say
+ASSUMED = (
+    "parameters, gradients and two moments of AdamW in runtime.dtype; in float32 for copies of "
+    "bfloat16 parameters (runtime.masters) and adapters on every linear layer; keys and "
+    "values of a wave of "
+    "responses of the full sampling.max_tokens (of the most that a controller may make of it); "
+    "activations of a micro-batch (runtime.micro_batch=0: of all sequences of an optimizer step, "
+    "as if alike in length), all of them unless runtime.gradient_checkpointing; "
+    f"prompts of {PROMPT} tokens, demonstrations of {DEMONSTRATION}, responses of {LENGTH:.0%} of "
+    f"sampling.max_tokens; {FORWARD:g} operations a parameter and token forward, {TRAIN:g} in "
+    f"training ({TRAIN - FORWARD:g} where an adapter alone is trained, and {FORWARD:g} of its own; "
+    "none for what runtime.gradient_checkpointing computes again), "
+    f"at {COMPUTE:.0%} of the GPU's dense peak in runtime.dtype; decoding at "
+    f"{DECODE:.0%} of its bandwidth, and no faster than {1e3 * LAUNCH:g} ms a layer and token "
+    f"(transformers) or {1e3 * GRAPH:g} ms (vllm, which has {SHARE:.0%} of the GPU and begins a "
+    "response where another ends); one GPU; nothing measured. Not counted: loading, checkpoints, "
+    "verifiers, models behind a server, teachers' kept hidden rows."
+)
+
+
+@dataclass
+class Cost:
+    """A stage on a GPU.
+
+    Attributes:
+        memory: bytes by what they are for.
+        seconds: by phase: rollout, score, train.
+        flops: of all phases.
+        fits: whether its peak is within the GPU's memory.
+        unknown: what was left out, as no shape says it or a server does it, in words.
+    """
+
+    memory: Estimate
+    seconds: dict[str, float]
+    flops: float
+    fits: bool
+    unknown: str
+
+    def to_dict(self) -> dict:
+        """For ``plan --json``: bytes and seconds."""
+        memory = {**asdict(self.memory), "peak": self.memory.peak}
+        return {**asdict(self), "memory": memory}
+
+
+@dataclass
+class Costs:
+    """What every stage of a recipe would hold and take on a GPU.
+
+    Attributes:
+        stages: stage -> its cost, or in words why there is no telling.
+    """
+
+    gpu: Gpu
+    stages: dict[str, Cost | str]
+    assumed: str = ASSUMED
+
+    def of(self, stage: str) -> dict:
+        """For ``plan --json``."""
+        found = self.stages[stage]
+        return {"unknown": found} if isinstance(found, str) else found.to_dict()
+
+
+def costs(recipe: Any, gpu: Gpu) -> Costs:
+    """Of every stage, in the order they run."""
+    return Costs(gpu, {stage: cost(recipe, stage, gpu) for stage in recipe.order()})
+
+
+def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
+    """Memory and time of a stage, or in words why there is no telling."""
+    config, runtime = recipe.stages[stage], recipe.runtime
+    every = recipe.references(stage)  # those of its verifiers too
+    read = [t for k, t in every if k != "template"]  # of that the tokenizer alone
+    away = list(dict.fromkeys(filter(behind_server, read)))
+    named = [t for t in read if t not in away and references.parse(t).form != "unknown"]
+    stand = {text: standing(recipe, text, stage) for text in named}  # the verifier is no model
+    if missing := [s.place for s in stand.values() if s.base is None]:
+        return f"no size of {missing[0]}; shapes: {{{missing[0]}: {{parameters: N, layers: N}}}}"
+    shapes = {text: s.whole for text, s in stand.items()}
+    start, lora = getattr(config, "student", ""), getattr(config, "lora", None)
+    merged = config.kind == "merge" or (lora is not None and not lora.rank)
+    adapter = 0.0 if merged or not start else added(stand[start], lora.rank if lora else 0)
+    student = replace(stand[start], adapter=adapter).whole if start else made(config.model)
+    work = work_of(config, recipe.domains(stage), student, shapes)
+    wave, longest = _wave(work, runtime.wave)
+    vllm = runtime.engine == "vllm"
+    share = runtime.engine_args.get("gpu_memory_utilization", SHARE) if vllm else 0
+    learns = work.trained > 0
+    beside = [t for k, t in every if k not in ("student", "template")]
+    frozen = [stand[t] for t in dict.fromkeys(beside) if t in stand]  # of the student: a copy
+    memory = estimate(
+        of_student(
+            student.parameters - adapter,
+            runtime.dtype,
+            masters=hasattr(config, "optim") and runtime.masters_of(config.optim.lr),
+            adapter=adapter or None,
+        ),
+        _held(frozen, BYTES[runtime.dtype]),
+        dtype=runtime.dtype,
+        learns=learns,
+        steps=hasattr(config, "optim"),
+        resident=1 if config.kind == "merge" else runtime.resident_teachers,
+        chunk_mib=runtime.chunk_mib,
+        cached=max((s.model.cached for s in work.samples), default=0),
+        sampled=wave * (PROMPT + longest),
+        engine=share * gpu.memory if work.samples else 0,
+        activated=student.activated(runtime.gradient_checkpointing),
+        trained=(runtime.micro_batch or _alike(config)) * (PROMPT + work.longest),
+    )
+    each = BYTES[runtime.dtype]
+    peak = COMPUTE * gpu.flops[runtime.dtype]
+    flops = {
+        "rollout": sum(
+            FORWARD * s.model.per_token * s.responses * (PROMPT + s.mean) for s in work.samples
+        ),
+        "score": sum(FORWARD * model.per_token * tokens for model, tokens in work.scored),
+        "train": per_update(student.per_token, adapter) * work.trained,
+    }
+    seconds = {
+        "rollout": sum(
+            served_seconds(s, runtime.wave, each, gpu, peak, share * gpu.memory)
+            if vllm
+            else decode_seconds(s, runtime.wave, each, gpu, peak)
+            for s in work.samples
+        ),
+        "score": flops["score"] / peak,
+        "train": flops["train"] / peak,
+    }
+    blind = any(s.model.layers == 0 for s in work.samples) or (learns and not student.layers)
+    unknown = ["cache and activations: a shape has no layers"] if blind else []
+    unknown += [f"{text} is behind a server: not counted" for text in away]
+    fits = memory.peak <= gpu.memory
+    return Cost(memory, seconds, sum(flops.values()), fits, "; ".join(unknown))
+
+
+def per_update(each: float, adapter: float) -> float:
+    """Operations of an update, a token, as the ledger has them (``core/models.Model.count``): with
+    an adapter, back through everything, and to the gradient of the adapter alone."""
+    return TRAIN * each if not adapter else (TRAIN - FORWARD) * each + FORWARD * adapter
+
+
+def _held(frozen: list[Standing], each: int) -> list[float]:
+    """Bytes of frozen models, those of a base with all of its adapters, in float32, together."""
+    held = {s.place: each * s.base.parameters for s in frozen}
+    for (place, _), adapter in {(s.place, s.name): 4 * s.adapter for s in frozen}.items():
+        held[place] += adapter
+    return list(held.values())
+
+
+def _alike(config: Any) -> int:
+    """Most sequences that one pass may have where nothing bounds them: those of a step, alike in
+    length (``core/tokens.micro_batches`` closes no group of them)."""
+    prompts = getattr(config, "prompts", None)
+    whole = prompts.per_step * getattr(prompts, "samples", 1) if hasattr(prompts, "per_step") else 0
+    return math.ceil(whole / getattr(config, "minibatches", 1))
+
+
+def _wave(work: Work, most: int) -> tuple[int, int]:
+    """Responses at once, and the longest of them."""
+    batch = max((min(s.batch, most) for s in work.samples), default=0)
+    return batch, max((s.longest for s in work.samples), default=0)
