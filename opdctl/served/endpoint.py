@@ -1,24 +1,23 @@
 """Requests to a model behind HTTP: a deadline, retries with backoff, a bound on how many at once.
 
 A deadline is of one request with all its retries: what is refused, cut off, or answered by 429 or
-5xx is asked again while time is left; any other answer that is not 200 is an error at once.
-Standard library only. A key for the server is read from OPDCTL_API_KEY and stored nowhere.
+5xx is asked again while time is left; any other answer that is not 200, a redirect too, is an error
+at once. A key for the server is read from OPDCTL_API_KEY and stored nowhere.
 """
 
 from __future__ import annotations
 
 import http.client
-import json
 import os
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 
 from opdctl import references
-from opdctl.errors import StageFailed, UsageError
+from opdctl.errors import OpdctlError, StageFailed, UsageError
+from opdctl.served.exchange import Refused, exchange
 from opdctl.types import WAITING
 
 HINTS = {
@@ -68,18 +67,18 @@ class Endpoint:
         while True:
             tries += 1
             try:
-                answer = self._once(path, body, max(0.01, end - time.monotonic()))
+                left = max(0.01, end - time.monotonic())
+                answer = exchange(self.base + path, body, self.key, left)
                 self.trouble = ""
                 return answer
-            except urllib.error.HTTPError as error:
-                said = error.read(2000).decode(errors="replace").strip()
-                why = f"it answered {error.code}: {said[:300]}"
+            except Refused as error:
+                why = str(error)
                 if error.code not in self.again:
                     raise StageFailed(
                         f"{self.who}: {path}: {why}", HINTS.get(error.code, "")
                     ) from None
             except ValueError as error:
-                raise StageFailed(f"{self.who}: {path}: its answer is no JSON: {error}") from None
+                raise StageFailed(f"{self.who}: {path}: {error}") from None
             except (OSError, http.client.HTTPException) as error:
                 reason = getattr(error, "reason", error)
                 why = "it did not answer" if isinstance(reason, TimeoutError) else str(reason)
@@ -96,22 +95,15 @@ class Endpoint:
                 time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _once(self, path: str, body: dict | None, seconds: float) -> dict:
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.base + path, data, headers)
-        with urllib.request.urlopen(request, timeout=seconds) as reply:
-            return json.loads(reply.read())
-
     def each(
-        self, path: str, bodies: list[dict | None], check: Callable[[], None]
+        self, path: str, bodies: list[dict | None], check: Callable[[], None], confirm=None
     ) -> Iterator[tuple[int, dict]]:
         """(which, answer) of several requests, as they come.
 
         Args:
             check: called several times a second while waiting; may raise to stop.
+            confirm: called with the event ``stopped`` of ``ask`` after each answer, before that is
+                given; may raise to refuse it.
 
         Raises:
             StageFailed: one of them failed; those that were answered have been given before, the
@@ -120,8 +112,15 @@ class Endpoint:
         stopped = threading.Event()
         pool = ThreadPoolExecutor(self.most)
         begun, said = time.monotonic(), 0.0
+
+        def confirmed(body):
+            answer = self.ask(path, body, stopped)
+            if confirm:
+                confirm(stopped)
+            return answer
+
         try:
-            asked = {pool.submit(self.ask, path, b, stopped): i for i, b in enumerate(bodies)}
+            asked = {pool.submit(confirmed, b): i for i, b in enumerate(bodies)}
             waiting = set(asked)
             while waiting:
                 check()
@@ -153,6 +152,23 @@ class Endpoint:
         return [found[i] for i in range(len(bodies))]
 
 
+@contextmanager
+def reading(who: str, whose: str = "vLLM's") -> Iterator[None]:
+    """Around what takes an answer apart: one of another form ends by name.
+
+    Raises:
+        StageFailed: a part was missing, or of another type.
+    """
+    try:
+        yield
+    except OpdctlError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise StageFailed(
+            f"{who} answered in a form that is not {whose}: {type(error).__name__}: {error}"
+        ) from None
+
+
 def opened(
     who: str, reference: str, runtime, check: Callable[[], None], elsewhere: str = ""
 ) -> tuple[Endpoint, dict]:
@@ -168,9 +184,11 @@ def opened(
     """
     base, name = references.address(reference)
     endpoint = Endpoint(who, base, runtime.server_timeout, runtime.server_requests, elsewhere)
-    models = endpoint.all("/v1/models", [None], check)[0].get("data") or []
-    names = [m.get("id") for m in models]
-    chosen = [m for m in models if m.get("id") == name or (not name and len(models) == 1)]
+    answer = endpoint.all("/v1/models", [None], check)[0]
+    with reading(who, "OpenAI's"):
+        models = answer.get("data") or []
+        names = [m["id"] for m in models]
+        chosen = [m for m in models if m["id"] == name or (not name and len(models) == 1)]
     if not chosen:
         raise UsageError(
             f"{who} serves {', '.join(map(str, names)) or 'no model'}"
