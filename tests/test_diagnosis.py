@@ -3,23 +3,32 @@
 import itertools
 import json
 import math
+import shlex
+import shutil
 
 import pytest
 import torch
 from test_preflight import context, folder, recipe_of  # noqa: F401  (folder is a fixture)
 from test_served import serving
+from typer.testing import CliRunner
 
 from conftest import make_model
+from opdctl.cli import app
 from opdctl.core.models import load, save
 from opdctl.diagnosis import directions, nodes
 from opdctl.diagnosis.asked import data_of
+from opdctl.diagnosis.commands import of_pair, of_stage
 from opdctl.diagnosis.directions import centred, cosine, ideal, look, outcome_draws, single_draws
+from opdctl.diagnosis.intervals import newcombe, wilson
 from opdctl.diagnosis.measure import Effort, measure
-from opdctl.diagnosis.recommend import recommend, recoverability
-from opdctl.diagnosis.summary import spread
-from opdctl.errors import UsageError
+from opdctl.diagnosis.page import write
+from opdctl.diagnosis.recommend import SIGNALS, composed, recommend, recoverability
+from opdctl.diagnosis.summary import pooled, spread, told_gain
+from opdctl.diagnosis.tables import grids
+from opdctl.errors import StageFailed, UsageError
 from opdctl.kernels.head import Head
 from opdctl.kernels.reference import divergence
+from opdctl.launch import new_run
 from opdctl.types import Prompt, Rollout
 from running import opdctl
 
@@ -178,6 +187,42 @@ def test_an_interval_counts_responses():
     assert found["mean"] == 0.75 and found["ci95"][1] == pytest.approx(0.75 + half)
 
 
+def pairs_of(both, second, first, neither):
+    pairs = ((1.0, 1.0), both), ((0.0, 1.0), second), ((1.0, 0.0), first), ((0.0, 0.0), neither)
+    return [pair for pair, count in pairs for _ in range(count)]
+
+
+def test_an_interval_does_not_vanish_where_all_verdicts_are_alike():
+    assert newcombe(pairs_of(36, 12, 2, 0)) == pytest.approx([0.0569, 0.3404], abs=5e-5), "paper"
+    for share, count in ((0.0, 20), (1.0, 20), (0.3, 20), (1.0, 1)):  # the ends solve the test
+        for end in wilson(share, count):
+            if 0 < end < 1:
+                assert abs(share - end) == pytest.approx(
+                    1.96 * (end * (1 - end) / count) ** 0.5, abs=1e-7
+                )
+    for alike, most in (((0, 0, 0, 20), 0.16), ((20, 0, 0, 0), 0.16), ((10, 0, 0, 10), 0.09)):
+        low, high = newcombe(pairs_of(*alike))
+        assert low == -high and high == pytest.approx(most, abs=0.005)
+    assert newcombe(pairs_of(0, 20, 0, 0)) == [pytest.approx(0.772, abs=1e-3), 1.0]
+    found = told_gain(pooled([{"right": pairs_of(0, 0, 0, 12)}, {"right": pairs_of(8, 0, 0, 0)}]))
+    assert found["gain"] == 0 and found["ci95"] == newcombe(pairs_of(8, 0, 0, 12))
+    assert found["solves"] == {"of": 12, "mean": 0.0, "ci95": wilson(0.0, 12)}
+    assert found["loses"] == {"of": 8, "mean": 0.0, "ci95": wilson(0.0, 8)}
+
+
+def test_an_interval_of_a_gain_covers_it():
+    """Over every table of 12 pairs, by its multinomial probability."""
+    chances, n = (0.3, 0.4, 0.1, 0.2), 12
+    covered = 0.0
+    for a, b, c in itertools.product(range(n + 1), repeat=3):
+        if (d := n - a - b - c) >= 0:
+            low, high = newcombe(pairs_of(a, b, c, d))
+            ways = math.factorial(n) / math.prod(map(math.factorial, (a, b, c, d)))
+            chance = ways * math.prod(p**k for p, k in zip(chances, (a, b, c, d), strict=True))
+            covered += chance * (low <= 0.3 <= high)
+    assert 0.93 < covered < 0.99
+
+
 SMALL = Effort(prompts=40, budget=512, top=4, samples=4)
 
 
@@ -185,7 +230,13 @@ def diagnosed(tmp_path, models, teachers, **keys):
     (tmp_path / "run").mkdir(parents=True, exist_ok=True)
     result = measure(context(tmp_path / "run", recipe_of(models, teachers, **keys)), SMALL)
     (entry,) = result["teachers"].values()
-    return result, entry, recommend(entry, result["student"])
+    return result, entry, recommend(entry, lines_of(entry, result["student"]))
+
+
+def lines_of(entry, student="S", name="teacher", data=None, overrides=()):
+    teachers = [entry["model"] if name == "teacher" else f"{name}={entry['model']}"]
+    effort = {"prompts": 40, "budget": 512, "top": 4, "samples": 4}
+    return of_pair(entry, name, student, teachers, data or {}, overrides, effort)
 
 
 def test_recommendations_of_real_pairs(folder, tmp_path):  # noqa: F811
@@ -215,31 +266,109 @@ def entry(gain, overlap, kl=0.5, accuracy=0.8):
     together = {"gain": gain, "ci95": [low, high], "prompts": 100, "teacher": accuracy}
     numbers = {"overlap": overlap, "overlap_mass": 0.9, "reverse": kl}
     step0 = {"top": 16, **{k: {"mean": v, "ci95": [v, v]} for k, v in numbers.items()}}
-    return {"same": False, "model": "T", "gain": {"together": together}, "step0": step0}
+    found = {"same": False, "served": False, "model": "T", "domains": ["sums"]}
+    return found | {"gain": {"together": together}, "step0": step0}
 
 
 def test_recommendations_follow_the_numbers():
     def verdict(*given, **keys):
-        return recommend(entry(*given, **keys), "S")["verdict"]
+        return said(*given, **keys)["verdict"]
+
+    def said(*given, **keys):
+        found = entry(*given, **keys)
+        return recommend(found, lines_of(found))
 
     assert verdict(0.3, 0.8) == "go" and verdict(0.3, 0.6) == "go"
     assert verdict(0.3, 0.4) == "cold_start" and verdict(0.05, 0.4) == "cold_start"
-    assert "opdctl stage sft --student S --teacher T" in recommend(entry(0.3, 0.4), "S")["do"][0]
+    assert "opdctl stage sft --student S --teacher T" in said(0.3, 0.4)["do"][0]
     assert verdict(0.05, 0.8) == "unclear" and verdict(-0.3, 0.8) == "another_teacher"
     assert verdict(0.3, 0.8, kl=1e-4) == "nothing_to_learn"
     assert verdict(0.05, 0.4, accuracy=0.0) == "another_teacher"
-    assert recommend({"same": False, "model": "T"}, "S")["verdict"] == "not_measured"
+    unmeasured = {"same": False, "model": "T", "domains": ["sums"]}
+    assert recommend(unmeasured, lines_of(unmeasured))["verdict"] == "not_measured"
+    few, again = entry(0.05, 0.8), "opdctl diagnose --student S --teacher T --budget 512"
+    assert said(0.05, 0.8)["do"] == [f"{again} --top 4 --samples 4 --prompts 160"]
+    few["gain"]["together"]["prompts"] = 39
+    few = recommend(few, lines_of(few))
+    assert not few["do"] and any("all its prompts" in reason for reason in few["reasons"])
+
+
+def dry(line):
+    """Carry out a command up to its first stage, in this process; what it printed."""
+    words = shlex.split(line)
+    assert words[0] == "opdctl"
+    done = CliRunner().invoke(app, [*words[1:], "--dry-run"])
+    assert done.exit_code == 0, (line, done.exception)
+    return done.output
+
+
+def test_what_to_do_is_whole_commands(folder, tmp_path):  # noqa: F811
+    """Each is planned as it stands; data, keys and the k that was judged are in it."""
+    spaced = tmp_path / "a b.jsonl"
+    shutil.copy(folder / "p.jsonl", spaced)
+    data = {str(spaced): data_of(str(spaced), {}), "gcd": data_of("gcd", {})}
+    overrides = ("sampling.max_tokens=4", "data.gcd.limit=5", "data.a_b.limit=50")
+    overrides += ("teachers.other.weight=2", "runtime.threads=1", "seed=3")
+    local = {"model": f"{folder}/teacher", "domains": ["a_b"]}
+    given = (f"{folder}/student", "a_b", data, overrides)
+    lines, served = (lines_of(local | model, *given) for model in ({}, {"model": "http://h:1#m"}))
+    for signal in SIGNALS:
+        for wrong in (False, True):
+            line = lines.opd(*composed(signal, 5, False, wrong))
+            assert "opd    opd   run" in dry(line) and ("outcome_gate" in line) == wrong
+            assert "seed=3" in line and "'data.a_b.path=\"" in line
+            assert "gcd" not in line and "other" not in line
+    assert "k: 5," in lines.opd(*composed("top_k", 5, False))
+    dry(served.opd(*composed("sampled", 5, True)))
+    (cold,) = lines.sft()
+    assert "sft    sft   run" in dry(cold) and "sources.teacher.sampling.max_tokens=4" in cold
+    again = shlex.split(lines.again())
+    assert again.count("--data") == 2 and str(spaced) in again and set(overrides) <= set(again)
+    run = new_run(recipe_of(folder, {"sums": f"{folder}/teacher"}), "", tmp_path / "run").path
+    for target, is_run in ((f"{run}/resolved.yaml", False), (str(run), True)):
+        whole = of_stage(target, is_run, "opd", ("stages.opd.steps=7",), {"prompts": 9})
+        assert "opd    opd   run" in dry(whole.opd(*composed("jsd", 5, False)))
+        words = ["opdctl", "diagnose", target, "--stage", "opd", "stages.opd.steps=7"]
+        assert shlex.split(whole.again()) == [*words, "--prompts", "36"] and not whole.sft()
 
 
 def test_a_served_teacher_is_measured_as_far_as_it_says(folder, tmp_path):  # noqa: F811
-    with serving(tokenizer=load(f"{folder}/student").tokenizer) as server:
-        _, found, said = diagnosed(tmp_path, folder, {"sums": server.url})
-    assert said["verdict"] == "unclear" and len(found["missing"]) == 3
+    """The same model behind a server and in a folder: what both say is the same."""
+
+    def sevens(_, given):
+        answer = {"finish_reason": "stop", "message": {"content": "7"}}
+        return given if "choices" in given else {"choices": [answer]}
+
+    model = load(f"{folder}/teacher")
+    tokens = {"tokenizer": model.tokenizer, "model": model}
+    with serving(sevens, **tokens) as server:
+        served, found, said = diagnosed(tmp_path / "a", folder, {"sums": server.url})
+    _, local, _ = diagnosed(tmp_path / "b", folder, {"sums": f"{folder}/teacher"})
+    assert said["verdict"] == "go" and len(found["missing"]) == 3
     assert sum("not measured" in reason for reason in said["reasons"]) == 3
-    assert found["step0"].keys() == {"tokens", "log_ratio"}
+    both = found["step0"].keys() & local["step0"].keys()
+    agreed = {"overlap", "overlap_mass", "overlap_teacher_mass", "overlap_advantage", "entropy"}
+    assert both == agreed | {"top", "tokens"} and found["step0"]["top"] == 5
+    assert found["step0"].keys() - both == {"log_ratio"}
+    for what in agreed:
+        here, there = (e["step0"][what]["mean"] for e in (local, found))
+        assert there == pytest.approx(here, abs=1e-5), what
+    assert 0.1 < found["step0"]["overlap"]["mean"] < 1
+    rows = zip(local["profile"], found["profile"], strict=True)
+    assert all(a["overlap"] == pytest.approx(b["overlap"], abs=1e-5) for a, b in rows)
     assert found["alignment"]["signals"].keys() == {"sampled", "outcome"}
-    assert 0.3 < found["gain"]["together"]["teacher"] < 0.7, "it answers 7 or 12 by the seed"
-    assert not any("overlap" in row for row in found["profile"])
+    assert found["gain"]["together"]["teacher"] == 1
+    titles = [str(grid.columns[2].header) for grid in grids(served, found)]
+    assert "overlap" in titles and "H(T)" not in titles
+    served["teachers"]["sums"]["recommendation"] = said
+    page = write([served], tmp_path / "d.html").read_text()
+    assert "log S - log T" in page and "KL(S" not in page
+
+
+def test_a_server_that_lists_too_few_is_named(folder, tmp_path):  # noqa: F811
+    failed = pytest.raises(StageFailed, match=r"listed \d of the 5 most probable")
+    with serving(tokenizer=load(f"{folder}/student").tokenizer) as server, failed:
+        diagnosed(tmp_path, folder, {"sums": server.url})
 
 
 def test_on_the_command_line(folder, tmp_path):  # noqa: F811
@@ -251,7 +380,11 @@ def test_on_the_command_line(folder, tmp_path):  # noqa: F811
     assert done.returncode == 0, done.stderr
     (stage,) = json.loads(done.stdout)["stages"]
     found = stage["teachers"]["teacher"]
-    assert found["recommendation"]["verdict"] in ("go", "unclear")
+    said = found["recommendation"]
+    assert said["verdict"] in ("go", "unclear") and said["do"]
+    for line in said["do"]:
+        assert f"{folder}/p.jsonl" in line and "sampling.max_tokens=4" in line
+        assert "opdctl diagnose" in line or dry(line)
     assert {"gain", "step0", "profile", "alignment", "reach"} <= found.keys()
     page = (tmp_path / "d.html").read_text()
     assert "<svg" in page and "http" not in page.replace("http://www.w3.org", "")
