@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from one_step import First, by_transformers
 from test_served import serving
 
 from opdctl.kernels.topk import overlap_numbers
@@ -79,6 +80,43 @@ def test_it_is_what_the_exact_objective_logs(stage):
     own = carry_out(stage(steps=2, teacher="policy", **SAMPLED))
     assert own[0]["overlap"] == 1 and own[0]["entropy_gap"] == own[0]["overlap_advantage"] == 0
     assert own[1]["overlap_advantage"] <= 0
+
+
+@pytest.mark.parametrize(
+    ("column", "weights"),
+    [
+        ("mask.divergence.tip", {"tip": {"keep": 0.3}}),
+        ("factor.divergence.eopd", {"eopd": {"tau": 3.695}}),
+    ],
+)
+def test_tokens_that_no_objective_learns_from_are_not_measured(stage, column, weights):
+    """Neither what a mask nor what a factor takes is in the means, against transformers' own."""
+    keys = {"direction": "forward", "weights": weights}
+    keys = {"steps": 1, "signals": {}, "objectives": {"divergence": keys}}
+    first, row = First(stage(**keys)), carry_out(stage(**keys))[0]
+    teacher = next(iter(first.parts.teachers.values()))[0].model
+    logp_NV, logq_NV = (
+        by_transformers(m, first.rollouts, valid_V=m.valid_V).detach()
+        for m in (first.model, teacher)
+    )
+    kept_N = first.columns[column] != 0
+    assert 0 < int(kept_N.sum()) < len(kept_N)
+    assert row["masked"] == pytest.approx(float((~kept_N).float().mean()))
+    kl_N = (logq_NV.exp() * (logq_NV - logp_NV)).sum(-1)
+    exact = {"divergence": kl_N, "entropy": -(logp_NV.exp() * logp_NV).sum(-1)}
+    for name, value_N in exact.items():
+        assert row[name] == pytest.approx(float(value_N[kept_N].mean()), rel=1e-4), name
+    lengths = [r.length for r in first.rollouts]
+    each = [v[k] for v, k in zip(kl_N.split(lengths), kept_N.split(lengths), strict=True)]
+    each = [float(v.mean()) for v in each if len(v)]
+    assert row["divergence_by_domain"]["sums"] == pytest.approx(sum(each) / len(each), rel=1e-4)
+
+
+def test_what_the_sampler_says_is_compared_on_the_tokens_that_learn(stage):
+    """Two updates log every token twice, and the sampler's log-probs are there once."""
+    masked = {"policy_gradient": {"weights": {"special_tokens": {}}}}
+    row = carry_out(stage(steps=1, updates_per_rollout=2, objectives=masked))[0]
+    assert 0 < row["masked"] < 1 and 0 < row["logprob_gap"] < 1e-5
 
 
 def test_a_server_that_gives_log_probs_alone_is_left_out(stage):

@@ -19,7 +19,7 @@ import torch
 
 from opdctl.core import checkpoint, draws, tokens, update
 from opdctl.core.context import Clock, Context
-from opdctl.core.metrics import Metrics, Watch, by_domain, mean
+from opdctl.core.metrics import Metrics, Watch, by_domain, mean, means
 from opdctl.core.models import Model
 from opdctl.core.pairs import paired
 from opdctl.core.scored import Parts, Step, advantage, scored, weigh
@@ -300,12 +300,17 @@ class Loop:
         if self.parts.source.samples_from == "student" and runtime.log_accuracy:
             values["accuracy"] = by_domain(rollouts, self.ctx.verify(rollouts))
         logged = {name: torch.cat(parts) for name, parts in logged.items()}
-        values |= {name: float(vector_N.mean()) for name, vector_N in logged.items()}
+        kept_N = logged["masked"] == 0 if "masked" in logged else None
+        values |= means(logged, kept_N)
         values |= self._sampler(step, logged)
         if "divergence" in logged and self.parts.updates == 1:
-            sums_B = tokens.per_sequence(logged["divergence"], step.sequence_N, len(rollouts))
-            each = [s / n for s, n in zip(sums_B.tolist(), lengths, strict=True)]
-            values["divergence_by_domain"] = by_domain(rollouts, each)
+            kept_N = torch.ones_like(step.sequence_N) if kept_N is None else kept_N
+            sums_B, kept_B = (
+                tokens.per_sequence(value_N, step.sequence_N, len(rollouts)).tolist()
+                for value_N in (logged["divergence"], kept_N.to(logged["divergence"].dtype))
+            )
+            each = [(r, s / n) for r, s, n in zip(rollouts, sums_B, kept_B, strict=True) if n]
+            values["divergence_by_domain"] = by_domain([r for r, _ in each], [v for _, v in each])
         return values
 
     def _sampler(self, step: Step, logged: dict) -> dict[str, float]:
@@ -324,7 +329,7 @@ class Loop:
         if ours_N is not None:
             gap_N = (ours_N - behaviour_N).abs()
             if "masked" in logged:
-                gap_N = gap_N[logged["masked"] == 0]
+                gap_N = gap_N[logged["masked"][: len(gap_N)] == 0]  # the same in each update
             values["logprob_gap"] = float(gap_N.sum()) / max(1, len(gap_N))
         return values
 

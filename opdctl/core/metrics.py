@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from opdctl.errors import StageFailed
 from opdctl.registry import member
 from opdctl.rundir import finite
@@ -96,6 +98,22 @@ def mean(values) -> float:
     """Mean of a sequence; 0 of none."""
     values = list(values)
     return sum(values) / len(values) if values else 0.0
+
+
+def means(table: dict[str, Tensor], kept_N: Tensor | None) -> dict[str, float]:
+    """Mean of each per-token number, [N], over the tokens that some objective learns from: the
+    others stand there as 0 and were not measured. ``masked``, which counts those, is over all.
+
+    Args:
+        kept_N: which learn, boolean; None is all. Where none does only ``masked`` is there.
+    """
+    found = {}
+    for name, value_N in table.items():
+        if kept_N is not None and name != "masked":
+            value_N = value_N[kept_N]
+        if len(value_N):
+            found[name] = float(value_N.mean())
+    return found
 
 
 def by_domain(rollouts, values) -> dict[str, float]:

@@ -104,8 +104,9 @@ def accumulate(
         layers: whose hidden states are compared; none of a layer before the last if not given.
 
     Returns:
-        The loss, the per-token table of what was logged ([N] each; ``masked`` where there are
-        masks), tokens processed.
+        The loss, the per-token table of what was logged ([N] each, 0 for a token that no objective
+        gives a weight; ``masked``, where masks or factors may take it, says which), tokens
+        processed.
     """
     lengths = list(map(len, spans))
     owner = torch.repeat_interleave(torch.arange(len(spans)), torch.tensor(lengths))
@@ -124,7 +125,7 @@ def accumulate(
     if layers is not None:
         options["layers"], inner = layers, layers.inner
     table: dict[str, Tensor] = {}
-    if any(t.masks for t in terms):
+    if any(t.masks or t.factors for t in terms):
         table["masked"] = (weight_N == 0).to(torch.float32)
     total, processed = 0.0, 0
     teacher_NM = columns.get("teacher_index")
