@@ -14,7 +14,7 @@ from opdctl.diagnosis import asked
 from opdctl.diagnosis.recommend import recommend, recoverability
 from opdctl.errors import UsageError
 from opdctl.estimate import gpus
-from opdctl.estimate.work import Costs, costs
+from opdctl.estimate.cost import Costs, costs
 from opdctl.plan import Planned, plan, ready
 from opdctl.positions import dump
 from opdctl.preflight._pairing import Finding

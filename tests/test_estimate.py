@@ -10,11 +10,12 @@ from test_architecture import BLOCKED, ROOT
 
 from conftest import make_model
 from opdctl.core.models import save
+from opdctl.estimate.cost import SHARE, cost
 from opdctl.estimate.gpus import GPUS, gpu
 from opdctl.estimate.memory import estimate, of_student
 from opdctl.estimate.rollout import LENGTH, PROMPT, Sampled, decode_seconds, served_seconds
 from opdctl.estimate.shape import CHARACTERS, Shape, kept_of, made, of_folder
-from opdctl.estimate.work import DEMONSTRATION, SHARE, cost
+from opdctl.estimate.work import DEMONSTRATION
 from opdctl.preflight._pairing import Pairing
 from opdctl.preflight.memory import holds, per_token
 from opdctl.recipe import load, resolve

@@ -1,7 +1,7 @@
 """How long a GPU samples: by the transformers engine, wave after wave, or by vLLM.
 
 A token of every response needs the weights and all keys and values read once; what is assumed of
-lengths and of the device's use is printed with the estimate (``work.ASSUMED``).
+lengths and of the device's use is printed with the estimate (``cost.ASSUMED``).
 """
 
 from __future__ import annotations

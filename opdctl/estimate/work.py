@@ -1,52 +1,20 @@
-"""What a stage will do, in tokens, and how long a GPU takes for it: from its keys, without data.
+"""What a stage will do, in tokens: from its keys, without data.
 
-The ledger of a finished stage (``types.Compute``) counts the same tokens with the same factors;
-here the lengths that only a run can tell are assumed (``ASSUMED``), and so are the utilisations.
-Left out: loading, checkpoints, verifiers, the preflight, and time between stages.
-
-    opdctl plan qwen3 --size small --gpu h100
+The ledger of a finished stage (``types.Compute``) counts the same tokens; here the lengths that
+only a run can tell are assumed (``cost.ASSUMED``).
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from opdctl import references
-from opdctl.estimate.gpus import Gpu
-from opdctl.estimate.memory import BYTES, Estimate, estimate, of_student
-from opdctl.estimate.rollout import (
-    DECODE,
-    GRAPH,
-    LAUNCH,
-    LENGTH,
-    PROMPT,
-    Sampled,
-    decode_seconds,
-    served_seconds,
-)
-from opdctl.estimate.shape import Shape, made, shape_of
+from opdctl.estimate.rollout import PROMPT, Sampled
+from opdctl.estimate.shape import Shape
 from opdctl.settings import longest_turn
-from opdctl.types import FORWARD, TRAIN
 
 DEMONSTRATION = 512  # tokens of an answer that the data gives
-COMPUTE = 0.4  # of the peak of multiplications: prompts, scoring, training
-SHARE = 0.3  # of the GPU that vllm takes while it samples, where its arguments do not say
-ASSUMED = (
-    "parameters, gradients and two moments of AdamW in runtime.dtype; in float32 for copies of "
-    "bfloat16 parameters (runtime.masters) and adapters on every linear layer; keys and "
-    "values of a wave of "
-    "responses of the full sampling.max_tokens (of the most that a controller may make of it); "
-    "activations of a micro-batch, all of them unless "
-    "runtime.gradient_checkpointing; "
-    f"prompts of {PROMPT} tokens, demonstrations of {DEMONSTRATION}, responses of {LENGTH:.0%} of "
-    f"sampling.max_tokens; {FORWARD:g} operations a parameter and token forward, {TRAIN:g} in "
-    f"training, at {COMPUTE:.0%} of the GPU's dense peak in runtime.dtype; decoding at "
-    f"{DECODE:.0%} of its bandwidth, and no faster than {1e3 * LAUNCH:g} ms a layer and token "
-    f"(transformers) or {1e3 * GRAPH:g} ms (vllm, which has {SHARE:.0%} of the GPU and begins a "
-    "response where another ends); one GPU; nothing measured. Not counted: loading, checkpoints, "
-    "verifiers, teachers' kept hidden rows."
-)
 
 
 @dataclass
@@ -62,122 +30,6 @@ class Work:
     samples: list[Sampled] = field(default_factory=list)
     scored: list[tuple[Shape, float]] = field(default_factory=list)
     trained: float = 0.0
-
-
-@dataclass
-class Cost:
-    """A stage on a GPU.
-
-    Attributes:
-        memory: bytes by what they are for.
-        seconds: by phase: rollout, score, train.
-        flops: of all phases.
-        fits: whether its peak is within the GPU's memory.
-        unknown: what was left out as no shape says it, in words.
-    """
-
-    memory: Estimate
-    seconds: dict[str, float]
-    flops: float
-    fits: bool
-    unknown: str
-
-    def to_dict(self) -> dict:
-        """For ``plan --json``: bytes and seconds."""
-        memory = {**asdict(self.memory), "peak": self.memory.peak}
-        return {**asdict(self), "memory": memory}
-
-
-@dataclass
-class Costs:
-    """What every stage of a recipe would hold and take on a GPU.
-
-    Attributes:
-        stages: stage -> its cost, or in words why there is no telling.
-    """
-
-    gpu: Gpu
-    stages: dict[str, Cost | str]
-    assumed: str = ASSUMED
-
-    def of(self, stage: str) -> dict:
-        """For ``plan --json``."""
-        found = self.stages[stage]
-        return {"unknown": found} if isinstance(found, str) else found.to_dict()
-
-
-def costs(recipe: Any, gpu: Gpu) -> Costs:
-    """Of every stage, in the order they run."""
-    return Costs(gpu, {stage: cost(recipe, stage, gpu) for stage in recipe.order()})
-
-
-def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
-    """Memory and time of a stage, or in words why there is no telling."""
-    config, runtime = recipe.stages[stage], recipe.runtime
-    every = recipe.references(stage)  # those of its verifiers too
-    read = [t for k, t in every if k != "template"]  # of that the tokenizer alone
-    named = [t for t in read if references.parse(t).form != "unknown"]
-    shapes = {text: shape_of(recipe, text, stage) for text in named}  # the verifier is no model
-    missing = [text for text, shape in shapes.items() if shape is None]
-    if missing:
-        return f"no size of {missing[0]}; shapes: {{{missing[0]}: {{parameters: N, layers: N}}}}"
-    start = getattr(config, "student", "")
-    student = shapes[start] if start else made(config.model)
-    work = work_of(config, recipe.domains(stage), student, shapes)
-    wave, longest = _wave(work, runtime.wave)
-    vllm = runtime.engine == "vllm"
-    share = runtime.engine_args.get("gpu_memory_utilization", SHARE) if vllm else 0
-    learns, lora = work.trained > 0, getattr(config, "lora", None)
-    judges = {t for dotted, t in every if dotted.startswith("data.")}
-    frozen = {r: s.parameters for r, s in shapes.items() if r != start or r in judges}
-    per_pass = work.samples[0].longest if work.samples else DEMONSTRATION
-    memory = estimate(
-        of_student(
-            student.parameters,
-            runtime.dtype,
-            masters=hasattr(config, "optim") and runtime.masters_of(config.optim.lr),
-            adapter=student.adapter(lora.rank) if lora and lora.rank else None,
-        ),
-        [n * BYTES[runtime.dtype] for n in frozen.values()],
-        dtype=runtime.dtype,
-        learns=learns,
-        steps=hasattr(config, "optim"),
-        resident=1 if config.kind == "merge" else runtime.resident_teachers,
-        chunk_mib=runtime.chunk_mib,
-        cached=max((s.model.cached for s in work.samples), default=0),
-        sampled=wave * (PROMPT + longest),
-        engine=share * gpu.memory if work.samples else 0,
-        activated=student.activated(runtime.gradient_checkpointing),
-        trained=(runtime.micro_batch or 16) * (PROMPT + per_pass),
-    )
-    each = BYTES[runtime.dtype]
-    peak = COMPUTE * gpu.flops[runtime.dtype]
-    flops = {
-        "rollout": sum(
-            FORWARD * s.model.per_token * s.responses * (PROMPT + s.mean) for s in work.samples
-        ),
-        "score": sum(FORWARD * model.per_token * tokens for model, tokens in work.scored),
-        "train": TRAIN * student.per_token * work.trained,
-    }
-    seconds = {
-        "rollout": sum(
-            served_seconds(s, runtime.wave, each, gpu, peak, share * gpu.memory)
-            if vllm
-            else decode_seconds(s, runtime.wave, each, gpu, peak)
-            for s in work.samples
-        ),
-        "score": flops["score"] / peak,
-        "train": flops["train"] / peak,
-    }
-    blind = any(s.model.layers == 0 for s in work.samples) or (learns and not student.layers)
-    unknown = "cache and activations: a shape has no layers" if blind else ""
-    return Cost(memory, seconds, sum(flops.values()), memory.peak <= gpu.memory, unknown)
-
-
-def _wave(work: Work, most: int) -> tuple[int, int]:
-    """Responses at once, and the longest of them."""
-    batch = max((min(s.batch, most) for s in work.samples), default=0)
-    return batch, max((s.longest for s in work.samples), default=0)
 
 
 def work_of(config: Any, domains: dict[str, float], student: Shape, shapes: dict) -> Work:
