@@ -10,6 +10,7 @@ from test_architecture import BLOCKED, ROOT
 
 from conftest import make_model
 from opdctl.core.models import save
+from opdctl.core.tokens import micro_batches
 from opdctl.estimate.cost import SHARE, cost
 from opdctl.estimate.gpus import GPUS, gpu
 from opdctl.estimate.memory import estimate, of_student
@@ -20,7 +21,7 @@ from opdctl.preflight._pairing import Pairing
 from opdctl.preflight.memory import holds, per_token
 from opdctl.recipe import load, resolve
 from opdctl.registry import member
-from opdctl.types import FORWARD, TRAIN
+from opdctl.types import FORWARD, TRAIN, ScoreRequest
 
 RECIPES = ("qwen3", "glm5", "mimo", "deepseek_v4", "thinking_machines", "sparse_to_dense")
 HEADS = {"0.6B": (16, True), "1.7B": (16, True), "4B": (32, True), "8B": (32, False)}
@@ -301,6 +302,26 @@ def test_tokens_of_each_kind_by_hand():
     assert small.gradients == 4 * 2 * (8 * 4 + 3 * 12) and small.parameters == 40 + small.gradients
     again = flops({"gradient_checkpointing": True, "micro_batch": 3}, **opd).memory
     assert again.activations == 3 * (PROMPT + 40) * 4 * (4 + 40 + 32)
+
+
+def test_a_pass_that_nothing_bounds_may_have_every_sequence_of_a_step():
+    """As core/tokens.micro_batches does it: equal lengths never close a group."""
+    shapes = {"o/s": {"parameters": 10.0, "layers": 1, "hidden": 4, "intermediate": 8}}
+    stage = {"student": "o/s", "prompts": {"per_step": 40, "samples": 2}}
+    rl = {**stage, "kind": "rl", "sampling": {"max_tokens": 44}}
+
+    def activations(stage, **runtime):
+        data = {"a": {"kind": "reasoning_gym", "task": "gcd"}}
+        tree = {"data": data, "stages": {"it": stage}, "shapes": shapes, "runtime": runtime}
+        return cost(resolve(tree, "x"), "it", gpu("h100")).memory.activations
+
+    token = 4 * (10 * 4 + 4 * 8)  # float32
+    spans = [ScoreRequest((1,) * 9, 5)] * 80
+    assert [len(group) for group, _ in micro_batches(spans, 0)] == [80]
+    assert activations(rl | {"minibatches": 1}) == 80 * (PROMPT + 44) * token
+    assert activations(rl | {"minibatches": 3}) == 27 * (PROMPT + 44) * token
+    assert activations(rl | {"minibatches": 3}, micro_batch=5) == 5 * (PROMPT + 44) * token
+    assert activations(stage | {"kind": "sft"}) == 80 * (PROMPT + DEMONSTRATION) * token
 
 
 def test_activations_computed_again_are_counted_as_such():

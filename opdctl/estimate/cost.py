@@ -9,6 +9,7 @@ stages.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,8 +36,8 @@ ASSUMED = (
     "bfloat16 parameters (runtime.masters) and adapters on every linear layer; keys and "
     "values of a wave of "
     "responses of the full sampling.max_tokens (of the most that a controller may make of it); "
-    "activations of a micro-batch, all of them unless "
-    "runtime.gradient_checkpointing; "
+    "activations of a micro-batch (runtime.micro_batch=0: of all sequences of an optimizer step, "
+    "as if alike in length), all of them unless runtime.gradient_checkpointing; "
     f"prompts of {PROMPT} tokens, demonstrations of {DEMONSTRATION}, responses of {LENGTH:.0%} of "
     f"sampling.max_tokens; {FORWARD:g} operations a parameter and token forward, {TRAIN:g} in "
     f"training, at {COMPUTE:.0%} of the GPU's dense peak in runtime.dtype; decoding at "
@@ -131,7 +132,7 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
         sampled=wave * (PROMPT + longest),
         engine=share * gpu.memory if work.samples else 0,
         activated=student.activated(runtime.gradient_checkpointing),
-        trained=(runtime.micro_batch or 16) * (PROMPT + per_pass),
+        trained=(runtime.micro_batch or _alike(config)) * (PROMPT + per_pass),
     )
     each = BYTES[runtime.dtype]
     peak = COMPUTE * gpu.flops[runtime.dtype]
@@ -155,6 +156,14 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
     blind = any(s.model.layers == 0 for s in work.samples) or (learns and not student.layers)
     unknown = "cache and activations: a shape has no layers" if blind else ""
     return Cost(memory, seconds, sum(flops.values()), memory.peak <= gpu.memory, unknown)
+
+
+def _alike(config: Any) -> int:
+    """Most sequences that one pass may have where nothing bounds them: those of a step, alike in
+    length (``core/tokens.micro_batches`` closes no group of them)."""
+    prompts = getattr(config, "prompts", None)
+    whole = prompts.per_step * getattr(prompts, "samples", 1) if hasattr(prompts, "per_step") else 0
+    return math.ceil(whole / getattr(config, "minibatches", 1))
 
 
 def _wave(work: Work, most: int) -> tuple[int, int]:
