@@ -289,6 +289,10 @@ def test_tokens_of_each_kind_by_hand():
     mixed = flops(kind="sft", steps=2, sources={"teacher": teacher, "dataset": {}})
     told = 2 * 3 * short * (FORWARD * 30 + learns)
     assert mixed.flops == pytest.approx(told + 2 * 4 * 0.25 * whole * learns)
+    teacher = {"model": "o/t", "experts": {"b": "o/s"}, "sampling": sampling}
+    experts = flops(kind="sft", steps=2, sources={"teacher": teacher})
+    told = 2 * short * (FORWARD * (3 * 30 + 1 * 10) + 4 * learns)
+    assert experts.flops == pytest.approx(told), "an expert writes what is of its domain"
     opd = {"kind": "opd", "steps": 2, "sampling": sampling, "teachers": {"a": "o/t", "b": "o/s"}}
     once, twice = flops(**opd), flops(**opd, updates_per_rollout=2)
     tokens = 2 * 4 * short

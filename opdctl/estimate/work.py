@@ -103,17 +103,22 @@ def _by_teacher(config, domains, batch: float, shapes: dict) -> list[tuple[Shape
 
 
 def _imitation(config, domains, rounds: int, batch: int, shapes: dict) -> Work:
-    """An sft stage: a teacher samples its share of each step, the data has the rest."""
+    """An sft stage: a teacher samples its share of each step, some domains of it its experts do,
+    and the data has the rest."""
     teacher = config.sources.get("teacher")
-    share = 0.0
+    shares: dict[str, float] = {}  # of each step, by who samples it
     if teacher:
         own = {d for d, on in teacher.domains.items() if on}
         other = {d for n, s in config.sources.items() if n != "teacher" for d in s.domains}
-        share = sum(v for d, v in domains.items() if (d in own if own else d not in other))
-    work = Work(trained=rounds * batch * (1 - share) * (PROMPT + DEMONSTRATION))
-    if teacher:
-        model, longest = shapes[teacher.model], teacher.sampling.max_tokens
-        sampled = Sampled(model, rounds, max(1, round(batch * share)), longest)
+        for domain, share in domains.items():
+            if domain in own if own else domain not in other:
+                expert = teacher.experts.get(domain, teacher.model)
+                shares[expert] = shares.get(expert, 0.0) + share
+    shown = rounds * batch * (1 - sum(shares.values()))
+    work = Work(trained=shown * (PROMPT + DEMONSTRATION))
+    for expert, share in shares.items():
+        longest = teacher.sampling.max_tokens
+        sampled = Sampled(shapes[expert], rounds, max(1, round(batch * share)), longest)
         work.samples.append(sampled)
         work.trained += sampled.responses * (PROMPT + sampled.mean)
     return work
