@@ -308,6 +308,35 @@ def test_tokens_of_each_kind_by_hand():
     assert again.activations == 3 * (PROMPT + 40) * 4 * (4 + 40 + 32)
 
 
+def test_models_behind_a_server_are_left_out_and_named():
+    """Their tokens are trained on all the same; what the stage does itself is counted as ever."""
+    shapes = {n: {"parameters": p, "layers": 1, "hidden": 4, "intermediate": 8}
+              for n, p in (("o/s", 10.0), ("o/t", 30.0))}  # fmt: skip
+    away, sampling, short = "http://host:8000", {"max_tokens": 840}, PROMPT + LENGTH * 840
+
+    def found(**stage):
+        domain = {"kind": "reasoning_gym", "task": "gcd"}
+        stage = {"student": "o/s", "steps": 2, **stage}
+        stage["prompts"] = {"per_step": 4, "domains": {"a": 3, "b": 1}}
+        tree = {"data": {"a": domain, "b": domain}, "stages": {"it": stage}, "shapes": shapes}
+        return cost(resolve(tree, "x"), "it", gpu("h100"))
+
+    both = {"sampling": sampling, "teachers": {"a": away, "b": "o/t"}}
+    opd = found(kind="opd", signals={"reverse_kl": {}}, **both)
+    tokens = 2 * 4 * short
+    assert opd.flops == pytest.approx(tokens * (FORWARD * (10 + 0.25 * 30) + TRAIN * 10))
+    assert (
+        opd.memory.teachers == 4 * 30 and opd.unknown == f"{away} is behind a server: not counted"
+    )
+    teacher = {"model": away, "experts": {"b": "o/t"}, "sampling": sampling}
+    sft = found(kind="sft", sources={"teacher": teacher})
+    assert sft.flops == pytest.approx(2 * short * (FORWARD * 1 * 30 + 4 * TRAIN * 10))
+    assert sft.unknown.count(away) == 1 and sft.memory.teachers == 4 * 30
+    alone = found(kind="sft", sources={"teacher": teacher | {"experts": {}}})
+    assert alone.flops == pytest.approx(tokens * TRAIN * 10) and alone.seconds["rollout"] == 0
+    assert alone.memory.activations == 4 * (PROMPT + 840) * 4 * (40 + 32)
+
+
 def test_a_pass_that_nothing_bounds_may_have_every_sequence_of_a_step():
     """As core/tokens.micro_batches does it: equal lengths never close a group."""
     shapes = {"o/s": {"parameters": 10.0, "layers": 1, "hidden": 4, "intermediate": 8}}

@@ -26,7 +26,7 @@ from opdctl.estimate.rollout import (
     served_seconds,
 )
 from opdctl.estimate.shape import made, shape_of
-from opdctl.estimate.work import DEMONSTRATION, Work, work_of
+from opdctl.estimate.work import DEMONSTRATION, Work, behind_server, work_of
 from opdctl.types import FORWARD, TRAIN
 
 COMPUTE = 0.4  # of the peak of multiplications: prompts, scoring, training
@@ -44,7 +44,7 @@ ASSUMED = (
     f"{DECODE:.0%} of its bandwidth, and no faster than {1e3 * LAUNCH:g} ms a layer and token "
     f"(transformers) or {1e3 * GRAPH:g} ms (vllm, which has {SHARE:.0%} of the GPU and begins a "
     "response where another ends); one GPU; nothing measured. Not counted: loading, checkpoints, "
-    "verifiers, teachers' kept hidden rows."
+    "verifiers, models behind a server, teachers' kept hidden rows."
 )
 
 
@@ -57,7 +57,7 @@ class Cost:
         seconds: by phase: rollout, score, train.
         flops: of all phases.
         fits: whether its peak is within the GPU's memory.
-        unknown: what was left out as no shape says it, in words.
+        unknown: what was left out, as no shape says it or a server does it, in words.
     """
 
     memory: Estimate
@@ -100,7 +100,8 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
     config, runtime = recipe.stages[stage], recipe.runtime
     every = recipe.references(stage)  # those of its verifiers too
     read = [t for k, t in every if k != "template"]  # of that the tokenizer alone
-    named = [t for t in read if references.parse(t).form != "unknown"]
+    away = list(dict.fromkeys(filter(behind_server, read)))
+    named = [t for t in read if t not in away and references.parse(t).form != "unknown"]
     shapes = {text: shape_of(recipe, text, stage) for text in named}  # the verifier is no model
     missing = [text for text, shape in shapes.items() if shape is None]
     if missing:
@@ -114,7 +115,6 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
     learns, lora = work.trained > 0, getattr(config, "lora", None)
     judges = {t for dotted, t in every if dotted.startswith("data.")}
     frozen = {r: s.parameters for r, s in shapes.items() if r != start or r in judges}
-    per_pass = work.samples[0].longest if work.samples else DEMONSTRATION
     memory = estimate(
         of_student(
             student.parameters,
@@ -132,7 +132,7 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
         sampled=wave * (PROMPT + longest),
         engine=share * gpu.memory if work.samples else 0,
         activated=student.activated(runtime.gradient_checkpointing),
-        trained=(runtime.micro_batch or _alike(config)) * (PROMPT + per_pass),
+        trained=(runtime.micro_batch or _alike(config)) * (PROMPT + work.longest),
     )
     each = BYTES[runtime.dtype]
     peak = COMPUTE * gpu.flops[runtime.dtype]
@@ -154,8 +154,10 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
         "train": flops["train"] / peak,
     }
     blind = any(s.model.layers == 0 for s in work.samples) or (learns and not student.layers)
-    unknown = "cache and activations: a shape has no layers" if blind else ""
-    return Cost(memory, seconds, sum(flops.values()), memory.peak <= gpu.memory, unknown)
+    unknown = ["cache and activations: a shape has no layers"] if blind else []
+    unknown += [f"{text} is behind a server: not counted" for text in away]
+    fits = memory.peak <= gpu.memory
+    return Cost(memory, seconds, sum(flops.values()), fits, "; ".join(unknown))
 
 
 def _alike(config: Any) -> int:

@@ -25,11 +25,13 @@ class Work:
         samples: who writes what.
         scored: ``(model, tokens)`` that are run forward with a gradient for nobody.
         trained: tokens that are trained on, every pass counted.
+        longest: tokens of the longest response that is trained on.
     """
 
     samples: list[Sampled] = field(default_factory=list)
     scored: list[tuple[Shape, float]] = field(default_factory=list)
     trained: float = 0.0
+    longest: int = DEMONSTRATION
 
 
 def work_of(config: Any, domains: dict[str, float], student: Shape, shapes: dict) -> Work:
@@ -37,7 +39,7 @@ def work_of(config: Any, domains: dict[str, float], student: Shape, shapes: dict
 
     Args:
         domains: domain -> share of each step.
-        shapes: of every model the stage names.
+        shapes: of every model the stage names, but for those behind a server: they are not counted.
     """
     kind = config.kind
     if kind == "merge":
@@ -54,7 +56,7 @@ def work_of(config: Any, domains: dict[str, float], student: Shape, shapes: dict
     judge = shapes[config.policy] if kind == "orm" else student
     samples, tokens = _drawn(config, domains, rounds, batch, judge, shapes)
     if kind == "orm":
-        return Work(samples, trained=tokens)
+        return Work(samples, trained=tokens, longest=longest_turn(config))
     scored = _scored(config, domains, tokens, shapes)
     passes = getattr(config, "updates_per_rollout", 1)
     if passes * getattr(config, "minibatches", 1) > 1:
@@ -66,7 +68,12 @@ def work_of(config: Any, domains: dict[str, float], student: Shape, shapes: dict
         for c in getattr(config, "controllers", {}).values()
         if hasattr(c, "candidates")
     ]
-    return Work([*samples, *scoring], scored, tokens * passes)
+    return Work([*samples, *scoring], scored, tokens * passes, longest_turn(config))
+
+
+def behind_server(reference: str) -> bool:
+    """Whether a model is behind a server: what it holds and does is not counted."""
+    return references.parse(reference).form == "server"
 
 
 def _drawn(
@@ -91,9 +98,11 @@ def _drawn(
 
 
 def _by_teacher(config, domains, batch: float, shapes: dict) -> list[tuple[Shape, float]]:
-    """A batch in the shares of the domains that each teacher serves."""
+    """A batch in the shares of the domains that each teacher serves, but for servers."""
     found = []
     for name, teacher in config.teachers.items():
+        if behind_server(teacher.model):
+            continue
         shape = shapes[config.student if teacher.model == "policy" else teacher.model]
         served = [d for d, on in teacher.serves.items() if on] or [name]
         share = sum(domains.get(d, 0.0) for d in served)
@@ -117,10 +126,11 @@ def _imitation(config, domains, rounds: int, batch: int, shapes: dict) -> Work:
     shown = rounds * batch * (1 - sum(shares.values()))
     work = Work(trained=shown * (PROMPT + DEMONSTRATION))
     for expert, share in shares.items():
-        longest = teacher.sampling.max_tokens
-        sampled = Sampled(shapes[expert], rounds, max(1, round(batch * share)), longest)
-        work.samples.append(sampled)
-        work.trained += sampled.responses * (PROMPT + sampled.mean)
+        work.longest = longest = teacher.sampling.max_tokens
+        told = Sampled(shapes.get(expert), rounds, max(1, round(batch * share)), longest)
+        work.trained += told.responses * (PROMPT + told.mean)
+        if not behind_server(expert):
+            work.samples.append(told)
     return work
 
 
