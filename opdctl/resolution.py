@@ -36,7 +36,7 @@ TOP = {
     "seed": "seed of the run",
     "options": "name: true or false; decides on what says when: name",
     "models": "alias: model reference",
-    "shapes": "public name: its size, for what plan estimates",
+    "shapes": "public name or folder: its size, for what plan estimates",
     "data": "domain: where its prompts and its verifier come from",
     "stages": "name: a stage",
     "claims": "claim: the roles its models play",

@@ -9,6 +9,7 @@ from one_step import opd, prompts
 from test_architecture import BLOCKED, ROOT
 
 from conftest import make_model
+from opdctl.core.checkpoint import store
 from opdctl.core.models import save
 from opdctl.core.tokens import micro_batches
 from opdctl.estimate.cost import SHARE, cost
@@ -335,6 +336,61 @@ def test_models_behind_a_server_are_left_out_and_named():
     alone = found(kind="sft", sources={"teacher": teacher | {"experts": {}}})
     assert alone.flops == pytest.approx(tokens * TRAIN * 10) and alone.seconds["rollout"] == 0
     assert alone.memory.activations == 4 * (PROMPT + 840) * 4 * (40 + 32)
+
+
+def write_adapter(folder, base, rank):
+    """Of peft's form, on two matrices of 32 x 32 (the model is 32 wide)."""
+    import torch
+
+    sides = {"lora_A": (rank, 32), "lora_B": (32, rank)}
+    names = [(f"{n}.{k}", size) for n in ("q_proj", "o_proj") for k, size in sides.items()]
+    store(folder / "adapter_model.safetensors", {n: torch.zeros(size) for n, size in names})
+    content = {"base_model_name_or_path": str(base), "peft_type": "LORA", "r": rank}
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+
+
+def test_an_adapter_is_its_file_on_its_base(on_disk, tmp_path):
+    """Held once with others of its base, as the check before a start does; trained further where
+    the keys ask for it; the hint for one without a size works."""
+    base = of_folder(on_disk / "t").parameters
+    for name, on, rank in (
+        ("a", on_disk / "t", 3),
+        ("b", on_disk / "t", 5),
+        ("far", "org/base", 3),
+    ):
+        (tmp_path / name).mkdir()
+        write_adapter(tmp_path / name, on, rank)
+    a, b = 2 * 3 * 64, 2 * 5 * 64
+    data = dict.fromkeys(("a", "b", "t"), prompts(on_disk))
+    places = {"a": str(tmp_path / "a"), "b": str(tmp_path / "b"), "t": str(on_disk / "t")}
+
+    def found(student, teachers, shapes=None, **keys):
+        stage = {"kind": "opd", "student": str(student), "steps": 2, "teachers": teachers, **keys}
+        stage |= {"prompts": {"per_step": 6}, "sampling": {"max_tokens": 6}}
+        tree = {"data": data, "stages": {"it": stage}, "shapes": shapes or {}}
+        return cost(resolve(tree, "x"), "it", gpu("h100"))
+
+    whole = found(on_disk / "s", places)
+    assert whole.memory.teachers == 4 * (base + a + b)
+    ctx = opd(on_disk, tmp_path, data=data, teachers=places)
+    assert holds(Pairing(ctx)).teachers == whole.memory.teachers
+    own = of_folder(on_disk / "s").parameters
+    tokens = 2 * 6 * (PROMPT + LENGTH * 6)
+    scored = FORWARD * (base + (a + b) / 3)
+    assert whole.flops == pytest.approx(tokens * (FORWARD * own + scored + TRAIN * own))
+    further = found(
+        tmp_path / "a", {"t": str(on_disk / "u"), "a": "policy", "b": "policy"}, lora={"rank": 3}
+    )
+    assert further.memory.parameters == 4 * (base + a) and further.memory.gradients == 4 * a
+    assert further.memory.moments == 8 * a
+    dense = found(tmp_path / "a", places)
+    assert dense.memory.parameters == dense.memory.gradients == 4 * base, "merged, trained whole"
+    far = {**places, "a": str(tmp_path / "far")}
+    assert "no size of org/base; shapes: {org/base: {" in found(on_disk / "s", far)
+    shapes = {"org/base": {"parameters": 1000.0, "layers": 1}}
+    assert found(on_disk / "s", far, shapes).memory.teachers == 4 * (1000 + a + base + b)
+    shapes = {str(on_disk / "t"): {"parameters": 2000.0, "layers": 1}}
+    assert found(on_disk / "s", places, shapes).memory.teachers == 4 * (2000 + a + b)
 
 
 def test_a_pass_that_nothing_bounds_may_have_every_sequence_of_a_step():

@@ -10,7 +10,7 @@ stages.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from opdctl import references
@@ -25,7 +25,7 @@ from opdctl.estimate.rollout import (
     decode_seconds,
     served_seconds,
 )
-from opdctl.estimate.shape import made, shape_of
+from opdctl.estimate.shape import Standing, added, made, standing
 from opdctl.estimate.work import DEMONSTRATION, Work, behind_server, work_of
 from opdctl.types import FORWARD, TRAIN
 
@@ -102,27 +102,29 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
     read = [t for k, t in every if k != "template"]  # of that the tokenizer alone
     away = list(dict.fromkeys(filter(behind_server, read)))
     named = [t for t in read if t not in away and references.parse(t).form != "unknown"]
-    shapes = {text: shape_of(recipe, text, stage) for text in named}  # the verifier is no model
-    missing = [text for text, shape in shapes.items() if shape is None]
-    if missing:
+    stand = {text: standing(recipe, text, stage) for text in named}  # the verifier is no model
+    if missing := [s.place for s in stand.values() if s.base is None]:
         return f"no size of {missing[0]}; shapes: {{{missing[0]}: {{parameters: N, layers: N}}}}"
-    start = getattr(config, "student", "")
-    student = shapes[start] if start else made(config.model)
+    shapes = {text: s.whole for text, s in stand.items()}
+    start, lora = getattr(config, "student", ""), getattr(config, "lora", None)
+    merged = config.kind == "merge" or (lora is not None and not lora.rank)
+    adapter = 0.0 if merged or not start else added(stand[start], lora.rank if lora else 0)
+    student = replace(stand[start], adapter=adapter).whole if start else made(config.model)
     work = work_of(config, recipe.domains(stage), student, shapes)
     wave, longest = _wave(work, runtime.wave)
     vllm = runtime.engine == "vllm"
     share = runtime.engine_args.get("gpu_memory_utilization", SHARE) if vllm else 0
-    learns, lora = work.trained > 0, getattr(config, "lora", None)
+    learns = work.trained > 0
     judges = {t for dotted, t in every if dotted.startswith("data.")}
-    frozen = {r: s.parameters for r, s in shapes.items() if r != start or r in judges}
+    frozen = [s for r, s in stand.items() if r != start or r in judges]
     memory = estimate(
         of_student(
-            student.parameters,
+            student.parameters - adapter,
             runtime.dtype,
             masters=hasattr(config, "optim") and runtime.masters_of(config.optim.lr),
-            adapter=student.adapter(lora.rank) if lora and lora.rank else None,
+            adapter=adapter or None,
         ),
-        [n * BYTES[runtime.dtype] for n in frozen.values()],
+        _held(frozen, BYTES[runtime.dtype]),
         dtype=runtime.dtype,
         learns=learns,
         steps=hasattr(config, "optim"),
@@ -158,6 +160,14 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
     unknown += [f"{text} is behind a server: not counted" for text in away]
     fits = memory.peak <= gpu.memory
     return Cost(memory, seconds, sum(flops.values()), fits, "; ".join(unknown))
+
+
+def _held(frozen: list[Standing], each: int) -> list[float]:
+    """Bytes of frozen models, those of a base with all of its adapters, in float32, together."""
+    held = {s.place: each * s.base.parameters for s in frozen}
+    for (place, _), adapter in {(s.place, s.name): 4 * s.adapter for s in frozen}.items():
+        held[place] += adapter
+    return list(held.values())
 
 
 def _alike(config: Any) -> int:

@@ -1,7 +1,8 @@
 """How large a model is, without loading it: from the recipe, a folder, or the stage that makes it.
 
-Parameters stand in the recipe beside each public name (``shapes:``), so no network is needed. A
-number that is not known is 0, and what follows from it is left out and said to be.
+Parameters stand in the recipe beside each public name (``shapes:``), so no network is needed; those
+of a folder may. An adapter is as large as its file, on what it names as its base. A number that is
+not known is 0, and what follows from it is left out and said to be.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ CHARACTERS = 128  # vocabulary of a model that a recipe makes: at most so many
 
 @dataclass(kw_only=True)
 class Shape:
-    """Size of a public model, for ``opdctl plan``; nothing else reads it."""
+    """Size of a public model or of one in a folder, for ``opdctl plan``."""
 
     parameters: float = key(REQUIRED, "all of them, embedding included, as 1.7206e9", least=1)
     active: float = key(0.0, "those a token goes through, of a mixture of experts; 0 is all")
@@ -64,23 +65,68 @@ class Shape:
         return rank * self.layers * (8.0 * self.hidden + 3 * (self.hidden + self.intermediate))
 
 
+@dataclass(frozen=True)
+class Standing:
+    """A model as it is held: its weights, and an adapter on them.
+
+    Attributes:
+        place: where the weights are; models that have it in common share them.
+        base: their size; None where nothing says.
+        adapter: parameters of the adapter; 0 is none.
+        name: which adapter; empty is none.
+    """
+
+    place: str
+    base: Shape | None
+    adapter: float = 0.0
+    name: str = ""
+
+    @property
+    def whole(self) -> Shape | None:
+        """Both together: a token goes through all of the adapter."""
+        if self.base is None:
+            return None
+        active = self.base.active and self.base.active + self.adapter
+        return replace(self.base, parameters=self.base.parameters + self.adapter, active=active)
+
+
 def shape_of(recipe: Any, reference: str, stage: str = "") -> Shape | None:
-    """Size of a referenced model; None where nothing says.
+    """Size of a referenced model, its adapter included; None where nothing says.
 
     Args:
         stage: whose ``policy`` is meant.
     """
+    return standing(recipe, reference, stage).whole
+
+
+def standing(recipe: Any, reference: str, stage: str = "") -> Standing:
+    """What a referenced model is held as; as for ``shape_of``."""
     ref = references.parse(reference)
     if ref.form == "policy":
-        return shape_of(recipe, recipe.stages[stage].student)
+        return standing(recipe, recipe.stages[stage].student)
     if ref.form == "stage":
         config = recipe.stages[ref.name]
-        if hasattr(config, "student"):
-            return shape_of(recipe, config.student)
-        return made(config.model)
-    if ref.form == "folder":
-        return of_folder(Path(ref.name))
-    return recipe.shapes.get(ref.name) or recipe.shapes.get(ref.name.partition("@")[0])
+        if not hasattr(config, "student"):
+            return Standing(reference, made(config.model))
+        start, lora = standing(recipe, config.student), getattr(config, "lora", None)
+        if lora and lora.rank and lora.output == "adapter":
+            return replace(start, adapter=added(start, lora.rank), name=reference)
+        return Standing(reference, start.base)
+    told = {references.parse(name).name: shape for name, shape in recipe.shapes.items()}
+    if ref.form != "folder":
+        return Standing(ref.name, told.get(ref.name) or told.get(ref.name.partition("@")[0]))
+    if not (base := references.base_of(ref.name)):
+        return Standing(ref.name, told.get(ref.name) or of_folder(Path(ref.name)))
+    try:
+        adapter = float(_parameters(Path(ref.name) / "adapter_model.safetensors"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return Standing(ref.name, None)
+    return replace(standing(recipe, base), adapter=adapter, name=ref.name)
+
+
+def added(start: Standing, rank: int) -> float:
+    """Parameters of the adapter that a stage trains: the one it starts from, or a new one."""
+    return start.adapter or (start.base.adapter(rank) if start.base else 0.0)
 
 
 def made(model: Any) -> Shape:
