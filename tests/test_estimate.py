@@ -12,7 +12,7 @@ from conftest import make_model
 from opdctl.core.checkpoint import store
 from opdctl.core.models import save
 from opdctl.core.tokens import micro_batches
-from opdctl.estimate.cost import SHARE, cost
+from opdctl.estimate.cost import SHARE, cost, per_update
 from opdctl.estimate.gpus import GPUS, gpu
 from opdctl.estimate.memory import estimate, of_student
 from opdctl.estimate.rollout import LENGTH, PROMPT, Sampled, decode_seconds, served_seconds
@@ -303,7 +303,12 @@ def test_tokens_of_each_kind_by_hand():
     keys = {k: v for k, v in opd.items() if k not in ("kind", "steps")}
     measured = flops(kind="gradients", batches=2, **keys)
     assert measured.flops == pytest.approx(once.flops + tokens * learns), "two objectives"
-    small = flops(**opd, lora={"rank": 2}).memory
+    assert once.memory.teachers == 4 * (30 + 10), "the student as a teacher is a copy of its own"
+    adapter = 2 * (8 * 4 + 3 * 12)
+    lora = flops(**opd, lora={"rank": 2})
+    update = 4 * (10 + adapter) + 2 * adapter  # a token, forward and back, and its own gradient
+    assert lora.flops == pytest.approx(tokens * (FORWARD * (10 + adapter) + scores + update))
+    small = lora.memory
     assert small.gradients == 4 * 2 * (8 * 4 + 3 * 12) and small.parameters == 40 + small.gradients
     again = flops({"gradient_checkpointing": True, "micro_batch": 3}, **opd).memory
     assert again.activations == 3 * (PROMPT + 40) * 4 * (4 + 40 + 32)
@@ -391,6 +396,16 @@ def test_an_adapter_is_its_file_on_its_base(on_disk, tmp_path):
     assert found(on_disk / "s", far, shapes).memory.teachers == 4 * (1000 + a + base + b)
     shapes = {str(on_disk / "t"): {"parameters": 2000.0, "layers": 1}}
     assert found(on_disk / "s", places, shapes).memory.teachers == 4 * (2000 + a + b)
+
+
+def test_an_update_of_an_adapter_costs_what_the_ledger_says(on_disk, tmp_path):
+    """The model that a stage trains, its own count of operations a token."""
+    pytest.importorskip("peft", reason="the extra peft")
+    whole = opd(on_disk, tmp_path).student()
+    assert per_update(whole.parameters, 0) == whole.flops
+    model = opd(on_disk, tmp_path, lora={"rank": 3}).student()
+    assert 0 < model.trained < model.parameters
+    assert per_update(model.parameters, model.trained) == model.flops
 
 
 def test_a_pass_that_nothing_bounds_may_have_every_sequence_of_a_step():

@@ -40,7 +40,9 @@ ASSUMED = (
     "as if alike in length), all of them unless runtime.gradient_checkpointing; "
     f"prompts of {PROMPT} tokens, demonstrations of {DEMONSTRATION}, responses of {LENGTH:.0%} of "
     f"sampling.max_tokens; {FORWARD:g} operations a parameter and token forward, {TRAIN:g} in "
-    f"training, at {COMPUTE:.0%} of the GPU's dense peak in runtime.dtype; decoding at "
+    f"training ({TRAIN - FORWARD:g} where an adapter alone is trained, and {FORWARD:g} of its own; "
+    "none for what runtime.gradient_checkpointing computes again), "
+    f"at {COMPUTE:.0%} of the GPU's dense peak in runtime.dtype; decoding at "
     f"{DECODE:.0%} of its bandwidth, and no faster than {1e3 * LAUNCH:g} ms a layer and token "
     f"(transformers) or {1e3 * GRAPH:g} ms (vllm, which has {SHARE:.0%} of the GPU and begins a "
     "response where another ends); one GPU; nothing measured. Not counted: loading, checkpoints, "
@@ -115,8 +117,8 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
     vllm = runtime.engine == "vllm"
     share = runtime.engine_args.get("gpu_memory_utilization", SHARE) if vllm else 0
     learns = work.trained > 0
-    judges = {t for dotted, t in every if dotted.startswith("data.")}
-    frozen = [s for r, s in stand.items() if r != start or r in judges]
+    beside = [t for k, t in every if k not in ("student", "template")]
+    frozen = [stand[t] for t in dict.fromkeys(beside) if t in stand]  # of the student: a copy
     memory = estimate(
         of_student(
             student.parameters - adapter,
@@ -143,7 +145,7 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
             FORWARD * s.model.per_token * s.responses * (PROMPT + s.mean) for s in work.samples
         ),
         "score": sum(FORWARD * model.per_token * tokens for model, tokens in work.scored),
-        "train": TRAIN * student.per_token * work.trained,
+        "train": per_update(student.per_token, adapter) * work.trained,
     }
     seconds = {
         "rollout": sum(
@@ -160,6 +162,12 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
     unknown += [f"{text} is behind a server: not counted" for text in away]
     fits = memory.peak <= gpu.memory
     return Cost(memory, seconds, sum(flops.values()), fits, "; ".join(unknown))
+
+
+def per_update(each: float, adapter: float) -> float:
+    """Operations of an update, a token, as the ledger has them (``core/models.Model.count``): with
+    an adapter, back through everything, and to the gradient of the adapter alone."""
+    return TRAIN * each if not adapter else (TRAIN - FORWARD) * each + FORWARD * adapter
 
 
 def _held(frozen: list[Standing], each: int) -> list[float]:
