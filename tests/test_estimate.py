@@ -12,9 +12,9 @@ from conftest import make_model
 from opdctl.core.checkpoint import store
 from opdctl.core.models import save
 from opdctl.core.tokens import micro_batches
-from opdctl.estimate.cost import SHARE, cost, per_update
+from opdctl.estimate.cost import cost, per_update
 from opdctl.estimate.gpus import GPUS, gpu
-from opdctl.estimate.memory import estimate, of_student
+from opdctl.estimate.memory import SHARE, estimate, of_engine, of_student
 from opdctl.estimate.rollout import LENGTH, PROMPT, Sampled, decode_seconds, served_seconds
 from opdctl.estimate.shape import CHARACTERS, Shape, kept_of, made, of_folder
 from opdctl.estimate.work import DEMONSTRATION
@@ -190,6 +190,35 @@ def test_vllm_holds_its_share_of_the_gpu():
     recipe.runtime.engine = "transformers"
     slow = cost(recipe, "s1_rl", GPUS["h100"])
     assert slow.memory.cache == 256 * (PROMPT + 4096) * 2 * 28 * 8 * 128 * 2
+
+
+def test_a_server_of_vllm_holds_nothing_on_the_gpu_of_the_stage(on_disk, tmp_path):
+    """It has .9 of a GPU like it, and at most 128 requests; so says the check before a start."""
+    shapes = {"o/s": {"parameters": 1e9, "layers": 10, "kv_heads": 2, "head_dim": 4}}
+    stage = {"kind": "rl", "student": "o/s", "steps": 3, "sampling": {"max_tokens": 800}}
+    stage["prompts"] = {"per_step": 64, "samples": 8}
+
+    def found(**runtime):
+        data = {"a": {"kind": "reasoning_gym", "task": "gcd"}}
+        tree = {"data": data, "stages": {"it": stage}, "shapes": shapes, "runtime": runtime}
+        return cost(resolve(tree, "x"), "it", gpu("h100"))
+
+    at = {"engine": "vllm_server", "engine_at": "http://host:8000", "dtype": "bfloat16"}
+    server = found(**at)
+    alive, held = 128, 2 * 10 * 2 * 2 * 4 * (PROMPT + 200)
+    step = max((2e9 + alive * held) / (0.5 * 3.35e12), 10 * 1e-4)
+    prompts_take = FORWARD * 1e9 * 1536 * PROMPT / (0.4 * 989e12)
+    assert server.seconds["rollout"] == pytest.approx(prompts_take + 3 * (512 * 400 / alive) * step)
+    assert server.memory.cache == 0
+    assert found(engine="vllm", dtype="bfloat16").memory.cache == int(0.3 * 80 * 2**30)
+    assert found().memory.cache == 512 * (PROMPT + 800) * 10 * 2 * 2 * 4 * 4
+    engines = [{}, {"engine": "vllm"}, at | {"dtype": "float32"}]
+    caches = [holds(Pairing(opd(on_disk, tmp_path, runtime=e))).cache for e in engines]
+    assert caches[0] > 0 and caches[1:] == [0, 0], "on a CPU"
+    runtime = opd(on_disk, tmp_path, runtime=engines[1]).runtime
+    assert of_engine(runtime, 100.0) == 30.0
+    runtime.engine_args["gpu_memory_utilization"] = 0.5
+    assert of_engine(runtime, 100.0) == 50.0
 
 
 def test_tokens_and_operations_are_those_of_the_ledger(tmp_path):

@@ -15,13 +15,14 @@ from typing import Any
 
 from opdctl import references
 from opdctl.estimate.gpus import Gpu
-from opdctl.estimate.memory import BYTES, Estimate, estimate, of_student
+from opdctl.estimate.memory import BYTES, SHARE, Estimate, estimate, of_engine, of_student
 from opdctl.estimate.rollout import (
     DECODE,
     GRAPH,
     LAUNCH,
     LENGTH,
     PROMPT,
+    Sampled,
     decode_seconds,
     served_seconds,
 )
@@ -30,7 +31,7 @@ from opdctl.estimate.work import DEMONSTRATION, Work, behind_server, work_of
 from opdctl.types import FORWARD, TRAIN
 
 COMPUTE = 0.4  # of the peak of multiplications: prompts, scoring, training
-SHARE = 0.3  # of the GPU that vllm takes while it samples, where its arguments do not say
+SERVER = 0.9  # of its own GPU that a vllm server takes, vllm's default for some time
 ASSUMED = (
     "parameters, gradients and two moments of AdamW in runtime.dtype; in float32 for copies of "
     "bfloat16 parameters (runtime.masters) and adapters on every linear layer; keys and "
@@ -45,7 +46,8 @@ ASSUMED = (
     f"at {COMPUTE:.0%} of the GPU's dense peak in runtime.dtype; decoding at "
     f"{DECODE:.0%} of its bandwidth, and no faster than {1e3 * LAUNCH:g} ms a layer and token "
     f"(transformers) or {1e3 * GRAPH:g} ms (vllm, which has {SHARE:.0%} of the GPU and begins a "
-    "response where another ends); one GPU; nothing measured. Not counted: loading, checkpoints, "
+    f"response where another ends); one GPU, and {SERVER:.0%} of another like it where "
+    "runtime.engine is vllm_server; nothing measured. Not counted: loading, checkpoints, "
     "verifiers, models behind a server, teachers' kept hidden rows."
 )
 
@@ -114,8 +116,7 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
     student = replace(stand[start], adapter=adapter).whole if start else made(config.model)
     work = work_of(config, recipe.domains(stage), student, shapes)
     wave, longest = _wave(work, runtime.wave)
-    vllm = runtime.engine == "vllm"
-    share = runtime.engine_args.get("gpu_memory_utilization", SHARE) if vllm else 0
+    apart, share = runtime.engine == "vllm_server", of_engine(runtime, gpu.memory)
     learns = work.trained > 0
     beside = [t for k, t in every if k not in ("student", "template")]
     frozen = [stand[t] for t in dict.fromkeys(beside) if t in stand]  # of the student: a copy
@@ -133,8 +134,8 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
         resident=1 if config.kind == "merge" else runtime.resident_teachers,
         chunk_mib=runtime.chunk_mib,
         cached=max((s.model.cached for s in work.samples), default=0),
-        sampled=wave * (PROMPT + longest),
-        engine=share * gpu.memory if work.samples else 0,
+        sampled=0 if apart else wave * (PROMPT + longest),
+        engine=share if work.samples else 0,
         activated=student.activated(runtime.gradient_checkpointing),
         trained=(runtime.micro_batch or _alike(config)) * (PROMPT + work.longest),
     )
@@ -148,12 +149,7 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
         "train": per_update(student.per_token, adapter) * work.trained,
     }
     seconds = {
-        "rollout": sum(
-            served_seconds(s, runtime.wave, each, gpu, peak, share * gpu.memory)
-            if vllm
-            else decode_seconds(s, runtime.wave, each, gpu, peak)
-            for s in work.samples
-        ),
+        "rollout": sum(_sampling(s, runtime, each, gpu, peak) for s in work.samples),
         "score": flops["score"] / peak,
         "train": flops["train"] / peak,
     }
@@ -162,6 +158,17 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
     unknown += [f"{text} is behind a server: not counted" for text in away]
     fits = memory.peak <= gpu.memory
     return Cost(memory, seconds, sum(flops.values()), fits, "; ".join(unknown))
+
+
+def _sampling(s: Sampled, runtime: Any, each: int, gpu: Gpu, peak: float) -> float:
+    """Seconds by the engine of the run; a server has a GPU of the same kind to itself."""
+    if runtime.engine == "vllm_server":
+        from opdctl.engines.vllm_server import MOST
+
+        return served_seconds(s, min(runtime.wave, MOST), each, gpu, peak, SERVER * gpu.memory)
+    if share := of_engine(runtime, gpu.memory):
+        return served_seconds(s, runtime.wave, each, gpu, peak, share)
+    return decode_seconds(s, runtime.wave, each, gpu, peak)
 
 
 def per_update(each: float, adapter: float) -> float:

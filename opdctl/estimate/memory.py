@@ -10,9 +10,11 @@ rows of teachers, fragments, other stages.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 CHUNK_MIB = {"cuda": 3072, "cpu": 256}  # where runtime.chunk_mib is 0
+SHARE = 0.3  # of the GPU that vllm takes while it samples, where its arguments do not say
 
 
 @dataclass
@@ -56,6 +58,18 @@ def of_student(
     if masters:
         return size, int(4 * parameters), int(12 * parameters)
     return size, size, 2 * size
+
+
+def of_engine(runtime: Any, memory: float) -> float:
+    """Bytes that the sampling engine has for itself on the stage's GPU, caches included; 0 where it
+    has none: transformers', whose cache is that of a wave, and a server's on a device of its own.
+
+    Args:
+        memory: bytes of the GPU.
+    """
+    if runtime.engine != "vllm":
+        return 0.0
+    return memory * runtime.engine_args.get("gpu_memory_utilization", SHARE)
 
 
 def estimate(

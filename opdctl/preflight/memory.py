@@ -2,8 +2,9 @@
 
 The formula and what it assumes stand in ``estimate/memory.py``; a base with all of its adapters
 counts once, judges count as teachers do, and prompts are as long as the longest of those looked at.
-Not counted: activations, a reward model, the teachers' kept hidden rows, a controller's copies of
-weights, other stages at the same time.
+An engine with weights of its own keeps no cache here: vllm has its share of the GPU, a server none.
+Not counted: what vllm holds on a CPU, activations, a reward model, the teachers' kept hidden rows,
+a controller's copies of weights, other stages at the same time.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import os
 from pathlib import Path
 
 from opdctl import references
-from opdctl.estimate.memory import BYTES, Estimate, estimate, of_student, shown
+from opdctl.estimate.memory import BYTES, Estimate, estimate, of_engine, of_student, shown
 from opdctl.estimate.shape import kept_of
 from opdctl.preflight._pairing import Finding, Pairing
+from opdctl.registry import member
 from opdctl.settings import longest_turn
 
 PROMPTS = 16  # of each domain, for their length
@@ -34,12 +36,13 @@ class Memory:
     def look(self, pairing: Pairing) -> list[Finding]:
         """One finding a stage."""
         there = capacity(pairing.ctx.device)
-        found = holds(pairing)
+        found, vllm = holds(pairing), pairing.ctx.runtime.engine == "vllm"
+        sampling = "vllm's share" if vllm else "cache of a wave"
         what = (
             f"about {shown(found.peak)} of {shown(there)} on {pairing.ctx.device}: parameters "
             f"{shown(found.parameters)}, gradients {shown(found.gradients)}, moments "
             f"{shown(found.moments)}, teachers {shown(found.teachers)}, logits of a chunk "
-            f"{shown(found.chunk)}, cache of a wave {shown(found.cache)}; without activations"
+            f"{shown(found.chunk)}, {sampling} {shown(found.cache)}; without activations"
         )
         if found.certain > there:
             do = "a smaller model or a larger device; runtime.dtype=bfloat16 halves all of it"
@@ -48,7 +51,8 @@ class Memory:
             return [Finding("error", what, do)]
         if found.peak > 0.9 * there:
             cache = found.cache > found.gradients + found.chunk
-            do = "a smaller runtime.wave" if cache else "a smaller runtime.chunk_mib"
+            smaller = "engine_args.gpu_memory_utilization" if vllm else "wave"
+            do = f"a smaller runtime.{smaller if cache else 'chunk_mib'}"
             return [Finding("warning", what, f"{do}, or runtime.resident_teachers=1")]
         return [Finding("ok", what)]
 
@@ -71,6 +75,7 @@ def holds(pairing: Pairing) -> Estimate:
         places[base or path] = whole + (adapter_bytes(path) if base else 0)
     prompts = [p for d in pairing.route for p in pairing.prompts(d, PROMPTS)]
     longest = max(len(student.render(p)) for p in prompts) + longest_turn(config)
+    own = member("engines", runtime.engine).holds  # weights, and so the caches of them
     wave = min(runtime.wave, config.prompts.per_step * config.prompts.samples)
     return estimate(
         trained(pairing),
@@ -82,7 +87,8 @@ def holds(pairing: Pairing) -> Estimate:
         chunk_mib=runtime.chunk_mib,
         device=pairing.ctx.device,
         cached=per_token(student.net.config.get_text_config()),
-        sampled=wave * longest,
+        sampled=0 if own else wave * longest,
+        engine=of_engine(runtime, capacity("cuda")) if ctx.device == "cuda" else 0,
     )
 
 
