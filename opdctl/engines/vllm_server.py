@@ -5,9 +5,10 @@
 
 Publishing is vLLM's own sequence over HTTP: pause (what an earlier attempt left is aborted), start,
 update with the path, finish with a version, resume. The version is of this engine alone; it is
-asked before and after each rollout, so a server that was started again, or that another run uses
-too, ends the stage by name and not with samples of other weights. Seeds, ends and the log are those
-of the ``vllm`` engine. Left out: several servers, ``nccl`` (weights from GPU to GPU).
+asked before each rollout, and after each answer before that is logged, so a server that was started
+again, or that another run uses too, ends the stage by name and not with samples of other weights.
+Seeds, ends and the log are those of the ``vllm`` engine. Left out: several servers, ``nccl``
+(weights from GPU to GPU).
 """
 
 from __future__ import annotations
@@ -142,13 +143,12 @@ class VllmServer:
         bodies = [self._question(*asked[i], temperature, max_tokens) for i in todo]
         if todo:
             self._require_own()
-        with closing(self.endpoint.each("/v1/completions", bodies, self.check)) as answers:
+        each = self.endpoint.each("/v1/completions", bodies, self.check, self._confirm)
+        with closing(each) as answers:
             for at, answer in answers:
                 sample = samples[todo[at]] = self._sample(answer)
                 if self.wal is not None:
                     self.wal.put(names[todo[at]], logged(sample))
-        if todo:
-            self._require_own()
         return samples
 
     def _question(self, prompt, seed: int, temperature: float, max_tokens: int) -> dict:
@@ -182,7 +182,14 @@ class VllmServer:
 
     def _require_own(self) -> None:
         """It must have the weights that this engine gave it last."""
-        found = self.endpoint.all("/weight_info", [None], self.check)[0].get("weight_version")
+        self._compare(self.endpoint.all("/weight_info", [None], self.check)[0])
+
+    def _confirm(self, stopped) -> None:
+        """The same of an answer that has just come; ``stopped`` as in ``Endpoint.ask``."""
+        self._compare(self.endpoint.ask("/weight_info", None, stopped))
+
+    def _compare(self, info: dict) -> None:
+        found = info.get("weight_version")
         if found != self.label:
             raise StageFailed(
                 f"{self.who} has weights of version {found!r} and was given {self.label!r}",

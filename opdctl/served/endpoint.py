@@ -106,12 +106,14 @@ class Endpoint:
             return json.loads(reply.read())
 
     def each(
-        self, path: str, bodies: list[dict | None], check: Callable[[], None]
+        self, path: str, bodies: list[dict | None], check: Callable[[], None], confirm=None
     ) -> Iterator[tuple[int, dict]]:
         """(which, answer) of several requests, as they come.
 
         Args:
             check: called several times a second while waiting; may raise to stop.
+            confirm: called with the event ``stopped`` of ``ask`` after each answer, before that is
+                given; may raise to refuse it.
 
         Raises:
             StageFailed: one of them failed; those that were answered have been given before, the
@@ -120,8 +122,15 @@ class Endpoint:
         stopped = threading.Event()
         pool = ThreadPoolExecutor(self.most)
         begun, said = time.monotonic(), 0.0
+
+        def confirmed(body):
+            answer = self.ask(path, body, stopped)
+            if confirm:
+                confirm(stopped)
+            return answer
+
         try:
-            asked = {pool.submit(self.ask, path, b, stopped): i for i, b in enumerate(bodies)}
+            asked = {pool.submit(confirmed, b): i for i, b in enumerate(bodies)}
             waiting = set(asked)
             while waiting:
                 check()
