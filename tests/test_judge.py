@@ -99,6 +99,19 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+class Dying(Handler):
+    """Is killed in the middle of an answer, the first time."""
+
+    def do_POST(self):
+        if self.server.seen:
+            return super().do_POST()
+        self.server.seen.append("")
+        self.send_response(200)
+        self.send_header("Content-Length", "500")
+        self.end_headers()
+        self.wfile.write(b'{"choices": [')
+
+
 @pytest.fixture
 def server():
     found = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -142,3 +155,13 @@ def test_a_server_that_fails_is_asked_again_and_then_named(on_disk, server):
     server.server_close()
     with pytest.raises(StageFailed, match=r"refused.*tried 3 times"):
         verifier.score(asked)
+
+
+def test_a_judge_that_dies_in_an_answer_is_asked_again(on_disk, server):
+    server.RequestHandlerClass = Dying
+    verifier, prompts = asking(on_disk, server, tries=2)
+    assert verifier.score([(prompts[3], prompts[3].answer)]) == [1.0] and len(server.seen) == 2
+    server.seen.clear()
+    verifier, prompts = asking(on_disk, server, tries=1)
+    with pytest.raises(StageFailed, match=r"judge big of data.d at http.*IncompleteRead"):
+        verifier.score([(prompts[3], prompts[3].answer)])

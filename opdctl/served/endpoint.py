@@ -1,24 +1,22 @@
 """Requests to a model behind HTTP: a deadline, retries with backoff, a bound on how many at once.
 
 A deadline is of one request with all its retries: what is refused, cut off, or answered by 429 or
-5xx is asked again while time is left; any other answer that is not 200 is an error at once.
-Standard library only. A key for the server is read from OPDCTL_API_KEY and stored nowhere.
+5xx is asked again while time is left; any other answer that is not 200, a redirect too, is an error
+at once. A key for the server is read from OPDCTL_API_KEY and stored nowhere.
 """
 
 from __future__ import annotations
 
 import http.client
-import json
 import os
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 from opdctl import references
 from opdctl.errors import StageFailed, UsageError
+from opdctl.served.exchange import Refused, exchange
 from opdctl.types import WAITING
 
 HINTS = {
@@ -68,18 +66,18 @@ class Endpoint:
         while True:
             tries += 1
             try:
-                answer = self._once(path, body, max(0.01, end - time.monotonic()))
+                left = max(0.01, end - time.monotonic())
+                answer = exchange(self.base + path, body, self.key, left)
                 self.trouble = ""
                 return answer
-            except urllib.error.HTTPError as error:
-                said = error.read(2000).decode(errors="replace").strip()
-                why = f"it answered {error.code}: {said[:300]}"
+            except Refused as error:
+                why = str(error)
                 if error.code not in self.again:
                     raise StageFailed(
                         f"{self.who}: {path}: {why}", HINTS.get(error.code, "")
                     ) from None
             except ValueError as error:
-                raise StageFailed(f"{self.who}: {path}: its answer is no JSON: {error}") from None
+                raise StageFailed(f"{self.who}: {path}: {error}") from None
             except (OSError, http.client.HTTPException) as error:
                 reason = getattr(error, "reason", error)
                 why = "it did not answer" if isinstance(reason, TimeoutError) else str(reason)
@@ -95,15 +93,6 @@ class Endpoint:
             if not stopped:
                 time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
-
-    def _once(self, path: str, body: dict | None, seconds: float) -> dict:
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.base + path, data, headers)
-        with urllib.request.urlopen(request, timeout=seconds) as reply:
-            return json.loads(reply.read())
 
     def each(
         self, path: str, bodies: list[dict | None], check: Callable[[], None], confirm=None

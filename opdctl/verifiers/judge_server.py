@@ -1,23 +1,22 @@
 """A model behind an OpenAI-compatible server judges, over ``/chat/completions``: text in, text out.
 
-With the standard library. A request that fails is tried again with growing pauses; a server that
+A request that fails is tried again with growing pauses; a server that
 does not answer ends the stage, with its name: no answer of it is taken for wrong. What a server
 writes need not be the same twice, so a resumed stage may get other verdicts.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import threading
-import urllib.error
-import urllib.request
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from http.client import HTTPException
 
 from opdctl.errors import Problem, StageFailed, UsageError
 from opdctl.schema import REQUIRED, key
 from opdctl.served.endpoint import POLL, Endpoint
+from opdctl.served.exchange import Refused, exchange
 from opdctl.verifiers._judging import JudgeKeys, Judging, problems
 
 
@@ -60,9 +59,8 @@ class JudgeServer(Judging):
             StageFailed: it does not answer.
             UsageError: it does not serve the one that is named.
         """
-        key = os.environ.get(config.token_env, "") if config.token_env else ""
         who = f"the judge {config.name} of data.{domain} ({config.url})"
-        endpoint = Endpoint(who, config.url, config.timeout, key=key)
+        endpoint = Endpoint(who, config.url, config.timeout, key=token(config))
         names = [m.get("id") for m in endpoint.all("/models", [None], check)[0].get("data") or []]
         if config.name not in names:
             what = f"{who} serves {', '.join(map(str, names)) or 'no model'}, and not {config.name}"
@@ -98,20 +96,16 @@ class JudgeServer(Judging):
             "temperature": config.temperature,
             "max_tokens": config.max_tokens,
         }
-        headers = {"Content-Type": "application/json"}
-        if config.token_env:
-            headers["Authorization"] = f"Bearer {os.environ.get(config.token_env, '')}"
         url = f"{config.url.rstrip('/')}/chat/completions"
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         for tried in range(1, config.tries + 1):
             try:
-                with urllib.request.urlopen(request, timeout=config.timeout) as answer:
-                    return str(json.loads(answer.read())["choices"][0]["message"]["content"] or "")
-            except urllib.error.HTTPError as error:
-                what = f"HTTP {error.code}: {error.read()[:200].decode('utf-8', 'replace')}"
+                answer = exchange(url, body, token(config), config.timeout)
+                return str(answer["choices"][0]["message"]["content"] or "")
+            except Refused as error:
+                what = str(error)
                 if error.code not in (408, 429) and error.code < 500:
                     break  # it will refuse again
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
                 what = f"{type(error).__name__}: {error}"
             if tried == config.tries or stopped.wait(min(0.25 * 2**tried, 10.0)):
                 break
@@ -120,3 +114,8 @@ class JudgeServer(Judging):
             f"(tried {tried} times)",
             "is it up? curl " + config.url.rstrip("/") + "/models",
         )
+
+
+def token(config) -> str:
+    """What its variable holds; empty for none."""
+    return os.environ.get(config.token_env, "") if config.token_env else ""

@@ -1,0 +1,136 @@
+"""One exchange of JSON over HTTP: by a deadline, of a limited size, and with no other server.
+
+The standard library's timeout is of each read of the socket, so a server that writes a byte now and
+then would hold a request forever, and it follows redirects with the key. Here every read has what
+is left of the time, and a redirect is an answer like any other that is not 200.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import time
+import urllib.error
+import urllib.request
+from functools import partial
+
+PIECE = 1 << 20
+LARGEST = 1 << 30  # bytes of an answer: 32 log-probs a token are some 2 KB
+SAID = 2000  # bytes of a refusal that are read
+
+
+class Refused(Exception):
+    """An answer that is not 200.
+
+    Args:
+        code: of HTTP.
+        said: what it says of it.
+    """
+
+    def __init__(self, code: int, said: str) -> None:
+        super().__init__(f"it answered {code}: {said[:300]}")
+        self.code = code
+
+
+def exchange(url: str, body: dict | None, key: str, seconds: float) -> dict:
+    """The JSON object that answers a GET, or with a body a POST.
+
+    Args:
+        key: a secret to send along; empty is none.
+        seconds: from the connection to the last byte.
+
+    Raises:
+        Refused: it says no, or sends on to another address.
+        ValueError: the answer is no JSON object, or too large.
+        OSError, http.client.HTTPException: no answer, or a part of one.
+    """
+    headers = {"Content-Type": "application/json"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, headers)
+    try:
+        with OPENER.open(request, timeout=seconds) as reply:
+            raw = _whole(reply)
+    except urllib.error.HTTPError as error:
+        with error:
+            said = error.read(SAID).decode(errors="replace").strip()
+        if 300 <= error.code < 400:
+            said = f"ask {error.headers.get('Location')} instead; that is not done by itself"
+        raise Refused(error.code, said) from None
+    try:
+        found = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its answer is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"its answer is no JSON object but a {type(found).__name__}")
+    return found
+
+
+def _whole(reply) -> bytes:
+    pieces, size = [], 0
+    while piece := reply.read(PIECE):
+        pieces.append(piece)
+        size += len(piece)
+        if size > LARGEST:
+            raise ValueError(f"its answer is larger than {LARGEST} bytes")
+    if reply.length:  # reading in pieces does not tell
+        raise http.client.IncompleteRead(b"", reply.length)
+    return b"".join(pieces)
+
+
+class _Timed(io.RawIOBase):
+    """What a socket receives until ``end``."""
+
+    def __init__(self, sock, end: float) -> None:
+        self.sock, self.raw, self.end = sock, sock.makefile("rb", 0), end
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int | None:
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self.sock.settimeout(left)
+        return self.raw.readinto(buffer)
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock, *args, end: float, **keys) -> None:
+        super().__init__(sock, *args, **keys)
+        self.fp.close()
+        self.fp = io.BufferedReader(_Timed(sock, end))
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, *args, timeout: float, **keys) -> None:
+        super().__init__(*args, timeout=timeout, **keys)
+        self.response_class = partial(_Response, end=time.monotonic() + timeout)
+
+
+class _Secure(_Connection, http.client.HTTPSConnection):
+    """The same over TLS."""
+
+
+class _Plain(urllib.request.HTTPHandler):
+    def http_open(self, request):
+        return self.do_open(_Connection, request)
+
+
+class _Tls(urllib.request.HTTPSHandler):
+    def https_open(self, request):
+        return self.do_open(_Secure, request, context=self._context)
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_):
+        """Nothing: the redirect is the answer."""
+
+
+OPENER = urllib.request.build_opener(_Plain, _Tls, _Stay)
