@@ -61,7 +61,7 @@ def dripping_refusal(handler):
 def test_a_server_that_drips_is_held_to_the_deadline(reply):
     with answering(reply) as server:
         begun = time.monotonic()
-        with pytest.raises(StageFailed, match="big: no answer to /x within 1 s .*did not answer"):
+        with pytest.raises(StageFailed, match=r"big: no answer to /x within 1 s .*did not answer"):
             Endpoint("big", server.url, 1.0).ask("/x")
         assert 0.7 < time.monotonic() - begun < 3
 
@@ -74,9 +74,9 @@ def with_body(raw, *headers):
 
 def test_an_answer_has_a_largest_size(monkeypatch):
     monkeypatch.setattr(module, "LARGEST", 3 << 20)
-    with answering(with_body(b'"' + b"x" * (5 << 20) + b'"')) as server:
-        with pytest.raises(StageFailed, match="big: /x: its answer is larger than 3145728 bytes"):
-            Endpoint("big", server.url, 10.0).ask("/x")
+    too_large = pytest.raises(StageFailed, match="big: /x: its answer is larger than 3145728 bytes")
+    with answering(with_body(b'"' + b"x" * (5 << 20) + b'"')) as server, too_large:
+        Endpoint("big", server.url, 10.0).ask("/x")
     with answering(with_body(b'{"a": "' + b"x" * (2 << 20) + b'"}')) as server:
         assert len(exchange(server.url, None, "", 10.0)["a"]) == 2 << 20
 

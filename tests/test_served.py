@@ -188,7 +188,43 @@ def raw_logits(handler, answer):
     return answer
 
 
+def raw_logits_later(handler, answer):
+    return raw_logits(handler, answer) if handler.server.calls > 1 else answer
+
+
+def masked_later(handler, answer):
+    (entry,) = last(answer)[-1].values()
+    entry["logprob"] = -1e30
+    return answer
+
+
+def a_list(handler, answer):
+    return [answer]
+
+
+def a_list_of_texts(handler, answer):
+    return {"choices": ["a" for _ in answer["choices"]]}
+
+
+def a_number_for_a_token(handler, answer):
+    last(answer)[-1] = 3
+    return answer
+
+
+def a_text_for_a_log_prob(handler, answer):
+    (entry,) = last(answer)[-1].values()
+    entry["logprob"] = "low"
+    return answer
+
+
+def an_id_that_is_no_number(handler, answer):
+    entry = last(answer)[-1]
+    entry["x"] = {"logprob": -0.5, "rank": 1}
+    return answer
+
+
 AT_ONCE = (without_scores, raw_logits)
+FORM = r"teacher big \(http.*answered in a form that is not vLLM's: "
 FAULTS = {
     with_nan: r"teacher big gave a score that is not finite in the rollout of prompt \w+ \(sums\)",
     with_null: r"teacher big gave a score that is not finite",
@@ -202,6 +238,13 @@ FAULTS = {
     dying: r"teacher big \(http.*no answer to /v1/completions within 1 s and \d+ tries",
     hanging: r"teacher big \(http.*no answer to /v1/completions within 1 s and 1 tries",
     raw_logits: r"teacher big \(http.*as log-probs",
+    raw_logits_later: r"teacher big \(http.*gave 3.5 as a log-prob",
+    masked_later: r"teacher big \(http.*gave -1e\+30 as a log-prob",
+    a_list: r"teacher big \(http.*is no JSON object but a list",
+    a_list_of_texts: FORM + "AttributeError",
+    a_number_for_a_token: FORM + "TypeError",
+    a_text_for_a_log_prob: FORM + "ValueError.*low",
+    an_id_that_is_no_number: FORM + "ValueError.*'x'",
 }
 
 
@@ -427,6 +470,19 @@ def test_an_api_that_gives_no_answer_is_named(on_disk, tmp_path):
         ctx = answers_of(on_disk, tmp_path, server.url)
         with pytest.raises(StageFailed, match=r"of stages\.it \(http.*by 'content_filter'"):
             carry_out(ctx)
+
+
+@pytest.mark.parametrize("key", ["reasoning", "reasoning_content"])
+def test_thinking_that_comes_apart_is_not_lost(on_disk, tmp_path, key):
+    def thinking(handler, body):
+        message = {"content": "12", key: "6 and 6"}
+        return {"choices": [{"finish_reason": "stop", "message": message}]}
+
+    with serving(thinking) as server:
+        ctx = answers_of(on_disk, tmp_path, server.url)
+        api = member("teachers", "api")(ctx, load(str(on_disk / "s")), "x", server.url)
+        with pytest.raises(StageFailed, match=r"teacher x \(http.*\n.*--reasoning-parser"):
+            api.answer([Prompt("0", "d", "1+1=", "2", {})], [5], Sampling(max_tokens=3))
 
 
 def test_the_api_takes_sampling_as_it_is_asked(on_disk, tmp_path):

@@ -13,9 +13,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 
 from opdctl import references
-from opdctl.errors import StageFailed, UsageError
+from opdctl.errors import OpdctlError, StageFailed, UsageError
 from opdctl.served.exchange import Refused, exchange
 from opdctl.types import WAITING
 
@@ -151,6 +152,23 @@ class Endpoint:
         return [found[i] for i in range(len(bodies))]
 
 
+@contextmanager
+def reading(who: str, whose: str = "vLLM's") -> Iterator[None]:
+    """Around what takes an answer apart: one of another form ends by name.
+
+    Raises:
+        StageFailed: a part was missing, or of another type.
+    """
+    try:
+        yield
+    except OpdctlError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise StageFailed(
+            f"{who} answered in a form that is not {whose}: {type(error).__name__}: {error}"
+        ) from None
+
+
 def opened(
     who: str, reference: str, runtime, check: Callable[[], None], elsewhere: str = ""
 ) -> tuple[Endpoint, dict]:
@@ -166,9 +184,11 @@ def opened(
     """
     base, name = references.address(reference)
     endpoint = Endpoint(who, base, runtime.server_timeout, runtime.server_requests, elsewhere)
-    models = endpoint.all("/v1/models", [None], check)[0].get("data") or []
-    names = [m.get("id") for m in models]
-    chosen = [m for m in models if m.get("id") == name or (not name and len(models) == 1)]
+    answer = endpoint.all("/v1/models", [None], check)[0]
+    with reading(who, "OpenAI's"):
+        models = answer.get("data") or []
+        names = [m["id"] for m in models]
+        chosen = [m for m in models if m["id"] == name or (not name and len(models) == 1)]
     if not chosen:
         raise UsageError(
             f"{who} serves {', '.join(map(str, names)) or 'no model'}"

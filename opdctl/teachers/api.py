@@ -5,7 +5,7 @@ that the student's template would be given (``chat_template_kwargs``, which vLLM
 the student has no chat template, its text as it stands to ``/v1/completions``. A finished answer
 is logged and not paid for twice. Texts have no log-probs under the student's tokens, so nothing is
 scored. Left out: environments (an answer is one turn), thinking that the API returns apart from
-the content.
+the content: it is refused.
 
     opdctl stage sft --student DIR 'sources={teacher: {model: "http://host:8000"}}'
 """
@@ -17,7 +17,7 @@ from contextlib import closing
 from opdctl.chat.messages import question
 from opdctl.core import draws
 from opdctl.errors import StageFailed
-from opdctl.served.endpoint import opened
+from opdctl.served.endpoint import opened, reading
 from opdctl.types import Prompt
 
 
@@ -58,7 +58,8 @@ class Api:
         bodies = [self._question(asked[i], keys[i], sampling) for i in todo]
         with closing(self.endpoint.each(path, bodies, self.ctx.check)) as replies:
             for at, reply in replies:
-                found[todo[at]] = self._read(reply)
+                with reading(self.who, "OpenAI's"):
+                    found[todo[at]] = self._read(reply)
                 self._log(names[todo[at]], *found[todo[at]])
         return found
 
@@ -86,12 +87,19 @@ class Api:
         (choice, *_) = reply.get("choices") or [{}]
         message = choice.get("message") or {}
         text = message.get("content") if self.chat else choice.get("text")
+        if message.get("reasoning") or message.get("reasoning_content"):
+            raise StageFailed(
+                f"{self.who} gave its thinking apart from the answer, which would lose it",
+                "start it without --reasoning-parser",
+            )
         reason = choice.get("finish_reason")
         if text is None or reason not in ("stop", "length"):
             raise StageFailed(
                 f"{self.who} gave no answer: it ended by {reason!r}",
                 "an answer ends by 'stop' or 'length'; filters and tools are not supported",
             )
+        if not isinstance(text, str):
+            raise TypeError(f"a text is a {type(text).__name__}")
         return text, reason == "length"
 
     def _recall(self, name: str) -> tuple[str, bool] | None:

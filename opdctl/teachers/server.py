@@ -21,11 +21,14 @@ from contextlib import closing
 
 from opdctl.core import draws
 from opdctl.errors import StageFailed, UsageError
-from opdctl.served.endpoint import opened
+from opdctl.served.endpoint import opened, reading
 from opdctl.types import ScoreRequest
 
 CHUNK = 1024  # ids of the vocabulary in one question
 LISTS = ("listed", "listed_entropy")
+NEVER = -9999.0  # what vLLM writes for minus infinity
+RAW = "start it with --logprobs-mode raw_logprobs, and in a precision that is finite"
+ROUNDED = 1e-4  # the log of 1 in a low precision may come out this far above 0
 
 
 class Server:
@@ -96,8 +99,13 @@ class Server:
         bodies = [self._question([list(asked[q].ids) for q in part], k) for part in parts]
         with closing(self.endpoint.each("/v1/completions", bodies, self.ctx.check)) as answers:
             for at, answer in answers:
-                for q, row in zip(parts[at], self._rows(answer, len(parts[at])), strict=True):
-                    found[q] = self._read(row, asked[q], k)
+                with reading(self.who):
+                    rows = self._rows(answer, len(parts[at]))
+                    pairs = zip(parts[at], rows, strict=True)
+                    read = {q: self._read(row, asked[q], k) for q, row in pairs}
+                found |= read
+                for q in read:
+                    self._require_logprobs(found[q]["logprobs"])
                     if np.isfinite(found[q]["logprobs"]).all():
                         self.ctx.wal.put(q, found[q])
         whole = {n: np.concatenate([found[q][n] for q in keys]) for n in ("logprobs", "ids")}
@@ -135,6 +143,16 @@ class Server:
                 "a row of its head that stands for no token: a smaller k, or a folder as teacher",
             )
         return {"logprobs": values, "ids": ids}
+
+    def _require_logprobs(self, values_NJ) -> None:
+        """What can be log-probs; one that is NaN is told later, with its rollout.
+
+        Raises:
+            StageFailed: one is above 0, or stands for none.
+        """
+        wrong = values_NJ[(values_NJ <= NEVER) | (values_NJ > ROUNDED)]
+        if wrong.size:
+            raise StageFailed(f"{self.who} gave {wrong[0]} as a log-prob", RAW)
 
     def _question(self, ids: list[list[int]], k: int) -> dict:
         return {
@@ -201,7 +219,9 @@ class Server:
     def _texts(self, parts: list[list[int]]) -> list[str]:
         """What the server makes of ids; an id it does not have is an error, and reported as one."""
         bodies = [{"model": self.served, "tokens": part} for part in parts]
-        return [a["prompt"] for a in self.endpoint.all("/detokenize", bodies, self.ctx.check)]
+        answers = self.endpoint.all("/detokenize", bodies, self.ctx.check)
+        with reading(self.who):
+            return [answer["prompt"] for answer in answers]
 
     def _probe(self, k: int) -> None:
         """Score a known sequence: the same ids come back, with log-probs, and k at each place.
@@ -222,12 +242,13 @@ class Server:
                     f"start it with --max-logprobs {k}, or ask for fewer: k in the objective",
                 ) from None
             raise
-        (row,) = self._rows(answer[0], 1)
-        logprobs = self._read(row, ScoreRequest(ids, 1), k)["logprobs"]
-        if not ((logprobs > -math.inf) & (logprobs < 1e-4)).all():
+        with reading(self.who):
+            (row,) = self._rows(answer[0], 1)
+            logprobs = self._read(row, ScoreRequest(ids, 1), k)["logprobs"]
+        if not ((logprobs > NEVER) & (logprobs < ROUNDED)).all():
             raise UsageError(
                 f"{self.who} gives {logprobs[:, 0].tolist()} as log-probs of known tokens",
-                "start it with --logprobs-mode raw_logprobs, and in a precision that is finite",
+                RAW,
             )
 
 

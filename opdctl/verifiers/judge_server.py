@@ -15,7 +15,7 @@ from http.client import HTTPException
 
 from opdctl.errors import Problem, StageFailed, UsageError
 from opdctl.schema import REQUIRED, key
-from opdctl.served.endpoint import POLL, Endpoint
+from opdctl.served.endpoint import POLL, Endpoint, reading
 from opdctl.served.exchange import Refused, exchange
 from opdctl.verifiers._judging import JudgeKeys, Judging, problems
 
@@ -61,7 +61,9 @@ class JudgeServer(Judging):
         """
         who = f"the judge {config.name} of data.{domain} ({config.url})"
         endpoint = Endpoint(who, config.url, config.timeout, key=token(config))
-        names = [m.get("id") for m in endpoint.all("/models", [None], check)[0].get("data") or []]
+        answer = endpoint.all("/models", [None], check)[0]
+        with reading(who, "OpenAI's"):
+            names = [m["id"] for m in answer.get("data") or []]
         if config.name not in names:
             what = f"{who} serves {', '.join(map(str, names)) or 'no model'}, and not {config.name}"
             hint = f"data.{domain}.verifier.judge_server.name={names[0] if names else 'NAME'}"
