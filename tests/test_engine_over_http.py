@@ -4,15 +4,20 @@ at the worst moment; a real one is in test_vllm_engine.py.
 
 import contextlib
 import json
+import resource
+import signal
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from test_vllm import folder_of
 
 from conftest import make_model
+from opdctl.core.models import load
 from opdctl.core.wal import Wal
-from opdctl.engines.vllm_server import VllmServer
-from opdctl.errors import StageFailed
+from opdctl.engines._vllm_serve import arguments
+from opdctl.engines.vllm_server import ACTIVE, VllmServer
+from opdctl.errors import Interrupted, StageFailed
 from opdctl.settings import Runtime
 
 OURS, OTHERS = 5, 9  # what the weights that were published sample, and what all others do
@@ -32,6 +37,7 @@ class Sampler(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.version, self.restart_after, self.answered, self.told = "default", None, 0, []
+        self.active = False
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -54,8 +60,12 @@ class Answer(BaseHTTPRequestHandler):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server.told.append(self.path)
+        if self.path == "/start_weight_update":
+            if server.active:
+                return self.reply({"error": {"message": f"start called while {ACTIVE}."}}, 500)
+            server.active = True
         if self.path == "/finish_weight_update":
-            server.version = body["weight_version"]
+            server.version, server.active = body["weight_version"], False
         if self.path != "/v1/completions":
             return self.reply({})
         if server.answered == server.restart_after:
@@ -98,3 +108,52 @@ def test_no_sample_of_other_weights_is_logged(server, tmp_path):
         sampled(server, tmp_path)
     server.restart_after = None
     assert sampled(server, tmp_path) == ([OURS] * 4, 2)  # the two that were right are kept
+
+
+def test_a_stop_does_not_cut_a_publication(server, tmp_path):
+    engine = engine_of(server, tmp_path)
+
+    def check():
+        if "/start_weight_update" in server.told:
+            raise Interrupted("stopped")
+
+    engine.check = check
+    with pytest.raises(Interrupted):
+        engine.publish(0)
+    assert server.told[-1] == "/resume" and server.version == engine.label and not server.active
+
+
+def test_a_publication_that_a_kill_cut_is_ended_by_the_next(server, tmp_path):
+    server.active = True
+    engine = engine_of(server, tmp_path)
+    engine.publish(0)
+    assert server.version == engine.label and not server.active
+
+
+def test_a_full_share_is_named(server, tmp_path):
+    """Its own name, and not that of the run's folder; the server is not paused for it."""
+    engine = engine_of(server, tmp_path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(StageFailed, match=rf"runtime.engine_share: .* under {tmp_path}: .*27"):
+            engine.publish(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert "/pause?mode=abort" not in server.told and not list(tmp_path.iterdir())
+
+
+def test_the_server_counts_ids_as_the_trainer_does(tmp_path):
+    """Where the vocabulary has a hole, and more rows than ids: the last id is no padding."""
+    folder_of(tmp_path, "m", extra_rows=8)
+    path = tmp_path / "m" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] += 3
+    path.write_text(json.dumps(tokenizer))
+    flags = arguments(str(tmp_path / "m"), [])
+    valid = json.loads(flags[flags.index("--additional-config") + 1])["valid"]
+    model = load(str(tmp_path / "m"))
+    assert valid == model.valid_V > len(model.tokenizer)

@@ -83,6 +83,30 @@ def test_tokens_and_log_probs_are_the_trainers_after_every_update(servers, name,
     assert again == samples and servers[name].requests("/v1/completions") == asked
 
 
+@pytest.mark.parametrize("name", ["tied", "untied"])
+@pytest.mark.parametrize("last", ["/start_weight_update", "/update_weights"])
+def test_a_publication_that_was_cut_is_made_good_by_the_next(servers, name, last):
+    """Killed between two of its calls: the server takes the next weights, and samples with them."""
+    model = load(str(servers[name].folder))
+    cut = engine_of(servers[name], model)
+    tell = cut._tell
+
+    def until(path, body):
+        tell(path, body)
+        if path == last:
+            raise KeyboardInterrupt
+
+    cut._tell = until
+    with pytest.raises(KeyboardInterrupt):
+        cut.publish(0)
+    with torch.no_grad():
+        for parameter in model.net.parameters():
+            parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
+    engine = engine_of(servers[name], model)
+    engine.publish(0)
+    assert gap(model, *ask(engine, model, keys=range(70, 75), times=1)) < 1e-4
+
+
 def test_weights_of_another_are_noticed(servers):
     model = load(str(servers["tied"].folder))
     ours, theirs = (engine_of(servers["tied"], model) for _ in "ab")

@@ -23,7 +23,8 @@ def arguments(folder: str, flags: list[str]) -> list[str]:
     """The flags of vLLM's server, in which those that are given come last and win."""
     from transformers import AutoTokenizer
 
-    valid = len(AutoTokenizer.from_pretrained(folder))
+    ids = AutoTokenizer.from_pretrained(folder).get_vocab().values()
+    valid = 1 + max(ids)  # as the trainer counts them: len() would miss ids after a hole
     return [
         *("--model", folder, "--host", "127.0.0.1"),
         *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),

@@ -23,9 +23,10 @@ from opdctl.core import checkpoint, draws
 from opdctl.engines.transformers import Sample
 from opdctl.engines.vllm import Vllm, logged, recalled
 from opdctl.errors import Problem, StageFailed, UsageError
-from opdctl.served.endpoint import opened
+from opdctl.served.endpoint import opened, reading
 
 MOST = 128  # requests at once
+ACTIVE = "a weight update is already active"  # vLLM's words for one that was not finished
 
 
 class VllmServer:
@@ -76,7 +77,7 @@ class VllmServer:
         self.trained = any(p.requires_grad for p in model.net.parameters())
         self.label = ""
         try:
-            self._tell("/init_weight_transfer_engine", {"init_info": {}})
+            self.endpoint.all("/init_weight_transfer_engine", [{"init_info": {}}], check)
         except StageFailed as error:
             raise UsageError(
                 f"{self.who} takes no weights: {error.message}",
@@ -84,12 +85,14 @@ class VllmServer:
             ) from None
 
     def publish(self, version: int | str) -> None:
-        """Give it the model's weights as they stand; nothing if it has this version.
+        """Give it the model's weights as they stand; nothing if it has this version. A stop is
+        heeded before and after: cut in between, a server takes no other weights.
 
         Args:
             version: optimizer steps that the weights have seen, or a name for others.
 
         Raises:
+            Interrupted: the stop flag was seen.
             StageFailed: it did not take them, or says that it has others.
         """
         if self.published is not None and (not self.trained or self.published == version):
@@ -100,9 +103,10 @@ class VllmServer:
         self.label = f"{name}:{version}"
         path = Path(self.share) / f"opdctl-{name}.safetensors"
         try:
-            checkpoint.store(path, named_weights(self.model))
+            self._share(path, named_weights(self.model))
+            self.check()
             self._tell("/pause?mode=abort", {})
-            self._tell("/start_weight_update", {})
+            self._begin()
             self._tell("/update_weights", {"update_info": {"path": str(path)}})
             self._tell("/finish_weight_update", {"weight_version": self.label})
             self._tell("/reset_prefix_cache", {})  # it holds keys and values of other weights
@@ -146,7 +150,8 @@ class VllmServer:
         each = self.endpoint.each("/v1/completions", bodies, self.check, self._confirm)
         with closing(each) as answers:
             for at, answer in answers:
-                sample = samples[todo[at]] = self._sample(answer)
+                with reading(self.who):
+                    sample = samples[todo[at]] = self._sample(answer)
                 if self.wal is not None:
                     self.wal.put(names[todo[at]], logged(sample))
         return samples
@@ -197,5 +202,34 @@ class VllmServer:
                 "publishes the weights anew",
             )
 
+    def _share(self, path: Path, weights: dict) -> None:
+        """Put the weights where the server sees them.
+
+        Raises:
+            StageFailed: there is no room; a stage would say that of its own folder.
+        """
+        from safetensors import SafetensorError
+
+        try:
+            checkpoint.store(path, weights)
+        except (OSError, SafetensorError) as error:
+            size = sum(t.numel() * t.element_size() for t in weights.values())
+            raise StageFailed(
+                f"runtime.engine_share: cannot write {size / 1e6:.0f} MB of weights under "
+                f"{self.share}: {error}",
+                "make room there, or runtime.engine_share=DIR: a larger folder that the server "
+                "sees too; then resume",
+            ) from None
+
+    def _begin(self) -> None:
+        """Start an update; one that a kill left open is ended first, whatever it had loaded."""
+        try:
+            self._tell("/start_weight_update", {})
+        except StageFailed as error:
+            if ACTIVE not in error.message:
+                raise
+            self._tell("/finish_weight_update", {"weight_version": "cut"})
+            self._tell("/start_weight_update", {})
+
     def _tell(self, path: str, body: dict) -> None:
-        self.endpoint.all(path, [body], self.check)
+        self.endpoint.all(path, [body], lambda: None)
