@@ -57,7 +57,7 @@ class Step0:
         return Finding("warning" if do else "ok", what, "; ".join(do), name)
 
     def _served(self, pairing: Pairing, name: str) -> Finding:
-        """What the log-probs of the sampled tokens say, where there are no others."""
+        """What a server's log-probs of the sampled tokens and its lists of the top k say."""
         domains = pairing.domains(name)
         asked = [r.request for r in pairing.rollouts if r.prompt.domain in domains]
         kl, error, overlap, k = estimated(pairing, name, asked)
@@ -81,6 +81,7 @@ def estimated(pairing: Pairing, name: str, requests: list) -> tuple[float, float
     """Mean of log p - log q on the student's own tokens, an unbiased estimate of KL(p || q), its
     standard error over tokens, mean top-k overlap, and k."""
     from opdctl.core.scoring import score
+    from opdctl.kernels.topk import overlap_ratio
     from opdctl.nets.agreement import top_of
 
     ctx = pairing.ctx
@@ -90,9 +91,9 @@ def estimated(pairing: Pairing, name: str, requests: list) -> tuple[float, float
     ours = score(model, requests, want=("logprobs", "topk"), top=k, **how)
     theirs = pairing.server(name).score(requests, 1.0, ("listed",), k)
     gap_N = ours.logprobs_N - theirs.logprobs_N
-    both_NK = (ours.top_NK[:, :, None] == theirs.top_NK[:, None, :]).any(-1)
+    overlap_N = overlap_ratio(ours.top_NK, theirs.top_NK)
     error = float(gap_N.std()) / math.sqrt(len(gap_N)) if len(gap_N) > 1 else math.inf
-    return float(gap_N.mean()), error, float(both_NK.to(gap_N.dtype).mean()), k
+    return float(gap_N.mean()), error, float(overlap_N.mean()), k
 
 
 def compare(pairing: Pairing, name: str, requests: list) -> tuple[float, float, int]:
