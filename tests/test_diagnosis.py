@@ -15,9 +15,11 @@ from opdctl.diagnosis import directions, nodes
 from opdctl.diagnosis.asked import data_of
 from opdctl.diagnosis.directions import centred, cosine, ideal, look, outcome_draws, single_draws
 from opdctl.diagnosis.measure import Effort, measure
+from opdctl.diagnosis.page import write
 from opdctl.diagnosis.recommend import recommend, recoverability
 from opdctl.diagnosis.summary import spread
-from opdctl.errors import UsageError
+from opdctl.diagnosis.tables import grids
+from opdctl.errors import StageFailed, UsageError
 from opdctl.kernels.head import Head
 from opdctl.kernels.reference import divergence
 from opdctl.types import Prompt, Rollout
@@ -232,14 +234,42 @@ def test_recommendations_follow_the_numbers():
 
 
 def test_a_served_teacher_is_measured_as_far_as_it_says(folder, tmp_path):  # noqa: F811
-    with serving(tokenizer=load(f"{folder}/student").tokenizer) as server:
-        _, found, said = diagnosed(tmp_path, folder, {"sums": server.url})
-    assert said["verdict"] == "unclear" and len(found["missing"]) == 3
+    """The same model behind a server and in a folder: what both say is the same."""
+
+    def sevens(_, given):
+        answer = {"finish_reason": "stop", "message": {"content": "7"}}
+        return given if "choices" in given else {"choices": [answer]}
+
+    model = load(f"{folder}/teacher")
+    tokens = {"tokenizer": model.tokenizer, "model": model}
+    with serving(sevens, **tokens) as server:
+        served, found, said = diagnosed(tmp_path / "a", folder, {"sums": server.url})
+    _, local, _ = diagnosed(tmp_path / "b", folder, {"sums": f"{folder}/teacher"})
+    assert said["verdict"] == "go" and len(found["missing"]) == 3
     assert sum("not measured" in reason for reason in said["reasons"]) == 3
-    assert found["step0"].keys() == {"tokens", "log_ratio"}
+    both = found["step0"].keys() & local["step0"].keys()
+    agreed = {"overlap", "overlap_mass", "overlap_teacher_mass", "overlap_advantage", "entropy"}
+    assert both == agreed | {"top", "tokens"} and found["step0"]["top"] == 5
+    assert found["step0"].keys() - both == {"log_ratio"}
+    for what in agreed:
+        here, there = (e["step0"][what]["mean"] for e in (local, found))
+        assert there == pytest.approx(here, abs=1e-5), what
+    assert 0.1 < found["step0"]["overlap"]["mean"] < 1
+    rows = zip(local["profile"], found["profile"], strict=True)
+    assert all(a["overlap"] == pytest.approx(b["overlap"], abs=1e-5) for a, b in rows)
     assert found["alignment"]["signals"].keys() == {"sampled", "outcome"}
-    assert 0.3 < found["gain"]["together"]["teacher"] < 0.7, "it answers 7 or 12 by the seed"
-    assert not any("overlap" in row for row in found["profile"])
+    assert found["gain"]["together"]["teacher"] == 1
+    titles = [str(grid.columns[2].header) for grid in grids(served, found)]
+    assert "overlap" in titles and "H(T)" not in titles
+    served["teachers"]["sums"]["recommendation"] = said
+    page = write([served], tmp_path / "d.html").read_text()
+    assert "log S - log T" in page and "KL(S" not in page
+
+
+def test_a_server_that_lists_too_few_is_named(folder, tmp_path):  # noqa: F811
+    failed = pytest.raises(StageFailed, match=r"listed \d of the 5 most probable")
+    with serving(tokenizer=load(f"{folder}/student").tokenizer) as server, failed:
+        diagnosed(tmp_path, folder, {"sums": server.url})
 
 
 def test_on_the_command_line(folder, tmp_path):  # noqa: F811

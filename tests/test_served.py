@@ -34,7 +34,8 @@ LOGPROB = -1.25
 
 
 class Served(ThreadingHTTPServer):
-    """One model called ``big``: every token has one log-prob; ``fault`` breaks answers.
+    """One model called ``big``: every token has one log-prob, or those of ``model``, which lists
+    its most probable ones too; ``fault`` breaks answers.
 
     Attributes:
         asked: sequences scored after the probe.
@@ -43,12 +44,23 @@ class Served(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, tokenizer, fault=None, names=("big",), slow=0.0):
+    def __init__(self, tokenizer, fault=None, names=("big",), slow=0.0, model=None):
         super().__init__(("127.0.0.1", 0), Answer)
+        self.model = model
         self.tokenizer, self.fault, self.names, self.slow = tokenizer, fault, names, slow
         self.asked, self.now, self.most, self.tries, self.calls = 0, 0, 0, 0, 0
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}"
+
+    @torch.no_grad()
+    def row(self, ids, k):
+        """``prompt_logprobs`` of a sequence: of each token, and of the k most probable."""
+        if not self.model:
+            return [None, *({str(i): {"logprob": LOGPROB, "rank": 2}} for i in ids[1:])]
+        logp_TV = self.model.own_logits(torch.tensor([ids]))[0].log_softmax(-1)
+        places = zip(logp_TV[:-1], ids[1:], strict=True)
+        listed = (({*logp_V.topk(k).indices.tolist(), i}, logp_V) for logp_V, i in places)
+        return [None, *({str(i): {"logprob": float(p_V[i])} for i in some} for some, p_V in listed)]
 
     def handle_error(self, *_):
         """A client that gave up is no news."""
@@ -85,10 +97,7 @@ class Answer(BaseHTTPRequestHandler):
         time.sleep(server.slow)
         with server.lock:
             server.now -= 1
-        rows = [
-            [None, *({str(i): {"logprob": LOGPROB, "rank": 2}} for i in ids[1:])]
-            for ids in body["prompt"]
-        ]
+        rows = [server.row(ids, body["prompt_logprobs"]) for ids in body["prompt"]]
         answer = {"choices": [{"index": i, "prompt_logprobs": row} for i, row in enumerate(rows)]}
         answer["choices"].reverse()  # an index says which is which
         if not probing:

@@ -127,8 +127,8 @@ def look(
 
 
 def on_candidates(ids_NK: Tensor, logp_NK: Tensor, logq_NK: Tensor) -> Seen:
-    """The same of a teacher that scores tokens and gives no more: the sampled token alone, as far
-    as it is drawn from the candidates."""
+    """The same of a teacher that scores the candidates and no others: the sampled token alone, as
+    far as it is drawn from the candidates."""
     p_NK, zero_N = logp_NK.exp(), torch.zeros_like(logp_NK[:, 0])
     sampled_NK = ((p_NK * (logq_NK - logp_NK))[..., None] * _towards(p_NK)).sum(1)
     steps = {"sampled": centred(sampled_NK)}

@@ -101,11 +101,11 @@ def _teacher(ctx, pairing: Pairing, name: str, effort: Effort, entry: dict, told
     entry["gain"] = {d: told_gain(found) for d, found in gains.items()}
     entry["gain"]["together"] = told_gain(pooled(list(gains.values())))
     rollouts = [r for r in pairing.rollouts if r.prompt.domain in domains]
-    given = (ctx, rollouts, effort, entry, lambda text: told(f"teacher {name}: {text}"))
+    given = (rollouts, effort, entry, lambda text: told(f"teacher {name}: {text}"))
     if entry["served"]:
-        by_server(name, *given)
+        by_server(pairing, name, *given)
     else:
-        _by_weights(pairing.teachers[name], *given)
+        _by_weights(pairing.teachers[name], ctx, *given)
 
 
 def _by_weights(reference: str, ctx, rollouts, effort: Effort, entry: dict, told) -> None:

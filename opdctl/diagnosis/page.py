@@ -59,16 +59,14 @@ def _teacher(one: dict, name: str, entry: dict) -> str:
 def _figures(entry: dict) -> list[str]:
     found = []
     rows, step0 = entry.get("profile", []), entry.get("step0", {})
-    if "overlap" in step0:
+    if rows:
         names = {"overlap": "overlap", "overlap_mass": "mass S", "overlap_teacher_mass": "mass T"}
         title = f"Top-{step0['top']} overlap and its mass, student S and teacher T, by position"
         found.append(_lines(title, rows, names, top=1.0))
         names = {"entropy": "student", "teacher_entropy": "teacher"}
         found.append(_lines("Entropy by position, nats", rows, names))
-        names = {"reverse": "KL(S | T)", "forward": "KL(T | S)"}
+        names = {"reverse": "KL(S | T)", "forward": "KL(T | S)", "log_ratio": "log S - log T"}
         found.append(_lines("Divergence by position, nats a token", rows, names))
-    elif rows:
-        found.append(_lines("log S - log T by position, nats", rows, {"log_ratio": "mean"}))
     if "gain" in entry:
         several = len(entry["gain"]) > 2
         points = [

@@ -18,6 +18,17 @@ SIGNALS = {
     "sampled": "sampled token",
     "outcome": "outcome (no teacher)",
 }
+COLUMNS = {
+    "overlap": "overlap",
+    "overlap_mass": "mass S",
+    "overlap_teacher_mass": "mass T",
+    "overlap_advantage": "adv.",
+    "log_ratio": "log S - log T",
+    "reverse": "KL(S|T)",
+    "forward": "KL(T|S)",
+    "entropy": "H(S)",
+    "teacher_entropy": "H(T)",
+}
 
 
 def show(found: list[dict]) -> None:
@@ -83,29 +94,18 @@ def _share(value: dict) -> str:
 
 def _profile(one: dict, entry: dict) -> Any:
     step0 = entry["step0"]
-    if "log_ratio" in step0:
-        return _ratio(step0, entry["profile"])
-    rows = [[f"{r['from']}-{r['to']}", r["tokens"], *_numbers(r)] for r in entry["profile"]]
-    whole = {k: v["mean"] for k, v in step0.items() if isinstance(v, dict)}
-    rows.append(["all", step0["tokens"], *_numbers(whole)])
-    columns = ["position", "tokens", "overlap", "mass S", "mass T", "adv."]
-    columns += ["KL(S|T)", "KL(T|S)", "H(S)", "H(T)"]
+    served = "log_ratio" in step0
+    shown = {k: v for k, v in COLUMNS.items() if k in step0}
+    rows = [[f"{r['from']}-{r['to']}", r["tokens"], *_numbers(r, shown)] for r in entry["profile"]]
+    whole = {k: step0[k]["mean"] for k in shown}
+    rows.append(["all", step0["tokens"], *_numbers(whole, shown)])
     title = f"On the student's answers, top {step0['top']}, nats a token at temperature"
-    return table(columns, rows, f"{title} {one['temperature']:g}")
+    at = 1.0 if served else one["temperature"]  # a server's log-probs are those at 1
+    return table(["position", "tokens", *shown.values()], rows, f"{title} {at:g}")
 
 
-def _ratio(step0: dict, profile: list[dict]) -> Any:
-    """Of a teacher that gives log-probs alone."""
-    rows = [[f"{r['from']}-{r['to']}", r["tokens"], f"{r['log_ratio']:.2f}"] for r in profile]
-    whole = _with(step0["log_ratio"]["mean"], step0["log_ratio"]["ci95"], "")
-    rows.append(["all", step0["tokens"], whole])
-    return table(["position", "tokens", "log S - log T"], rows, "On the student's answers")
-
-
-def _numbers(row: dict) -> list[str]:
-    names = ("overlap", "overlap_mass", "overlap_teacher_mass", "overlap_advantage")
-    names += ("reverse", "forward", "entropy", "teacher_entropy")
-    return [f"{row[n]:.2f}" if n in row else "" for n in names]
+def _numbers(row: dict, shown: dict[str, str]) -> list[str]:
+    return [f"{row[name]:.2f}" for name in shown]
 
 
 def _alignment(found: dict) -> Any:
