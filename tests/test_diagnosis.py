@@ -14,10 +14,11 @@ from opdctl.core.models import load, save
 from opdctl.diagnosis import directions, nodes
 from opdctl.diagnosis.asked import data_of
 from opdctl.diagnosis.directions import centred, cosine, ideal, look, outcome_draws, single_draws
+from opdctl.diagnosis.intervals import newcombe, wilson
 from opdctl.diagnosis.measure import Effort, measure
 from opdctl.diagnosis.page import write
 from opdctl.diagnosis.recommend import recommend, recoverability
-from opdctl.diagnosis.summary import spread
+from opdctl.diagnosis.summary import pooled, spread, told_gain
 from opdctl.diagnosis.tables import grids
 from opdctl.errors import StageFailed, UsageError
 from opdctl.kernels.head import Head
@@ -178,6 +179,42 @@ def test_an_interval_counts_responses():
     found = spread(value, owner)
     half = 1.96 * math.sqrt(2 * (0.75**2 + 0.75**2)) / 4
     assert found["mean"] == 0.75 and found["ci95"][1] == pytest.approx(0.75 + half)
+
+
+def pairs_of(both, second, first, neither):
+    pairs = ((1.0, 1.0), both), ((0.0, 1.0), second), ((1.0, 0.0), first), ((0.0, 0.0), neither)
+    return [pair for pair, count in pairs for _ in range(count)]
+
+
+def test_an_interval_does_not_vanish_where_all_verdicts_are_alike():
+    assert newcombe(pairs_of(36, 12, 2, 0)) == pytest.approx([0.0569, 0.3404], abs=5e-5), "paper"
+    for share, count in ((0.0, 20), (1.0, 20), (0.3, 20), (1.0, 1)):  # the ends solve the test
+        for end in wilson(share, count):
+            if 0 < end < 1:
+                assert abs(share - end) == pytest.approx(
+                    1.96 * (end * (1 - end) / count) ** 0.5, abs=1e-7
+                )
+    for alike, most in (((0, 0, 0, 20), 0.16), ((20, 0, 0, 0), 0.16), ((10, 0, 0, 10), 0.09)):
+        low, high = newcombe(pairs_of(*alike))
+        assert low == -high and high == pytest.approx(most, abs=0.005)
+    assert newcombe(pairs_of(0, 20, 0, 0)) == [pytest.approx(0.772, abs=1e-3), 1.0]
+    found = told_gain(pooled([{"right": pairs_of(0, 0, 0, 12)}, {"right": pairs_of(8, 0, 0, 0)}]))
+    assert found["gain"] == 0 and found["ci95"] == newcombe(pairs_of(8, 0, 0, 12))
+    assert found["solves"] == {"of": 12, "mean": 0.0, "ci95": wilson(0.0, 12)}
+    assert found["loses"] == {"of": 8, "mean": 0.0, "ci95": wilson(0.0, 8)}
+
+
+def test_an_interval_of_a_gain_covers_it():
+    """Over every table of 12 pairs, by its multinomial probability."""
+    chances, n = (0.3, 0.4, 0.1, 0.2), 12
+    covered = 0.0
+    for a, b, c in itertools.product(range(n + 1), repeat=3):
+        if (d := n - a - b - c) >= 0:
+            low, high = newcombe(pairs_of(a, b, c, d))
+            ways = math.factorial(n) / math.prod(map(math.factorial, (a, b, c, d)))
+            chance = ways * math.prod(p**k for p, k in zip(chances, (a, b, c, d), strict=True))
+            covered += chance * (low <= 0.3 <= high)
+    assert 0.93 < covered < 0.99
 
 
 SMALL = Effort(prompts=40, budget=512, top=4, samples=4)

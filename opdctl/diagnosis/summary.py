@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from opdctl.core.evaluation import half_width
 from opdctl.core.metrics import mean
 from opdctl.core.tokens import per_sequence, places
+from opdctl.diagnosis.intervals import newcombe, wilson
 from opdctl.diagnosis.nodes import window
 
 
@@ -22,23 +22,20 @@ def owners(rollouts: list, device: torch.device) -> Tensor:
 def pooled(found: list[dict]) -> dict:
     """The domains of a teacher together, each prompt counting once."""
     right = [pair for one in found for pair in one["right"]]
-    gaps = [t - s for s, t in right]
-    half, centre = half_width(gaps) if len(gaps) > 1 else 1.0, mean(gaps)
     sides = {"student": mean(s for s, _ in right), "teacher": mean(t for _, t in right)}
-    ends = [centre - half, centre + half]
-    return {**sides, "gain": centre, "ci95": ends, "prompts": len(right), "right": right}
+    return {**sides, "gain": mean(t - s for s, t in right), "prompts": len(right), "right": right}
 
 
 def told_gain(found: dict) -> dict:
-    """A paired gain with, in place of the verdicts, what the teacher solves of what the student
-    fails, and fails of what it solves."""
+    """A paired gain with its 95 % interval and, in place of the verdicts, what the teacher solves
+    of what the student fails, and fails of what it solves."""
     result = {k: v for k, v in found.items() if k != "right"}
+    result["ci95"] = newcombe(found["right"])
     for what, side in (("solves", 0.0), ("loses", 1.0)):
         given = [t if what == "solves" else 1 - t for s, t in found["right"] if bool(s) == side]
-        half = half_width(given) if len(given) > 1 else 1.0
         share = mean(given)
         result[what] = {"of": len(given), "mean": share if given else None}
-        result[what]["ci95"] = [max(0.0, share - half), min(1.0, share + half)] if given else None
+        result[what]["ci95"] = wilson(share, len(given)) if given else None
     return result
 
 
