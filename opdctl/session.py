@@ -10,7 +10,7 @@ from pathlib import Path
 
 from opdctl import console
 from opdctl import launch as run_launch
-from opdctl.diagnosis import asked
+from opdctl.diagnosis import asked, commands
 from opdctl.diagnosis.recommend import recommend, recoverability
 from opdctl.errors import UsageError
 from opdctl.estimate import gpus
@@ -211,15 +211,20 @@ def diagnosis_of(
         if stage or not (student and teachers):
             what = "--stage is of a recipe" if stage else "--student and --teacher are both needed"
             raise UsageError(what, "opdctl diagnose --student REF --teacher REF --data FILE")
-        recipe, said = asked.of_models(student, teachers, data, overrides)
+        recipe, said, meant = asked.of_models(student, teachers, data, overrides)
         stages, run = ["opd"], None
         for line in said:
             console.say(line)
     found = diagnose(recipe, stages, run, effort)
     for one in found:
         for name, entry in one["teachers"].items():
+            if targets:
+                given = (targets[0], run is not None, one["stage"])
+                lines = commands.of_stage(*given, overrides, effort)
+            else:
+                lines = commands.of_pair(entry, name, student, teachers, meant, overrides, effort)
             entry["recoverability"] = recoverability(entry)
-            entry["recommendation"] = recommend(entry, one["student"], name)
+            entry["recommendation"] = recommend(entry, lines)
     return found
 
 

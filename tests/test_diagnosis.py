@@ -3,26 +3,32 @@
 import itertools
 import json
 import math
+import shlex
+import shutil
 
 import pytest
 import torch
 from test_preflight import context, folder, recipe_of  # noqa: F401  (folder is a fixture)
 from test_served import serving
+from typer.testing import CliRunner
 
 from conftest import make_model
+from opdctl.cli import app
 from opdctl.core.models import load, save
 from opdctl.diagnosis import directions, nodes
 from opdctl.diagnosis.asked import data_of
+from opdctl.diagnosis.commands import of_pair, of_stage
 from opdctl.diagnosis.directions import centred, cosine, ideal, look, outcome_draws, single_draws
 from opdctl.diagnosis.intervals import newcombe, wilson
 from opdctl.diagnosis.measure import Effort, measure
 from opdctl.diagnosis.page import write
-from opdctl.diagnosis.recommend import recommend, recoverability
+from opdctl.diagnosis.recommend import SIGNALS, composed, recommend, recoverability
 from opdctl.diagnosis.summary import pooled, spread, told_gain
 from opdctl.diagnosis.tables import grids
 from opdctl.errors import StageFailed, UsageError
 from opdctl.kernels.head import Head
 from opdctl.kernels.reference import divergence
+from opdctl.launch import new_run
 from opdctl.types import Prompt, Rollout
 from running import opdctl
 
@@ -224,7 +230,13 @@ def diagnosed(tmp_path, models, teachers, **keys):
     (tmp_path / "run").mkdir(parents=True, exist_ok=True)
     result = measure(context(tmp_path / "run", recipe_of(models, teachers, **keys)), SMALL)
     (entry,) = result["teachers"].values()
-    return result, entry, recommend(entry, result["student"])
+    return result, entry, recommend(entry, lines_of(entry, result["student"]))
+
+
+def lines_of(entry, student="S", name="teacher", data=None, overrides=()):
+    teachers = [entry["model"] if name == "teacher" else f"{name}={entry['model']}"]
+    effort = {"prompts": 40, "budget": 512, "top": 4, "samples": 4}
+    return of_pair(entry, name, student, teachers, data or {}, overrides, effort)
 
 
 def test_recommendations_of_real_pairs(folder, tmp_path):  # noqa: F811
@@ -254,20 +266,70 @@ def entry(gain, overlap, kl=0.5, accuracy=0.8):
     together = {"gain": gain, "ci95": [low, high], "prompts": 100, "teacher": accuracy}
     numbers = {"overlap": overlap, "overlap_mass": 0.9, "reverse": kl}
     step0 = {"top": 16, **{k: {"mean": v, "ci95": [v, v]} for k, v in numbers.items()}}
-    return {"same": False, "model": "T", "gain": {"together": together}, "step0": step0}
+    found = {"same": False, "served": False, "model": "T", "domains": ["sums"]}
+    return found | {"gain": {"together": together}, "step0": step0}
 
 
 def test_recommendations_follow_the_numbers():
     def verdict(*given, **keys):
-        return recommend(entry(*given, **keys), "S")["verdict"]
+        return said(*given, **keys)["verdict"]
+
+    def said(*given, **keys):
+        found = entry(*given, **keys)
+        return recommend(found, lines_of(found))
 
     assert verdict(0.3, 0.8) == "go" and verdict(0.3, 0.6) == "go"
     assert verdict(0.3, 0.4) == "cold_start" and verdict(0.05, 0.4) == "cold_start"
-    assert "opdctl stage sft --student S --teacher T" in recommend(entry(0.3, 0.4), "S")["do"][0]
+    assert "opdctl stage sft --student S --teacher T" in said(0.3, 0.4)["do"][0]
     assert verdict(0.05, 0.8) == "unclear" and verdict(-0.3, 0.8) == "another_teacher"
     assert verdict(0.3, 0.8, kl=1e-4) == "nothing_to_learn"
     assert verdict(0.05, 0.4, accuracy=0.0) == "another_teacher"
-    assert recommend({"same": False, "model": "T"}, "S")["verdict"] == "not_measured"
+    unmeasured = {"same": False, "model": "T", "domains": ["sums"]}
+    assert recommend(unmeasured, lines_of(unmeasured))["verdict"] == "not_measured"
+    few, again = entry(0.05, 0.8), "opdctl diagnose --student S --teacher T --budget 512"
+    assert said(0.05, 0.8)["do"] == [f"{again} --top 4 --samples 4 --prompts 160"]
+    few["gain"]["together"]["prompts"] = 39
+    few = recommend(few, lines_of(few))
+    assert not few["do"] and any("all its prompts" in reason for reason in few["reasons"])
+
+
+def dry(line):
+    """Carry out a command up to its first stage, in this process; what it printed."""
+    words = shlex.split(line)
+    assert words[0] == "opdctl"
+    done = CliRunner().invoke(app, [*words[1:], "--dry-run"])
+    assert done.exit_code == 0, (line, done.exception)
+    return done.output
+
+
+def test_what_to_do_is_whole_commands(folder, tmp_path):  # noqa: F811
+    """Each is planned as it stands; data, keys and the k that was judged are in it."""
+    spaced = tmp_path / "a b.jsonl"
+    shutil.copy(folder / "p.jsonl", spaced)
+    data = {str(spaced): data_of(str(spaced), {}), "gcd": data_of("gcd", {})}
+    overrides = ("sampling.max_tokens=4", "data.gcd.limit=5", "data.a_b.limit=50")
+    overrides += ("teachers.other.weight=2", "runtime.threads=1", "seed=3")
+    local = {"model": f"{folder}/teacher", "domains": ["a_b"]}
+    given = (f"{folder}/student", "a_b", data, overrides)
+    lines, served = (lines_of(local | model, *given) for model in ({}, {"model": "http://h:1#m"}))
+    for signal in SIGNALS:
+        for wrong in (False, True):
+            line = lines.opd(*composed(signal, 5, False, wrong))
+            assert "opd    opd   run" in dry(line) and ("outcome_gate" in line) == wrong
+            assert "seed=3" in line and "'data.a_b.path=\"" in line
+            assert "gcd" not in line and "other" not in line
+    assert "k: 5," in lines.opd(*composed("top_k", 5, False))
+    dry(served.opd(*composed("sampled", 5, True)))
+    (cold,) = lines.sft()
+    assert "sft    sft   run" in dry(cold) and "sources.teacher.sampling.max_tokens=4" in cold
+    again = shlex.split(lines.again())
+    assert again.count("--data") == 2 and str(spaced) in again and set(overrides) <= set(again)
+    run = new_run(recipe_of(folder, {"sums": f"{folder}/teacher"}), "", tmp_path / "run").path
+    for target, is_run in ((f"{run}/resolved.yaml", False), (str(run), True)):
+        whole = of_stage(target, is_run, "opd", ("stages.opd.steps=7",), {"prompts": 9})
+        assert "opd    opd   run" in dry(whole.opd(*composed("jsd", 5, False)))
+        words = ["opdctl", "diagnose", target, "--stage", "opd", "stages.opd.steps=7"]
+        assert shlex.split(whole.again()) == [*words, "--prompts", "36"] and not whole.sft()
 
 
 def test_a_served_teacher_is_measured_as_far_as_it_says(folder, tmp_path):  # noqa: F811
@@ -318,7 +380,11 @@ def test_on_the_command_line(folder, tmp_path):  # noqa: F811
     assert done.returncode == 0, done.stderr
     (stage,) = json.loads(done.stdout)["stages"]
     found = stage["teachers"]["teacher"]
-    assert found["recommendation"]["verdict"] in ("go", "unclear")
+    said = found["recommendation"]
+    assert said["verdict"] in ("go", "unclear") and said["do"]
+    for line in said["do"]:
+        assert f"{folder}/p.jsonl" in line and "sampling.max_tokens=4" in line
+        assert "opdctl diagnose" in line or dry(line)
     assert {"gain", "step0", "profile", "alignment", "reach"} <= found.keys()
     page = (tmp_path / "d.html").read_text()
     assert "<svg" in page and "http" not in page.replace("http://www.w3.org", "")

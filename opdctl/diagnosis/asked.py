@@ -82,8 +82,9 @@ def data_of(named: str, of_models: dict[str, dict]) -> dict[str, dict]:
 
 def of_models(
     student: str, teachers: tuple[str, ...], data: tuple[str, ...], overrides: tuple[str, ...]
-) -> tuple[Recipe, list[str]]:
-    """An opd stage of a student and its teachers, and what was filled in.
+) -> tuple[Recipe, list[str], dict[str, dict[str, dict]]]:
+    """An opd stage of a student and its teachers, what was filled in, and the data entries that
+    each ``data`` meant.
 
     Args:
         data: see ``data_of``; empty is the data of the run that wrote one of the models.
@@ -93,9 +94,10 @@ def of_models(
     """
     tree, full, named, said = one_stage("opd", overrides, student, teachers, "")
     found = run_data([student, *(t.split("=", 1)[-1] for t in teachers)])
-    for one in data:
-        tree["data"] = tree.get("data", {}) | data_of(one, found)
+    meant = {one: data_of(one, found) for one in data}
+    for entries in meant.values():
+        tree["data"] = tree.get("data", {}) | entries
     if not data and "data" not in tree and not any(o.startswith("data.") for o in full):
         tree["data"] = {d: c for d, c in found.items() if d in named} or found
     said.append(f"prompts: {', '.join(tree.get('data', {})) or 'none'}")
-    return resolve(tree, "opdctl diagnose", overrides=full), said
+    return resolve(tree, "opdctl diagnose", overrides=full), said, meant

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from opdctl.diagnosis.commands import Commands
 from opdctl.preflight.step0 import KL_LEAST, OVERLAP_LEAST
 
 OVERLAP_GOOD = 0.72  # arXiv 2604.13016, at the start of runs that succeeded
@@ -29,13 +30,25 @@ VERDICTS = {
     "not_measured": "not enough could be measured",
     "away": "the signal points away from the task",
 }
-TO_RUN = {
-    "reverse_kl": "--method deepseek_v4",
-    "forward_kl": "'objectives={divergence: {direction: forward}}' 'signals={}'",
-    "jsd": "'objectives={divergence: {direction: jsd}}' 'signals={}'",
-    "top_k": "--method rethinking",
-    "sampled": "--method vopd",
-}
+SIGNALS = ("reverse_kl", "forward_kl", "jsd", "top_k", "sampled")  # the exact ones first
+
+
+def composed(signal: str, top: int, served: bool, wrong: bool = False) -> tuple[str, str]:
+    """``signals`` and ``objectives`` of an opd stage that follows one of SIGNALS.
+
+    Args:
+        top: k of top_k, as it was judged.
+        served: the teacher's logits are not to be had: no baseline.
+        wrong: on wrong rollouts alone.
+    """
+    weights = "{outcome_gate: {on: wrong}}" if wrong else "{}"
+    if signal == "sampled":
+        beside = "" if served else ", kl_baseline: {}"
+        return f"{{reverse_kl: {{}}{beside}}}", f"{{policy_gradient: {{weights: {weights}}}}}"
+    if signal == "top_k":
+        return "{}", f"{{topk_pg: {{k: {top}, weights: {weights}}}}}"
+    direction = signal.removesuffix("_kl")
+    return "{}", f"{{divergence: {{direction: {direction}, weights: {weights}}}}}"
 
 
 def recoverability(found: dict[str, Any]) -> dict[str, Any]:
@@ -56,20 +69,19 @@ def recoverability(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def recommend(found: dict[str, Any], student: str, name: str = "teacher") -> dict[str, Any]:
+def recommend(found: dict[str, Any], commands: Commands) -> dict[str, Any]:
     """``verdict``, ``reasons`` and what to ``do``, from one entry of ``teachers``.
 
     Args:
-        student: its reference, for commands.
-        name: the teacher's.
+        commands: whole ones, as ``do`` says them.
     """
     if found["same"]:
         if found["model"] == "policy":
             return _said("nothing_to_learn", ["it is the student, which keeps its domains"], [])
         why = "the teacher has the student's own weights: every score is zero"
-        return _said("nothing_to_learn", [why], ["--teacher REF: the checkpoint that was meant"])
-    reasons, do, model = [], [], found["model"]
-    pair = f"--student {student} --teacher {model if name == 'teacher' else f'{name}={model}'}"
+        return _said("nothing_to_learn", [f"{why}; is another checkpoint meant?"], [])
+    reasons: list[str] = []
+    do: list[str] = []
     gain = found.get("gain", {}).get("together")
     step0 = found.get("step0", {})
     verdict = "go" if gain and "overlap" in step0 else "not_measured"
@@ -84,7 +96,11 @@ def recommend(found: dict[str, Any], student: str, name: str = "teacher") -> dic
         else:
             verdict = "unclear"
             reasons.append(f"the teacher is not shown to be better: {of}")
-            do.append("--prompts 400: half the interval; or a teacher trained further")
+            if gain["prompts"] < commands.prompts * len(found["domains"]):
+                reasons.append("these are all its prompts: more data, or a teacher trained further")
+            else:
+                reasons.append("four times the prompts halve that; or a teacher trained further")
+                do.append(commands.again())
         if not gain["teacher"]:
             verdict = "another_teacher"
             reasons.append("the teacher is right on none of them: the verifier, or the format?")
@@ -95,7 +111,9 @@ def recommend(found: dict[str, Any], student: str, name: str = "teacher") -> dic
         if overlap < OVERLAP_LEAST:
             verdict = "cold_start" if verdict in ("go", "unclear") else verdict
             reasons.append(f"thinking is not compatible: they overlap in {told}, {mass}")
-            do.insert(0, f"opdctl stage sft {pair}")
+            if not commands.cold:
+                reasons.append("before it an sft stage with sources.teacher: docs/diagnose.md")
+            do = commands.sft() + do
         elif overlap < OVERLAP_GOOD:
             short = f"below the {OVERLAP_GOOD} from which OPD succeeded in the paper"
             reasons.append(
@@ -117,21 +135,22 @@ def recommend(found: dict[str, Any], student: str, name: str = "teacher") -> dic
         if first["ci95"][0] <= 0:
             verdict = "unclear" if verdict == "go" else verdict
             reasons.append("so its scores are not shown to say, token by token, what it knows")
-    gate: list[str] = []
-    signal = _signal(found, reasons, gate)
+    signal = _signal(found, reasons)
     if verdict == "go" and signal and signal[1] < 0:
         verdict = "away"
     if verdict == "go" and signal:
-        do.append(f"opdctl stage opd {pair} {TO_RUN[signal[0]]}")
-        do += gate
+        if signal[2]:
+            reasons.append("the second command distils on wrong rollouts alone")
+        for wrong in (False, True) if signal[2] else (False,):
+            do.append(commands.opd(*composed(signal[0], step0["top"], found["served"], wrong)))
     for what, why in found.get("missing", {}).items():
         reasons.append(f"not measured: {what}; {why}")
     return _said(verdict, reasons, do, signal[0] if signal else None)
 
 
-def _signal(found: dict, reasons: list[str], do: list[str]) -> tuple[str, float] | None:
-    """The best aligned of a teacher's signals on wrong rollouts, and the upper end of its
-    interval; says what the alignments are."""
+def _signal(found: dict, reasons: list[str]) -> tuple[str, float, bool] | None:
+    """The best aligned of a teacher's signals on wrong rollouts, the upper end of its interval, and
+    whether on right ones it is mostly noise; says what the alignments are."""
     given = found.get("alignment")
     if not given:
         return None
@@ -140,20 +159,22 @@ def _signal(found: dict, reasons: list[str], do: list[str]) -> tuple[str, float]
     if sides[side]["rollouts"] < FEW:
         reasons.append("too few prefixes where the next token decides to judge the signals by")
         return None
-    means = {n: s[side] for n, s in signals.items() if n in TO_RUN}
-    behind = {n: means[n]["behind"] for n in TO_RUN if n in means}
+    means = {n: s[side] for n, s in signals.items() if n in SIGNALS}
+    behind = {n: means[n]["behind"] for n in SIGNALS if n in means}
     near = [n for n, b in behind.items() if b["ci95"][0] <= 0 or b["mean"] < CLOSE]
     best = near[0]  # of those that are not told apart, the exact ones first
     told = f"{best} has cos {means[best]['mean']:.2f} {_interval(means[best])}"
     low = means[best]["ci95"][0]
     beside = f"; not told apart from it: {', '.join(near[1:])}" if near[1:] else ""
     reasons.append(f"aligned with the ideal update on {side} rollouts: {told}{beside}")
+    noisy = False
     if sides["right"]["rollouts"] >= FEW and side == "wrong":
         right = signals[best]["right"]
-        if right["ci95"][1] < low and right["mean"] < means[best]["mean"] / 2:
-            reasons.append(f"on right rollouts it has cos {right['mean']:.2f}: mostly noise there")
-            do.append("or on wrong rollouts alone: --method unmasking, weights.outcome_gate")
-    return best, means[best]["ci95"][1]
+        noisy = right["ci95"][1] < low and right["mean"] < means[best]["mean"] / 2
+        if noisy:
+            told = f"on right rollouts it has cos {right['mean']:.2f}: mostly noise there"
+            reasons.append(told)
+    return best, means[best]["ci95"][1], noisy
 
 
 def _interval(value: dict) -> str:
