@@ -279,6 +279,7 @@ def test_recommendations_follow_the_numbers():
         return recommend(found, lines_of(found))
 
     assert verdict(0.3, 0.8) == "go" and verdict(0.3, 0.6) == "go"
+    assert said(0.3, 0.8)["do"] == ["opdctl stage opd --student S --teacher T"], "no signal judged"
     assert verdict(0.3, 0.4) == "cold_start" and verdict(0.05, 0.4) == "cold_start"
     assert "opdctl stage sft --student S --teacher T" in said(0.3, 0.4)["do"][0]
     assert verdict(0.05, 0.8) == "unclear" and verdict(-0.3, 0.8) == "another_teacher"

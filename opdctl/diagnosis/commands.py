@@ -44,6 +44,10 @@ class Commands:
         keys = {"signals": signals, "objectives": objectives}
         return shlex.join([*self.distil, *(f"{self.before}{k}={v}" for k, v in keys.items())])
 
+    def as_is(self) -> str:
+        """The opd stage with the signals that it has."""
+        return shlex.join(self.distil)
+
     def sft(self) -> list[str]:
         """At most one line."""
         return [shlex.join(self.cold)] if self.cold else []

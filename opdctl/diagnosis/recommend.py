@@ -143,6 +143,9 @@ def recommend(found: dict[str, Any], commands: Commands) -> dict[str, Any]:
             reasons.append("the second command distils on wrong rollouts alone")
         for wrong in (False, True) if signal[2] else (False,):
             do.append(commands.opd(*composed(signal[0], step0["top"], found["served"], wrong)))
+    elif verdict == "go":
+        reasons.append("no signal was judged: the stage's own are kept")
+        do.append(commands.as_is())
     for what, why in found.get("missing", {}).items():
         reasons.append(f"not measured: {what}; {why}")
     return _said(verdict, reasons, do, signal[0] if signal else None)
