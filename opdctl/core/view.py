@@ -27,11 +27,16 @@ class PerStep:
 
     Attributes:
         column: where its numbers are kept.
-        of: the weight's ``mask`` or ``factor``, step -> [N].
+        of: the weight's own ``mask`` or ``factor``, step -> [N].
     """
 
     column: str
     of: Callable[[Any], Tensor]
+
+    @property
+    def logged(self) -> dict[str, float]:
+        """What its weight says of the step it saw last, if it does."""
+        return getattr(self.of.__self__, "logged", {})
 
     def mask(self, columns: dict[str, Tensor]) -> Tensor:
         """Its numbers for the tokens of some columns."""
