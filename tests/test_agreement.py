@@ -7,7 +7,7 @@ import torch
 from one_step import First, by_transformers
 from test_served import serving
 
-from opdctl.kernels.topk import overlap_numbers
+from opdctl.kernels.topk import overlap_numbers, overlap_ratio
 from opdctl.rundir import RunDir
 from running import carry_out, plain
 
@@ -62,21 +62,36 @@ def test_it_is_measured_and_changes_nothing(stage, keys):
     assert files[0] == files[1]
     assert not any(NAMES & row.keys() for row in rows[0])
     assert [row["step"] for row in rows[1] if row.keys() >= NAMES] == [1, 2, 4, 5]
-    drop = {*NAMES, "entropy", "teacher_entropy"}
+    drop = {*NAMES, "overlap_k", "entropy", "teacher_entropy"}
     kept = [[{k: v for k, v in plain(r).items() if k not in drop} for r in each] for each in rows]
     assert kept[0] == kept[1]
     first = rows[1][0]
     assert 0 < first["overlap"] < 1 and first["overlap_advantage"] < 0 < first["entropy_gap"]
 
 
-def test_it_is_what_the_exact_objective_logs(stage):
-    """All tokens of the first step, measured apart and in the pass that has the logits."""
-    exact = {"signals": {}, "objectives": {"divergence": {"k": 5}}}
-    apart, within = (
-        carry_out(stage(steps=1, runtime={"log_rollouts": 99}, **k)) for k in ({}, exact)
-    )
+@pytest.mark.parametrize(
+    ("objective", "steps"),
+    [
+        ({"divergence": {}}, [1, 2, 3]),
+        ({"divergence": {"support": "topk_teacher", "k": 9}}, [1, 2, 3]),
+        ({"topk_pg": {"k": 9}}, [1, 2, 3]),
+        ({"topk_pg": {"k": 2}}, [1, 3]),  # too few ids at hand: it is measured apart
+    ],
+)
+def test_it_is_what_the_exact_objective_logs(stage, objective, steps):
+    """All tokens of the first step, measured apart and in the pass that has the logits; of the
+    same k, whatever the loss takes."""
+    runtime = {"log_rollouts": 99}
+    apart = carry_out(stage(steps=1, runtime=runtime))
+    within = carry_out(stage(steps=3, runtime=runtime, signals={}, objectives=objective))
+    assert apart[0]["overlap_k"] == within[0]["overlap_k"] == 5
+    assert [row["step"] for row in within if row.keys() >= NAMES] == steps
+    assert all(("overlap_k" in row) == ("overlap" in row) for row in within)
     for name in NAMES:
         assert apart[0][name] == pytest.approx(within[0][name], rel=1e-4), name
+
+
+def test_a_student_taught_by_itself_agrees(stage):
     own = carry_out(stage(steps=2, teacher="policy", **SAMPLED))
     assert own[0]["overlap"] == 1 and own[0]["entropy_gap"] == own[0]["overlap_advantage"] == 0
     assert own[1]["overlap_advantage"] <= 0

@@ -74,8 +74,9 @@ class Loop:
         self.compute, self.watch = Compute(), Watch(ctx.config.watch, ctx.name)
         self.checkpoints = ctx.folder / "checkpoints"
         self.row: dict = {}  # of a step whose controllers have not acted yet
-        told = any(getattr(t.objective, "compares", False) for t in parts.terms)
-        self.apart = bool(parts.teachers) and not told  # nothing in the update logs the overlap
+        self.overlap_k = agreement.top_of(model.projection()) if parts.teachers else 0
+        held = max((getattr(t.objective, "compares", 0) for t in parts.terms), default=0)
+        self.apart = held < self.overlap_k  # nothing in the update logs the overlap
 
     def run(self) -> Compute:
         """Train to the end.
@@ -214,6 +215,8 @@ class Loop:
         if step.taught is not None:
             step.taught.loads = 0  # those of the update alone
         values = {**seen, **self._train(step, done), **values}
+        if "overlap" in values:
+            values["overlap_k"] = self.overlap_k
         if step.taught is not None:
             values |= {
                 "head_loads": step.taught.loads,

@@ -2,10 +2,12 @@
 2604.13016). Where OPD succeeds the overlap of the two top-k sets grows, what is left to gain on
 them goes to zero, and their entropies close up; where it fails the overlap stays.
 
-Objectives with the teacher's logits at hand log these numbers of every token and step
-(``core/view.py``). Elsewhere they are measured here, on some rollouts of some steps, in forward
-passes of their own: nothing that is trained sees them, and the ledger of compute does not count
-them. A teacher that gives log-probs of the sampled tokens alone is left out, not zero.
+Objectives with the teacher's logits at hand, or as many of its top ids, log these numbers in every
+step (``core/view.py``). Elsewhere they are measured here, on some rollouts of some steps, in
+forward passes of their own: nothing that is trained sees them, and the ledger of compute does not
+count them. A teacher that gives no more than log-probs, or lists fewer ids, is left out, not zero.
+k is ``top_of`` everywhere, whatever the k of the loss, and stands in the row as ``overlap_k``. The
+texts are the student's own: where a step trains on others' only, the ``NAMES`` are not in its row.
 
     runtime.log_overlap_every=1
 """
@@ -28,6 +30,7 @@ from opdctl.kernels.topk import overlap_numbers
 from opdctl.types import ScoreRequest
 
 TOP = 16  # k of the paper
+NAMES = ("overlap", "overlap_mass", "overlap_teacher_mass", "overlap_advantage", "entropy_gap")
 
 
 def top_of(head: Head) -> int:
