@@ -127,6 +127,29 @@ def test_tokens_that_no_objective_learns_from_are_not_measured(stage, column, we
     assert row["divergence_by_domain"]["sums"] == pytest.approx(sum(each) / len(each), rel=1e-4)
 
 
+@pytest.mark.parametrize("objective", ["hidden", "divergence"])
+def test_it_is_of_the_students_own_texts(stage, objective):
+    """Measured apart or in the update, where others wrote some of a step's texts, or all."""
+    keys = {"steps": 1, "prompts": {"per_step": 12}, "runtime": {"log_rollouts": 99}}
+    keys |= {"signals": {}, "objectives": {objective: {}}}
+    mixed, others = (
+        keys | {"sources": {"mixture": {"student": s, "teacher": 1 - s, "dataset": 0.0}}}
+        for s in (0.5, 0.0)
+    )
+    row = carry_out(stage(**others))[0]
+    assert row["rollouts"] > 0 and not {*NAMES, "overlap_k"} & row.keys()
+    first, row = First(stage(**mixed)), carry_out(stage(**mixed))[0]
+    teacher = next(iter(first.parts.teachers.values()))[0].model
+    sides = [
+        by_transformers(m, first.rollouts, valid_V=m.valid_V).topk(5, -1).indices
+        for m in (first.model, teacher)
+    ]
+    own_N = torch.tensor([r.source == "student" for r in first.rollouts for _ in range(r.length)])
+    exact_N = overlap_ratio(*sides)
+    assert 0 < int(own_N.sum()) < len(own_N) and exact_N[own_N].mean() != exact_N.mean()
+    assert row["overlap"] == pytest.approx(float(exact_N[own_N].mean()))
+
+
 def test_what_the_sampler_says_is_compared_on_the_tokens_that_learn(stage):
     """Two updates log every token twice, and the sampler's log-probs are there once."""
     masked = {"policy_gradient": {"weights": {"special_tokens": {}}}}

@@ -307,7 +307,10 @@ class Loop:
             values["accuracy"] = by_domain(rollouts, self.ctx.verify(rollouts))
         logged = {name: torch.cat(parts) for name, parts in logged.items()}
         kept_N = logged["masked"] == 0 if "masked" in logged else None
-        values |= means(logged, kept_N)
+        own_N = step.spread([r.source == "student" for r in rollouts]).bool()
+        own_N = own_N.repeat(self.parts.updates)
+        own = {name: logged.pop(name) for name in agreement.NAMES if name in logged}
+        values |= means(logged, kept_N) | means(own, own_N if kept_N is None else own_N & kept_N)
         values |= self._sampler(step, logged)
         if "divergence" in logged and self.parts.updates == 1:
             kept_N = torch.ones_like(step.sequence_N) if kept_N is None else kept_N

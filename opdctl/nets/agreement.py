@@ -91,14 +91,15 @@ def compared(
 
 
 def logged(ctx: Any, student: Model, parts: Any, rollouts: list) -> dict[str, float]:
-    """Means over the tokens of at most ``runtime.log_rollouts`` of the step's rollouts; empty where
-    no teacher gives more than log-probs.
+    """Means over the tokens of at most ``runtime.log_rollouts`` of the rollouts that the student
+    wrote; empty where it wrote none, or no teacher gives more than log-probs.
 
     Raises:
         Interrupted: a stop was asked for.
     """
-    apart = -(-len(rollouts) // ctx.runtime.log_rollouts)
-    chosen, seen = rollouts[::apart], []
+    own = [r for r in rollouts if r.source == "student"]
+    apart = max(1, -(-len(own) // ctx.runtime.log_rollouts))
+    chosen, seen = own[::apart], []
     for name, (teacher, _) in parts.teachers.items():
         requests = [r.request for r in chosen if name in parts.route[r.prompt.domain]]
         if not requests or "teacher.hidden" not in teacher.provides:
