@@ -7,7 +7,7 @@ import torch
 from one_step import First, by_transformers
 from test_served import serving
 
-from opdctl.kernels.topk import overlap_numbers
+from opdctl.kernels.topk import overlap_numbers, overlap_ratio
 from opdctl.rundir import RunDir
 from running import carry_out, plain
 
@@ -62,21 +62,36 @@ def test_it_is_measured_and_changes_nothing(stage, keys):
     assert files[0] == files[1]
     assert not any(NAMES & row.keys() for row in rows[0])
     assert [row["step"] for row in rows[1] if row.keys() >= NAMES] == [1, 2, 4, 5]
-    drop = {*NAMES, "entropy", "teacher_entropy"}
+    drop = {*NAMES, "overlap_k", "entropy", "teacher_entropy"}
     kept = [[{k: v for k, v in plain(r).items() if k not in drop} for r in each] for each in rows]
     assert kept[0] == kept[1]
     first = rows[1][0]
     assert 0 < first["overlap"] < 1 and first["overlap_advantage"] < 0 < first["entropy_gap"]
 
 
-def test_it_is_what_the_exact_objective_logs(stage):
-    """All tokens of the first step, measured apart and in the pass that has the logits."""
-    exact = {"signals": {}, "objectives": {"divergence": {"k": 5}}}
-    apart, within = (
-        carry_out(stage(steps=1, runtime={"log_rollouts": 99}, **k)) for k in ({}, exact)
-    )
+@pytest.mark.parametrize(
+    ("objective", "steps"),
+    [
+        ({"divergence": {}}, [1, 2, 3]),
+        ({"divergence": {"support": "topk_teacher", "k": 9}}, [1, 2, 3]),
+        ({"topk_pg": {"k": 9}}, [1, 2, 3]),
+        ({"topk_pg": {"k": 2}}, [1, 3]),  # too few ids at hand: it is measured apart
+    ],
+)
+def test_it_is_what_the_exact_objective_logs(stage, objective, steps):
+    """All tokens of the first step, measured apart and in the pass that has the logits; of the
+    same k, whatever the loss takes."""
+    runtime = {"log_rollouts": 99}
+    apart = carry_out(stage(steps=1, runtime=runtime))
+    within = carry_out(stage(steps=3, runtime=runtime, signals={}, objectives=objective))
+    assert apart[0]["overlap_k"] == within[0]["overlap_k"] == 5
+    assert [row["step"] for row in within if row.keys() >= NAMES] == steps
+    assert all(("overlap_k" in row) == ("overlap" in row) for row in within)
     for name in NAMES:
         assert apart[0][name] == pytest.approx(within[0][name], rel=1e-4), name
+
+
+def test_a_student_taught_by_itself_agrees(stage):
     own = carry_out(stage(steps=2, teacher="policy", **SAMPLED))
     assert own[0]["overlap"] == 1 and own[0]["entropy_gap"] == own[0]["overlap_advantage"] == 0
     assert own[1]["overlap_advantage"] <= 0
@@ -110,6 +125,29 @@ def test_tokens_that_no_objective_learns_from_are_not_measured(stage, column, we
     each = [v[k] for v, k in zip(kl_N.split(lengths), kept_N.split(lengths), strict=True)]
     each = [float(v.mean()) for v in each if len(v)]
     assert row["divergence_by_domain"]["sums"] == pytest.approx(sum(each) / len(each), rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["hidden", "divergence"])
+def test_it_is_of_the_students_own_texts(stage, objective):
+    """Measured apart or in the update, where others wrote some of a step's texts, or all."""
+    keys = {"steps": 1, "prompts": {"per_step": 12}, "runtime": {"log_rollouts": 99}}
+    keys |= {"signals": {}, "objectives": {objective: {}}}
+    mixed, others = (
+        keys | {"sources": {"mixture": {"student": s, "teacher": 1 - s, "dataset": 0.0}}}
+        for s in (0.5, 0.0)
+    )
+    row = carry_out(stage(**others))[0]
+    assert row["rollouts"] > 0 and not {*NAMES, "overlap_k"} & row.keys()
+    first, row = First(stage(**mixed)), carry_out(stage(**mixed))[0]
+    teacher = next(iter(first.parts.teachers.values()))[0].model
+    sides = [
+        by_transformers(m, first.rollouts, valid_V=m.valid_V).topk(5, -1).indices
+        for m in (first.model, teacher)
+    ]
+    own_N = torch.tensor([r.source == "student" for r in first.rollouts for _ in range(r.length)])
+    exact_N = overlap_ratio(*sides)
+    assert 0 < int(own_N.sum()) < len(own_N) and exact_N[own_N].mean() != exact_N.mean()
+    assert row["overlap"] == pytest.approx(float(exact_N[own_N].mean()))
 
 
 def test_what_the_sampler_says_is_compared_on_the_tokens_that_learn(stage):

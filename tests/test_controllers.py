@@ -41,7 +41,7 @@ def window(start, **keys):
 def test_the_decay_by_hand():
     """tau .7, drop .25: two rollouts of five and four tokens. Bad are those below .7, not at it."""
     overlap = [1.0, 0.69, 0.7, 0.2, 0.0, 0.5, 0.5, 0.5, 0.9]
-    step = step_of([5, 4], overlap=overlap)
+    step = step_of([5, 4], drift_overlap=overlap)
     factor_N = weight("overlap", tau=0.7, drop=0.25, base=0.5).factor(step)
     decay = [1.0, 0.75, 0.75, 0.5, 0.25, 0.75, 0.5, 0.25, 0.25]
     assert step.columns["decay"].tolist() == decay
@@ -52,14 +52,14 @@ def test_the_decay_ends_at_zero_and_the_base_stays():
     """drop .4: the third bad token would make it -.2. Without a base nothing is left."""
     overlap = [0.0, 0.0, 0.0, 1.0, 0.0]
     for base in (0.0, 0.5):
-        step = step_of([5], overlap=overlap)
+        step = step_of([5], drift_overlap=overlap)
         found = weight("overlap", drop=0.4, base=base).factor(step)
         assert found.tolist() == pytest.approx([0.6 + base, 0.2 + base, base, base, base])
         assert step.columns["decay"][2:].tolist() == [0, 0, 0]
 
 
 def test_a_hundred_bad_tokens_take_everything_with_the_papers_drop():
-    step = step_of([120], overlap=[0.1] * 120)
+    step = step_of([120], drift_overlap=[0.1] * 120)
     weight("overlap").factor(step)
     assert window(2048).effective(step) == [99]
 
@@ -82,8 +82,8 @@ def test_both_numbers_are_those_of_whole_distributions(stage, by):
     logp_NV, logq_NV = (r.detach() for r in rows)
     if by == "overlap":
         ours, theirs = (x.topk(4, -1).indices for x in (logp_NV, logq_NV))
-        assert torch.equal(first.columns["overlap"], overlap_ratio(ours, theirs))
-        bad_N = first.columns["overlap"] < 0.6
+        assert torch.equal(first.columns["drift_overlap"], overlap_ratio(ours, theirs))
+        bad_N = first.columns["drift_overlap"] < 0.6
     else:
         ids_N = torch.tensor([i for r in first.rollouts for i in r.response_ids])
         ranked = logq_NV.sort(descending=True)
@@ -99,6 +99,10 @@ def test_both_numbers_are_those_of_whole_distributions(stage, by):
         expected += (1 - 0.4 * so_far).clamp(0, 1).tolist()
         at += rollout.length
     assert first.columns["decay"].tolist() == pytest.approx(expected)
+    means = {"drift_bad": float(bad_N.double().mean())}
+    if by == "overlap":
+        means["drift_overlap"] = float(first.columns["drift_overlap"].mean())
+    assert {k: v for k, v in first.logged.items() if k.startswith("drift")} == means
     factor = first.columns["factor.policy_gradient.overlap"]
     assert factor.tolist() == pytest.approx([d + 0.5 for d in expected])
 

@@ -245,7 +245,7 @@ def test_the_tail_of_a_confident_token_is_exact(level, direction):
         head, entropy = Head(torch.eye(300, dtype=dtype), 300), torch.zeros(8, dtype=dtype)
         held = Held(head, t, t.logsumexp(-1), top, entropy)
         columns = columns_of(torch.zeros(8, dtype=torch.long), torch.ones(8, dtype=dtype))
-        chunk = type("Chunk", (), {"rows": rows})()
+        chunk = type("Chunk", (), {"rows": rows, "head": head})()
         with torch.enable_grad():
             view = View(chunk, torch.full((8,), 7), columns, Taught([held], CPU))
             total = objective.loss(view).sum()

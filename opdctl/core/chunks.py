@@ -51,7 +51,7 @@ class Chunk:
         buffer_CV: Tensor | None,
         inner_CLD: Tensor | None = None,
     ) -> None:
-        self._input_CD, self._head, self._rows_of = hidden_CD.detach(), head, rows_of
+        self._input_CD, self.head, self._rows_of = hidden_CD.detach(), head, rows_of
         self._buffer_CV = None if buffer_CV is None else buffer_CV[: len(hidden_CD)]
         self._inner_CLD = inner_CLD
 
@@ -59,9 +59,9 @@ class Chunk:
     def rows(self) -> Any:
         """The row pass over the logits."""
         assert self._buffer_CV is not None, "an objective that reads logits says so by its needs"
-        logits_CV = self._head.logits(self._input_CD, self._buffer_CV)
-        self._slope_CV = self._head.slope(logits_CV)
-        return self._rows_of(logits_CV, self._head.operand)
+        logits_CV = self.head.logits(self._input_CD, self._buffer_CV)
+        self._slope_CV = self.head.slope(logits_CV)
+        return self._rows_of(logits_CV, self.head.operand)
 
     @cached_property
     def hidden_CD(self) -> Tensor:
@@ -86,7 +86,7 @@ class Chunk:
         out_CD.zero_()
         if any(g is not None for g in grads[:given]):
             dlogits_CV, factor_C = self.rows.gradient(list(grads[:given]))
-            self._head.adjoint(dlogits_CV, factor_C, self._slope_CV, self._input_CD, out_CD, grad)
+            self.head.adjoint(dlogits_CV, factor_C, self._slope_CV, self._input_CD, out_CD, grad)
         if inner_out_CLD is not None:
             inner_out_CLD.zero_()
         for out, state_grad in zip(own.values(), grads[given:], strict=bool(grads)):

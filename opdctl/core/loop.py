@@ -72,8 +72,9 @@ class Loop:
         self.compute, self.watch = Compute(), Watch(ctx.config.watch, ctx.name)
         self.checkpoints = ctx.folder / "checkpoints"
         self.row: dict = {}  # of a step whose controllers have not acted yet
-        told = any(getattr(t.objective, "compares", False) for t in parts.terms)
-        self.apart = bool(parts.teachers) and not told  # nothing in the update logs the overlap
+        self.overlap_k = agreement.top_of(model.projection()) if parts.teachers else 0
+        held = max((getattr(t.objective, "compares", 0) for t in parts.terms), default=0)
+        self.apart = held < self.overlap_k  # nothing in the update logs the overlap
 
     def run(self) -> Compute:
         """Train to the end.
@@ -212,6 +213,8 @@ class Loop:
         if step.taught is not None:
             step.taught.loads = 0  # those of the update alone
         values = {**seen, **self._train(step, done), **values}
+        if "overlap" in values:
+            values["overlap_k"] = self.overlap_k
         if step.taught is not None:
             values |= {
                 "head_loads": step.taught.loads,
@@ -301,7 +304,10 @@ class Loop:
             values["accuracy"] = by_domain(rollouts, self.ctx.verify(rollouts))
         logged = {name: torch.cat(parts) for name, parts in logged.items()}
         kept_N = logged["masked"] == 0 if "masked" in logged else None
-        values |= means(logged, kept_N)
+        own_N = step.spread([r.source == "student" for r in rollouts]).bool()
+        own_N = own_N.repeat(self.parts.updates)
+        own = {name: logged.pop(name) for name in agreement.NAMES if name in logged}
+        values |= means(logged, kept_N) | means(own, own_N if kept_N is None else own_N & kept_N)
         values |= self._sampler(step, logged)
         if "divergence" in logged and self.parts.updates == 1:
             kept_N = torch.ones_like(step.sequence_N) if kept_N is None else kept_N

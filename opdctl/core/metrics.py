@@ -105,7 +105,7 @@ def means(table: dict[str, Tensor], kept_N: Tensor | None) -> dict[str, float]:
     others stand there as 0 and were not measured. ``masked``, which counts those, is over all.
 
     Args:
-        kept_N: which learn, boolean; None is all. Where none does only ``masked`` is there.
+        kept_N: which are meant, boolean; None is all. Where none is only ``masked`` is there.
     """
     found = {}
     for name, value_N in table.items():

@@ -55,7 +55,7 @@ class Parts:
         teacher_top: k of topk.
         policy_wants: what a no-grad pass of the student before the update is for: logprobs,
             entropy, kl, its divergence to the teacher (the column ``policy_kl``), and overlap, the
-            share of its most probable tokens that are the teacher's too (the column ``overlap``).
+            share of its top k that is the teacher's too (the column ``drift_overlap``).
         policy_top: k of that kl; 0 is the whole vocabulary.
         overlap_top: k of that overlap.
         judged: a member wants each response's verdict (the column ``right``).
@@ -214,11 +214,11 @@ def advantage(step: Step, signals: dict[str, tuple[float, Any]]) -> dict:
 
 
 def weigh(step: Step, terms: list[Term]) -> dict[str, float]:
-    """Sets the columns of the weights that see the whole step. Returns the mean of each."""
+    """Sets the columns of weights that see the step. Returns their means, and what they log."""
     values = {}
     for part in [p for t in terms for p in (*t.masks, *t.factors) if isinstance(p, PerStep)]:
         step.columns[part.column] = part.of(step).to(step.model.wide)
-        values[part.column] = float(step.columns[part.column].mean())
+        values |= {part.column: float(step.columns[part.column].mean()), **part.logged}
     return values
 
 
@@ -320,7 +320,7 @@ def _teach(step, requests, model, parts, ctx, compute, ours_NK) -> None:
     if "above" in parts.teacher_wants:
         columns["teacher_above"] = mean(above_NM)
     if ours_NK is not None:
-        columns["overlap"] = mean(overlap_NM)
+        columns["drift_overlap"] = mean(overlap_NM)
     if "listed_entropy" in parts.teacher_wants:
         columns["teacher_listed_entropy"] = mean(listed_NM)
     if "modal" in parts.teacher_wants:

@@ -18,6 +18,7 @@ from opdctl.core.chunks import Chunk, chunked_sum
 from opdctl.core.taught import Taught
 from opdctl.kernels.head import Head
 from opdctl.kernels.topk import overlap_numbers, union
+from opdctl.nets.agreement import top_of
 from opdctl.nets.layers import LAST, Layers
 
 
@@ -27,11 +28,16 @@ class PerStep:
 
     Attributes:
         column: where its numbers are kept.
-        of: the weight's ``mask`` or ``factor``, step -> [N].
+        of: the weight's own ``mask`` or ``factor``, step -> [N].
     """
 
     column: str
     of: Callable[[Any], Tensor]
+
+    @property
+    def logged(self) -> dict[str, float]:
+        """What its weight says of the step it saw last, if it does."""
+        return getattr(self.of.__self__, "logged", {})
 
     def mask(self, columns: dict[str, Tensor]) -> Tensor:
         """Its numbers for the tokens of some columns."""
@@ -152,17 +158,17 @@ class View:
         """Which teacher of each token, and which of its rows."""
         return self.columns["teacher_index"], self.columns["teacher_row"]
 
-    def divergence(self, direction: str, beta: float, overlap: int) -> Tensor:
+    def divergence(self, direction: str, beta: float, overlap: bool = True) -> Tensor:
         """Divergence to the token's own teacher over the whole vocabulary, [C], never negative.
 
-        Logs it, both entropies, both log-probs of the target, and for ``overlap`` > 0 the share of
-        the teacher's ``overlap`` most probable tokens that are among the student's, with the mass
-        of those under both.
+        Logs it, both entropies, both log-probs of the target, and with ``overlap`` the share of the
+        teacher's ``nets.agreement.top_of`` most probable tokens that are among the student's, with
+        the mass of those under both.
         """
         teacher_CV = self.taught.logits(*self._asked)
         ids_CK = self.target_C[:, None]
         if overlap:
-            top_CK = teacher_CV.topk(min(overlap, teacher_CV.shape[-1]), dim=-1).indices
+            top_CK = teacher_CV.topk(top_of(self.chunk.head), dim=-1).indices
             ids_CK = torch.cat([ids_CK, top_CK], -1)
         value_C, entropy_C, logq_CK = self.rows.divergence(teacher_CV, direction, beta, ids_CK)
         logp_CK = self.rows.at(ids_CK, leaf=False)
@@ -172,14 +178,15 @@ class View:
         return value_C
 
     def on_top(self, support: str, k: int, overlap: bool = True, tails: bool = False) -> Top:
-        """Both sides at the k most probable ids of a side. Logs what ``divergence`` does.
+        """Both sides at the k most probable ids of a side. Logs what ``divergence`` does, the
+        overlap where the k ids hold as many as it is of.
 
         Args:
             support: topk_student, topk_teacher or topk_union.
             tails: the mass outside the ids is wanted too.
         """
         theirs_CK = self.taught.kept("top_NK", *self._asked)[:, :k]
-        k = theirs_CK.shape[1]
+        k, seen = theirs_CK.shape[1], top_of(self.chunk.head)
         ours_CK = self.rows.top(k)
         ids_CK, keep_CK = union(ours_CK, theirs_CK)
         starts = {"topk_student": (0, k), "topk_teacher": (k, 2 * k), "topk_union": (0, 2 * k)}
@@ -191,12 +198,14 @@ class View:
         asked_CK = torch.cat([self.target_C[:, None], ids_CK[:, first:]], -1)
         outside_CK = ids_CK[:, part] if tails else None
         logq_CK, tail_C = self.taught.on_ids(*self._asked, asked_CK, outside_CK)
-        seen_CK = torch.cat([self.target_C[:, None], theirs_CK], -1)
-        seen_logq_CK = torch.cat([logq_CK[:, :1], logq_CK[:, 1 + k - first :]], -1)
+        seen_CK = torch.cat([self.target_C[:, None], theirs_CK[:, :seen]], -1)
+        theirs_logq_CK = logq_CK[:, 1 + k - first :]
+        seen_logq_CK = torch.cat([logq_CK[:, :1], theirs_logq_CK[:, :seen]], -1)
         known = self.taught.knows("entropy_N")
         entropy_C = self.taught.kept("entropy_N", *self._asked) if known else None
         seen_logp_CK = self.rows.at(seen_CK, leaf=False)
-        self._log_both(seen_CK, seen_logp_CK, seen_logq_CK, ours_CK if overlap else None, entropy_C)
+        seen_ours_CK = ours_CK[:, :seen] if overlap and seen <= k else None
+        self._log_both(seen_CK, seen_logp_CK, seen_logq_CK, seen_ours_CK, entropy_C)
         holds_C = (ids_CK[:, part] == self.target_C[:, None]).any(-1)
         both = (self.rows.outside(outside_CK), tail_C) if tails else None
         theirs = slice(part.start - first, part.stop - first)

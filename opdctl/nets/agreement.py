@@ -2,10 +2,12 @@
 2604.13016). Where OPD succeeds the overlap of the two top-k sets grows, what is left to gain on
 them goes to zero, and their entropies close up; where it fails the overlap stays.
 
-Objectives with the teacher's logits at hand log these numbers of every token and step
-(``core/view.py``). Elsewhere they are measured here, on some rollouts of some steps, in forward
-passes of their own: nothing that is trained sees them, and the ledger of compute does not count
-them. A teacher that gives log-probs of the sampled tokens alone is left out, not zero.
+Objectives with the teacher's logits at hand, or as many of its top ids, log these numbers in every
+step (``core/view.py``). Elsewhere they are measured here, on some rollouts of some steps, in
+forward passes of their own: nothing that is trained sees them, and the ledger of compute does not
+count them. A teacher that gives no more than log-probs, or lists fewer ids, is left out, not zero.
+k is ``top_of`` everywhere, whatever the k of the loss, and stands in the row as ``overlap_k``. The
+texts are the student's own: where a step trains on others' only, the ``NAMES`` are not in its row.
 
     runtime.log_overlap_every=1
 """
@@ -28,6 +30,7 @@ from opdctl.kernels.topk import overlap_numbers
 from opdctl.types import ScoreRequest
 
 TOP = 16  # k of the paper
+NAMES = ("overlap", "overlap_mass", "overlap_teacher_mass", "overlap_advantage", "entropy_gap")
 
 
 def top_of(head: Head) -> int:
@@ -88,14 +91,15 @@ def compared(
 
 
 def logged(ctx: Any, student: Model, parts: Any, rollouts: list) -> dict[str, float]:
-    """Means over the tokens of at most ``runtime.log_rollouts`` of the step's rollouts; empty where
-    no teacher gives more than log-probs.
+    """Means over the tokens of at most ``runtime.log_rollouts`` of the rollouts that the student
+    wrote; empty where it wrote none, or no teacher gives more than log-probs.
 
     Raises:
         Interrupted: a stop was asked for.
     """
-    apart = -(-len(rollouts) // ctx.runtime.log_rollouts)
-    chosen, seen = rollouts[::apart], []
+    own = [r for r in rollouts if r.source == "student"]
+    apart = max(1, -(-len(own) // ctx.runtime.log_rollouts))
+    chosen, seen = own[::apart], []
     for name, (teacher, _) in parts.teachers.items():
         requests = [r.request for r in chosen if name in parts.route[r.prompt.domain]]
         if not requests or "teacher.hidden" not in teacher.provides:

@@ -15,6 +15,7 @@ neither bound nor unbiased. Every form is reported non-negative by construction.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,13 +40,13 @@ class Divergence:
         support: Literal["full", "topk_student", "topk_teacher", "topk_union"] = key(
             "full", "the whole vocabulary, or the k most probable ids of a side"
         )
-        k: int = key(16, "ids of a top-k support, and of the top-k overlap that is logged", least=1)
+        k: int = key(16, "ids of a top-k support", least=1)
         form: Literal["tail", "generalised", "renormalised", "truncated"] = key(
             "tail",
             "on a top-k support: one bucket for the rest, none, none and both renormalised, or the "
             "teacher alone renormalised (forward)",
         )
-        overlap: bool = key(True, "log in every step how the top k of both overlap")
+        overlap: bool = key(True, "log in every step how the most probable ids of both overlap")
 
     @staticmethod
     def problems(config, stage) -> list[Problem]:
@@ -64,6 +65,9 @@ class Divergence:
         if config.support == "full" and config.form != "tail":
             hint = "support=topk_student, topk_teacher or topk_union"
             found.append(Problem("form", "the whole vocabulary has no form", hint))
+        elif config.support == "full" and config.k != 16:
+            hint = "support=topk_student, topk_teacher or topk_union"
+            found.append(Problem("k", "the whole vocabulary has no k", hint))
         elif config.form == "renormalised":
             found.append(Problem("form", "blind to mass that leaves the k ids", "form=tail"))
         return found
@@ -81,14 +85,14 @@ class Divergence:
 
     def __init__(self, config) -> None:
         self.config, self.needs = config, self.also(config)
-        self.compares = config.overlap
+        ids = math.inf if config.support == "full" else config.k
+        self.compares = ids if config.overlap else 0
 
     def loss(self, view):
         """Shape [C]."""
         config = self.config
         if config.support == "full":
-            overlap = config.k if config.overlap else 0
-            value_C = view.divergence(config.direction, config.beta, overlap)
+            value_C = view.divergence(config.direction, config.beta, config.overlap)
         else:
             from opdctl.kernels.topk import divergence_on
 

@@ -21,7 +21,6 @@ class TopkPg:
     revision = 1
     needs = ()  # all depend on its keys
     rows = "prediction"
-    compares = True  # logs the overlap of both top k
 
     @dataclass(kw_only=True)
     class Config(ObjectiveConfig):
@@ -47,6 +46,7 @@ class TopkPg:
 
     def __init__(self, config) -> None:
         self.config, self.needs = config, self.also(config)
+        self.compares = config.k  # of as many ids it can log the overlap
 
     def loss(self, view):
         """Shape [C]; its value is the weighted log-ratio at p = p_old."""

@@ -23,7 +23,6 @@ class TopkTail:
     revision = 1
     needs = ()  # all depend on its keys
     rows = "prediction"
-    compares = True  # logs the overlap of both top k
     own = True
 
     @dataclass(kw_only=True)
@@ -55,6 +54,7 @@ class TopkTail:
 
     def __init__(self, config) -> None:
         self.config, self.needs = config, self.also(config)
+        self.compares = config.k  # of as many ids it can log the overlap
 
     def loss(self, view):
         """Shape [C]; its value is an unbiased estimate of the divergence and may be negative."""

@@ -5,8 +5,10 @@ ids are among the teacher's; w_t = clip(1 - drop x (bad tokens up to t), 0, 1), 
 token is multiplied by w_t + base. By ``nucleus`` a token is bad where it is not in the teacher's
 top-p nucleus, which costs no pass of the student. With base above 0 the tail keeps that weight, so
 nothing is spared within a step; what is spared is by ``controllers/length``, which reads the
-effective length, the tokens of w_t above 0, here the column ``decay``. Constants are those of the
-authors' launcher as a fork has it; the fork's own defaults are tau .9, drop .02, base 0.
+effective length, the tokens of w_t above 0, here the column ``decay``. Rows log ``drift_bad``, the
+share of bad tokens, and ``drift_overlap``, the mean overlap of this weight's k, which need not be
+the k of the metric ``overlap``. Constants are those of the authors' launcher as a fork has it; the
+fork's own defaults are tau .9, drop .02, base 0.
 
     opdctl stage opd --student DIR --teacher math=DIR --method prune_opd
 """
@@ -70,16 +72,20 @@ class Overlap:
     def __init__(self, config) -> None:
         self.config = config
         self.needs = self.also(config)
+        self.logged = {}
 
     def bad(self, step):
         """Where the teacher is no guide, [N], boolean; of pooled teachers the mean decides."""
         if self.config.by == "nucleus":
             return step.columns["teacher_above"] >= self.config.top_p
-        return step.columns["overlap"] < self.config.tau
+        return step.columns["drift_overlap"] < self.config.tau
 
     def factor(self, step):
         """Shape [N]; leaves the decay in the column ``decay``."""
-        bad_N = step.so_far(self.bad(step).double())
-        decay_N = (1 - self.config.drop * bad_N).clamp(0, 1)
+        bad_N = self.bad(step).double()
+        self.logged = {"drift_bad": float(bad_N.mean())}
+        if self.config.by == "overlap":
+            self.logged["drift_overlap"] = float(step.columns["drift_overlap"].mean())
+        decay_N = (1 - self.config.drop * step.so_far(bad_N)).clamp(0, 1)
         step.columns["decay"] = decay_N
         return decay_N + self.config.base
