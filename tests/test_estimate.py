@@ -425,13 +425,15 @@ def test_an_adapter_is_its_file_on_its_base(on_disk, tmp_path):
     assert found(on_disk / "s", far, shapes).memory.teachers == 4 * (1000 + a + base + b)
     shapes = {str(on_disk / "t"): {"parameters": 2000.0, "layers": 1}}
     assert found(on_disk / "s", places, shapes).memory.teachers == 4 * (2000 + a + b)
+    blind = found("org/base", places, {"org/base": {"parameters": 1e3}}, lora={"rank": 3})
+    assert "the adapter" in blind.unknown and blind.memory.gradients == 0
 
 
 def test_an_update_of_an_adapter_costs_what_the_ledger_says(on_disk, tmp_path):
     """The model that a stage trains, its own count of operations a token."""
     pytest.importorskip("peft", reason="the extra peft")
     whole = opd(on_disk, tmp_path).student()
-    assert per_update(whole.parameters, 0) == whole.flops
+    assert per_update(whole.parameters, None) == whole.flops
     model = opd(on_disk, tmp_path, lora={"rank": 3}).student()
     assert 0 < model.trained < model.parameters
     assert per_update(model.parameters, model.trained) == model.flops

@@ -111,8 +111,9 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
         return f"no size of {missing[0]}; shapes: {{{missing[0]}: {{parameters: N, layers: N}}}}"
     shapes = {text: s.whole for text, s in stand.items()}
     start, lora = getattr(config, "student", ""), getattr(config, "lora", None)
-    merged = config.kind == "merge" or (lora is not None and not lora.rank)
-    adapter = 0.0 if merged or not start else added(stand[start], lora.rank if lora else 0)
+    alone = bool(lora and lora.rank)  # an adapter is trained and nothing else
+    merged = config.kind == "merge" or (lora is not None and not alone)
+    adapter = 0.0 if merged or not start else added(stand[start], lora.rank if alone else 0)
     student = replace(stand[start], adapter=adapter).whole if start else made(config.model)
     work = work_of(config, recipe.domains(stage), student, shapes)
     wave, longest = _wave(work, runtime.wave)
@@ -125,7 +126,7 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
             student.parameters - adapter,
             runtime.dtype,
             masters=hasattr(config, "optim") and runtime.masters_of(config.optim.lr),
-            adapter=adapter or None,
+            adapter=adapter if alone or adapter else None,
         ),
         _held(frozen, BYTES[runtime.dtype]),
         dtype=runtime.dtype,
@@ -146,7 +147,7 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
             FORWARD * s.model.per_token * s.responses * (PROMPT + s.mean) for s in work.samples
         ),
         "score": sum(FORWARD * model.per_token * tokens for model, tokens in work.scored),
-        "train": per_update(student.per_token, adapter) * work.trained,
+        "train": per_update(student.per_token, adapter if alone else None) * work.trained,
     }
     seconds = {
         "rollout": sum(_sampling(s, runtime, each, gpu, peak) for s in work.samples),
@@ -155,6 +156,7 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
     }
     blind = any(s.model.layers == 0 for s in work.samples) or (learns and not student.layers)
     unknown = ["cache and activations: a shape has no layers"] if blind else []
+    unknown += ["the adapter: a shape has no layers or hidden"] if alone and not adapter else []
     unknown += [f"{text} is behind a server: not counted" for text in away]
     fits = memory.peak <= gpu.memory
     return Cost(memory, seconds, sum(flops.values()), fits, "; ".join(unknown))
@@ -171,10 +173,10 @@ def _sampling(s: Sampled, runtime: Any, each: int, gpu: Gpu, peak: float) -> flo
     return decode_seconds(s, runtime.wave, each, gpu, peak)
 
 
-def per_update(each: float, adapter: float) -> float:
+def per_update(each: float, adapter: float | None) -> float:
     """Operations of an update, a token, as the ledger has them (``core/models.Model.count``): with
     an adapter, back through everything, and to the gradient of the adapter alone."""
-    return TRAIN * each if not adapter else (TRAIN - FORWARD) * each + FORWARD * adapter
+    return TRAIN * each if adapter is None else (TRAIN - FORWARD) * each + FORWARD * adapter
 
 
 def _held(frozen: list[Standing], each: int) -> list[float]:
