@@ -169,6 +169,8 @@ def record(folder: Path, chosen: list[str], seeds: list[int]) -> int:
 def recovery(accuracy: dict[str, float], setting: dict) -> float:
     """Mean over domains of (after - before) / (teacher - before)."""
     before, teacher = setting["start"], setting["teacher"]
+    if any(teacher[d] <= before[d] for d in DOMAINS):
+        raise UsageError("a teacher is no better than the start: there is nothing to recover")
     each = [(accuracy[d] - before[d]) / (teacher[d] - before[d]) for d in DOMAINS]
     return sum(each) / len(each)
 

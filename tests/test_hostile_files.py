@@ -390,4 +390,4 @@ def test_a_public_name_that_cannot_be_had_says_how_to_fetch_it(tmp_path):
         "stage", "rl", "--student", "nobody/nothing@v1", "data.gcd.kind=reasoning_gym",
         "data.gcd.task=gcd", "--out", tmp_path / "run",
     )  # fmt: skip
-    assert done.returncode == 2 and "hf download nobody/nothing keeps a copy" in done.stderr
+    assert done.returncode == 2 and "hf download nobody/nothing --revision v1" in done.stderr

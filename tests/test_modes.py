@@ -224,6 +224,7 @@ class Bag:
         self.config = Names(
             prompts=Names(samples=samples), sampling=Names(temperature=1.0, max_tokens=max_tokens)
         )
+        self.sampling = self.config.sampling
         self.environment = lambda domain: environment
         self.check = lambda: None
         self.engine = lambda model, blend: Transformers(model, 64, wal=self.wal)

@@ -13,6 +13,7 @@ from opdctl.core.scored import Parts, scored
 from opdctl.core.scoring import score
 from opdctl.core.tokens import parts
 from opdctl.kernels.reference import divergence
+from opdctl.registry import member
 from opdctl.settings import Runtime
 from opdctl.types import Compute, Prompt, Rollout
 
@@ -23,6 +24,7 @@ class Local:
     """A teacher as teachers/local.py, its weights in hand."""
 
     stored = None
+    provides = member("teachers", "local").provides
 
     def __init__(self, model):
         self.model, self.parameters = model, model.parameters

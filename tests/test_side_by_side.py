@@ -155,10 +155,10 @@ def test_the_page_is_what_the_records_generate():
 def test_record_goes_on_and_page_reads_it(tmp_path, monkeypatch):
     """A real run of two methods, then of a third: what is finished is taken over."""
     text = (ROOT / "benchmarks" / "methods.yaml").read_text()
-    for long, short in (("steps: 450", "steps: 30"), ("steps: 80", "steps: 4")):
+    for long, short in (("steps: 450", "steps: 200"), ("steps: 80", "steps: 12")):
         assert long in text
         text = text.replace(long, short)
-    text = text.replace("limit: 600", "limit: 20")
+    text = text.replace("limit: 600", "limit: 60")
     (tmp_path / "methods.yaml").write_text(text)
     monkeypatch.setattr(bench, "HERE", tmp_path)
     monkeypatch.setattr(bench, "DOCS", tmp_path / "docs")

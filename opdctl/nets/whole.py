@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Any
 
@@ -29,11 +28,10 @@ def unreadable(folder: str, error: Exception) -> UsageError:
     if "trust_remote_code" in str(error):
         hint = "it brings code of its own: read that, then runtime.trust_remote_code=true"
         return UsageError(f"cannot load {folder}: {what}", hint)
-    hint = "a model is a folder in Hugging Face format: config.json, tokenizer, model.safetensors"
-    if not os.path.isdir(folder):
-        fetch = f"hf download {folder.partition('@')[0]}"
-        hint = f"look at the name and the network; {fetch} keeps a copy here, or name a folder"
-    return UsageError(f"cannot load {folder}: {what}", hint)
+    return UsageError(
+        f"cannot load {folder}: {what}",
+        "a model is a folder in Hugging Face format: config.json, tokenizer, model.safetensors",
+    )
 
 
 def require_whole(model: Any, classifier: bool, found: dict[str, Any]) -> None:
