@@ -145,7 +145,6 @@ def test_what_is_recorded_was_measured_on_the_method_as_it_is(path):
     assert found["about"] == method(path.stem)["about"]
 
 
-@pytest.mark.skipif(not RECORDED, reason="nothing recorded")
 def test_the_page_is_what_the_records_generate():
     page = methods_page.page(ROOT / "docs" / "methods")
     assert page == (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
