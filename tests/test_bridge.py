@@ -219,9 +219,11 @@ def test_killed_and_resumed_it_has_the_same_bits(whole, tmp_path, patch, n):
 
 
 def test_what_cannot_be_bridged_is_said(on_disk, tmp_path, stage):
-    keys = {"objectives": {"bridge": {"rank": 33, "tokens": 30}}, **OFF}
+    problem = refused(stage, **OFF, objectives={"bridge": {"rank": 33, "tokens": 30}})
+    assert problem.message == "33 directions, and a side has 32 numbers"
+    rows = [torch.zeros(4, 1, 32), torch.zeros(4, 1, 48), torch.arange(4)]
     with pytest.raises(StageFailed, match="32 numbers are fewer than its rank 33"):
-        carry_out(stage(**keys))
+        Bridge(Bridge.Config(rank=33, tokens=4)).fit(iter([[("a", *rows)]]))
     keys = {"objectives": {"bridge": {"rank": 2, "tokens": 1}}, **OFF}
     with pytest.raises(StageFailed, match="it has one prompt, and one is held out"):
         carry_out(stage(**keys, prompts={"per_step": 1}))

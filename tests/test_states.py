@@ -320,8 +320,10 @@ def test_what_has_no_states_or_other_widths_is_refused(on_disk, tmp_path, stage)
     for window in ({}, {"last": 1, "first": 1}):
         keys = {"hidden": {"weights": {"window": window}}}
         assert "window" in refused(stage, **OFF, objectives=keys).path
+    problem = refused(stage, **OFF, objectives={"hidden": {"layers": [3, 9]}})
+    assert problem.message == "[3, 9], and the student has the layers 1 to 2"
     with pytest.raises(UsageError, match=r"layers 3,9.* has the layers 1 to 2"):
-        carry_out(stage(**OFF, objectives={"hidden": {"layers": [3, 9]}}))
+        layers_of(load(str(on_disk / "s")), ["3,9"])  # of a model whose size no recipe says
 
 
 def test_widths_that_only_a_configuration_says_are_refused_before_the_start(tmp_path, float64):
