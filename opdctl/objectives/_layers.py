@@ -21,3 +21,22 @@ def unnumbered(layers: str | list[int]) -> list[Problem]:
         return []
     what = f"{layers}: layers are numbered from 1, each once, and one at least is compared"
     return [Problem("layers", what, "layers: all, last, even, odd, or such as [2, 4]")]
+
+
+class OnLayers:
+    """What objectives share that bring the student's states to the teacher's on some layers."""
+
+    @staticmethod
+    def also(config) -> tuple[str, ...]:
+        """The states of its layers, on both sides."""
+        return both(config.layers)
+
+    @staticmethod
+    def gives(config) -> str:
+        """What of the teacher it brings the student to."""
+        return "states"
+
+    @staticmethod
+    def problems(config, stage) -> list[Problem]:
+        """Numbers that no model has as layers."""
+        return unnumbered(config.layers)

@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from opdctl.errors import Problem, StageFailed
-from opdctl.objectives._layers import both, text_of, unnumbered
+from opdctl.errors import StageFailed
+from opdctl.objectives._layers import OnLayers, text_of
 from opdctl.schema import key
 from opdctl.settings import ObjectiveConfig
 
@@ -31,7 +31,7 @@ HELD_OUT = 10  # every so many distinct prompts of a teacher one is held out, wh
 RIDGES = (1e-8, 1e-6, 1e-4, 1e-2, 1.0)
 
 
-class Bridge:
+class Bridge(OnLayers):
     """Distance of hidden states through frozen PCA and linear maps (OPRD-Bridge): any widths."""
 
     revision = 1
@@ -50,21 +50,6 @@ class Bridge:
         tokens: int = key(
             16384, "tokens of the student's start to fit on, at least: whole steps", least=1
         )
-
-    @staticmethod
-    def also(config) -> tuple[str, ...]:
-        """The states of its layers, on both sides."""
-        return both(config.layers)
-
-    @staticmethod
-    def gives(config) -> str:
-        """What of the teacher it brings the student to."""
-        return "states"
-
-    @staticmethod
-    def problems(config, stage) -> list[Problem]:
-        """Numbers that no model has as layers."""
-        return unnumbered(config.layers)
 
     def __init__(self, config) -> None:
         self.config, self.which = config, text_of(config.layers)

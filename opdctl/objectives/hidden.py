@@ -18,15 +18,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from opdctl.errors import Problem, StageFailed
-from opdctl.objectives._layers import both, text_of, unnumbered
+from opdctl.errors import StageFailed
+from opdctl.objectives._layers import OnLayers, text_of
 from opdctl.schema import key
 from opdctl.settings import ObjectiveConfig
 
 WIDER = "opdctl stage opd --method oprd_bridge takes teachers of other widths"
 
 
-class Hidden:
+class Hidden(OnLayers):
     """Mean squared distance of hidden states on chosen layers (OPRD): no vocabulary involved."""
 
     revision = 1
@@ -42,21 +42,6 @@ class Hidden:
             "last", "transformer layers, from 1: all, last, even, odd, or a list", neutral=True
         )
         unit: bool = key(False, "divide both states by their length first")
-
-    @staticmethod
-    def also(config) -> tuple[str, ...]:
-        """The states of its layers, on both sides."""
-        return both(config.layers)
-
-    @staticmethod
-    def gives(config) -> str:
-        """What of the teacher it brings the student to."""
-        return "states"
-
-    @staticmethod
-    def problems(config, stage) -> list[Problem]:
-        """Numbers that no model has as layers."""
-        return unnumbered(config.layers)
 
     def __init__(self, config) -> None:
         self.config, self.which = config, text_of(config.layers)
