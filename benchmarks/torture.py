@@ -26,7 +26,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from opdctl.rundir import VOLATILE, RunDir, read_rows
+from opdctl.rundir import VOLATILE, RunDir, held, read_rows
 
 ROOT = Path(__file__).parent.parent
 RECIPES = [ROOT / "tests" / "demo.yaml", ROOT / "tests" / "modes.yaml"]
@@ -68,8 +68,9 @@ def running(run: RunDir) -> list[str]:
 
 
 def workers(run: RunDir) -> list[int]:
-    """Processes that hold the lock of a running stage."""
-    words = [(run.stage(s) / ".lock").read_text().split() for s in running(run)]
+    """Processes that hold the lock of a running stage: a lock let go names one that has ended."""
+    locks = [run.stage(s) / ".lock" for s in running(run)]
+    words = [lock.read_text().split() for lock in locks if held(lock)]
     return [int(w[1]) for w in words if w]
 
 
@@ -97,8 +98,6 @@ def shoot(process: subprocess.Popen, run: RunDir, aim: str, whom: str, rng: rand
 
 def settle(run: RunDir) -> None:
     """Wait until the workers of a killed command have followed it."""
-    from opdctl.rundir import held
-
     deadline = time.monotonic() + 30
     locks = [run / ".lock", *run.path.glob("stages/*/.lock")]
     while any(held(lock) for lock in locks) and time.monotonic() < deadline:
@@ -125,14 +124,20 @@ def content(run: RunDir) -> dict[str, object]:
 
 
 def torture(
-    recipe: Path, overrides: list[str], kills: int, rng: random.Random, folder: Path
+    recipe: Path,
+    overrides: list[str],
+    kills: int,
+    rng: random.Random,
+    folder: Path,
+    whole: Path | None = None,
 ) -> tuple[collections.Counter, collections.Counter, list[str]]:
-    """Kills by phase, kills by the kind of the stage that was hit, and what differs at the end."""
+    """Kills by phase, kills by the kind of the stage that was hit, and what differs at the end from
+    a run left alone: ``whole``, or one that is made."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    subprocess.run(
-        command("run", recipe, "--out", folder / "whole", *overrides), check=True, **quiet
-    )
-    whole = content(RunDir(folder / "whole"))
+    if not whole:
+        whole = folder / "whole"
+        subprocess.run(command("run", recipe, "--out", whole, *overrides), check=True, **quiet)
+    expected = content(RunDir(whole))
     phases, kinds, differ = collections.Counter(), collections.Counter(), []
     number = 0
     while phases.total() < kills:
@@ -155,7 +160,9 @@ def torture(
             kinds.update(run.record(stage)["kind"] for stage in running(run))
             settle(run)
         ours = content(run)
-        differ += [f"{run.path.name}/{k}" for k in whole | ours if whole.get(k) != ours.get(k)]
+        differ += [
+            f"{run.path.name}/{k}" for k in expected | ours if expected.get(k) != ours.get(k)
+        ]
     return phases, kinds, differ
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -33,17 +34,18 @@ def place(tmp_path_factory):
 
 def command(*arguments):
     """The command in this process: exit code, stdout, stderr. A traceback is an error here."""
-    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    out, before, code = io.StringIO(), sys.argv, 0
     sys.argv = ["opdctl", *map(str, arguments)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    finally:
-        sys.argv = before
-    return code, out.getvalue(), err.getvalue()
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as err:  # what it starts may write there
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        finally:
+            sys.argv = before
+        err.seek(0)
+        return code, out.getvalue(), err.read()
 
 
 def in_child(action, seconds=20, mib=1024):

@@ -1,11 +1,13 @@
 """Real runs for the tests: the command line in processes of its own, and comparison of runs."""
 
+import contextlib
 import json
 import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
 
+from hostile import command
 from opdctl.core.context import Context
 from opdctl.launch import new_run
 from opdctl.recipe import resolve
@@ -18,17 +20,25 @@ DEMO = HERE / "demo.yaml"
 
 def opdctl(*arguments, cwd=None, **options):
     """Run the command; output captured."""
-    command = [sys.executable, "-m", "opdctl.cli", *map(str, arguments)]
+    words = [sys.executable, "-m", "opdctl.cli", *map(str, arguments)]
     return subprocess.run(
-        command, cwd=cwd or HERE.parent, capture_output=True, text=True, timeout=300, **options
+        words, cwd=cwd or HERE.parent, capture_output=True, text=True, timeout=300, **options
     )
+
+
+def inside(*arguments, cwd=None):
+    """The command in this process, for tests of what it says or leaves: torch is imported once for
+    all of them. Its workers are processes as ever, forked from one warm server."""
+    with contextlib.chdir(cwd or HERE.parent):
+        code, out, err = command(*arguments)
+    return subprocess.CompletedProcess(arguments, code, out, err)
 
 
 def start(*arguments):
     """Start the command in a process group of its own."""
-    command = [sys.executable, "-m", "opdctl.cli", *map(str, arguments)]
+    words = [sys.executable, "-m", "opdctl.cli", *map(str, arguments)]
     return subprocess.Popen(
-        command,
+        words,
         cwd=HERE.parent,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

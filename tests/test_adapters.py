@@ -27,7 +27,7 @@ from opdctl.preflight.memory import holds
 from opdctl.recipe import resolve
 from opdctl.registry import member
 from opdctl.rundir import RunDir, read_rows
-from running import carry_out, one_stage, opdctl
+from running import carry_out, inside, one_stage
 
 peft = pytest.importorskip("peft", reason="the extra peft")
 KEYS = {"optim": {"lr": 1e-2}, "objectives": {"divergence": {}}, "signals": {}}
@@ -463,7 +463,7 @@ def test_a_run_of_adapters(on_disk, adapters, tmp_path):
     }
     recipe = tmp_path / "adapters.yaml"
     recipe.write_text(json.dumps({"name": "adapters", "data": two, "stages": stages}))
-    done = opdctl("run", recipe, "--out", tmp_path / "run")
+    done = inside("run", recipe, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     run = RunDir(tmp_path / "run")
     assert run.record("opd")["status"] == run.record("eval")["status"] == "done"

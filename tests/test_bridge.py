@@ -18,7 +18,7 @@ from opdctl.nets.layers import layers_of
 from opdctl.objectives import bridge as module
 from opdctl.objectives.bridge import Bridge, bridge
 from opdctl.rundir import RunDir, read_rows
-from running import HERE, assert_same, carry_out, opdctl, plain, worker
+from running import HERE, assert_same, carry_out, inside, plain, worker
 
 OFF = {"signals": {}}
 
@@ -171,7 +171,7 @@ def test_loss_and_gradient_are_those_of_autograd(unit, float64):
 def whole(tmp_path_factory):
     """Bridge -> OPD with a teacher that is wider and deeper."""
     folder = tmp_path_factory.mktemp("bridge") / "run"
-    done = opdctl("run", HERE / "bridge.yaml", "--out", folder)
+    done = inside("run", HERE / "bridge.yaml", "--out", folder)
     assert done.returncode == 0, done.stderr
     return folder
 

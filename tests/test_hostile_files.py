@@ -28,7 +28,7 @@ from opdctl.recipe import resolve
 from opdctl.rundir import RunDir
 from opdctl.settings import Optim
 from opdctl.worker import run_stage
-from running import opdctl
+from running import inside
 
 # ways to break a model ---------------------------------------------------------------------------
 
@@ -386,7 +386,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, capsys, name):
 
 
 def test_a_public_name_that_cannot_be_had_says_how_to_fetch_it(tmp_path):
-    done = opdctl(
+    done = inside(
         "stage", "rl", "--student", "nobody/nothing@v1", "data.gcd.kind=reasoning_gym",
         "data.gcd.task=gcd", "--out", tmp_path / "run",
     )  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from conftest import make_model
 from opdctl.core.models import load, save
 from opdctl.rundir import RunDir
-from running import opdctl
+from running import inside
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def folders(tmp_path_factory):
 
 
 def merge(folders, out, *keys):
-    return opdctl(
+    return inside(
         *("stage", "merge", "--student", "./m0", "--out", out, "models.a=./m1", *keys), cwd=folders
     )
 
@@ -50,5 +50,5 @@ def test_what_cannot_be_merged(folders, tmp_path):
     for model, says in (("wide", "another shape"), ("other", "different tokenizers")):
         done = merge(folders, tmp_path / model, f"models.b=./{model}")
         assert done.returncode != 0 and says in done.stderr, done.stderr
-    none = opdctl("stage", "merge", "--student", "./m0", "--dry-run", cwd=folders)
+    none = inside("stage", "merge", "--student", "./m0", "--dry-run", cwd=folders)
     assert none.returncode == 2 and "models: {math: stage:t_math}" in none.stderr

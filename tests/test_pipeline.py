@@ -9,7 +9,7 @@ from test_resume import IN_COMMIT, IN_SAMPLING, copy_without
 
 from opdctl.core.gradients import summary
 from opdctl.rundir import RunDir, read_json, read_rows
-from running import HERE, assert_same, opdctl, worker
+from running import HERE, assert_same, inside, worker
 
 MODES = HERE / "modes.yaml"
 
@@ -17,7 +17,7 @@ MODES = HERE / "modes.yaml"
 @pytest.fixture(scope="session")
 def modes_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "modes"
-    done = opdctl("run", MODES, "--out", folder)
+    done = inside("run", MODES, "--out", folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -54,7 +54,7 @@ def test_what_a_run_leaves(modes_run):
 
 def test_claims_of_the_run(modes_run):
     found = {
-        c["name"]: c for c in json.loads(opdctl("claims", modes_run, "--json").stdout)["claims"]
+        c["name"]: c for c in json.loads(inside("claims", modes_run, "--json").stdout)["claims"]
     }
     assert found["D2"]["holds"] is True and found["D3"]["holds"] is True
     assert all(c["measured"] for c in found.values()), found
@@ -81,7 +81,7 @@ def test_sources_by_domain(modes_run):
         (["stages.fused.sources={student: {}}"], "sft takes dataset, teacher, or both"),
         (["stages.fused.sources.teacher.domains={agent: false}"], "no domain that is true"),
     ):
-        done = opdctl("validate", MODES, *keys)
+        done = inside("validate", MODES, *keys)
         assert done.returncode == 2 and says in done.stderr, done.stderr
 
 
@@ -110,7 +110,7 @@ def test_gradients_of_a_reward(modes_run, tmp_path):
     folder = tmp_path / "again"
     signals = "stages.variance.signals={reverse_kl: {}, outcome: {coef: 0.2}}"
     more = ("stages.variance.prompts.samples=2", "stages.variance.batches=2")
-    done = opdctl("run", MODES, "--from", modes_run, "--out", folder, signals, *more)
+    done = inside("run", MODES, "--from", modes_run, "--out", folder, signals, *more)
     assert done.returncode == 0, done.stderr
     facts = [read_json(RunDir(f).stage("variance") / "facts.json") for f in (modes_run, folder)]
     assert facts[0]["norm of policy_gradient"] != facts[1]["norm of policy_gradient"]

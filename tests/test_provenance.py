@@ -12,7 +12,7 @@ from opdctl import __version__, provenance
 from opdctl.errors import UsageError
 from opdctl.plan import fingerprints
 from opdctl.rundir import RunDir, read_json, write_json
-from running import opdctl, worker
+from running import inside, worker
 
 
 def test_a_record_says_what_the_stage_was_made_from(demo_run):
@@ -78,7 +78,7 @@ def test_a_foreign_folder_and_a_data_file_are_watched_too(demo_run, tmp_path):
     rows.write_text("".join(f'{{"prompt": "b{i:b}=", "answer": "{i % 9}"}}\n' for i in range(40)))
     command = ["stage", "sft", "--student", model, "--out", tmp_path / "one", "steps=2"]
     data = ["data.sums.kind=jsonl", f"data.sums.path={rows}", "prompts.per_step=4"]
-    first = opdctl(*command, *data)
+    first = inside(*command, *data)
     assert first.returncode == 0, first.stderr
     record = RunDir(tmp_path / "one").record("sft")
     assert record["inputs"]["student"] == {"path": str(model), **provenance.model(model)}
@@ -86,7 +86,7 @@ def test_a_foreign_folder_and_a_data_file_are_watched_too(demo_run, tmp_path):
     record["status"] = "running"
     write_json(RunDir(tmp_path / "one").stage("sft") / "stage.json", record)
     rows.write_text(rows.read_text().replace("b101=", "b1010101="))
-    refused = opdctl("resume", tmp_path / "one")
+    refused = inside("resume", tmp_path / "one")
     assert refused.returncode == 2 and "data.sums.path" in refused.stderr
     assert "Traceback" not in refused.stderr
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from opdctl.rundir import RunDir, read_json, read_rows, write_json
-from running import DEMO, assert_same, opdctl, start, worker
+from running import DEMO, assert_same, inside, opdctl, start, worker
 
 SIGKILL = "import os, signal; die = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
 IN_SAMPLING = (
@@ -242,7 +242,7 @@ def test_damaged_files_are_named_not_traced(demo_run, tmp_path, name, content):
     shutil.copytree(demo_run[0], tmp_path / "run", symlinks=True)
     (tmp_path / "run" / name).write_bytes(content.encode("latin-1"))
     for command in ("status", "claims", "report", "plan"):
-        done = opdctl(command, tmp_path / "run")
+        done = inside(command, tmp_path / "run")
         assert done.returncode in (0, 2) and "Traceback" not in done.stderr, (command, done.stderr)
 
 
@@ -250,38 +250,38 @@ def test_two_at_once_and_foreign_directories(demo_run, tmp_path):
     from opdctl.rundir import lock
 
     with lock(demo_run[0] / ".lock", "test"):
-        busy = opdctl("resume", demo_run[0])
+        busy = inside("resume", demo_run[0])
     assert busy.returncode == 4 and f"pid {os.getpid()}" in busy.stderr
-    again = opdctl("run", DEMO, "--out", demo_run[0])
+    again = inside("run", DEMO, "--out", demo_run[0])
     assert again.returncode == 2 and "--from" in again.stderr and "resume" in again.stderr
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.txt").write_text("precious")
-    foreign = opdctl("run", DEMO, "--out", tmp_path / "foreign")
+    foreign = inside("run", DEMO, "--out", tmp_path / "foreign")
     assert foreign.returncode == 2 and "not a run directory" in foreign.stderr
     assert [p.name for p in (tmp_path / "foreign").iterdir()] == ["thesis.txt"]
-    assert opdctl("resume", tmp_path / "foreign").returncode == 2
-    assert opdctl("resume", tmp_path / "nowhere").returncode == 2
+    assert inside("resume", tmp_path / "foreign").returncode == 2
+    assert inside("resume", tmp_path / "nowhere").returncode == 2
 
 
 def test_resume_refuses_semantic_changes(demo_run):
     before = (demo_run[0] / "resolved.yaml").read_text()
-    refused = opdctl("resume", demo_run[0], "stages.mopd.optim.lr=0.5")
+    refused = inside("resume", demo_run[0], "stages.mopd.optim.lr=0.5")
     assert refused.returncode == 2 and "--from" in refused.stderr
     assert "stages.mopd.optim.lr: 0.001 -> 0.5" in refused.stderr
-    named = opdctl("resume", demo_run[0], "claims.M1=null", "runtime.wave=7")
+    named = inside("resume", demo_run[0], "claims.M1=null", "runtime.wave=7")
     assert named.returncode == 2 and "claims.M1" in named.stderr
     assert (demo_run[0] / "resolved.yaml").read_text() == before
-    allowed = opdctl("resume", demo_run[0], "runtime.checkpoint_every=3")
+    allowed = inside("resume", demo_run[0], "runtime.checkpoint_every=3")
     assert allowed.returncode == 0 and "every stage is done" in allowed.stderr
 
 
 def test_from_reuses_what_stays_the_same(demo_run, tmp_path):
-    planned = opdctl("plan", DEMO, "stages.mopd.optim.lr=0.002", "--from", demo_run[0], "--json")
+    planned = inside("plan", DEMO, "stages.mopd.optim.lr=0.002", "--from", demo_run[0], "--json")
     actions = {s["name"]: s for s in __import__("json").loads(planned.stdout)["stages"]}
     assert actions["sft"]["action"] == "skip" and actions["mopd"]["action"] == "rerun"
     assert actions["mopd"]["reasons"] == ["stage.optim.lr: 0.001 -> 0.002"]
     assert actions["eval_mopd"]["action"] == "rerun" and actions["eval_sft"]["action"] == "skip"
-    done = opdctl(
+    done = inside(
         "run", DEMO, "stages.mopd.optim.lr=0.002", "--from", demo_run[0], "--out", tmp_path / "new"
     )
     assert done.returncode == 0, done.stderr
@@ -290,5 +290,5 @@ def test_from_reuses_what_stays_the_same(demo_run, tmp_path):
     assert "reused_from" not in new.record("mopd")
     weights = [r.output("mopd") / "model.safetensors" for r in (new, old)]
     assert weights[0].read_bytes() != weights[1].read_bytes()
-    assert opdctl("plan", tmp_path / "new", "--exit-code").returncode == 0
-    assert opdctl("plan", DEMO, "--exit-code").returncode == 3
+    assert inside("plan", tmp_path / "new", "--exit-code").returncode == 0
+    assert inside("plan", DEMO, "--exit-code").returncode == 3

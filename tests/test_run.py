@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from opdctl.rundir import RunDir, read_json, read_rows
-from running import DEMO, opdctl, worker
+from running import DEMO, inside, opdctl, worker
 
 STAGE_KEYS = {"kind", "status", "step", "total", "attempt", "seconds", "fingerprint"}
 
@@ -21,20 +21,20 @@ def test_the_run_ends_with_tables(demo_run):
 
 
 def test_status_contract(demo_run):
-    found = json.loads(opdctl("status", demo_run[0], "--json").stdout)
+    found = json.loads(inside("status", demo_run[0], "--json").stdout)
     assert found.keys() >= {"run", "recipe", "size", "seed", "state", "stages"}
     assert found["state"] == "done" and found["recipe"] == "demo" and found["size"] == "tiny"
     for stage in found["stages"].values():
         assert stage.keys() >= STAGE_KEYS and stage["status"] == "done"
         assert stage["step"] == stage["total"] and stage["attempt"] == 1
-    assert "t_math" in opdctl("status", demo_run[0]).stdout
+    assert "t_math" in inside("status", demo_run[0]).stdout
 
 
 def test_plan_and_claims_contracts(demo_run):
-    stages = json.loads(opdctl("plan", demo_run[0], "--json").stdout)["stages"]
+    stages = json.loads(inside("plan", demo_run[0], "--json").stdout)["stages"]
     assert {s["action"] for s in stages} == {"skip"}
     assert all(s.keys() >= {"name", "kind", "action", "reasons", "upstream"} for s in stages)
-    claims = json.loads(opdctl("claims", demo_run[0], "--json").stdout)["claims"]
+    claims = json.loads(inside("claims", demo_run[0], "--json").stdout)["claims"]
     assert [c["name"] for c in claims] == ["M1", "M5"]
     keys = {"name", "statement", "source", "holds", "measured", "interval", "threshold", "seeds"}
     assert all(c.keys() >= keys and c["holds"] in (True, False, None) for c in claims)
@@ -147,7 +147,7 @@ def test_numeric_keys_change_nothing_beyond_rounding(demo_run, tmp_path):
 
 def test_stage_command_on_two_checkpoints(demo_run, tmp_path):
     outputs = demo_run[0] / "stages"
-    done = opdctl(
+    done = inside(
         "stage",
         "opd",
         "--student",
@@ -166,9 +166,9 @@ def test_stage_command_on_two_checkpoints(demo_run, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "as in the run that wrote the model" in done.stderr
-    found = json.loads(opdctl("status", tmp_path / "one", "--json").stdout)
+    found = json.loads(inside("status", tmp_path / "one", "--json").stdout)
     assert found["state"] == "done" and found["stages"]["opd"]["step"] == 2
-    refused = opdctl(
+    refused = inside(
         "stage",
         "opd",
         "--student",
@@ -183,7 +183,7 @@ def test_stage_command_on_a_file_of_ones_own(demo_run, tmp_path):
     rows = [{"q": f"gcd {i} {i}=", "a": str(i)} for i in range(1, 60)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     model = demo_run[0] / "stages" / "sft" / "output"
-    done = opdctl(
+    done = inside(
         "stage",
         "evaluate",
         "--student",
@@ -200,7 +200,7 @@ def test_stage_command_on_a_file_of_ones_own(demo_run, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "own" in done.stdout
-    broken = opdctl(
+    broken = inside(
         "stage",
         "evaluate",
         "--student",
@@ -240,16 +240,16 @@ def test_several_seeds(tmp_path):
 
 def test_ls_show_cp(tmp_path):
     assert (
-        "mimo" in opdctl("ls", "recipes").stdout and "reverse_kl" in opdctl("ls", "signals").stdout
+        "mimo" in inside("ls", "recipes").stdout and "reverse_kl" in inside("ls", "signals").stdout
     )
-    shown = json.loads(opdctl("show", "opd", "--json").stdout)
+    shown = json.loads(inside("show", "opd", "--json").stdout)
     assert {"key", "type", "default", "doc"} <= shown["keys"][0].keys()
     assert any(k["key"] == "optim.lr" and k["default"] == "0.001" for k in shown["keys"])
-    copied = opdctl("cp", "mimo", tmp_path / "my.yaml")
+    copied = inside("cp", "mimo", tmp_path / "my.yaml")
     assert copied.returncode == 0 and "# MiMo-V2-Flash" in (tmp_path / "my.yaml").read_text()
-    assert opdctl("validate", tmp_path / "my.yaml").returncode == 0
-    assert opdctl("cp", "mimo", tmp_path / "my.yaml").returncode == 2
-    near = opdctl("show", "reverse_k")
+    assert inside("validate", tmp_path / "my.yaml").returncode == 0
+    assert inside("cp", "mimo", tmp_path / "my.yaml").returncode == 2
+    near = inside("show", "reverse_k")
     assert near.returncode == 2 and "did you mean 'reverse_kl'" in near.stderr
 
 
@@ -277,14 +277,14 @@ def test_ls_show_cp(tmp_path):
     ],
 )
 def test_bad_input_exits_2_without_a_traceback(command):
-    done = opdctl(*command)
+    done = inside(*command)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.strip()) > 20
     assert not done.stdout.strip()
 
 
 def test_only_may_be_repeated():
-    done = opdctl("run", "mimo", "--only", "t_math", "--only", "t_sort", "--dry-run")
+    done = inside("run", "mimo", "--only", "t_math", "--only", "t_sort", "--dry-run")
     assert done.returncode == 0
     for stage in ("base", "sft", "t_math", "t_sort"):
         assert f"\n{stage} " in done.stdout

@@ -15,7 +15,7 @@ from opdctl.signals.kl_baseline import KlBaseline
 from opdctl.signals.reverse_kl import ReverseKl
 from opdctl.weights.icepop import Icepop
 from opdctl.weights.truncated import Truncated
-from running import opdctl
+from running import inside
 
 INDEX = torch.tensor([0] * 5 + [1] * (N - 5))
 
@@ -148,7 +148,7 @@ STAGE = ("stage", "opd", "--student", "a/s", "--teacher", "a/t", "signals={}", "
     ],
 )
 def test_a_wrong_estimator_is_refused_by_name(keys, says):
-    done = opdctl(*STAGE, f"objectives={{sampled_kl: {keys}}}")
+    done = inside(*STAGE, f"objectives={{sampled_kl: {keys}}}")
     assert done.returncode == 2 and says in done.stderr and "estimator=k" in done.stderr
 
 
@@ -169,7 +169,7 @@ PG = "objectives={policy_gradient: {weights: %s}}"
     ],
 )
 def test_what_would_be_wrong_is_refused(keys, says):
-    done = opdctl("stage", "opd", "--student", "a/s", "--teacher", "a/t", "--dry-run", *keys)
+    done = inside("stage", "opd", "--student", "a/s", "--teacher", "a/t", "--dry-run", *keys)
     assert done.returncode == 2 and says in done.stderr, done.stderr
 
 

@@ -40,14 +40,16 @@ class Served(ThreadingHTTPServer):
     Attributes:
         asked: sequences scored after the probe.
         most: requests in hand at once, at most.
+        together: so many have to be in hand before the first is answered.
     """
 
     daemon_threads = True
 
-    def __init__(self, tokenizer, fault=None, names=("big",), slow=0.0, model=None):
+    def __init__(self, tokenizer, fault=None, names=("big",), together=1, model=None):
         super().__init__(("127.0.0.1", 0), Answer)
         self.model = model
-        self.tokenizer, self.fault, self.names, self.slow = tokenizer, fault, names, slow
+        self.tokenizer, self.fault, self.names = tokenizer, fault, names
+        self.together, self.met = together, threading.Event()
         self.asked, self.now, self.most, self.tries, self.calls = 0, 0, 0, 0, 0
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -94,7 +96,10 @@ class Answer(BaseHTTPRequestHandler):
             server.now += 1
             server.most = max(server.most, server.now)
             probing = server.calls == 1
-        time.sleep(server.slow)
+            if server.most == server.together:
+                server.met.set()
+        if not probing:
+            server.met.wait(20)
         with server.lock:
             server.now -= 1
         rows = [server.row(ids, body["prompt_logprobs"]) for ids in body["prompt"]]
@@ -265,7 +270,7 @@ def taught_by(stage, server, *overrides, **keys):
 
 def test_scores_stand_at_their_tokens(stage):
     """In batches, several at once, whatever the order of the answers; and they are logged."""
-    with serving(slow=0.05) as server:
+    with serving(together=3) as server:
         ctx = taught_by(
             stage,
             server,

@@ -19,7 +19,7 @@ from opdctl.kernels.reference import divergence
 from opdctl.objectives.nll import Nll
 from opdctl.rundir import RunDir, read_rows
 from opdctl.types import Prompt, Rollout, ScoreRequest
-from running import opdctl
+from running import inside
 
 
 def pooled(spans, teachers, weights):
@@ -168,7 +168,7 @@ def run(folders, out, *keys):
     data = [
         x for d in ("sums", "words") for x in (f"data.{d}.kind=jsonl", f"data.{d}.path={d}.jsonl")
     ]
-    done = opdctl(
+    done = inside(
         *("stage", "opd", "--student", "./m0", "--teacher", "sums=./m1"),
         *("--teacher", "words=./m2", "--out", out, *data),
         *("steps=3", "prompts.per_step=4", "sampling.max_tokens=5", *keys),
@@ -237,7 +237,7 @@ def test_every_composition_runs_routed_and_pooled(folders, tmp_path):
     data = {d: {"kind": "jsonl", "path": f"{d}.jsonl"} for d in ("sums", "words")}
     recipe = {"name": "composed", "data": data, "stages": stages}
     (folders / "composed.json").write_text(json.dumps(recipe))
-    done = opdctl("run", "composed.json", "--out", tmp_path / "run", cwd=folders)
+    done = inside("run", "composed.json", "--out", tmp_path / "run", cwd=folders)
     assert done.returncode == 0, done.stderr
     for name in stages:
         rows = read_rows(RunDir(tmp_path / "run").stage(name) / "metrics.jsonl")
@@ -247,7 +247,7 @@ def test_every_composition_runs_routed_and_pooled(folders, tmp_path):
 
 def test_two_teachers_of_a_domain_have_to_be_pooled(folders):
     keys = ("teachers.sums={model: ./m1, serves: {sums: true, words: true}}", "--dry-run")
-    done = opdctl(
+    done = inside(
         *("stage", "opd", "--student", "./m0", "--teacher", "sums=./m1", "--teacher", "words=./m2"),
         *("data.sums.kind=jsonl", "data.sums.path=sums.jsonl", "data.words.kind=jsonl"),
         *("data.words.path=words.jsonl", *keys),
@@ -261,7 +261,7 @@ def test_another_tokenizer_is_refused_by_its_first_token(folders):
     (folders / "other").mkdir(exist_ok=True)
     alphabet = "0123456789abcdefghijklmnopqrstuvwxyz =+;"
     save(make_model(1, alphabet=alphabet), folders / "other")
-    done = opdctl(
+    done = inside(
         *("stage", "opd", "--student", "./m0", "--teacher", "./other", "--out", "refused"),
         *("data.sums.kind=jsonl", "data.sums.path=sums.jsonl", "--dry-run"),
         cwd=folders,

@@ -11,15 +11,15 @@ import pytest
 from test_resume import copy_without
 
 from opdctl.rundir import RunDir
-from running import DEMO, assert_same, opdctl, worker
+from running import DEMO, assert_same, inside, opdctl, worker
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 
-def test_kills_at_random_instants(tmp_path):
+def test_kills_at_random_instants(demo_run, tmp_path):
     from torture import torture
 
-    phases, _, differ = torture(DEMO, [], 4, random.Random(7), tmp_path)
+    phases, _, differ = torture(DEMO, [], 4, random.Random(7), tmp_path, demo_run[0])
     assert phases.total() == 4 and not differ
 
 
@@ -73,23 +73,23 @@ def test_a_disk_that_is_really_full(small_disk):
     assert "No space left" in failed.stderr
     filler.unlink()
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
-    done = opdctl("resume", small_disk / "run")
+    done = inside("resume", small_disk / "run")
     assert done.returncode == 0, done.stderr
 
 
 def test_a_directory_that_cannot_be_written(demo_run, tmp_path):
-    refused = opdctl("run", DEMO, "--out", "/proc/run")
+    refused = inside("run", DEMO, "--out", "/proc/run")
     assert refused.returncode == 2 and "cannot write /proc/run" in refused.stderr
     shutil.copytree(demo_run[0], tmp_path / "run", symlinks=True)
     bind = ["mount", "--bind", "-o", "ro", tmp_path / "run", tmp_path / "run"]
     if os.geteuid() or subprocess.run(bind, capture_output=True).returncode:
         pytest.skip("a read-only mount is not allowed here")
     try:
-        refused = opdctl("resume", tmp_path / "run")
+        refused = inside("resume", tmp_path / "run")
         assert refused.returncode == 2 and "cannot write" in refused.stderr
         assert "Traceback" not in refused.stderr
         for command in ("status", "claims", "plan"):
-            assert opdctl(command, tmp_path / "run").returncode == 0
+            assert inside(command, tmp_path / "run").returncode == 0
     finally:
         subprocess.run(["umount", tmp_path / "run"], check=True)
 

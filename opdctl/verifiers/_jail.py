@@ -179,10 +179,8 @@ def below():
 
 
 def end(child):
-    try:
+    if status is None:  # or its number may be another's by now
         os.kill(child, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     stop = time.monotonic() + 20
     while time.monotonic() < stop:
         for process in below():
