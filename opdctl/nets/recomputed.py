@@ -31,7 +31,10 @@ def recompute(net: nn.Module, name: str) -> None:
             f"{name}: transformers cannot compute layers of {kind} again",
             "runtime.gradient_checkpointing=false",
         )
-    net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if hasattr(net, "activation_checkpointing_enable"):  # newer name
+        net.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        net.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in net.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             again = layer._gradient_checkpointing_func
