@@ -32,12 +32,12 @@ import methods_page
 from opdctl.catalogue import method, methods
 from opdctl.errors import RecipeError, UsageError
 from opdctl.launch import parse_seeds, read_recipe
-from opdctl.measured import Measured, measured
 from opdctl.plan import fingerprints
 from opdctl.positions import dump, parse
 from opdctl.recipe import Recipe, resolve
 from opdctl.registry import member
 from opdctl.rundir import RunDir
+from opdctl.verdicts.measured import Measured, measured
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"

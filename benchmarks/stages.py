@@ -26,7 +26,7 @@ def main(target: str, *overrides: str) -> None:
     if not (Path(target) / "run.json").is_file():
         folder = Path(tempfile.mkdtemp()) / "run"
         start = time.perf_counter()
-        command = [sys.executable, "-m", "opdctl.cli", "run", target, "--out", str(folder)]
+        command = [sys.executable, "-m", "opdctl", "run", target, "--out", str(folder)]
         subprocess.run([*command, *overrides], check=True)
         wall, target = time.perf_counter() - start, str(folder)
     run = RunDir(target)

@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 
 from opdctl import __version__
-from opdctl.judge import judge, scores
 from opdctl.launch import read_recipe
-from opdctl.measured import measured
 from opdctl.plan import fingerprints
 from opdctl.registry import member
 from opdctl.rundir import RunDir
-from opdctl.verdict import shown
+from opdctl.verdicts.judge import judge, scores
+from opdctl.verdicts.measured import measured
+from opdctl.verdicts.verdict import shown
 
 HERE = Path(__file__).parent
 WHAT = {

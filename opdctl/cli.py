@@ -265,8 +265,8 @@ def status(
 def claims(directory: DirArg, as_json: Json = False) -> None:
     """Judge the claims of the recipe's report on what the run measured."""
     from opdctl import console
-    from opdctl.judge import judge
     from opdctl.rundir import RunDir
+    from opdctl.verdicts.judge import judge
 
     found = judge(RunDir(directory))
     if as_json:

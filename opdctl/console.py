@@ -20,7 +20,7 @@ from opdctl.chat.example import heading
 from opdctl.rundir import finite, read_json
 from opdctl.status import Tail, last_line, last_row
 from opdctl.types import WAITING
-from opdctl.verdict import shown
+from opdctl.verdicts.verdict import shown
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())

@@ -5,10 +5,10 @@ from __future__ import annotations
 import html
 from pathlib import Path
 
-from opdctl.judge import judge
 from opdctl.rundir import RunDir, read_json, read_rows
 from opdctl.status import status
-from opdctl.verdict import shown
+from opdctl.verdicts.judge import judge
+from opdctl.verdicts.verdict import shown
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; color: #222 }

@@ -306,9 +306,9 @@ def _carry_out(
 
 def _conclude(parent: RunDir, pairs, outcome: Outcome) -> None:
     """Time, claims, and after a failure the three lines that matter."""
-    from opdctl.judge import judge
-    from opdctl.judge import scores as judge_scores
     from opdctl.report import write
+    from opdctl.verdicts.judge import judge
+    from opdctl.verdicts.judge import scores as judge_scores
 
     for run, stage in outcome.failed:
         console.say(f"failed: {stage}: {_why(run, stage)}", "red")

@@ -20,7 +20,7 @@ DEMO = HERE / "demo.yaml"
 
 def opdctl(*arguments, cwd=None, **options):
     """Run the command; output captured."""
-    words = [sys.executable, "-m", "opdctl.cli", *map(str, arguments)]
+    words = [sys.executable, "-m", "opdctl", *map(str, arguments)]
     return subprocess.run(
         words, cwd=cwd or HERE.parent, capture_output=True, text=True, timeout=300, **options
     )
@@ -36,7 +36,7 @@ def inside(*arguments, cwd=None):
 
 def start(*arguments):
     """Start the command in a process group of its own."""
-    words = [sys.executable, "-m", "opdctl.cli", *map(str, arguments)]
+    words = [sys.executable, "-m", "opdctl", *map(str, arguments)]
     return subprocess.Popen(
         words,
         cwd=HERE.parent,

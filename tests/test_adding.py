@@ -59,11 +59,11 @@ def test_a_method_of_the_page_runs(method, copy):
     data = ["data.sums.kind=jsonl", "data.sums.path=sums.jsonl", "data.sums.eval_share=0"]
     keys = ["steps=2", "prompts.per_step=2", "sampling.max_tokens=4"]
     code, said = command(
-        copy, "opdctl.cli", "stage", "opd", "--student", "s", "--teacher", "sums=t",
+        copy, "opdctl", "stage", "opd", "--student", "s", "--teacher", "sums=t",
         "--method", method, *data, *keys, "--out", f"run-{Path(method).stem}",
     )  # fmt: skip
     assert code == 0, said
-    code, said = command(copy, "opdctl.cli", "ls", "weights")
+    code, said = command(copy, "opdctl", "ls", "weights")
     assert "min(q / p, 1) of the sampled token, to a power." in said
 
 

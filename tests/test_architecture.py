@@ -60,7 +60,7 @@ def test_modules_that_declare_a_config_import_no_torch():
     declaring = [f for f in outside("core/") if any(m in f.read_text() for m in marks)]
     assert len(declaring) > 25
     assert not offenders(declaring, heavy, top_only=True)
-    top = [f for f in PACKAGE.glob("*.py") if f.name not in ("warm.py", "judge.py", "measured.py")]
+    top = [f for f in PACKAGE.glob("*.py") if f.name not in ("warm.py", "__main__.py")]
     assert not offenders(top, heavy, top_only=True)
 
 
@@ -86,7 +86,7 @@ def test_imports_point_down():
     stage_files = [f for f in FILES if name_of(f).startswith("stages/")]
     assert not below(stage_files, stages - {"opdctl.stages"})
     low = [PACKAGE / n for n in ("errors.py", "types.py", "schema.py", "settings.py")]
-    upper = ("recipe", "plan", "rundir", "console", "report", "judge", "cli", "runner", "worker")
+    upper = ("recipe", "plan", "rundir", "console", "report", "verdicts", "cli", "runner", "worker")
     assert not below(low, {f"opdctl.{n}" for n in (*upper, "core", "stages")})
     middle = [PACKAGE / n for n in ("recipe.py", "plan.py", "rundir.py", "registry.py")]
     assert not below(middle, {f"opdctl.{n}" for n in upper[3:]})

@@ -13,11 +13,11 @@ from opdctl.claims.m1 import M1
 from opdctl.claims.m3 import M3
 from opdctl.claims.m5 import M5
 from opdctl.core.evaluation import half_width, pass_at_k, record
-from opdctl.judge import _decide
-from opdctl.measured import Measured
 from opdctl.plan import fingerprints, semantic
 from opdctl.recipe import load
-from opdctl.verdict import DELTA, Part, verdict
+from opdctl.verdicts.judge import _decide
+from opdctl.verdicts.measured import Measured
+from opdctl.verdicts.verdict import DELTA, Part, verdict
 
 TEACHERS = {"a": "stage:ta", "b": "stage:tb"}
 

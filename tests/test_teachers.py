@@ -11,9 +11,9 @@ from conftest import make_model, make_model64
 from opdctl.core import update
 from opdctl.core.models import save
 from opdctl.core.pairs import by_teacher, pairs
-from opdctl.core.scored import _check
 from opdctl.core.scoring import Scores, score
 from opdctl.core.taught import Held, Taught
+from opdctl.core.teaching import _check
 from opdctl.errors import StageFailed, UsageError
 from opdctl.kernels.reference import divergence
 from opdctl.objectives.nll import Nll

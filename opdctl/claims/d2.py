@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.schema import REQUIRED, key
-from opdctl.verdict import Part, name
+from opdctl.verdicts.verdict import Part, name
 
 
 class D2:

@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass
 
 from opdctl.schema import REQUIRED, key
-from opdctl.verdict import DELTA_RECOVERY, Part, gain, mean_gain, mean_score, name
+from opdctl.verdicts.verdict import DELTA_RECOVERY, Part, gain, mean_gain, mean_score, name
 
 
 class D5:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.schema import REQUIRED, key
-from opdctl.verdict import DELTA, Part, mean_gain
+from opdctl.verdicts.verdict import DELTA, Part, mean_gain
 
 
 class G3:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from opdctl.errors import Problem
 from opdctl.schema import REQUIRED, key
-from opdctl.verdict import DELTA_RECOVERY, Part, name, recovery, wide_gaps
+from opdctl.verdicts.verdict import DELTA_RECOVERY, Part, name, recovery, wide_gaps
 
 
 class G4:

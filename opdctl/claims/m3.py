@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from opdctl.claims.m1 import Roles, cast
 from opdctl.schema import REQUIRED, key
-from opdctl.verdict import DELTA_RECOVERY, Part, norm
+from opdctl.verdicts.verdict import DELTA_RECOVERY, Part, norm
 
 
 @dataclass(kw_only=True)

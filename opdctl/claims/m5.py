@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.schema import REQUIRED, key
-from opdctl.verdict import DELTA, Part
+from opdctl.verdicts.verdict import DELTA, Part
 
 
 class M5:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.schema import REQUIRED, key
-from opdctl.verdict import DELTA, Part, mean_gain, name
+from opdctl.verdicts.verdict import DELTA, Part, mean_gain, name
 
 
 class Q1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.schema import REQUIRED, key
-from opdctl.verdict import Part, mean_gain
+from opdctl.verdicts.verdict import Part, mean_gain
 
 
 class S4:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.schema import REQUIRED, key
-from opdctl.verdict import DELTA, Part, name
+from opdctl.verdicts.verdict import DELTA, Part, name
 
 WINDOW = 3  # steps over which the accuracy of the rollouts is averaged
 

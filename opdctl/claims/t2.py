@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.schema import REQUIRED, key
-from opdctl.verdict import DELTA_RECOVERY, Part, name, recovery, wide_gaps
+from opdctl.verdicts.verdict import DELTA_RECOVERY, Part, name, recovery, wide_gaps
 
 
 class T2:

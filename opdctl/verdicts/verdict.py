@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-    from opdctl.measured import Measured, Scores
+    from opdctl.verdicts.measured import Measured, Scores
 
 DELTA = 0.03  # of a score
 DELTA_RECOVERY = 0.05  # of a recovery

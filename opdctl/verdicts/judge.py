@@ -13,10 +13,10 @@ import math
 import numpy as np
 
 from opdctl.launch import read_recipe
-from opdctl.measured import Measured, measured
 from opdctl.registry import member
 from opdctl.rundir import RunDir
-from opdctl.verdict import Part, verdict
+from opdctl.verdicts.measured import Measured, measured
+from opdctl.verdicts.verdict import Part, verdict
 
 # two-sided 97.5 % quantiles of Student's t for 1 .. 30 degrees of freedom
 T975 = (
