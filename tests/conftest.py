@@ -116,6 +116,12 @@ def stage(on_disk, tmp_path):
     return functools.partial(opd, on_disk, tmp_path)
 
 
+def files_of(folder):
+    """Content of what a run directory records, by path; locks and logs apart."""
+    kept = (p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
+    return {str(p): p.read_bytes() for p in kept if "logs" not in p.relative_to(folder).parts}
+
+
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory):
     """An uninterrupted run of the demo recipe: (folder, what the command printed)."""
@@ -124,4 +130,6 @@ def demo_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "demo"
     done = opdctl("run", DEMO, "--out", folder)
     assert done.returncode == 0, done.stderr
-    return folder, done
+    before = files_of(folder)
+    yield folder, done
+    assert files_of(folder) == before, "a test wrote into the run that others start from"

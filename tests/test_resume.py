@@ -263,15 +263,17 @@ def test_two_at_once_and_foreign_directories(demo_run, tmp_path):
     assert inside("resume", tmp_path / "nowhere").returncode == 2
 
 
-def test_resume_refuses_semantic_changes(demo_run):
-    before = (demo_run[0] / "resolved.yaml").read_text()
-    refused = inside("resume", demo_run[0], "stages.mopd.optim.lr=0.5")
+def test_resume_refuses_semantic_changes(demo_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(demo_run[0], run, symlinks=True)
+    before = (run / "resolved.yaml").read_text()
+    refused = inside("resume", run, "stages.mopd.optim.lr=0.5")
     assert refused.returncode == 2 and "--from" in refused.stderr
     assert "stages.mopd.optim.lr: 0.001 -> 0.5" in refused.stderr
-    named = inside("resume", demo_run[0], "claims.M1=null", "runtime.wave=7")
+    named = inside("resume", run, "claims.M1=null", "runtime.wave=7")
     assert named.returncode == 2 and "claims.M1" in named.stderr
-    assert (demo_run[0] / "resolved.yaml").read_text() == before
-    allowed = inside("resume", demo_run[0], "runtime.checkpoint_every=3")
+    assert (run / "resolved.yaml").read_text() == before
+    allowed = inside("resume", run, "runtime.checkpoint_every=3")
     assert allowed.returncode == 0 and "every stage is done" in allowed.stderr
 
 
