@@ -273,6 +273,47 @@ def test_an_opd_stage_on_vllm_runs_and_goes_on_after_a_kill(tmp_path):
 
 @vllm
 @needs_vllm
+def test_experts_sample_in_turns(tmp_path, monkeypatch):
+    """One engine for those of one shape, with the weights of whose turn it is."""
+    folders = {n: folder_of(tmp_path, n, seed=i) for i, n in enumerate("abc")}
+    wide = folder_of(tmp_path, "wide", extra_rows=8)
+    rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    teacher = {"model": folders["b"], "experts": {"words": folders["c"]}, "keep": "all"}
+    ctx = one_stage(
+        tmp_path / "run",
+        {n: {"kind": "jsonl", "path": str(tmp_path / "rows.jsonl")} for n in ("sums", "words")},
+        kind="sft",
+        student=folders["a"],
+        sources={"teacher": {**teacher, "sampling": {"max_tokens": 6}}},
+        steps=3,
+        prompts={"per_step": 8},
+        runtime={"engine": "vllm"},
+    )
+    seen, real = [], Vllm.generate
+
+    def generate(self, prompts, keys, **how):
+        samples = real(self, prompts, keys, **how)
+        seen.append((self, self.model.name, gap(self.model, prompts, samples)))
+        return samples
+
+    monkeypatch.setattr(Vllm, "generate", generate)
+    carry_out(ctx)
+    assert {name for _, name, _ in seen} == {folders["b"], folders["c"]} and len(seen) == 6
+    assert len({id(engine) for engine, _, _ in seen}) == 1
+    assert max(gap for _, _, gap in seen) < 1e-4
+    other = load(wide)
+    engine = ctx.engine(other)
+    try:
+        assert engine is not seen[0][0]
+        engine.publish(0)
+        assert gap(other, *ask(engine, other)) < 1e-4
+    finally:
+        engine.close()
+
+
+@vllm
+@needs_vllm
 def test_candidates_are_published_and_the_limit_moves(tmp_path):
     """Every answer of a validation was sampled from the weights of that candidate, training from
     what was kept, and a response is as long as its step's limit allows."""
@@ -383,10 +424,9 @@ def test_what_vllm_cannot_do_is_refused_without_it():
     assert "stages.rl.sampling.temperature" in refused(
         stages={"rl": {**cold, "prompts": {"samples": 4}}}
     )
-    several = {"teacher": {"model": "a/b", "experts": {"sums": "c/d"}}}
-    assert "sources.teacher.experts" in refused(
-        stages={"sft": {"kind": "sft", "student": "a/b", "sources": several}}
-    )
+    both = {"mixture": {"student": 0.5, "teacher": 0.5, "dataset": 0.0}}
+    said = refused(stages={"opd": {**tree()["stages"]["opd"], "sources": both}})
+    assert "sources.mixture.teacher: one vllm engine a stage" in said
     assert "did you mean 'vllm'" in refused(engine="vlm")
     assert "runtime.engine_at: the engine is vllm" in refused(engine_at="http://host:8000")
     said = refused(engine="vllm_server", engine_args={"seed": 1}, dtype="float64")
@@ -402,6 +442,15 @@ def test_a_run_without_vllm_installed_ends_before_anything_is_made(tmp_path):
         done = opdctl(*command)
         assert done.returncode == 2 and not (tmp_path / "run").exists()
         assert "runtime.engine is vllm, and vllm is not installed here" in done.stderr
+
+
+def test_several_models_that_sample_in_turns_are_noted():
+    experts = {"teacher": {"model": "a/b", "experts": {"sums": "c/d"}}}
+    sft = {"kind": "sft", "student": "a/b", "sources": experts}
+    taught = {"mixture": {"student": 0.0, "teacher": 1.0, "dataset": 0.0}}
+    opd = {**tree()["stages"]["opd"], "sources": taught}  # its one teacher alone samples
+    notes = resolve(tree(stages={"sft": sft, "opd": opd}), "x").notes()
+    assert [n.path for n in notes if "in turns" in n.message] == ["stages.sft.sources.teacher"]
 
 
 def test_an_objective_that_takes_the_sampler_for_the_trainer_is_noted():

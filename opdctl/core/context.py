@@ -196,7 +196,7 @@ class Context:
         print(f"{self.name}: {plain(found)}", flush=True)
 
     def engine(self, model: Any, blend: tuple[Any, float] | None = None) -> Any:
-        """What samples from a model: one that holds weights is kept, until another model asks.
+        """What samples from a model: one that holds weights is kept while it can take the model's.
 
         Args:
             blend: another model and its share in every token; by the transformers engine alone.
@@ -207,9 +207,11 @@ class Context:
         cls = member("engines", self.runtime.engine)
         if not cls.holds:
             return cls(*given)
-        if self._engine is None or self._engine.model is not model:
-            if self._engine is not None:
-                self._engine.close()
+        ours = self._engine
+        if ours is not None and not (ours.model is model or ours.take(model)):
+            ours.close()
+            self._engine = None
+        if self._engine is None:
             self._engine = cls(*given, cls.settings(self.runtime))
         return self._engine
 

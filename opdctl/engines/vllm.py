@@ -76,12 +76,7 @@ class Vllm:
             for name, source in sources.items():
                 place = f"stages.{stage}.sources.{name}"
                 places[f"{place}.sampling"] = getattr(source, "sampling", None)
-                models = {getattr(source, "model", ""), *getattr(source, "experts", {}).values()}
-                if len([m for m in models if parse(m).form != "server"]) > 1:
-                    what = "one vllm engine a stage, and several models sample here"
-                    hint = "a stage for each, or runtime.engine=transformers"
-                    found.append(Problem(f"{place}.experts", what, hint))
-                if name == "mixture" and source.teacher:
+                if name == "mixture" and source.teacher and member("sources", name).own(source):
                     what = "one vllm engine a stage, and two models sample here"
                     found.append(Problem(f"{place}.teacher", what, "runtime.engine=transformers"))
             room = recipe.runtime.engine_args.get("max_model_len")
@@ -99,9 +94,18 @@ class Vllm:
 
     @staticmethod
     def notes(recipe) -> list[Problem]:
-        """Objectives over the student's own samples that take the sampler for the trainer."""
+        """Objectives over the student's own samples that take the sampler for the trainer; several
+        models that sample in turns."""
         found = []
         for stage, config in recipe.stages.items():
+            for name, source in getattr(config, "sources", {}).items():
+                models = {getattr(source, "model", ""), *getattr(source, "experts", {}).values()}
+                if name == "mixture" and source.teacher:
+                    models = {t.model for t in config.teachers.values()}
+                if len([m for m in models if parse(m).form != "server"]) > 1:
+                    what = "several models sample in turns, by one vllm: each publishes its weights"
+                    hint = "of one shape they do so in place; another starts vllm again each time"
+                    found.append(Problem(f"stages.{stage}.sources.{name}", what, hint))
             for name, keys in getattr(config, "objectives", {}).items():
                 own = keys.coef and getattr(member("objectives", name), "own", False)
                 if own and not any(getattr(member("weights", w), "ratio", 0) for w in keys.weights):
@@ -149,7 +153,7 @@ class Vllm:
         self.cuda = model.device.type == "cuda"
         self.published: int | str | None = None
         self.awake = True
-        self.trained = any(p.requires_grad for p in model.net.parameters())
+        self.trained = trained(model)
         base = base_of(model.name)
         self.unwritten = self.trained or bool(base)  # no folder has these weights as they are
         vllm = _imported(self.cuda)
@@ -195,6 +199,15 @@ class Vllm:
             ) from error
         self.longest = self.llm.model_config.max_model_len
         self.llm.init_weight_transfer_engine({"init_info": {}})
+
+    def take(self, model) -> bool:
+        """Sample from another model from now on, whose weights are published in place of those that
+        are here. False where they are of another shape: nothing changes."""
+        if shape(model) != shape(self.model):
+            return False
+        self.model, self.published = model, None
+        self.trained, self.unwritten = trained(model), True
+        return True
 
     def publish(self, version: int | str) -> None:
         """Wake up, with the model's weights as they stand; nothing if it has this version.
@@ -249,7 +262,7 @@ class Vllm:
                 f"runtime.engine_args.max_model_len={most}, or a smaller sampling.max_tokens",
             )
         asked = list(zip(prompts, keys, strict=True))
-        of = (self.model.name, self.published)
+        of = (self.model.name, self.published if self.trained else None)
         names = [f"response {draws.key(*of, p, k, temperature, max_tokens):016x}" for p, k in asked]
         samples = [recalled(self.wal, name, self.model.ends) for name in names]
         todo = [i for i, sample in enumerate(samples) if sample is None]
@@ -292,6 +305,22 @@ class Vllm:
         ids = list(output.token_ids)
         logprobs = [at[i].logprob for i, at in zip(ids, output.logprobs, strict=True)]
         return Sample(ids, logprobs, ids[-1] not in self.model.ends)
+
+
+def trained(model) -> bool:
+    """Whether its weights change between publications."""
+    return any(p.requires_grad for p in model.net.parameters())
+
+
+def shape(model) -> dict:
+    """All that makes vLLM's modules for a model: those of an equal one take its weights."""
+    parameter = next(model.net.parameters())
+    said = {**model.net.config.to_dict(), "_name_or_path": None, "transformers_version": None}
+    return said | {
+        "dtype": parameter.dtype,
+        "valid": model.valid_V,
+        "rows": model.head.out_features,
+    }
 
 
 def recalled(wal, name: str, ends) -> Sample | None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from opdctl.core import checkpoint, draws
 from opdctl.engines.transformers import Sample
-from opdctl.engines.vllm import Vllm, logged, recalled
+from opdctl.engines.vllm import Vllm, logged, recalled, trained
 from opdctl.errors import Problem, StageFailed, UsageError
 from opdctl.served.endpoint import opened, reading
 
@@ -74,7 +74,7 @@ class VllmServer:
         self.endpoint.most = min(wave, MOST)
         self.served, self.longest = served["id"], served.get("max_model_len")
         self.published: int | str | None = None
-        self.trained = any(p.requires_grad for p in model.net.parameters())
+        self.trained = trained(model)
         self.label = ""
         try:
             self.endpoint.all("/init_weight_transfer_engine", [{"init_info": {}}], check)
@@ -83,6 +83,11 @@ class VllmServer:
                 f"{self.who} takes no weights: {error.message}",
                 "start it with: python -m opdctl.engines._vllm_serve DIR --port 8000",
             ) from None
+
+    def take(self, model) -> bool:
+        """Sample from another model from now on; the server says whether its weights fit."""
+        self.model, self.trained, self.published = model, trained(model), None
+        return True
 
     def publish(self, version: int | str) -> None:
         """Give it the model's weights as they stand; nothing if it has this version. A stop is
