@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from opdctl.chat.example import heading
-from opdctl.rundir import finite, read_json
-from opdctl.status import Tail, last_line, last_row
+from opdctl.rundir import finite, last_row, read_json
+from opdctl.status import Tail, last_line
 from opdctl.types import WAITING
 from opdctl.verdicts.verdict import shown
 
@@ -194,6 +194,11 @@ def scores_table(scores: dict) -> Table:
             [model, *(f"{row[d][0]:.3f} +-{row[d][1]:.3f}" if d in row else "" for d in domains)]
         )
     return table(["model", *domains], rows, "Accuracy on held-out prompts, 95 % interval")
+
+
+def facts_table(stage: str, facts: dict[str, float]) -> Table:
+    """What a stage that trains nothing measured: its ``facts.json``."""
+    return table([stage, "measured"], [[name, f"{v:.4g}"] for name, v in facts.items()])
 
 
 def claims_table(claims: list[dict]) -> Table:

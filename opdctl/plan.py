@@ -15,7 +15,7 @@ from typing import Any
 from opdctl import references
 from opdctl.recipe import Recipe
 from opdctl.registry import member
-from opdctl.rundir import RunDir
+from opdctl.rundir import RunDir, last_step
 from opdctl.schema import flatten, with_role
 
 
@@ -203,9 +203,13 @@ def _action(recipe, stage, prints, record, run, changed) -> tuple[str, list[str]
     if record.get("status") == "done":
         return "skip", ["done"]
     steps = [int(p.name[5:]) for p in (run.stage(stage) / "checkpoints").glob("step-*")]
+    taken = last_step(run.stage(stage) / "metrics.jsonl")
     if steps:
-        return "resume", [f"{record['status']} in step {max(steps)}"]
-    return "run", [f"{record['status']} before its first checkpoint"]
+        logged = ", and from the log of the steps since" if taken > max(steps) else ""
+        reason = f"{record['status']} after step {max(taken, *steps)}"
+        return "resume", [f"{reason}; goes on from its checkpoint of step {max(steps)}{logged}"]
+    after = f" after step {taken}," if taken else ""
+    return "run", [f"{record['status']}{after} before its first checkpoint"]
 
 
 def needed(recipe: Recipe, *stages: str) -> set[str]:

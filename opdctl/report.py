@@ -8,6 +8,7 @@ from pathlib import Path
 from opdctl.rundir import RunDir, read_json, read_rows
 from opdctl.status import status
 from opdctl.verdicts.judge import judge
+from opdctl.verdicts.measured import noted
 from opdctl.verdicts.verdict import shown
 
 STYLE = """
@@ -71,6 +72,8 @@ def _run(run: RunDir, found: dict) -> str:
             "<h2>Accuracy on held-out prompts, 95 % interval</h2>",
             _table(["model", *domains], rows, raw=True),
         ]
+    for name, facts in noted(run).items():
+        parts.append(_table([name, "measured"], [[k, f"{v:.4g}"] for k, v in facts.items()]))
     parts.append("<h2>Learning curves</h2>")
     for name in found["stages"]:
         parts.append(_curves(name, read_rows(run.stage(name) / "metrics.jsonl")))

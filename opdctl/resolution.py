@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -118,6 +119,13 @@ def split(text: str) -> tuple[list[str], Any, str]:
     return parts, parse_value(value), text
 
 
+def _below(path: str, value: Any) -> Iterator[str]:
+    """A dotted key, and those of a mapping given to it."""
+    yield path
+    for key, part in value.items() if isinstance(value, dict) else ():
+        yield from _below(f"{path}.{key}", part)
+
+
 def assign_all(tree, pending, where, problems, *, expanded: bool) -> dict:
     options = tree.get("options")
     options = options if isinstance(options, dict) else {}
@@ -132,7 +140,8 @@ def assign_all(tree, pending, where, problems, *, expanded: bool) -> dict:
         if expanded != (of_expanded or text in where.later):
             continue
         path = ".".join(parts)
-        where.overrides[path] = f"override {text!r}"
+        for below in _below(path, value):
+            where.overrides[below] = f"override {text!r}"
         if unknown and parts[0] in ("stages", "data") and text in where.later:
             hint = did_you_mean(parts[1], entries, f"{parts[0]}:")
             problems.append(Problem(path, f"no {parts[0].rstrip('s')} {parts[1]!r}", hint))

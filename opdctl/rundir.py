@@ -223,6 +223,31 @@ def read_rows(path: Path) -> list[dict]:
     return [rows[step] for step in sorted(rows)]
 
 
+def last_row(path: Path) -> dict:
+    """The last whole line of a metrics file, found from its end; empty without one."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - 16384))
+            lines = file.read().splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            return row
+    return {}
+
+
+def last_step(path: Path) -> int:
+    """Step of the last row; 0 without one."""
+    step = last_row(path).get("step", 0)
+    return step if isinstance(step, int) else 0
+
+
 @contextlib.contextmanager
 def lock(path: Path, what: str, wait: float = 2.0) -> Iterator[None]:
     """Hold an OS lock on ``path``.

@@ -309,6 +309,7 @@ def _conclude(parent: RunDir, pairs, outcome: Outcome) -> None:
     from opdctl.report import write
     from opdctl.verdicts.judge import judge
     from opdctl.verdicts.judge import scores as judge_scores
+    from opdctl.verdicts.measured import noted, raised
 
     for run, stage in outcome.failed:
         console.say(f"failed: {stage}: {_why(run, stage)}", "red")
@@ -320,6 +321,14 @@ def _conclude(parent: RunDir, pairs, outcome: Outcome) -> None:
         scores, found = judge_scores(parent), judge(parent)
         if scores:
             console.show(console.scores_table(scores))
+        for folder, domain, count, all_of in raised(parent):
+            console.say(
+                f"the verifier of data.{domain} raised on {count} of {all_of} answers, which count "
+                f"as wrong: {folder.parents[1] / 'logs'}",
+                "yellow",
+            )
+        for stage, facts in noted(parent).items():
+            console.show(console.facts_table(stage, facts))
         if found:
             write_json(parent / "claims.json", {"claims": found})
             console.show(console.claims_table(found))

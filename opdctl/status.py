@@ -8,7 +8,7 @@ from pathlib import Path
 
 from opdctl.launch import read_recipe
 from opdctl.plan import Planned, needed, plan
-from opdctl.rundir import RunDir, held
+from opdctl.rundir import RunDir, held, last_step
 
 
 def status(run: RunDir) -> dict:
@@ -109,25 +109,6 @@ class Tail:
         return new
 
 
-def last_row(path: Path) -> dict:
-    """The last whole line of a metrics file, found from its end; empty without one."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - 16384))
-            lines = file.read().splitlines()
-    except OSError:
-        return {}
-    for line in reversed(lines):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            return row
-    return {}
-
-
 def last_line(path: Path) -> str:
     """The last line of a log; empty without one."""
     try:
@@ -136,9 +117,3 @@ def last_line(path: Path) -> str:
             return (file.read().decode(errors="replace").splitlines() or [""])[-1]
     except OSError:
         return ""
-
-
-def last_step(path: Path) -> int:
-    """Step of the last row; 0 without one."""
-    step = last_row(path).get("step", 0)
-    return step if isinstance(step, int) else 0

@@ -15,6 +15,7 @@ from opdctl.claims.m5 import M5
 from opdctl.core.evaluation import half_width, pass_at_k, record
 from opdctl.plan import fingerprints, semantic
 from opdctl.recipe import load
+from opdctl.verdicts.intervals import wilson
 from opdctl.verdicts.judge import _decide
 from opdctl.verdicts.measured import Measured
 from opdctl.verdicts.verdict import DELTA, Part, verdict
@@ -133,6 +134,23 @@ def test_bootstrap_is_paired_and_covers():
     )  # unpaired it would be 1.41: prompts and their difficulty are shared
     half = half_width(list(found.values["x", "a"]))
     assert 1.96 * single == pytest.approx(half, rel=0.15)
+
+
+def test_nothing_right_is_no_certainty():
+    """0 of 20 has an interval that reaches beyond 0, in a table and in a claim."""
+    row = record("m", "d", 4, [0] * 20, [3] * 80, [4] * 20)
+    assert row["ci95"] == wilson(0.0, 20) and row["ci95"][1] > 0.15
+    found = Measured()
+    found.values = {
+        ("m", "d"): np.zeros(20),
+        ("n", "d"): np.ones(20),
+        ("m", "d", "tokens"): np.ones(20),
+    }
+    drawn = found.resampled()
+    low, high = np.quantile(drawn["m", "d"], [0.025, 0.975])
+    assert 0.0 <= low < 0.001 and 0.08 < high < 0.16  # Jeffreys: 0.1173
+    assert np.quantile(drawn["n", "d"], 0.025) == pytest.approx(1 - high, abs=0.02)
+    assert (drawn["m", "d", "tokens"] == 1.0).all()  # no share
 
 
 def test_pass_at_k_is_unbiased():

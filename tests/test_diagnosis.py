@@ -19,7 +19,6 @@ from opdctl.diagnosis import directions, nodes
 from opdctl.diagnosis.asked import data_of
 from opdctl.diagnosis.commands import of_pair, of_stage
 from opdctl.diagnosis.directions import centred, cosine, ideal, look, outcome_draws, single_draws
-from opdctl.diagnosis.intervals import newcombe, wilson
 from opdctl.diagnosis.measure import Effort, measure
 from opdctl.diagnosis.page import write
 from opdctl.diagnosis.recommend import SIGNALS, composed, recommend, recoverability
@@ -30,6 +29,7 @@ from opdctl.kernels.head import Head
 from opdctl.kernels.reference import divergence
 from opdctl.launch import new_run
 from opdctl.types import Prompt, Rollout
+from opdctl.verdicts.intervals import newcombe, wilson
 from running import opdctl
 
 

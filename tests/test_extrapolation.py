@@ -9,6 +9,7 @@ from one_step import First, by_transformers, opd, said
 from test_weights import step_of
 
 from opdctl.core.models import load
+from opdctl.errors import RecipeError
 from opdctl.signals._cliff import threshold
 from opdctl.signals.extrapolation import Extrapolation
 
@@ -125,3 +126,23 @@ def test_the_students_start_is_a_reference(on_disk, tmp_path):
     assert torch.equal(columns["reference"], columns["policy"])
     expected = 1.25 * (columns["teacher"] - columns["policy"])
     assert torch.allclose(columns["advantage"], expected, atol=1e-6)
+
+
+def test_a_reference_that_is_the_teacher_is_refused_and_keys_that_do_nothing_are_noted(
+    on_disk, tmp_path
+):
+    with pytest.raises(RecipeError, match="there is no gain to scale"):
+        opd(on_disk, tmp_path, signals={"extrapolation": {}}, reference=str(on_disk / "t"))
+
+    def noted(**keys):
+        given = {"signals": {"extrapolation": keys}, "reference": str(on_disk / "u")}
+        notes = opd(on_disk, tmp_path, **given).recipe.notes()
+        return {n.path.rpartition("extrapolation.")[2] for n in notes if "extrapolation" in n.path}
+
+    assert noted() == noted(guard="neutral", guard_clip=4.0, format_drop=0.1) == set()
+    assert noted(lam=1.0) == {"lam"}
+    assert noted(guard_clip=4.0, guard_above=0.5, format_steps=2) == {
+        "guard_clip",
+        "guard_above",
+        "format_steps",
+    }

@@ -9,6 +9,7 @@ from test_resume import IN_COMMIT, IN_SAMPLING, copy_without
 
 from opdctl.core.gradients import summary
 from opdctl.rundir import RunDir, read_json, read_rows
+from opdctl.verdicts.measured import noted
 from running import HERE, assert_same, inside, worker
 
 MODES = HERE / "modes.yaml"
@@ -66,6 +67,15 @@ def test_claims_of_the_run(modes_run):
     ratio = student["merged"] / student["t_think"]
     assert found["Q1"]["measured"]["flops, OPD to RL"] == pytest.approx(ratio)
     assert found["Q1_all"]["measured"]["flops, OPD to RL"] > ratio
+
+
+def test_what_a_stage_that_trains_nothing_measured_is_shown(modes_run):
+    facts = noted(RunDir(modes_run))["variance"]
+    assert facts == read_json(RunDir(modes_run).stage("variance") / "facts.json")
+    assert inside("report", modes_run).returncode == 0
+    page = (modes_run / "report.html").read_text()
+    for name, value in facts.items():
+        assert f"<td>{name}</td><td>{value:.4g}</td>" in page.replace(" class=n", "")
 
 
 def test_sources_by_domain(modes_run):

@@ -231,6 +231,10 @@ def test_all_problems_at_once_with_lines():
     assert where["stages.base.stepz"] == "demo.yaml:8"
     assert where["stages.t_math.kind"] == "demo.yaml:11"
     assert where["stages.mopd.optim.lr"] == "override 'stages.mopd.optim.lr=fast'"
+    text = "stages.mopd.optim={lr: fast}"  # and not the line of the file that has this key
+    lines = GOOD.replace("kind: opd", "kind: opd\n    optim: {lr: 0.1}")
+    where = {p.path: p.where for p in problems(lines, text)}
+    assert where["stages.mopd.optim.lr"] == f"override {text!r}"
 
 
 def test_duplicate_keys_cycles_and_size():

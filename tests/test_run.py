@@ -214,6 +214,23 @@ def test_stage_command_on_a_file_of_ones_own(demo_run, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+def test_a_verifier_that_raises_in_an_evaluation_is_told(demo_run, tmp_path):
+    (tmp_path / "mine.py").write_text("def bad(answer, prompt, row):\n    return 2.5\n")
+    rows = [json.dumps({"prompt": f"gcd {i} {i}=", "answer": str(i)}) for i in range(1, 9)]
+    (tmp_path / "p.jsonl").write_text("\n".join(rows))
+    data = ["kind=jsonl", f"path={tmp_path}/p.jsonl", "eval_share=1.0"]
+    data += [f"verifier.python.call={tmp_path}/mine.py:bad"]
+    command = ["stage", "evaluate", "--student", demo_run[0] / "stages/sft/output"]
+    given = [f"data.own.{key}" for key in data]
+    done = inside(*command, "--out", tmp_path / "e", *given, "sampling.max_tokens=40")
+    assert done.returncode == 0 and "0.000 +-0." in done.stdout, done.stderr
+    assert "the verifier of data.own raised on" in " ".join(done.stderr.split())
+    refused = inside(*command, "data.own.kind=jsonl", "data.own.verifier.python={}")
+    assert refused.returncode == 2 and "missing key 'call'" in refused.stderr
+    nobody = inside("stage", "evaluate", *given)
+    assert nobody.returncode == 2 and "--student" in nobody.stderr
+
+
 def test_several_seeds(tmp_path):
     short = [
         "stages.base.steps=2",

@@ -21,6 +21,7 @@ from opdctl.core.models import load
 from opdctl.core.scored import scored
 from opdctl.core.wal import Wal
 from opdctl.errors import EXIT_INTERRUPTED, Interrupted, RecipeError, StageFailed, UsageError
+from opdctl.preflight._stage import check
 from opdctl.provenance import served
 from opdctl.recipe import resolve
 from opdctl.registry import member
@@ -249,8 +250,8 @@ FAULTS = {
     without_scores: r"teacher big \(http.*it is not vLLM's server",
     no_json: r"teacher big \(http.*is no JSON",
     refusing: r"teacher big \(http.*answered 400.*prompt is too long",
-    dying: r"teacher big \(http.*no answer to /v1/completions within 1 s and \d+ tries",
-    hanging: r"teacher big \(http.*no answer to /v1/completions within 1 s and 1 tries",
+    dying: r"teacher big \(http.*no answer to /v1/completions within 1 s \(tries: \d+\): ",
+    hanging: r"teacher big \(http.*no answer to /v1/completions within 1 s \(tries: 1\): ",
     raw_logits: r"teacher big \(http.*as log-probs",
     raw_logits_later: r"teacher big \(http.*gave 3.5 as a log-prob",
     masked_later: r"teacher big \(http.*gave -1e\+30 as a log-prob",
@@ -442,6 +443,25 @@ def test_validate_refuses_what_a_server_cannot_give():
         },
         "x",
     )
+
+
+def padded(handler, answer):
+    """As a server of random weights: a row beyond the tokenizer's among the most probable."""
+    rows = [row for choice in answer["choices"] for row in choice["prompt_logprobs"][1:]]
+    for row in rows:
+        if len(row) > 1:
+            row["9999"] = {"logprob": -0.01, "rank": 1}
+    return answer
+
+
+def test_a_list_that_cannot_be_used_leaves_the_divergence_of_what_was_sampled(on_disk, stage):
+    """The stage wants log-probs alone; that the overlap cannot be measured is no reason to end."""
+    model = load(str(on_disk / "t"))
+    with serving(padded, model=model, tokenizer=model.tokenizer) as server:
+        ctx = taught_by(stage, server, "runtime.server_timeout=30")
+        (found,) = [f for f in check(ctx, deep=True) if f.check == "step0"]
+    assert found.severity == "warning" and "KL " in found.what and found.teacher == "big"
+    assert "overlap: " in found.what and "9999" in found.what
 
 
 def answers_of(on_disk, tmp_path, url, **keys):

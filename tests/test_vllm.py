@@ -448,7 +448,8 @@ def test_several_models_that_sample_in_turns_are_noted():
     experts = {"teacher": {"model": "a/b", "experts": {"sums": "c/d"}}}
     sft = {"kind": "sft", "student": "a/b", "sources": experts}
     taught = {"mixture": {"student": 0.0, "teacher": 1.0, "dataset": 0.0}}
-    opd = {**tree()["stages"]["opd"], "sources": taught}  # its one teacher alone samples
+    dense = {"sources": taught, "signals": {}, "objectives": {"divergence": {}}}
+    opd = {**tree()["stages"]["opd"], **dense}  # its one teacher alone samples
     notes = resolve(tree(stages={"sft": sft, "opd": opd}), "x").notes()
     assert [n.path for n in notes if "in turns" in n.message] == ["stages.sft.sources.teacher"]
 

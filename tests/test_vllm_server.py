@@ -196,6 +196,8 @@ def test_everything_is_looked_at_before_a_run(folder, server, tmp_path):
     exact, their_overlap, same_k = compare(pairing, "folder", requests)
     assert k == same_k and abs(overlap - their_overlap) < 1e-6
     assert abs(kl - exact) < 4 * error and f"KL {kl:.4g}" in by_check["step0"].what
+    alone = estimated(pairing, "teacher", requests, lists=False)
+    assert alone[0] == pytest.approx(kl, abs=1e-5) and alone[2] == 1.0
     wrong = check(context(folder, tmp_path / "wrong", f"{server.url}#small"), deep=True)
     assert {(f.check, f.severity) for f in wrong if f.teacher} == {("served", "error")}
     judge = {"judge_server": {"url": f"{server.url}/v1", "name": "big", "timeout": 5.0}}
@@ -233,7 +235,7 @@ def test_a_server_that_hangs_is_named_within_the_timeout_and_then_goes_on(folder
     server.signal(signal.SIGSTOP)
     try:
         teacher.endpoint.timeout, begun = 2.0, time.monotonic()
-        with pytest.raises(StageFailed, match=r"teacher big \(http.*within 2 s and 1 tries"):
+        with pytest.raises(StageFailed, match=r"teacher big \(http.*within 2 s \(tries: 1\)"):
             teacher.score(requests_of(student)[:3], 1.0, ("logprobs",))
         assert time.monotonic() - begun < 10
     finally:

@@ -11,6 +11,7 @@ from opdctl.core.sampling import sample_group
 from opdctl.errors import UsageError
 from opdctl.rundir import read_json, write_json
 from opdctl.types import FORWARD, Compute
+from opdctl.verdicts.intervals import wilson
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
@@ -47,13 +48,14 @@ def record(
     """
     shares = [r / samples for r in right]
     accuracy, half = mean(shares), half_width(shares)
+    ends = [accuracy - half, accuracy + half] if half else wilson(accuracy, len(shares))
     ks = [k for k in (2**i for i in range(11)) if k <= samples]
     return {
         "model": model,
         "domain": domain,
         "n": len(right) * samples,
         "accuracy": accuracy,
-        "ci95": [accuracy - half, accuracy + half],
+        "ci95": ends,
         "pass_at_k": {str(k): mean(pass_at_k(samples, r, k) for r in right) for k in ks},
         "mean_tokens": mean(lengths),
         "prompts": len(right),

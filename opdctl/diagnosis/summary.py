@@ -9,8 +9,8 @@ from torch import Tensor
 
 from opdctl.core.metrics import mean
 from opdctl.core.tokens import per_sequence, places
-from opdctl.diagnosis.intervals import newcombe, wilson
 from opdctl.diagnosis.nodes import window
+from opdctl.verdicts.intervals import newcombe, wilson
 
 
 def owners(rollouts: list, device: torch.device) -> Tensor:

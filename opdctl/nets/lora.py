@@ -16,6 +16,7 @@ import copy
 import functools
 import os
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,8 @@ def library() -> Any:
         import peft
     except ImportError as error:
         raise UsageError("adapters need peft", "pip install 'opdctl[peft]'") from error
+    # peft asks transformers by a name that is deprecated; who runs this can do nothing about it
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     return peft
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 
+from opdctl.errors import StageFailed
 from opdctl.preflight._pairing import Finding, Pairing
 
 KL_LEAST, OVERLAP_LEAST = 1e-3, 0.5
@@ -60,14 +61,22 @@ class Step0:
         """What a server's log-probs of the sampled tokens and its lists of the top k say."""
         domains = pairing.domains(name)
         asked = [r.request for r in pairing.rollouts if r.prompt.domain in domains]
-        kl, error, overlap, k = estimated(pairing, name, asked)
+        do, unlisted = [], ""
+        try:
+            kl, error, overlap, k = estimated(pairing, name, asked)
+        except StageFailed as failure:  # log-probs may do for the stage: they are asked alone
+            unlisted = failure.message
+            kl, error, overlap, k = estimated(pairing, name, asked, lists=False)
         most = math.log(pairing.student.valid_V) / 2
         what = (
             f"KL {kl:.4g} +- {2 * error:.2g} nats a token on what was sampled (from {KL_LEAST} to "
-            f"{most:.1f}), top-{k} overlap {overlap:.2f} (at least {OVERLAP_LEAST}), over "
-            f"{len(asked)} responses"
+            f"{most:.1f}), over {len(asked)} responses; "
         )
-        do = []
+        if unlisted:
+            what += f"no top-{k} overlap: {unlisted}"
+            do.append("nothing, unless an objective wants lists: then a folder as teacher")
+        else:
+            what += f"top-{k} overlap {overlap:.2f} (at least {OVERLAP_LEAST})"
         if kl + 2 * error < KL_LEAST:
             do.append("check what is served: it is all but the student")
         if kl - 2 * error > most:
@@ -77,9 +86,15 @@ class Step0:
         return Finding("warning" if do else "ok", what, "; ".join(do), name)
 
 
-def estimated(pairing: Pairing, name: str, requests: list) -> tuple[float, float, float, int]:
+def estimated(
+    pairing: Pairing, name: str, requests: list, lists: bool = True
+) -> tuple[float, float, float, int]:
     """Mean of log p - log q on the student's own tokens, an unbiased estimate of KL(p || q), its
-    standard error over tokens, mean top-k overlap, and k."""
+    standard error over tokens, mean top-k overlap (1 without lists), and k.
+
+    Raises:
+        StageFailed: the server does not answer, or what it lists cannot be used.
+    """
     from opdctl.core.scoring import score
     from opdctl.kernels.topk import overlap_ratio
     from opdctl.nets.agreement import top_of
@@ -89,11 +104,11 @@ def estimated(pairing: Pairing, name: str, requests: list) -> tuple[float, float
     k = top_of(model.projection())
     how = {"temperature": 1.0, "micro_batch": ctx.runtime.micro_batch, "check": ctx.check}
     ours = score(model, requests, want=("logprobs", "topk"), top=k, **how)
-    theirs = pairing.server(name).score(requests, 1.0, ("listed",), k)
+    theirs = pairing.server(name).score(requests, 1.0, ("listed" if lists else "logprobs",), k)
     gap_N = ours.logprobs_N - theirs.logprobs_N
-    overlap_N = overlap_ratio(ours.top_NK, theirs.top_NK)
+    overlap = float(overlap_ratio(ours.top_NK, theirs.top_NK).mean()) if lists else 1.0
     error = float(gap_N.std()) / math.sqrt(len(gap_N)) if len(gap_N) > 1 else math.inf
-    return float(gap_N.mean()), error, float(overlap_N.mean()), k
+    return float(gap_N.mean()), error, overlap, k
 
 
 def compare(pairing: Pairing, name: str, requests: list) -> tuple[float, float, int]:

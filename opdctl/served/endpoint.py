@@ -83,11 +83,12 @@ class Endpoint:
                 reason = getattr(error, "reason", error)
                 why = "it did not answer" if isinstance(reason, TimeoutError) else str(reason)
             self.trouble = why
-            if time.monotonic() + pause >= end or (stopped and stopped.wait(pause)):
+            pause = min(pause, end - time.monotonic() - FIRST_PAUSE)  # a last try has some time
+            if pause <= 0 or (stopped and stopped.wait(pause)):
                 moved = f"; elsewhere: opdctl resume DIR {self.elsewhere}" if self.elsewhere else ""
                 raise StageFailed(
-                    f"{self.who}: no answer to {path} within {self.timeout:g} s and {tries} "
-                    f"tries: {why}",
+                    f"{self.who}: no answer to {path} within {self.timeout:g} s (tries: {tries}): "
+                    f"{why}",
                     "start the server again, or raise runtime.server_timeout; what was finished "
                     "is kept" + moved,
                 )

@@ -15,7 +15,7 @@ halved for good. Its count is in the checkpoint.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from opdctl.errors import Problem
@@ -53,8 +53,13 @@ class Extrapolation:
 
     @staticmethod
     def problems(config, stage) -> list[Problem]:
-        """A cap that pooled teachers do not have, or for another clip than the one that acts."""
+        """A reference that is the teacher; a cap that pooled teachers do not have, or for another
+        clip than the one that acts."""
         found = []
+        if stage.teachers and {t.model for t in stage.teachers.values()} == {stage.reference}:
+            what = f"the reference is the teacher, {stage.reference}: there is no gain to scale"
+            hint = "reference: its model before it was trained, or the student's start"
+            found.append(Problem("", what, hint))
         if config.guard != "none" and stage.pooled:
             what = "pooled teachers have no one most probable token"
             found.append(Problem("guard", what, "pooled=false, or guard=none"))
@@ -64,6 +69,20 @@ class Extrapolation:
                 what = f"the cap of lambda is for a clip of {config.guard_clip:g}, "
                 what += f"objectives.{name} clips at {weight.cap:g}"
                 found.append(Problem("guard_clip", what, f"guard_clip={weight.cap:g}"))
+        return found
+
+    @staticmethod
+    def notes(config) -> list[Problem]:
+        """Keys that do nothing here."""
+        found, own = [], {f.name: f.default for f in fields(config)}
+        if config.lam == 1.0:
+            what = "at lambda 1 the reference cancels, and is paid for"
+            found.append(Problem("lam", what, "lam=1.25, or signals: {reverse_kl: {}}"))
+        for name in ("guard_clip", "guard_margin", "guard_above"):
+            if config.guard == "none" and getattr(config, name) != own[name]:
+                found.append(Problem(name, "there is no guard", "guard=neutral"))
+        if not config.format_drop and config.format_steps != own["format_steps"]:
+            found.append(Problem("format_steps", "nothing watches the format", "format_drop=0.1"))
         return found
 
     @staticmethod

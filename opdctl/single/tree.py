@@ -33,7 +33,7 @@ def one_stage(
 
     Raises:
         UsageError: no such method, or of another kind; a key of no stage; two teachers of a name;
-            a student or a teacher where the kind has none.
+            a student or a teacher where the kind has none, or no student.
     """
     config = member("stages", kind).Config
     keys = config.__dataclass_fields__
@@ -52,6 +52,9 @@ def one_stage(
     if student:
         entry["student"] = student
     given = {o.split("=")[0].split(".")[0] for o in overrides}
+    if "student" in keys and not {"student"} & (entry.keys() | given):
+        doc = keys["student"].metadata.get("doc", "")
+        raise UsageError(f"{kind} needs a student: {doc}", "--student FOLDER, or org/name")
     if student and "policy" in keys and "policy" not in given:
         entry["policy"] = student
         said.append("policy: the student, as no other is given")

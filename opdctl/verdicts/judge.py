@@ -15,6 +15,7 @@ import numpy as np
 from opdctl.launch import read_recipe
 from opdctl.registry import member
 from opdctl.rundir import RunDir
+from opdctl.verdicts.intervals import wilson
 from opdctl.verdicts.measured import Measured, measured
 from opdctl.verdicts.verdict import Part, verdict
 
@@ -64,9 +65,12 @@ def scores(parent: RunDir, *what: str) -> dict[str, dict[str, tuple[float, float
     for key in dict.fromkeys(wanted):
         each = [m.values[key] for m in runs if key in m.values]
         values = [float(np.mean(v)) for v in each]
-        half = 1.96 * float(np.std(each[0], ddof=1)) / math.sqrt(len(each[0]))
+        count = len(each[0])
+        half = 1.96 * float(np.std(each[0], ddof=1)) / math.sqrt(count) if count > 1 else 0.0
         if len(values) > 1:
             half = t_half_width(values)
+        elif not half and len(key) == 2:  # all right, all wrong, or one prompt
+            half = max(abs(end - values[0]) for end in wilson(values[0], count))
         out.setdefault(key[0], {})[key[1]] = (sum(values) / len(values), half)
     return out
 

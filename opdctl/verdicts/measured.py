@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,13 +82,23 @@ class Measured:
 
 
 class _Resampled(Scores):
-    """Scores of the resamples, computed when asked for."""
+    """Scores of the resamples, computed when asked for.
+
+    Where all of the prompts were failed, or none, every resample would say the same: their shares
+    are drawn from Beta(right + 1/2, wrong + 1/2) (Jeffreys), so that 0 of 20 is no certainty.
+    """
 
     seed: int
     drawn: dict[tuple[str, int], np.ndarray]
 
     def __missing__(self, key: tuple) -> np.ndarray:
         value, domain = self.measured.values[key], key[1]
+        share = len(key) == 2 or key[2].startswith("pass@")
+        if share and value.std() == 0.0 and value[0] in (0.0, 1.0):
+            rng = np.random.default_rng(draws.key(self.seed, key))
+            ends = len(value) * value[0] + 0.5, len(value) * (1 - value[0]) + 0.5
+            self[key] = rng.beta(*ends, RESAMPLES)
+            return self[key]
         shape = domain, len(value)
         if shape not in self.drawn:
             rng = np.random.default_rng(draws.key(self.seed, domain))
@@ -135,6 +146,28 @@ def per_prompt(row: dict) -> dict[tuple, np.ndarray]:
         found[*key, "tokens"] = np.array(row["tokens"], float) / n
         found[*key, "obedience"] = np.array(row["obeyed"], float) / n
     return found
+
+
+def noted(parent: RunDir) -> dict[str, dict[str, float]]:
+    """Stage -> its ``facts.json``, means over the seeds of a set."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for run in parent.runs():
+        for path in sorted(run.path.glob("stages/*/facts.json")):
+            for what, value in (read_json(path) or {}).items():
+                if isinstance(value, int | float):
+                    found.setdefault(path.parent.name, {}).setdefault(what, []).append(value)
+    return {s: {k: sum(v) / len(v) for k, v in of.items()} for s, of in found.items()}
+
+
+def raised(parent: RunDir) -> list[tuple[Path, str, int, int]]:
+    """Evaluations whose verifier raised: folder of the stage, domain, how often, of how many."""
+    paths = [p for run in parent.runs() for p in sorted(run.path.glob("stages/*/results.json"))]
+    rows = [(path.parent, row) for path in paths for row in read_json(path, list) or []]
+    return [
+        (folder, r["domain"], r["verifier_errors"], r["n"])
+        for folder, r in rows
+        if r.get("verifier_errors")
+    ]
 
 
 def facts(record: dict) -> dict[str, float]:

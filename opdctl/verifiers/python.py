@@ -34,6 +34,8 @@ class Python(OneByOne):
         columns: list[str] = key([], "columns of the data that it is given as row")
 
         def __post_init__(self) -> None:
+            if not isinstance(self.call, str):
+                return  # missing, or no text: told with the recipe's other problems
             where, _, name = self.call.rpartition(":")
             if where.endswith(".py"):  # a run may be resumed from another folder
                 self.call = f"{Path(where).expanduser().absolute()}:{name}"
