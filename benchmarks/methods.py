@@ -9,7 +9,9 @@ measured, the variance of its gradient. It runs that recipe seed by seed, one pr
 at a time. The same command again goes on where it was cut; with further methods, or after one was
 changed, finished stages are taken over. ``page`` reads what was measured into docs/methods/*.json,
 small files that are committed, and writes docs/methods.md from all of them; without DIR it writes
-the page alone. Methods of RL (grpo, dr_grpo) have no teacher and are left out.
+the page alone. A method that DIR lacks stays as it was recorded if DIR's start, teachers and
+versions are those it was recorded with; else, and where a seed is missing, nothing is written.
+Methods of RL (grpo, dr_grpo) have no teacher and are left out.
 
 One setting, one learning rate, tuned on seed 100 for the two plain forms: a method that would gain
 from its own is not given it. Each differs from the plain form in what its file in opdctl/methods
@@ -30,13 +32,14 @@ from pathlib import Path
 import methods_page
 
 from opdctl.catalogue import method, methods
-from opdctl.errors import RecipeError, UsageError
+from opdctl.errors import EXIT_USAGE, OpdctlError, RecipeError, UsageError
 from opdctl.launch import parse_seeds, read_recipe
 from opdctl.plan import fingerprints
 from opdctl.positions import dump, parse
 from opdctl.recipe import Recipe, resolve
 from opdctl.registry import member
-from opdctl.rundir import RunDir
+from opdctl.rundir import RunDir, read_json
+from opdctl.schema import did_you_mean
 from opdctl.verdicts.measured import Measured, measured
 
 HERE = Path(__file__).parent
@@ -191,15 +194,18 @@ def seconds(rows: list[dict]) -> float:
     return round(sum(of_attempt.values()), 2)
 
 
-def one(run: RunDir, recipe: Recipe, found: Measured, name: str, setting: dict) -> dict:
-    """What one seed measured of one method."""
-    record, prints = run.record(name), fingerprints(recipe)
-    if record.get("status") != "done" or run.record(f"eval_{name}").get("status") != "done":
-        return {"failed": record.get("error", "not finished")}
-    rows, scores = found.rows[name], found.scores()
+def one(run: RunDir, recipe: Recipe, found: Measured, name: str, setting: dict) -> dict | None:
+    """What one seed measured of one method; None while a stage of it is to be run."""
+    stages = [s for s in (name, f"eval_{name}", v_name(name)) if s in recipe.stages]
+    states = {s: run.record(s).get("status") for s in stages}
+    for stage in stages[:2]:
+        if states[stage] == "failed":
+            return {"failed": run.record(stage).get("error", "no reason was logged")}
+    if any(state not in ("done", "failed") for state in states.values()):
+        return None
+    rows, scores, prints = found.rows[name], found.scores(), fingerprints(recipe)
     accuracy = {d: round(float(scores[name, d]), 4) for d in DOMAINS}
-    stages = [name, f"eval_{name}", *([v] if (v := f"variance_{name}") in recipe.stages else [])]
-    spent = record["compute"]
+    spent = run.record(name)["compute"]
     content = {
         "accuracy": accuracy,
         "recovery": round(recovery(accuracy, setting), 4),
@@ -228,33 +234,91 @@ def v_name(name: str) -> str:
     return f"variance_{name}"
 
 
-def collect(folder: Path) -> None:
-    """Read what was measured into docs/methods/."""
-    out = DOCS / "methods"
-    out.mkdir(exist_ok=True)
+def read(folder: Path) -> tuple[dict, dict[str, dict[str, dict]]]:
+    """What a folder measured: its setting, and each method by seed.
+
+    Raises:
+        UsageError: it has no runs, or what all methods start from is not finished on a seed.
+    """
+    homes = {int(p.name[5:]): p for p in folder.glob("seed-*") if p.name[5:].isdigit()}
+    runs = {str(seed): run for seed, home in sorted(homes.items()) if (run := newest(home))}
+    if not runs:
+        hint = "give `page` the folder that was given to `python benchmarks/methods.py record`"
+        raise UsageError(f"no seed-N/run-NNN in {folder}", hint)
+    rollouts = PROMPTS["per_step"] * PROMPTS["samples"]
     settings: dict[str, dict] = {}
+    whole = {"versions": {}, "steps": STEPS, "rollouts": rollouts, "seeds": settings}
     each: dict[str, dict[str, dict]] = {}
-    versions: dict = {}
-    for home in sorted(folder.glob("seed-*"), key=lambda p: int(p.name[5:])):
-        run = newest(home)
-        if run is None:
-            continue
-        seed, recipe, found = home.name[5:], read_recipe(run), measured(run)
-        scores = found.scores()
+    for seed, run in runs.items():
+        left = [s for s in SHARED if run.record(s).get("status") != "done"]
+        if left:
+            raise UsageError(f"{run.path}: {left[0]} is not done", command(folder, seeds=[seed]))
+        recipe, found = read_recipe(run), measured(run)
+        scores, prints = found.scores(), fingerprints(recipe)
         setting = {"start": {}, "teacher": {}}
         for d in DOMAINS:
             setting["start"][d] = round(float(scores["start", d]), 4)
             setting["teacher"][d] = round(float(scores[f"teacher_{d}", d]), 4)
-        prints = fingerprints(recipe)
         settings[seed] = {**setting, "fingerprints": {s: prints[s] for s in SHARED}}
-        versions = run.record("start")["versions"]
-        for name in distilling():
-            if name in recipe.stages:
-                each.setdefault(name, {})[seed] = one(run, recipe, found, name, setting)
+        whole["versions"] = run.record("start")["versions"]
+        for name in (n for n in distilling() if n in recipe.stages):
+            seeds, content = each.setdefault(name, {}), one(run, recipe, found, name, setting)
+            if content:
+                seeds[seed] = content
+    return whole, each
+
+
+def command(folder: Path, chosen: Iterable[str] = (), seeds: Iterable[str] = ()) -> str:
+    """The ``record`` that measures what is missing."""
+    words = f"python benchmarks/methods.py record {folder}"
+    words += f" --methods {','.join(chosen)}" if {*chosen} not in (set(), {*distilling()}) else ""
+    return words + (f" --seeds {','.join(seeds)}" if seeds else "")
+
+
+def refuse_loss(folder: Path, new: dict, each: dict, stay: dict) -> None:
+    """Nothing recorded is lost, or stands beside what has another start; every method has every
+    seed.
+
+    Args:
+        new: the setting that the folder measured.
+        each: what it measured of each method, by seed.
+        stay: what is recorded of the methods that it lacks, by seed.
+
+    Raises:
+        UsageError: one of them is not so; says what to record.
+    """
+    old = read_json(DOCS / "methods" / "_setting.json") or {"seeds": {}}
+    anew = f"; to begin anew, remove the .json files of {DOCS / 'methods'}"
+    lost = [s for s in old["seeds"] if s not in new["seeds"]]
+    if lost:
+        message = f"{folder} has no seed {', '.join(lost)}, which the page has"
+        raise UsageError(message, command(folder, each, lost) + anew)
+    same = {**new, "seeds": {s: new["seeds"][s] for s in old["seeds"]}} == old
+    if stay and not same:
+        message = f"start, teachers or versions of {folder} are not those of {', '.join(stay)}"
+        raise UsageError(message, command(folder, stay, new["seeds"]) + anew)
+    short = {n: set(new["seeds"]) - set(seeds) for n, seeds in {**stay, **each}.items()}
+    short = {n: seeds for n, seeds in short.items() if seeds}
+    if short:
+        seeds = sorted(set().union(*short.values()), key=int)
+        message = f"not measured on each of seeds {', '.join(seeds)}: {', '.join(short)}"
+        raise UsageError(message, command(folder, short, seeds))
+
+
+def collect(folder: Path) -> None:
+    """Read what was measured into docs/methods/; all of it is read before anything is written.
+
+    Raises:
+        UsageError: see ``read`` and ``refuse_loss``.
+    """
+    out = DOCS / "methods"
+    setting, each = read(folder)
     _, refused = tree(distilling())
-    rollouts = PROMPTS["per_step"] * PROMPTS["samples"]
-    content = {"versions": versions, "steps": STEPS, "rollouts": rollouts, "seeds": settings}
-    write(out / "_setting.json", content)
+    recorded = {p.stem: read_json(p) for p in sorted(out.glob("*.json")) if p.name[0] != "_"}
+    lacking = (n for n in recorded if n not in each and n not in refused)
+    refuse_loss(folder, setting, each, {n: recorded[n]["seeds"] for n in lacking})
+    out.mkdir(exist_ok=True)
+    write(out / "_setting.json", setting)
     for name in (n for n in distilling() if n in each or n in refused):
         entry = composed(name)
         content = {
@@ -274,26 +338,59 @@ def write(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def main() -> int:
-    """See the module."""
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    first = commands.add_parser("record")
-    first.add_argument("folder", type=Path)
-    first.add_argument("--methods", default=",".join(distilling()))
-    first.add_argument("--seeds", default="0..4")
-    commands.add_parser("page").add_argument("folder", type=Path, nargs="?")
-    given = parser.parse_args()
-    if given.command == "page":
+    first = commands.add_parser("record", help="run what is missing")
+    first.add_argument(
+        "folder",
+        type=Path,
+        metavar="DIR",
+        help="where the runs are or will be, as DIR/seed-N/run-NNN; what is finished there is kept",
+    )
+    first.add_argument(
+        "--methods",
+        default=",".join(distilling()),
+        metavar="A,B",
+        help="methods of `opdctl ls methods` with `kind: opd`, separated by commas; all if not "
+        "given. Those that DIR has are finished beside them",
+    )
+    first.add_argument(
+        "--seeds", default="0..4", help="0..4 or 0,3,4: one run each, in turn (default: 0..4)"
+    )
+    second = commands.add_parser("page", help="docs/methods.md from what was recorded")
+    second.add_argument(
+        "folder",
+        type=Path,
+        nargs="?",
+        metavar="DIR",
+        help="what was given to `record`: read into docs/methods/*.json first, unless a seed or "
+        "method recorded there would be lost. Without it the page is written from what is there",
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    """See the module."""
+    given = arguments()
+    try:
+        if given.command == "record":
+            chosen = given.methods.split(",")
+            for unknown in (m for m in chosen if m not in distilling()):
+                hint = did_you_mean(unknown, distilling(), "one of")
+                raise UsageError(f"--methods: no distilling method {unknown!r}", hint)
+            return record(given.folder, chosen, parse_seeds(given.seeds))
         if given.folder:
             collect(given.folder)
         (DOCS / "methods.md").write_text(methods_page.page(DOCS / "methods"), encoding="utf-8")
-        return 0
-    chosen = given.methods.split(",")
-    unknown = [m for m in chosen if m not in distilling()]
-    if unknown:
-        raise UsageError(f"no distilling method {unknown[0]!r}", ", ".join(distilling()))
-    return record(given.folder, chosen, parse_seeds(given.seeds))
+    except OpdctlError as error:
+        print("error: " + "; ".join(filter(None, (error.message, error.hint))), file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    return 0
 
 
 if __name__ == "__main__":

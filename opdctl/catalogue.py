@@ -87,7 +87,8 @@ def _run_line(folder: Path) -> str:
 
 
 def detail(name: str) -> dict:
-    """``about``, ``keys`` and ``text`` of anything that has a name.
+    """``about``, ``keys`` and ``text`` of anything that has a name. Of a method, ``also`` is about
+    members of its name, whose keys follow its own, behind ``FAMILY/NAME: ``.
 
     Raises:
         UsageError: nothing has this name.
@@ -102,19 +103,18 @@ def detail(name: str) -> dict:
             if f in registry.FAMILIES and m in registry.members(f)
         ]
     if found:
-        keys, about = [], []
+        shown = _method(name) if name in methods() else {"name": name}
+        keys, about = shown.get("keys", []), []
+        alone = not keys and len(found) == 1
         for family, member in found:
             cls = registry.member(family, member)
             about.append(f"{family}/{member}: {(cls.__doc__ or '').strip()}")
             about.append((sys.modules[cls.__module__].__doc__ or "").strip())
-            prefix = "" if len(found) == 1 else f"{family}/{member}: "
+            prefix = "" if alone else f"{family}/{member}: "
             if hasattr(cls, "Config"):
                 keys += describe(cls.Config, lookup, prefix)
-        shown = {"name": name, "about": "\n".join(about), "keys": keys, "more": _more(keys)}
-        if name in methods():  # a method may have a member of its name
-            whole = _method(name)
-            shown["text"], shown["about"] = whole["text"], f"{whole['about']}\n{shown['about']}"
-        return shown
+        said = "also" if "about" in shown else "about"
+        return {**shown, said: "\n".join(about), "keys": keys, "more": _more(keys)}
     if name == "runtime":
         about = "keys of `runtime:` in a recipe, or runtime.KEY=VALUE behind any command that runs"
         return {"name": name, "about": about, "keys": describe(Runtime, lookup, "runtime.")}

@@ -317,8 +317,9 @@ def show(
         console.emit_json(found)
         return
     print(found["about"])
-    if found.get("text"):
-        print(found["text"])
+    for part in ("text", "also"):
+        if found.get(part):
+            print(found[part])
     if found.get("keys"):
         console.show(console.keys_table(found["keys"]))
     if found.get("more"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from opdctl.catalogue import method, methods
+from opdctl.errors import UsageError
 from opdctl.plan import fingerprints
 from opdctl.recipe import resolve
 from opdctl.rundir import RunDir, read_json
@@ -150,6 +151,179 @@ def test_the_page_is_what_the_records_generate():
     assert page == (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 
 
+@pytest.fixture
+def docs(tmp_path, monkeypatch):
+    """A copy of what is recorded, and what one folder would have measured to give just that."""
+    shutil.copytree(ROOT / "docs" / "methods", tmp_path / "docs" / "methods")
+    monkeypatch.setattr(bench, "DOCS", tmp_path / "docs")
+    setting = json.loads((ROOT / "docs" / "methods" / "_setting.json").read_text())
+    each = {p.stem: json.loads(p.read_text())["seeds"] for p in RECORDED}
+    monkeypatch.setattr(bench, "read", lambda folder: (setting, each))
+    return tmp_path / "docs", setting, each
+
+
+def typed(monkeypatch, *words):
+    """Exit code of ``python benchmarks/methods.py`` with these words."""
+    monkeypatch.setattr(sys, "argv", ["methods.py", *map(str, words)])
+    return bench.main()
+
+
+def files(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_folder_with_everything_is_the_page(docs, monkeypatch):
+    before = files(docs[0])
+    assert typed(monkeypatch, "page", "DIR") == 0
+    written = docs[0] / "methods.md"
+    assert files(docs[0]) == {**before, written: (ROOT / "docs" / "methods.md").read_bytes()}
+
+
+def test_what_a_folder_lacks_stays_where_its_start_is_the_recorded_one(docs, monkeypatch):
+    """And what it has is written: else a method could not be added."""
+    folder, _, each = docs
+    before, gkd = files(folder), json.loads(json.dumps(each["gkd"]))
+    gkd["0"]["recovery"] = 0.5
+    each.clear()
+    each["gkd"] = gkd
+    assert typed(monkeypatch, "page", "DIR") == 0
+    after = files(folder)
+    assert {p.name for p in before if before[p] != after[p]} == {"gkd.json"}
+    assert read_json(folder / "methods" / "gkd.json")["seeds"] == gkd
+    assert {p.name for p in after.keys() - before.keys()} == {"methods.md"}
+
+
+def without_seeds(setting, each):
+    for seeds in (setting["seeds"], *each.values()):
+        del seeds["3"], seeds["4"]
+
+
+def from_another_start(setting, each):
+    del each["vopd"], each["tip"]
+    setting["seeds"]["2"]["fingerprints"]["start"] = "0" * 16
+
+
+def by_other_versions(setting, each):
+    del each["vopd"], each["tip"]
+    setting["versions"]["torch"] = "9"
+
+
+def cut_short(setting, each):
+    del each["vopd"]["3"]
+    del each["tip"]["1"]
+
+
+def beside_a_further_seed(setting, each):
+    del each["vopd"], each["tip"]
+    for seeds in (setting["seeds"], *each.values()):
+        seeds["10"] = seeds["4"]
+
+
+BOTH = "--methods tip,vopd"
+ANEW = "to begin anew, remove the .json files of"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what", "do"),
+    [
+        (without_seeds, "DIR has no seed 3, 4, which the page has", "--seeds 3,4; " + ANEW),
+        (from_another_start, "of DIR are not those of tip, vopd", f"{BOTH} --seeds 0,1,2,3,4; "),
+        (by_other_versions, "of DIR are not those of tip, vopd", f"{BOTH} --seeds 0,1,2,3,4; "),
+        (cut_short, "not measured on each of seeds 1, 3: tip, vopd", f"{BOTH} --seeds 1,3\n"),
+        (beside_a_further_seed, "not measured on each of seeds 10: tip, vopd", "--seeds 10\n"),
+    ],
+)
+def test_nothing_is_written_where_something_recorded_would_be_lost(
+    spoil, what, do, docs, monkeypatch, capsys
+):
+    folder, setting, each = docs
+    spoil(setting, each)
+    before = files(folder)
+    assert typed(monkeypatch, "page", "DIR") == 2
+    assert files(folder) == before
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert what in said and "; python benchmarks/methods.py record DIR --" in said and do in said
+
+
+def run_of(home, states):
+    """A run directory that says so of its stages, and nothing else."""
+    run = RunDir(home / "run-001")
+    for stage, record in {"": {}, **states}.items():
+        path = run.stage(stage) / "stage.json" if stage else run / "run.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(record))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("place", "what"),
+    [
+        (None, "no seed-N/run-NNN in"),
+        ("runs/seed-x", "no seed-N/run-NNN in"),
+        ("seed-0", "no seed-N/run-NNN in"),
+        ("runs/seed-1", "seed-1/run-001: base is not done; python benchmarks/methods.py record"),
+    ],
+)
+def test_a_folder_that_has_nothing_to_read_is_refused(place, what, tmp_path, monkeypatch, capsys):
+    shutil.copytree(ROOT / "docs" / "methods", tmp_path / "docs" / "methods")
+    monkeypatch.setattr(bench, "DOCS", tmp_path / "docs")
+    if place:
+        run_of(tmp_path / place, {})
+    before = files(tmp_path)
+    assert typed(monkeypatch, "page", tmp_path / "runs") == 2
+    assert files(tmp_path) == before
+    said = capsys.readouterr().err
+    assert what in said and str(tmp_path / "runs") in said and said.count("\n") == 1
+
+
+def test_a_method_that_was_cut_is_not_measured_and_one_that_failed_is(tmp_path):
+    recipe = resolve(bench.tree(["gkd"])[0], "methods")
+    done, cut, failed = (
+        {"status": "done"},
+        {"status": "interrupted"},
+        {"status": "failed", "error": "no"},
+    )
+    cases = (
+        ({"gkd": cut}, None),
+        ({"gkd": done, "eval_gkd": cut, "variance_gkd": done}, None),
+        ({"gkd": done, "eval_gkd": done}, None),
+        ({"gkd": failed}, {"failed": "no"}),
+        ({"gkd": done, "eval_gkd": failed}, {"failed": "no"}),
+    )
+    for number, (states, expected) in enumerate(cases):
+        run = run_of(tmp_path / str(number), states)
+        assert bench.one(run, recipe, None, "gkd", {}) == expected, states
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (("--methods", "nonsense"), "no distilling method 'nonsense'; one of dagger, "),
+        (("--methods", "gkd,vpod"), "no distilling method 'vpod'; did you mean 'vopd'?"),
+        (("--methods", "grpo"), "no distilling method 'grpo'; "),
+        (("--seeds", "abc"), "--seeds 'abc' names no seeds; --seeds 0..2"),
+    ],
+)
+def test_record_refuses_what_it_cannot_run(words, what, tmp_path, monkeypatch, capsys):
+    assert typed(monkeypatch, "record", tmp_path / "runs", *words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and what in said and said.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["record", "page"])
+def test_help_says_what_each_argument_is(command, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        typed(monkeypatch, command, "--help")
+    said = " ".join(capsys.readouterr().out.split())
+    parts = {
+        "record": ("DIR where the runs are", "--methods A,B methods of `opdctl ls", "SEEDS 0..4"),
+        "page": ("DIR what was given to `record`",),
+    }
+    assert all(part in said for part in parts[command]), said
+
+
 @pytest.mark.slow
 def test_record_goes_on_and_page_reads_it(tmp_path, monkeypatch):
     """A real run of two methods, then of a third: what is finished is taken over."""
@@ -183,4 +357,12 @@ def test_record_goes_on_and_page_reads_it(tmp_path, monkeypatch):
     assert sampled["cpu_seconds"] > 0 and sampled["gradient"]["variance"] > 0
     page = methods_page.page(tmp_path / "docs" / "methods")
     assert "**thinking_machines**" in page and "| gkd |" in page
+    before = files(tmp_path / "docs")
+    bench.collect(folder)  # the same again
+    assert files(tmp_path / "docs") == before
+    record = second.stage("eval_gkd") / "stage.json"
+    record.write_text(json.dumps({**read_json(record), "status": "interrupted"}))
+    with pytest.raises(UsageError, match=r"seeds 100: gkd"):
+        bench.collect(folder)
+    assert files(tmp_path / "docs") == before
     shutil.rmtree(folder)

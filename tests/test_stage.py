@@ -9,11 +9,14 @@ from rich.console import Console
 from test_chat import CHATML, R1, chat
 from typer.testing import CliRunner
 
-from opdctl.catalogue import detail
+from opdctl.catalogue import detail, method, methods
 from opdctl.cli import app
 from opdctl.console import keys_table, table
 from opdctl.core.models import save
+from opdctl.recipe import lookup
+from opdctl.registry import FAMILIES, first_line, member, members
 from opdctl.rundir import RunDir, read_rows
+from opdctl.schema import describe
 
 SHORT = ("steps=2", "prompts.per_step=4")
 SAMPLED = (*SHORT, "sampling.max_tokens=4")
@@ -253,3 +256,37 @@ def test_keys_are_found_without_reading_code(tmp_path, monkeypatch, desk):
     run("stage", "rl", *STUDENT, "--method", mine, "data.p.path=x.jsonl", "--dry-run")
     wrong = CliRunner().invoke(app, ["cp", "grop", str(tmp_path / "x")])
     assert "did you mean 'grpo'?" in str(wrong.exception)
+
+
+@pytest.mark.parametrize("name", methods())
+def test_a_method_is_shown_with_every_key_of_its_stage_and_its_own_values(name):
+    """As a person types it; a member of the same name is shown too, behind."""
+    printed = CliRunner().invoke(app, ["show", name])
+    whole = CliRunner().invoke(app, ["show", name, "--json"])
+    assert printed.exit_code == whole.exit_code == 0
+    found = json.loads(whole.output)
+    own = {k: v for k, v in method(name).items() if k != "about"}
+    stage = describe(member("stages", method(name)["kind"]).Config, lookup)
+    rows = found["keys"][: len(stage)]
+    assert [r["key"] for r in rows] == [r["key"] for r in stage]
+    for row, plain in zip(rows, stage, strict=True):
+        value = own
+        for part in row["key"].split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        assert row["default"] == (plain["default"] if value is None else str(value)), row["key"]
+        assert row["key"] in printed.output
+    assert method(name)["about"] in found["about"] and "objectives" in printed.output
+    families = [f for f in FAMILIES if name in members(f)]
+    behind = [r for f in families for r in describe(lookup(f, name), lookup, f"{f}/{name}: ")]
+    assert found["keys"][len(stage) :] == behind
+    for family in families:
+        line = f"{family}/{name}: {first_line(member(family, name))}"
+        assert line in found["also"] and line in printed.output
+
+
+def test_members_that_share_a_name_with_a_method_are_shown_alone_by_their_family():
+    shared = [(f, n) for n in methods() for f in FAMILIES if n in members(f)]
+    assert {("weights", n) for n in ("eopd", "tip", "scope", "reopold")} <= set(shared)
+    for family, name in shared:
+        found = detail(f"{family}/{name}")
+        assert found["keys"] == describe(lookup(family, name), lookup) and "text" not in found
