@@ -294,6 +294,34 @@ def test_recommendations_follow_the_numbers():
     assert not few["do"] and any("all its prompts" in reason for reason in few["reasons"])
 
 
+@pytest.mark.parametrize(
+    ("numbers", "verdict", "kinds"),
+    [
+        ((0.05, 0.4, 0.5, 0.0), "another_teacher", []),  # right on none: no sample would be kept
+        ((-0.3, 0.4, 0.5, 0.0), "another_teacher", []),
+        ((-0.3, 0.4, 0.5, 0.2), "another_teacher", []),
+        ((0.05, 0.8, 0.5, 0.0), "another_teacher", []),
+        ((0.3, 0.4, 1e-4, 0.8), "nothing_to_learn", []),
+        ((0.05, 0.8, 1e-4, 0.8), "nothing_to_learn", []),
+        ((0.3, 0.4, 0.5, 0.8), "cold_start", ["stage sft"]),
+        ((0.05, 0.4, 0.5, 0.2), "cold_start", ["stage sft", "diagnose --student"]),
+        ((0.05, 0.8, 0.5, 0.8), "unclear", ["diagnose --student"]),
+        ((0.3, 0.8, 0.5, 0.8), "go", ["stage opd"]),
+    ],
+)
+def test_no_command_goes_against_its_verdict(numbers, verdict, kinds):
+    """Nor does a reason: what a verdict does not call for is not talked about."""
+    found = entry(*numbers)
+    said = recommend(found, lines_of(found))
+    assert said["verdict"] == verdict
+    assert [" ".join(line.split()[1:3]) for line in said["do"]] == kinds
+    more = any("four times the prompts" in reason for reason in said["reasons"])
+    assert more == ("diagnose --student" in kinds)
+    of_recipe = recommend(found, of_stage("mimo", False, "mopd", (), {"prompts": 100}))
+    assert not any("stage sft" in line for line in of_recipe["do"])
+    assert any("an sft stage" in r for r in of_recipe["reasons"]) == ("stage sft" in kinds)
+
+
 def dry(line):
     """Carry out a command up to its first stage, in this process; what it printed."""
     words = shlex.split(line)

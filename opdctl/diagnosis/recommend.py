@@ -81,7 +81,6 @@ def recommend(found: dict[str, Any], commands: Commands) -> dict[str, Any]:
         why = "the teacher has the student's own weights: every score is zero"
         return _said("nothing_to_learn", [f"{why}; is another checkpoint meant?"], [])
     reasons: list[str] = []
-    do: list[str] = []
     gain = found.get("gain", {}).get("together")
     step0 = found.get("step0", {})
     verdict = "go" if gain and "overlap" in step0 else "not_measured"
@@ -96,11 +95,6 @@ def recommend(found: dict[str, Any], commands: Commands) -> dict[str, Any]:
         else:
             verdict = "unclear"
             reasons.append(f"the teacher is not shown to be better: {of}")
-            if gain["prompts"] < commands.prompts * len(found["domains"]):
-                reasons.append("these are all its prompts: more data, or a teacher trained further")
-            else:
-                reasons.append("four times the prompts halve that; or a teacher trained further")
-                do.append(commands.again())
         if not gain["teacher"]:
             verdict = "another_teacher"
             reasons.append("the teacher is right on none of them: the verifier, or the format?")
@@ -111,9 +105,6 @@ def recommend(found: dict[str, Any], commands: Commands) -> dict[str, Any]:
         if overlap < OVERLAP_LEAST:
             verdict = "cold_start" if verdict in ("go", "unclear") else verdict
             reasons.append(f"thinking is not compatible: they overlap in {told}, {mass}")
-            if not commands.cold:
-                reasons.append("before it an sft stage with sources.teacher: docs/diagnose.md")
-            do = commands.sft() + do
         elif overlap < OVERLAP_GOOD:
             short = f"below the {OVERLAP_GOOD} from which OPD succeeded in the paper"
             reasons.append(
@@ -138,17 +129,46 @@ def recommend(found: dict[str, Any], commands: Commands) -> dict[str, Any]:
     signal = _signal(found, reasons)
     if verdict == "go" and signal and signal[1] < 0:
         verdict = "away"
+    do = _do(verdict, found, signal, commands, reasons)
+    for what, why in found.get("missing", {}).items():
+        reasons.append(f"not measured: {what}; {why}")
+    return _said(verdict, reasons, do, signal[0] if signal else None)
+
+
+def _do(
+    verdict: str,
+    found: dict,
+    signal: tuple[str, float, bool] | None,
+    commands: Commands,
+    reasons: list[str],
+) -> list[str]:
+    """The commands that a verdict calls for, known only once it stands: of a teacher that is right
+    on nothing a cold start would keep no sample. Says why these."""
+    do: list[str] = []
+    gain = found.get("gain", {}).get("together")
+    if verdict == "cold_start":
+        do = commands.sft()
+        if not do:
+            reasons.append("before OPD an sft stage with sources.teacher: docs/diagnose.md")
+    if verdict in ("cold_start", "unclear") and gain["ci95"][0] <= 0:
+        if gain["prompts"] < commands.prompts * len(found["domains"]):
+            reasons.append("these are all its prompts: more data, or a teacher trained further")
+        else:
+            reasons.append(
+                "four times the prompts halve the interval of its gain; or a teacher "
+                "trained further"
+            )
+            do.append(commands.again())
     if verdict == "go" and signal:
         if signal[2]:
             reasons.append("the second command distils on wrong rollouts alone")
         for wrong in (False, True) if signal[2] else (False,):
-            do.append(commands.opd(*composed(signal[0], step0["top"], found["served"], wrong)))
+            way = composed(signal[0], found["step0"]["top"], found["served"], wrong)
+            do.append(commands.opd(*way))
     elif verdict == "go":
         reasons.append("no signal was judged: the stage's own are kept")
         do.append(commands.as_is())
-    for what, why in found.get("missing", {}).items():
-        reasons.append(f"not measured: {what}; {why}")
-    return _said(verdict, reasons, do, signal[0] if signal else None)
+    return do
 
 
 def _signal(found: dict, reasons: list[str]) -> tuple[str, float, bool] | None:
