@@ -152,13 +152,15 @@ def diagnose(
         effort: what it may cost, see ``diagnosis/measure.py``.
 
     Raises:
-        StageFailed: the worker broke down; what it said went to stderr.
+        StageFailed: a server does not answer; or the worker broke down, and what it said went to
+            stderr.
         UsageError: a model or the prompts of a stage cannot be read.
     """
     asked = ["--diagnose", json.dumps(effort or {}), *stages]
     found = _apart(recipe, run, asked, "diagnosis.json", dict)
     if "error" in found:
-        raise UsageError(*found["error"])
+        usage, message, hint = found["error"]
+        raise (UsageError if usage else StageFailed)(message, hint)
     return found["stages"]
 
 

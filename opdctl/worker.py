@@ -202,11 +202,8 @@ def diagnose(folder: str, effort: str, *stages: str) -> int:
                 ctx = Context(run, recipe, stage, wal=Wal(Path(aside)))
                 prepare(ctx)
                 result["stages"].append(measure(ctx, Effort(**json.loads(effort))))
-    except UsageError as error:
-        result["error"] = [error.message, error.hint]
     except OpdctlError as error:
-        print(f"[{stage}] {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        result["error"] = [error.exit_code == EXIT_USAGE, error.message, error.hint]
     write_json(run / "diagnosis.json", result)
     return 0
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from opdctl.core.chunks import rows_in
 from opdctl.diagnosis import directions
 from opdctl.diagnosis.alignment import alignment
-from opdctl.diagnosis.served import by_server
+from opdctl.diagnosis.served import ask, by_server, keeping_nothing
 from opdctl.diagnosis.summary import owners, pooled, profile, spread, told_gain
 from opdctl.nets.agreement import compared, top_of
 from opdctl.preflight._pairing import Pairing
@@ -59,7 +59,8 @@ def measure(ctx: Any, effort: Effort) -> dict:
     """What is found of a stage: ``checks``, and under ``teachers`` what stands in the module.
 
     Raises:
-        UsageError: a model cannot be read, or there are no prompts.
+        UsageError: a model cannot be read, there are no prompts, or a server is not what is named.
+        StageFailed: a server does not answer, or stops to.
     """
     told = Told(ctx.name)
     told("checks")
@@ -78,6 +79,14 @@ def measure(ctx: Any, effort: Effort) -> dict:
     if result["refused"]:
         return result
     pairing = Pairing(ctx, sampled=effort.prompts)
+    with keeping_nothing():
+        ask(pairing, told)
+        _sampled(ctx, pairing, effort, result["teachers"], told)
+    return result
+
+
+def _sampled(ctx, pairing: Pairing, effort: Effort, entries: dict, told: Told) -> None:
+    """Fill in the entry of each teacher."""
     names = [*pairing.teachers, *pairing.served, *pairing.policy]
     asked = [n for n in names if n in pairing.served or n in pairing.differing]
     if asked:
@@ -89,8 +98,7 @@ def measure(ctx: Any, effort: Effort) -> dict:
         entry |= {"same": own, "served": name in pairing.served, "missing": {}}
         if not own:
             _teacher(ctx, pairing, name, effort, entry, told)
-        result["teachers"][name] = entry
-    return result
+        entries[name] = entry
 
 
 def _teacher(ctx, pairing: Pairing, name: str, effort: Effort, entry: dict, told: Told) -> None:

@@ -9,7 +9,8 @@ signals over the whole vocabulary need its logits, and are absent. All at temper
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ from opdctl.diagnosis import directions
 from opdctl.diagnosis.alignment import alignment
 from opdctl.diagnosis.nodes import Node
 from opdctl.diagnosis.summary import owners, profile, spread
+from opdctl.errors import StageFailed
 from opdctl.kernels.chunked import Rows
 from opdctl.kernels.head import Head
 from opdctl.kernels.topk import overlap_numbers
 from opdctl.nets.agreement import top_of
 from opdctl.preflight._pairing import Pairing
+from opdctl.preflight.served import services
 from opdctl.types import ScoreRequest
 
 LOGITS = "a server gives log-probs of given tokens and of its top k; name a folder for its logits"
@@ -34,6 +37,38 @@ ABSENT = (
     "signals over the whole vocabulary",
     "how the teacher goes on from the student's prefixes",
 )
+
+
+@contextmanager
+def keeping_nothing() -> Iterator[None]:
+    """Around what speaks to servers: their errors tell of what a stage keeps and how its run goes
+    on, and a diagnosis has neither.
+
+    Raises:
+        StageFailed: the same, with a hint that is true here.
+    """
+    try:
+        yield
+    except StageFailed as error:
+        hint = error.hint.replace("what was finished is kept", "nothing of a diagnosis is kept")
+        hint = hint.replace("opdctl resume DIR", "the same command with")
+        raise StageFailed(error.message, hint) from None
+
+
+def ask(pairing: Pairing, told: Callable[[str], None]) -> None:
+    """Speak to every server before anything is sampled, as a stage does when it starts: a teacher's
+    name, ids and lists of a known sequence, a judge's name.
+
+    Raises:
+        StageFailed: one does not answer, or lists fewer than the overlap compares.
+        UsageError: one has other tokens, does not score, or serves another model.
+    """
+    for name in pairing.served:
+        told(f"asking teacher {name} ({pairing.ctx.config.teachers[name].address})")
+        pairing.server(name, top_of(pairing.ctx.start().projection(1.0)))
+    for finding in services(pairing.ctx):
+        if finding.severity == "error":
+            raise StageFailed(finding.what, finding.do)
 
 
 @torch.no_grad()

@@ -153,8 +153,11 @@ class Pairing:
             self._answers[name] = self._sample(model, self.domains(name), "teacher")
         return self._answers[name]
 
-    def server(self, name: str) -> Any:
+    def server(self, name: str, top: int = 0) -> Any:
         """A served teacher, asked as the stage will ask it.
+
+        Args:
+            top: k of the lists to ask for instead, when it is first spoken to.
 
         Raises:
             StageFailed, UsageError: it does not answer, or not for these tokens; again without
@@ -168,6 +171,7 @@ class Pairing:
             ctx = self.ctx
             needs, k = asked_for(terms_of(ctx.config.objectives), {})
             wants = [n.removeprefix("teacher.") for n in needs if n.startswith("teacher.")]
+            wants, k = (["listed"], top) if top else (wants, k)
             given = (ctx, ctx.frozen(ctx.config.student), name, ctx.config.teachers[name].address)
             try:
                 self._servers[name] = member("teachers", "server")(*given, wants, k)
