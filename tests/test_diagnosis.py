@@ -16,7 +16,7 @@ from conftest import make_model
 from opdctl.cli import app
 from opdctl.core.models import load, save
 from opdctl.diagnosis import directions, nodes
-from opdctl.diagnosis.asked import data_of
+from opdctl.diagnosis.asked import data_of, of_recipe
 from opdctl.diagnosis.commands import of_pair, of_stage
 from opdctl.diagnosis.directions import centred, cosine, ideal, look, outcome_draws, single_draws
 from opdctl.diagnosis.measure import Effort, measure
@@ -28,9 +28,10 @@ from opdctl.errors import StageFailed, UsageError
 from opdctl.kernels.head import Head
 from opdctl.kernels.reference import divergence
 from opdctl.launch import new_run
+from opdctl.recipe import resolve
 from opdctl.types import Prompt, Rollout
 from opdctl.verdicts.intervals import newcombe, wilson
-from running import opdctl
+from running import inside, opdctl
 
 
 def tensor(*shape, seed):
@@ -486,6 +487,38 @@ def test_what_data_means(folder, tmp_path):  # noqa: F811
     with pytest.raises(UsageError, match="maths") as caught:
         data_of("maths", {"math": {}})
     assert "'math'" in caught.value.hint
+
+
+def test_what_a_stage_waits_for_is_what_to_run(folder, tmp_path):  # noqa: F811
+    """Of a run that is to be continued, carried out; of a recipe, planned."""
+    one = {"student": "stage:copy", "steps": 1, "prompts": {"per_step": 2}}
+    stages = {
+        "copy": one | {"kind": "sft", "student": f"{folder}/student"},
+        "taught": one | {"kind": "sft"},
+        "opd": one | {"kind": "opd", "teachers": {"sums": "stage:taught"}, "signals": {}},
+    }
+    stages["opd"] |= {"objectives": {"divergence": {}}, "sampling": {"max_tokens": 2}}
+    data = {"sums": {"kind": "jsonl", "path": f"{folder}/p.jsonl"}}
+    recipe = resolve({"name": "w", "data": data, "stages": stages}, "w")
+    run = new_run(recipe, "", tmp_path / "a run").path
+    needs = pytest.raises(UsageError, match="opd: stage copy is not done")
+    with needs as of_run:
+        of_recipe(str(run), "opd", ())
+    start, line = of_run.value.hint.split(": ")
+    assert start == "run what it needs first" and line == f"opdctl resume '{run}'"
+    with needs as planned:
+        of_recipe(f"{run}/resolved.yaml", "", ("seed=3",))
+    line, _ = planned.value.hint.split(": ")[1].split("; ")
+    assert line.endswith("--only copy --only taught seed=3")
+    assert "taught  sft" in dry(line) and "opd     opd" not in dry(line)
+    words = shlex.split(of_run.value.hint.split(": ")[1])
+    done = inside(*words[1:])
+    assert done.returncode == 0, done.stderr
+    assert of_recipe(str(run), "opd", ())[1] == ["opd"]
+    only = resolve({"name": "o", "data": data, "stages": {"copy": stages["copy"]}}, "o")
+    with pytest.raises(UsageError, match=r"no stage of .* has teachers") as caught:
+        of_recipe(str(new_run(only, "", tmp_path / "o").path), "", ())
+    assert "--only" not in caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from pathlib import Path
 
-from opdctl import launch
+from opdctl import launch, references
 from opdctl.errors import UsageError
 from opdctl.plan import ready
 from opdctl.positions import parse
@@ -35,20 +36,40 @@ def of_recipe(
         hint = ", ".join(str(r.path) for r in run.runs()[:3])
         raise UsageError(f"{target} holds a run for each seed", f"one of them: {hint}")
     recipe = launch.read_recipe(run, overrides) if run else load(target, overrides=overrides)
-    now, later = ready(recipe, run)
+    found = ready(recipe, run)
+    now, later = ([s for s in part if recipe.stages[s].kind == "opd"] for part in found)
     if stage and stage not in recipe.stages:
         near = did_you_mean(stage, recipe.stages, "stages:")
         raise UsageError(f"--stage {stage}: no such stage", near)
+    if not now and not later:
+        hint = "of two models: opdctl diagnose --student REF --teacher REF"
+        raise UsageError(f"no stage of {target} has teachers", hint)
     if stage and stage not in (*now, *later):
         raise UsageError(f"stage {stage} has no teachers", f"one of {', '.join((*now, *later))}")
-    chosen = [s for s in now if s == (stage or s) and recipe.stages[s].kind == "opd"]
+    chosen = [s for s in now if s == (stage or s)]
     if not chosen:
-        why = "; ".join(f"{s}: {r}" for s, r in later.items() if s == (stage or s))
+        waiting = [s for s in later if s == (stage or s)]
+        why = "; ".join(f"{s}: {found[1][s]}" for s in waiting)
         raise UsageError(
-            f"no stage of {target} can be diagnosed yet: {why or 'none has teachers'}",
-            "run what it needs first: opdctl run RECIPE --only STAGE",
+            f"no stage of {target} can be diagnosed yet: {why}",
+            f"run what it needs first: {_first(target, run, recipe, waiting, overrides)}",
         )
     return recipe, chosen, run
+
+
+def _first(
+    target: str, run: RunDir | None, recipe: Recipe, stages: list[str], overrides: tuple[str, ...]
+) -> str:
+    """What to type so that the models of stages are there. A run is continued as a whole: what it
+    has finished is not done again, and ``opdctl run`` would begin another."""
+    if run:
+        return shlex.join(("opdctl", "resume", target))
+    used = [recipe.stages[s] for s in stages]
+    texts = [text for c in used for text in (c.student, *(t.model for t in c.teachers.values()))]
+    parsed = [references.parse(text) for text in texts]
+    needed = dict.fromkeys(r.name for r in parsed if r.form == "stage")
+    only = [word for name in needed for word in ("--only", name)]
+    return f"{shlex.join(('opdctl', 'run', target, *only, *overrides))}; then diagnose its run"
 
 
 def data_of(named: str, of_models: dict[str, dict]) -> dict[str, dict]:
