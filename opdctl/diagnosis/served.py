@@ -29,6 +29,7 @@ from opdctl.kernels.topk import overlap_numbers
 from opdctl.nets.agreement import top_of
 from opdctl.preflight._pairing import Pairing
 from opdctl.preflight.served import services
+from opdctl.served.endpoint import START, NoAnswer
 from opdctl.types import ScoreRequest
 
 LOGITS = "a server gives log-probs of given tokens and of its top k; name a folder for its logits"
@@ -41,17 +42,17 @@ ABSENT = (
 
 @contextmanager
 def keeping_nothing() -> Iterator[None]:
-    """Around what speaks to servers: their errors tell of what a stage keeps and how its run goes
-    on, and a diagnosis has neither.
+    """Around what speaks to servers: where none answers, the error tells of what a stage keeps and
+    how its run goes on, and a diagnosis has neither.
 
     Raises:
         StageFailed: the same, with a hint that is true here.
     """
     try:
         yield
-    except StageFailed as error:
-        hint = error.hint.replace("what was finished is kept", "nothing of a diagnosis is kept")
-        hint = hint.replace("opdctl resume DIR", "the same command with")
+    except NoAnswer as error:
+        moved = f"; elsewhere: the same command with {error.elsewhere}" if error.elsewhere else ""
+        hint = f"{START}; nothing of a diagnosis is kept{moved}"
         raise StageFailed(error.message, hint) from None
 
 

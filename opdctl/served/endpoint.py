@@ -29,6 +29,16 @@ AGAIN = (408, 429, 500, 502, 503, 504)
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 8.0  # seconds between tries, doubled each time
 POLL = 0.2  # seconds between looks at the stop flag
 FIRST_LINE, SAY_EVERY = 1.0, 10.0  # seconds until a failure is said, and between lines
+START = "start the server again, or raise runtime.server_timeout"
+
+
+class NoAnswer(StageFailed):
+    """Nothing came in time. ``elsewhere`` is the key that gives another address; may be empty."""
+
+    def __init__(self, message: str, elsewhere: str = "") -> None:
+        self.elsewhere = elsewhere
+        moved = f"; elsewhere: opdctl resume DIR {elsewhere}" if elsewhere else ""
+        super().__init__(message, f"{START}; what was finished is kept{moved}")
 
 
 class Endpoint:
@@ -85,13 +95,8 @@ class Endpoint:
             self.trouble = why
             pause = min(pause, end - time.monotonic() - FIRST_PAUSE)  # a last try has some time
             if pause <= 0 or (stopped and stopped.wait(pause)):
-                moved = f"; elsewhere: opdctl resume DIR {self.elsewhere}" if self.elsewhere else ""
-                raise StageFailed(
-                    f"{self.who}: no answer to {path} within {self.timeout:g} s (tries: {tries}): "
-                    f"{why}",
-                    "start the server again, or raise runtime.server_timeout; what was finished "
-                    "is kept" + moved,
-                )
+                what = f"{self.who}: no answer to {path} within {self.timeout:g} s (tries: {tries})"
+                raise NoAnswer(f"{what}: {why}", self.elsewhere)
             if not stopped:
                 time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
