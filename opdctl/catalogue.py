@@ -142,6 +142,8 @@ def _method(name: str) -> dict:
         elif row["key"] in found:
             row["default"] = str(found[row["key"]])
     about = f"{found.get('about', '')}\nopdctl stage {kind} --method {name}"
+    if name in shipped():
+        about += f"\nthe recipe of this name: {shipped()[name]}"
     text = methods()[name].read_text(encoding="utf-8")
     return {"name": name, "about": about, "text": text, "keys": keys, "more": _more(keys)}
 

@@ -220,7 +220,8 @@ def _scalar(hint, value, path, problems, meta):
             value = float(value)  # YAML 1.1 reads 1e-3 as text
     right = isinstance(value, hint) and not (hint is not bool and isinstance(value, bool))
     if not right:
-        problems.append(Problem(path, f"expected {_name(hint)}, got {_shown(value)}"))
+        empty = "'\"\"' is an empty text" if hint is str and value is None else ""
+        problems.append(Problem(path, f"expected {_name(hint)}, got {_shown(value)}", empty))
         return value
     least, most = meta.get("least"), meta.get("most")
     if hint in (int, float):

@@ -237,6 +237,11 @@ def test_all_problems_at_once_with_lines():
     assert where["stages.mopd.optim.lr"] == f"override {text!r}"
 
 
+def test_nothing_where_a_text_is_wanted_says_how_to_write_none():
+    (found,) = problems(GOOD, "data.math.prompt=")
+    assert found.path == "data.math.prompt" and "'\"\"'" in found.hint
+
+
 def test_duplicate_keys_cycles_and_size():
     found = problems(GOOD + "\nname: again\n")
     assert found[0].path == "name" and "twice" in found[0].message

@@ -266,6 +266,7 @@ def test_ls_show_cp(tmp_path):
     assert copied.returncode == 0 and "# MiMo-V2-Flash" in (tmp_path / "my.yaml").read_text()
     assert inside("validate", tmp_path / "my.yaml").returncode == 0
     assert inside("cp", "mimo", tmp_path / "my.yaml").returncode == 2
+    assert "recipes/glm5.yaml" in inside("show", "glm5").stdout  # a method too
     near = inside("show", "reverse_k")
     assert near.returncode == 2 and "did you mean 'reverse_kl'" in near.stderr
 
