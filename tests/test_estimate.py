@@ -279,7 +279,8 @@ def test_other_writers_and_a_reference_are_counted(tmp_path):
     assert flops(sources={"teacher_mixed": {}}) == pytest.approx(expected)
     beyond = {"signals": {"extrapolation": {}}, "objectives": {"policy_gradient": {}}}
     plain = flops(**beyond | {"signals": {"reverse_kl": {}}})
-    for ref, model in (("policy", s), (str(tmp_path / "t"), t)):
+    save(make_model(2, layers=3), tmp_path / "u")
+    for ref, model in (("policy", s), (str(tmp_path / "u"), of_folder(tmp_path / "u"))):
         more = flops(reference=ref, **beyond) - plain
         assert more == pytest.approx(FORWARD * tokens * model.per_token)
 
