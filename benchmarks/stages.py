@@ -31,8 +31,8 @@ def main(target: str, *overrides: str) -> None:
         wall, target = time.perf_counter() - start, str(folder)
     run = RunDir(target)
     print(
-        f"{'stage':<16}{'steps':>7}{'rollout':>9}{'score':>8}{'train':>8}{'other':>8}"
-        f"{'outside':>9}{'total':>8}{'MiB':>8}{'tokens/s':>10}"
+        f"{'stage':<24}{'steps':>7}{'rollout':>9}{'score':>8}{'train':>8}{'other':>8}"
+        f"{'outside':>9}{'total':>8}{'MiB':>8}  tokens a second: rollout, score, train"
     )
     total, outside = 0.0, 0.0
     for stage in read_recipe(run).order():
@@ -44,11 +44,13 @@ def main(target: str, *overrides: str) -> None:
         total, outside = total + record["seconds"], outside + beyond
         rows = read_rows(run.stage(stage) / "metrics.jsonl")
         peak = max((r["memory_mib"] for r in rows), default=0.0)
-        tokens = record["compute"]["train_tokens"] or record["compute"]["rollout_tokens"]
+        done = {"rollout": "rollout_tokens", "score": "teacher_tokens", "train": "train_tokens"}
+        speed = [(record["compute"][tokens], seconds[phase]) for phase, tokens in done.items()]
         print(
-            f"{stage:<16}{record['total']:>7}{seconds['rollout']:>9.1f}{seconds['score']:>8.1f}"
+            f"{stage:<24}{record['total']:>7}{seconds['rollout']:>9.1f}{seconds['score']:>8.1f}"
             f"{seconds['train']:>8.1f}{seconds['other']:>8.1f}{beyond:>9.1f}"
-            f"{record['seconds']:>8.1f}{peak:>8.0f}{tokens / record['loop_seconds']:>10.0f}"
+            f"{record['seconds']:>8.1f}{peak:>8.0f}  "
+            + "".join(f"{count / spent if count and spent else 0:>10.0f}" for count, spent in speed)
         )
     print(
         f"process seconds {total:.1f}, outside loops {outside:.1f} ({100 * outside / total:.0f} %)"

@@ -69,6 +69,14 @@ def test_small_sizes_fit_one_gpu_of_80_gib(name):
         assert sum(slow.seconds.values()) >= sum(found.seconds.values())
 
 
+def test_the_recipe_of_the_gpu_benchmark_fits_one_of_80_gib():
+    recipe = load(str(ROOT / "benchmarks" / "gpu.yaml"))
+    assert made(recipe.stages["base"].model).parameters == pytest.approx(75e6, rel=0.03)
+    for stage in recipe.stages:
+        found = cost(recipe, stage, gpu("h100"))
+        assert not isinstance(found, str) and found.fits and not found.unknown, stage
+
+
 def test_a_folder_and_a_stage_tell_their_size(tmp_path):
     model = make_model(alphabet="0123456789")
     save(model, tmp_path)
