@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from opdctl.rundir import RunDir, read_json, read_rows, write_json
-from running import DEMO, assert_same, inside, opdctl, start, worker
+from running import DEMO, assert_same, inside, start, worker
 
 SIGKILL = "import os, signal; die = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
 IN_SAMPLING = (
@@ -164,12 +164,12 @@ def test_kill_and_interrupt_the_whole_command(demo_run, tmp_path):
         )
         == -signal.SIGKILL
     )
-    found = opdctl("status", folder, "--json")
+    found = inside("status", folder, "--json")
     assert '"state": "interrupted"' in found.stdout
     assert stop_when(start("resume", folder), rows_of("t_math", 2), signal.SIGTERM) == 75
     assert run.record("t_math")["status"] in ("interrupted", "done")
     assert stop_when(start("resume", folder), rows_of("mopd", 2), signal.SIGINT) == 75
-    done = opdctl("resume", folder)
+    done = inside("resume", folder)
     assert done.returncode == 0, done.stderr
     stages = list(read_json(folder / "run.json")["fingerprints"])
     assert_same(demo_run[0], folder, stages)
