@@ -1,4 +1,4 @@
-"""A real vLLM server in processes of its own, on a CPU, at a free port."""
+"""Servers for the tests: a real vLLM in processes of its own on a CPU, or one in a thread."""
 
 import contextlib
 import os
@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -13,6 +14,19 @@ import urllib.request
 FLAGS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "64")
 MEMORY = ("--kv-cache-memory-bytes", str(64 << 20))
 FAST = {"TORCHDYNAMO_DISABLE": "1", "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
+
+
+@contextlib.contextmanager
+def listening(server):
+    """An HTTP server of this process, in a thread until the block ends."""
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 class VllmProcess(subprocess.Popen):

@@ -6,10 +6,10 @@ import contextlib
 import json
 import resource
 import signal
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from serving import listening
 from test_vllm import folder_of
 
 from conftest import make_model
@@ -78,11 +78,8 @@ class Answer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    found = Sampler()
-    threading.Thread(target=found.serve_forever, daemon=True).start()
-    yield found
-    found.shutdown()
-    found.server_close()
+    with listening(Sampler()) as found:
+        yield found
 
 
 def engine_of(server, place, wal=None, **keys):

@@ -1,12 +1,12 @@
 """Exchanges with servers that drip, flood, break off, or send on to another."""
 
 import contextlib
-import threading
 import time
 from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from serving import listening
 
 from opdctl.errors import StageFailed
 from opdctl.served import exchange as module
@@ -29,12 +29,8 @@ def answering(reply):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.keys, server.url = [], f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with listening(server):
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def drip(handler, raw):

@@ -5,6 +5,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from serving import listening
 from test_data import table
 from test_verifiers import answers, prepared
 
@@ -117,12 +118,8 @@ def server():
     found = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     found.seen, found.codes, found.guard = [], [], threading.Lock()
     found.url = f"http://127.0.0.1:{found.server_port}/v1"
-    thread = threading.Thread(target=found.serve_forever, daemon=True)
-    thread.start()
-    yield found
-    found.shutdown()
-    found.server_close()
-    thread.join()
+    with listening(found):
+        yield found
 
 
 def asking(on_disk, server, **keys):

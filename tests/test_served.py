@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from one_step import First, prompts
+from serving import listening
 
 from conftest import make_model
 from opdctl.core.models import load
@@ -126,13 +127,8 @@ class Answer(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving(fault=None, tokenizer=None, **keys):
-    server = Served(tokenizer or make_model().tokenizer, fault, **keys)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with listening(Served(tokenizer or make_model().tokenizer, fault, **keys)) as server:
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def last(answer):

@@ -59,11 +59,15 @@ class Step0:
 
     def _served(self, pairing: Pairing, name: str) -> Finding:
         """What a server's log-probs of the sampled tokens and its lists of the top k say."""
+        from opdctl.served.endpoint import NoAnswer
+
         domains = pairing.domains(name)
         asked = [r.request for r in pairing.rollouts if r.prompt.domain in domains]
         do, unlisted = [], ""
         try:
             kl, error, overlap, k = estimated(pairing, name, asked)
+        except NoAnswer:
+            raise  # without lists there would be none either, after as long a wait
         except StageFailed as failure:  # log-probs may do for the stage: they are asked alone
             unlisted = failure.message
             kl, error, overlap, k = estimated(pairing, name, asked, lists=False)
