@@ -53,12 +53,12 @@ def inputs(tokens, hidden, vocab, dtype, near, device, teacher_hidden=None):
 def ours(beta, chunk_mib=0, kernel="auto", teachers=1, overlap=False):
     import torch
 
-    from opdctl.core.chunks import rows_in
-    from opdctl.core.taught import Held, Taught
-    from opdctl.core.view import Term, weighted_sum
+    from opdctl.kernels.chunks import rows_in
     from opdctl.kernels.head import Head
     from opdctl.kernels.select import rows_class
-    from opdctl.objectives.divergence import Divergence
+    from opdctl.loss.objectives.divergence import Divergence
+    from opdctl.loss.token_view import Term, weighted_sum
+    from opdctl.scoring.teacher_cache import Held, Taught
 
     config = Divergence.Config(direction="jsd", beta=beta, overlap=overlap)
 

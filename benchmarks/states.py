@@ -38,8 +38,8 @@ def model_of(seed, vocab, tied):
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from opdctl.core.corpus import new_tokenizer
-    from opdctl.core.models import Model
+    from opdctl.models.from_nothing import new_tokenizer
+    from opdctl.models.model import Model
 
     torch.manual_seed(seed)
     config = Qwen3Config(
@@ -67,13 +67,13 @@ def child(name, tokens, vocab, tied, repeats):
     """Measure one loss; prints JSON."""
     import torch
 
-    from opdctl.core import update
-    from opdctl.core.scoring import score
-    from opdctl.core.taught import Held, Taught
-    from opdctl.core.view import Term
-    from opdctl.nets.layers import layers_of
-    from opdctl.registry import member
-    from opdctl.settings import Optim
+    from opdctl.config.registry import member
+    from opdctl.config.settings import Optim
+    from opdctl.loss.token_view import Term
+    from opdctl.models.hidden_layers import layers_of
+    from opdctl.scoring.score import score
+    from opdctl.scoring.teacher_cache import Held, Taught
+    from opdctl.train import update
     from opdctl.types import ScoreRequest
 
     torch.set_num_threads(1)

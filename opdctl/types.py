@@ -155,3 +155,25 @@ class Compute:
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("rollout", "score", "train", "other"), 0.0)
     )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check says.
+
+    Attributes:
+        severity: error, warning or ok.
+        what: the numbers, or the first difference.
+        do: what to type or to change; empty where it is ok.
+        teacher: of which teacher; empty where it is about the stage.
+        why: why it matters, with the public thread; as all below set by who runs the check.
+    """
+
+    severity: str
+    what: str
+    do: str = ""
+    teacher: str = ""
+    why: str = ""
+    check: str = ""
+    revision: int = 0
+    stage: str = ""

@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 
-from opdctl.core import update
-from opdctl.core.assemble import on_policy
-from opdctl.core.models import save
-from opdctl.core.scored import advantage, scored, weigh
 from opdctl.errors import RecipeError
+from opdctl.models.model import save
+from opdctl.train import update
+from opdctl.train.assemble import on_policy
+from opdctl.train.score_step import advantage, scored, weigh
 from opdctl.types import Compute
 from running import one_stage
 

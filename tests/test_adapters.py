@@ -13,20 +13,22 @@ import transformers
 from architectures import write
 from one_step import First, opd, prompts, said
 
-from opdctl import provenance, references
-from opdctl.core import checkpoint
-from opdctl.core.context import Context
-from opdctl.core.models import load, outline, save
+from opdctl.checks.preflight._pairing import Pairing
+from opdctl.checks.preflight._weights import same_weights
+from opdctl.checks.preflight.memory import holds
+from opdctl.config import references
+from opdctl.config.registry import member
 from opdctl.errors import Interrupted, RecipeError, UsageError
-from opdctl.launch import new_run
-from opdctl.nets.hub import adapter_of
-from opdctl.nets.lora import deltas, left_out, size, with_adapters
-from opdctl.preflight._pairing import Pairing
-from opdctl.preflight._weights import same_weights
-from opdctl.preflight.memory import holds
-from opdctl.recipe import resolve
-from opdctl.registry import member
-from opdctl.rundir import RunDir, read_rows
+from opdctl.models import tensor_file
+from opdctl.models.lora import deltas, left_out, size, with_adapters
+from opdctl.models.model import load, outline, save
+from opdctl.recipe.recipe import resolve
+from opdctl.remote.hub import adapter_of
+from opdctl.run import provenance
+from opdctl.run.launch import new_run
+from opdctl.run.rundir import RunDir, read_rows
+from opdctl.train import checkpoint
+from opdctl.train.context import Context
 from running import carry_out, inside, one_stage
 
 peft = pytest.importorskip("peft", reason="the extra peft")
@@ -139,7 +141,7 @@ def test_resume_with_an_adapter_gives_the_same_bits(on_disk, tmp_path):
     carry_out(whole)
     with pytest.raises(Interrupted):
         carry_out(cut)
-    kept = checkpoint.stored(next((cut.folder / "checkpoints").glob("*/weights.safetensors")))
+    kept = tensor_file.read(next((cut.folder / "checkpoints").glob("*/weights.safetensors")))
     assert kept and all("lora_" in n for n in kept)
     carry_out(Context(cut.run, cut.recipe, "it", attempt=2))
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -155,8 +157,8 @@ def test_an_adapter_is_float32_on_a_bfloat16_base(on_disk, adapters, tmp_path):
     assert types["q_norm"] == torch.bfloat16 and types["default"] == torch.float32
     rows = carry_out(ctx)
     assert all(r["logprob_gap"] < 0.05 and r["loss"] > 0.1 for r in rows)
-    start = checkpoint.stored(on_disk / "a" / "adapter_model.safetensors")
-    found = checkpoint.stored(ctx.folder / "output" / "adapter_model.safetensors")
+    start = tensor_file.read(on_disk / "a" / "adapter_model.safetensors")
+    found = tensor_file.read(ctx.folder / "output" / "adapter_model.safetensors")
     steps = torch.cat([(found[n] - w).abs().flatten() for n, w in start.items()])
     assert (steps > 0).float().mean() > 0.9 and steps.max() < 1e-5
 
@@ -284,9 +286,9 @@ def test_what_the_checks_make_of_adapters(on_disk, adapters, tmp_path):
     twin, nothing = tmp_path / "twin", tmp_path / "nothing"
     for folder, factor in ((twin, -2.0), (nothing, 0.0)):
         adapter(on_disk / "t", folder, 0)
-        weights = checkpoint.stored(on_disk / "a" / "adapter_model.safetensors")
+        weights = tensor_file.read(on_disk / "a" / "adapter_model.safetensors")
         scaled = {n: w * factor if "lora_A" in n else w / (factor or 1) for n, w in weights.items()}
-        checkpoint.store(folder / "adapter_model.safetensors", scaled)
+        tensor_file.write(folder / "adapter_model.safetensors", scaled)
     merged = opd(on_disk, tmp_path).load(str(on_disk / "a"))
     save(merged, tmp_path / "dense")
     a, b, t = (on_disk / n for n in "abt")
@@ -385,9 +387,9 @@ def test_experts_are_adapted_or_it_is_said(on_disk, tmp_path, capsys, name):
     assert (plain - start).abs().max() > 0.1
     ctx = opd(on_disk, tmp_path, **keys)
     double = shutil.copytree(outs["adapter"], tmp_path / "double")
-    weights = checkpoint.stored(double / "adapter_model.safetensors")
+    weights = tensor_file.read(double / "adapter_model.safetensors")
     twice = {n: 2 * w if "lora_B" in n else w for n, w in weights.items()}
-    checkpoint.store(double / "adapter_model.safetensors", twice)
+    tensor_file.write(double / "adapter_model.safetensors", twice)
     more = ctx.load(str(double)).own_logits(IDS)
     assert (more - plain).abs().max() > 0.1
     expected = {outs["adapter"]: plain, base: start, str(double): more}

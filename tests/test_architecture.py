@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from opdctl import registry
+from opdctl.config import registry
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "opdctl"

@@ -6,18 +6,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opdctl.core.chunks import rows_in
-from opdctl.core.taught import Held, Taught
-from opdctl.core.view import Term, weighted_sum
 from opdctl.kernels import chunked, reference
+from opdctl.kernels.chunks import rows_in
 from opdctl.kernels.head import Head
-from opdctl.objectives.divergence import Divergence
-from opdctl.objectives.hidden import Hidden
-from opdctl.objectives.nll import Nll
-from opdctl.objectives.policy_gradient import PolicyGradient
-from opdctl.objectives.sampled_kl import SampledKl
-from opdctl.objectives.topk_pg import TopkPg
-from opdctl.objectives.topk_tail import TopkTail
+from opdctl.loss.objectives.divergence import Divergence
+from opdctl.loss.objectives.hidden import Hidden
+from opdctl.loss.objectives.nll import Nll
+from opdctl.loss.objectives.policy_gradient import PolicyGradient
+from opdctl.loss.objectives.sampled_kl import SampledKl
+from opdctl.loss.objectives.topk_pg import TopkPg
+from opdctl.loss.objectives.topk_tail import TopkTail
+from opdctl.loss.token_view import Term, weighted_sum
+from opdctl.scoring.teacher_cache import Held, Taught
 
 LEVELS = {"chunked": chunked.Rows, "reference": reference.Rows}
 CPU = torch.device("cpu")

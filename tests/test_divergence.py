@@ -8,11 +8,11 @@ import torch
 from test_update import gradient, spans_of
 
 from conftest import make_model, make_model64
-from opdctl.core import update
-from opdctl.core.scoring import score
-from opdctl.core.taught import Held, Taught
 from opdctl.kernels.reference import kl
-from opdctl.objectives.divergence import Divergence
+from opdctl.loss.objectives.divergence import Divergence
+from opdctl.scoring.score import score
+from opdctl.scoring.teacher_cache import Held, Taught
+from opdctl.train import update
 
 
 def objective(**keys):

@@ -8,13 +8,13 @@ from architectures import write
 from one_step import prompts, refused
 from test_controllers import stopped_at
 
-from opdctl.core.assemble import on_policy
-from opdctl.core.context import Context
-from opdctl.core.models import load
+from opdctl.config.registry import member
 from opdctl.errors import Interrupted, RecipeError, UsageError
-from opdctl.nets.line import line_of
-from opdctl.registry import member
-from opdctl.rundir import read_json, read_rows
+from opdctl.models.extrapolation import line_of
+from opdctl.models.model import load
+from opdctl.run.rundir import read_json, read_rows
+from opdctl.train.assemble import on_policy
+from opdctl.train.context import Context
 from running import assert_same, carry_out, one_stage, plain, worker
 
 BOTH = [r"attn\.", r"mlp\."]
@@ -71,7 +71,7 @@ def test_points_of_the_line(model):
 
 
 def test_masters_move_and_the_parameters_are_their_rounding(model):
-    from opdctl.nets.masters import Masters
+    from opdctl.models.master_weights import Masters
 
     model.net.to(torch.bfloat16)
     model.masters = Masters(model.net)
@@ -193,8 +193,8 @@ def test_an_adapter_on_experts_is_refused(stage, tmp_path):
 
 @pytest.mark.parametrize("output", ["merged", "adapter"])
 def test_an_adapters_output_is_where_it_leapt_to(stage, on_disk, tmp_path, output):
-    from opdctl.core.models import save
-    from opdctl.nets.lora import merged
+    from opdctl.models.lora import merged
+    from opdctl.models.model import save
 
     model, generator = adapted(stage, output=output)
     line = line_of(model, [r"mlp\.down_proj", r"q_proj"], "here")
@@ -370,7 +370,7 @@ def test_refused(stage, on_disk, tmp_path):
 
 IN_VALIDATION = """
 import os, signal
-import opdctl.engines.transformers as engine
+import opdctl.rollout.engines.transformers as engine
 real, seen = engine.draw, []
 def draw(*a):
     seen.append(1)

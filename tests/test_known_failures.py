@@ -9,11 +9,11 @@ import pytest
 import torch
 from one_step import WITH_TEACHER, First, apart, by_transformers, prompts, refused, said
 
-from opdctl.core.models import load, save
-from opdctl.core.prompts import PromptOrder
-from opdctl.core.scored import advantage
-from opdctl.core.scoring import score
 from opdctl.kernels.reference import divergence
+from opdctl.models.model import load, save
+from opdctl.rollout.prompts import PromptOrder
+from opdctl.scoring.score import score
+from opdctl.train.score_step import advantage
 from opdctl.types import ScoreRequest
 from running import carry_out, one_stage
 

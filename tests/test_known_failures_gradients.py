@@ -8,14 +8,14 @@ import torch
 from one_step import WITH_TEACHER, First, apart, by_transformers, refused
 from test_chunks import columns_of, tensor
 
-from opdctl.core.models import load
-from opdctl.core.scoring import score
-from opdctl.core.taught import Held, Taught
-from opdctl.core.view import Term, weighted_sum
 from opdctl.kernels import chunked
 from opdctl.kernels.head import Head
 from opdctl.kernels.reference import divergence
-from opdctl.objectives.divergence import Divergence
+from opdctl.loss.objectives.divergence import Divergence
+from opdctl.loss.token_view import Term, weighted_sum
+from opdctl.models.model import load
+from opdctl.scoring.score import score
+from opdctl.scoring.teacher_cache import Held, Taught
 from opdctl.types import Rollout, ScoreRequest
 
 # What is differentiated

@@ -12,13 +12,13 @@ import transformers
 from architectures import SHAPES, write
 from one_step import First, apart, by_transformers, opd, said
 
-from opdctl.core import update
-from opdctl.core.models import load, save
-from opdctl.core.scoring import score
-from opdctl.core.tokens import pack
-from opdctl.engines.transformers import Transformers
 from opdctl.errors import UsageError
-from opdctl.nets.own_logits import keeps_apart
+from opdctl.models.logits_check import keeps_apart
+from opdctl.models.model import load, save
+from opdctl.models.packing import pack
+from opdctl.rollout.engines.transformers import Transformers
+from opdctl.scoring.score import score
+from opdctl.train import update
 from opdctl.types import ScoreRequest
 
 KEYS = {
@@ -86,7 +86,7 @@ def test_an_architecture_that_would_be_computed_wrongly_is_refused(
     """A factor that is not known here; attention in both directions."""
     write(tmp_path / "m", "granite", **change)
     if "logits_scaling" in change:
-        monkeypatch.setattr("opdctl.core.models.shaped", lambda config: (None, 1.0))
+        monkeypatch.setattr("opdctl.models.model.shaped", lambda config: (None, 1.0))
     with pytest.raises(UsageError, match=says):
         load(str(tmp_path / "m"))
 

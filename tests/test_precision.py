@@ -9,14 +9,15 @@ from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from conftest import make_model
-from opdctl.core import checkpoint, update
-from opdctl.core.context import Context
-from opdctl.core.models import Model, load
+from opdctl.config.settings import Optim, Runtime
 from opdctl.errors import Interrupted, UsageError
-from opdctl.nets.masters import Masters
-from opdctl.nets.recomputed import recompute
-from opdctl.rundir import read_rows
-from opdctl.settings import Optim, Runtime
+from opdctl.models import tensor_file
+from opdctl.models.gradient_checkpointing import recompute
+from opdctl.models.master_weights import Masters
+from opdctl.models.model import Model, load
+from opdctl.run.rundir import read_rows
+from opdctl.train import update
+from opdctl.train.context import Context
 from running import carry_out, one_stage
 
 
@@ -85,7 +86,7 @@ def test_small_steps_in_bfloat16_are_kept_and_resumed(on_disk, tmp_path):
     assert all(r["logprob_gap"] < 0.05 for r in rows)
     with pytest.raises(Interrupted):
         carry_out(cut)
-    kept = checkpoint.stored(next((cut.folder / "checkpoints").glob("*/weights.safetensors")))
+    kept = tensor_file.read(next((cut.folder / "checkpoints").glob("*/weights.safetensors")))
     start = load(str(on_disk / "s"), dtype="bfloat16").net.state_dict()
     assert all(w.dtype == torch.float32 for w in kept.values())
     moved = [(w != start[n].float()).float().mean() for n, w in kept.items() if "proj" in n]
@@ -94,7 +95,7 @@ def test_small_steps_in_bfloat16_are_kept_and_resumed(on_disk, tmp_path):
     carry_out(Context(cut.run, cut.recipe, "it", attempt=2))
     ours, theirs = (c.folder / "output" / "model.safetensors" for c in (whole, cut))
     assert ours.read_bytes() == theirs.read_bytes()
-    assert {w.dtype for w in checkpoint.stored(ours).values()} == {torch.bfloat16}
+    assert {w.dtype for w in tensor_file.read(ours).values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])

@@ -5,16 +5,16 @@ import torch
 from test_chunks import LEVELS, columns_of
 from test_topk import N, V, pair, probabilities
 
-from opdctl.core.taught import reverse_kl
-from opdctl.core.view import Term, weighted_sum
 from opdctl.kernels import chunked
-from opdctl.objectives.divergence import Divergence
-from opdctl.objectives.policy_gradient import PolicyGradient
-from opdctl.objectives.sampled_kl import GRADIENT, SampledKl
-from opdctl.signals.kl_baseline import KlBaseline
-from opdctl.signals.reverse_kl import ReverseKl
-from opdctl.weights.icepop import Icepop
-from opdctl.weights.truncated import Truncated
+from opdctl.loss.objectives.divergence import Divergence
+from opdctl.loss.objectives.policy_gradient import PolicyGradient
+from opdctl.loss.objectives.sampled_kl import GRADIENT, SampledKl
+from opdctl.loss.signals.kl_baseline import KlBaseline
+from opdctl.loss.signals.reverse_kl import ReverseKl
+from opdctl.loss.token_view import Term, weighted_sum
+from opdctl.loss.weights.icepop import Icepop
+from opdctl.loss.weights.truncated import Truncated
+from opdctl.scoring.teacher_cache import reverse_kl
 from running import inside
 
 INDEX = torch.tensor([0] * 5 + [1] * (N - 5))

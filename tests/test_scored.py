@@ -8,13 +8,14 @@ from test_divergence import exact, objective
 from test_update import spans_of
 
 from conftest import make_model64
-from opdctl.core import update
-from opdctl.core.scored import Parts, scored
-from opdctl.core.scoring import score
-from opdctl.core.tokens import parts
+from opdctl.config.registry import member
+from opdctl.config.settings import Runtime
 from opdctl.kernels.reference import divergence
-from opdctl.registry import member
-from opdctl.settings import Runtime
+from opdctl.models.packing import parts
+from opdctl.scoring.score import score
+from opdctl.train import update
+from opdctl.train.score_step import scored
+from opdctl.train.step import Parts
 from opdctl.types import Compute, Prompt, Rollout
 
 WEIGHTS, TEMPERATURE = (0.7, 0.4), 0.7

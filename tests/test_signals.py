@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from opdctl.core.scored import Step
-from opdctl.objectives.outcome import Outcome as OutcomeLoss
-from opdctl.signals.outcome import Outcome
-from opdctl.signals.reverse_kl import ReverseKl
+from opdctl.loss.objectives.outcome import Outcome as OutcomeLoss
+from opdctl.loss.signals.outcome import Outcome
+from opdctl.loss.signals.reverse_kl import ReverseKl
+from opdctl.train.step import Step
 from opdctl.types import Prompt, Rollout, ScoreRequest
 
 PROMPT = Prompt("0", "d", "q", "a", {})
@@ -68,9 +68,9 @@ def test_outcome_model_reads_the_last_token_and_learns():
     from transformers import Qwen3ForTokenClassification
 
     from conftest import make_model
-    from opdctl.core import update
-    from opdctl.core.models import Model
-    from opdctl.rewards.model import Model as Reward
+    from opdctl.models.model import Model
+    from opdctl.rollout.rewards.model import Model as Reward
+    from opdctl.train import update
 
     seed = make_model()
     config = seed.net.config

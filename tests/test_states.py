@@ -9,19 +9,19 @@ from one_step import First, apart, opd, prompts, refused, write
 from test_update import spans_of
 
 from conftest import make_model, make_model64
-from opdctl.core import update
-from opdctl.core.models import Model, load
-from opdctl.core.scored import scored
-from opdctl.core.scoring import score
-from opdctl.core.taught import Held, Taught
+from opdctl.checks.preflight._stage import check
 from opdctl.errors import UsageError
 from opdctl.kernels.head import Head
-from opdctl.nets.layers import Layers, asked, layers_of, numbers, states
-from opdctl.nets.recomputed import recompute
-from opdctl.objectives.hidden import Hidden
-from opdctl.preflight._stage import check
+from opdctl.loss.objectives.hidden import Hidden
+from opdctl.loss.weights.window import Window
+from opdctl.models.gradient_checkpointing import recompute
+from opdctl.models.hidden_layers import Layers, asked, layers_of, numbers, states
+from opdctl.models.model import Model, load
+from opdctl.scoring.score import score
+from opdctl.scoring.teacher_cache import Held, Taught
+from opdctl.train import update
+from opdctl.train.score_step import scored
 from opdctl.types import Compute
-from opdctl.weights.window import Window
 from running import carry_out, one_stage
 
 OFF = {"signals": {}}
@@ -344,7 +344,7 @@ def test_widths_that_only_a_configuration_says_are_refused_before_the_start(tmp_
 
 def test_the_mix_of_the_method_file_is_a_stage(on_disk, tmp_path):
     """The override that oprd.yaml shows."""
-    from opdctl.catalogue import methods
+    from opdctl.recipe.methods import methods
 
     lines = [x for x in methods()["oprd"].read_text().splitlines() if x.startswith("# 'signals")]
     assert len(lines) == 1

@@ -8,16 +8,16 @@ from test_divergence import objective
 from test_update import spans_of
 
 from conftest import make_model, make_model64
-from opdctl.core import update
-from opdctl.core.models import save
-from opdctl.core.pairs import by_teacher, pairs
-from opdctl.core.scoring import Scores, score
-from opdctl.core.taught import Held, Taught
-from opdctl.core.teaching import _check
 from opdctl.errors import StageFailed, UsageError
 from opdctl.kernels.reference import divergence
-from opdctl.objectives.nll import Nll
-from opdctl.rundir import RunDir, read_rows
+from opdctl.loss.objectives.nll import Nll
+from opdctl.loss.token_teacher import by_teacher, pairs
+from opdctl.models.model import save
+from opdctl.run.rundir import RunDir, read_rows
+from opdctl.scoring.ask_teachers import _check
+from opdctl.scoring.score import Scores, score
+from opdctl.scoring.teacher_cache import Held, Taught
+from opdctl.train import update
 from opdctl.types import Prompt, Rollout, ScoreRequest
 from running import inside
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 from test_chunks import CPU, LEVELS, columns_of, head_of, plain_logits, tensor
 
-from opdctl.core.scoring import listed_entropy
-from opdctl.core.taught import Held, Taught, read_off
-from opdctl.core.view import Term, weighted_sum
 from opdctl.kernels import reference
 from opdctl.kernels.head import Head
 from opdctl.kernels.topk import among, divergence_on, overlap_ratio, union
-from opdctl.objectives.divergence import Divergence
-from opdctl.objectives.topk_pg import TopkPg
-from opdctl.objectives.topk_tail import TopkTail
+from opdctl.loss.objectives.divergence import Divergence
+from opdctl.loss.objectives.topk_pg import TopkPg
+from opdctl.loss.objectives.topk_tail import TopkTail
+from opdctl.loss.token_view import Term, weighted_sum
+from opdctl.scoring.score import listed_entropy
+from opdctl.scoring.teacher_cache import Held, Taught, read_off
 
 S = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64).log()
 T = torch.tensor([[0.2, 0.6, 0.05, 0.15]], dtype=torch.float64).log()
@@ -230,8 +230,8 @@ def test_gathered_rows_of_the_head_are_its_logits():
 @pytest.mark.parametrize("direction", ["reverse", "forward", "jsd"])
 def test_the_tail_of_a_confident_token_is_exact(level, direction):
     """fp32 near convergence at p = .99999: the gradient of the tail is not lost to 1 - sum p."""
-    from opdctl.core.view import View
     from opdctl.kernels import triton_rows
+    from opdctl.loss.token_view import View
 
     logits = tensor(8, 300, seed=0, scale=1.0)
     logits[:, 7] = logits.logsumexp(-1) + 11.5

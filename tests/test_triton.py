@@ -4,14 +4,14 @@ import pytest
 import torch
 from test_chunks import columns_of, tensor
 
-from opdctl.core.taught import Held, Taught
-from opdctl.core.view import Term, weighted_sum
 from opdctl.errors import UsageError
 from opdctl.kernels import chunked, reference, triton_rows
 from opdctl.kernels.head import Head
 from opdctl.kernels.select import rows_class
-from opdctl.objectives.divergence import Divergence
-from opdctl.objectives.policy_gradient import PolicyGradient
+from opdctl.loss.objectives.divergence import Divergence
+from opdctl.loss.objectives.policy_gradient import PolicyGradient
+from opdctl.loss.token_view import Term, weighted_sum
+from opdctl.scoring.teacher_cache import Held, Taught
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WAYS = [("reverse", 0.5), ("forward", 0.5), ("jsd", 0.3), ("jsd", 0.0), ("jsd", 1.0)]

@@ -6,14 +6,14 @@ import itertools
 import pytest
 import torch
 
-from opdctl.core import update
-from opdctl.core.scoring import score
-from opdctl.core.tokens import last_of_each, micro_batches, pack, parts, per_sequence
-from opdctl.objectives.nll import Nll
-from opdctl.objectives.policy_gradient import PolicyGradient
+from opdctl.loss.objectives.nll import Nll
+from opdctl.loss.objectives.policy_gradient import PolicyGradient
+from opdctl.loss.weights.is_gate import IsGate
+from opdctl.loss.weights.pop import Pop
+from opdctl.models.packing import last_of_each, micro_batches, pack, parts, per_sequence
+from opdctl.scoring.score import score
+from opdctl.train import update
 from opdctl.types import ScoreRequest
-from opdctl.weights.is_gate import IsGate
-from opdctl.weights.pop import Pop
 
 
 class Span(ScoreRequest):
@@ -78,7 +78,7 @@ def test_micro_batch_and_chunk_never_change_the_gradient(model64, normalise):
         try:
             other_loss, other = gradient(model64, spans, columns, terms, micro_batch=micro)
         finally:
-            from opdctl.core.chunks import rows_in
+            from opdctl.kernels.chunks import rows_in
 
             update.rows_in = rows_in
         assert abs(other_loss - loss) < 1e-12
@@ -248,7 +248,7 @@ def test_packing_round_trip():
 
 
 def test_learning_rate_is_a_pure_function():
-    from opdctl.settings import Optim
+    from opdctl.config.settings import Optim
 
     optim = Optim(lr=1.0, schedule="cosine", warmup=10, final=0.1)
     values = [update.lr_at(s, 100, optim) for s in range(100)]

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from opdctl.core import update
-from opdctl.core.scored import Step, weigh
-from opdctl.core.view import PerStep
+from opdctl.config.registry import member
 from opdctl.kernels.topk import divergence_on
-from opdctl.registry import member
-from opdctl.signals.reverse_kl import ReverseKl
+from opdctl.loss.signals.reverse_kl import ReverseKl
+from opdctl.loss.token_view import PerStep
+from opdctl.train import update
+from opdctl.train.score_step import weigh
+from opdctl.train.step import Step
 from opdctl.types import Prompt, Rollout
 
 S = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64).log()

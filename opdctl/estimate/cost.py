@@ -13,10 +13,11 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from opdctl import references
+from opdctl.config import references
 from opdctl.estimate.gpus import Gpu
 from opdctl.estimate.memory import BYTES, SHARE, Estimate, estimate, of_engine, of_student
 from opdctl.estimate.rollout import (
+    AT_ONCE,
     DECODE,
     GRAPH,
     LAUNCH,
@@ -165,9 +166,7 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
 def _sampling(s: Sampled, runtime: Any, each: int, gpu: Gpu, peak: float) -> float:
     """Seconds by the engine of the run; a server has a GPU of the same kind to itself."""
     if runtime.engine == "vllm_server":
-        from opdctl.engines.vllm_server import MOST
-
-        return served_seconds(s, min(runtime.wave, MOST), each, gpu, peak, SERVER * gpu.memory)
+        return served_seconds(s, min(runtime.wave, AT_ONCE), each, gpu, peak, SERVER * gpu.memory)
     if share := of_engine(runtime, gpu.memory):
         return served_seconds(s, runtime.wave, each, gpu, peak, share)
     return decode_seconds(s, runtime.wave, each, gpu, peak)

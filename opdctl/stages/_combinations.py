@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from itertools import combinations
 
+from opdctl.config.registry import member
 from opdctl.errors import Problem
-from opdctl.registry import member
 
 
 def combination_problems(config, alone: bool = False) -> list[Problem]:

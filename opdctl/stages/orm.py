@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opdctl.config.registry import config_of
+from opdctl.config.schema import REQUIRED, key
+from opdctl.config.settings import Lora, Prompts, Sampling, TrainConfig
 from opdctl.errors import Problem
-from opdctl.registry import config_of
-from opdctl.schema import REQUIRED, key
-from opdctl.settings import Lora, Prompts, Sampling, TrainConfig
 from opdctl.stages.sft import needs_domains
 
 
@@ -46,8 +46,8 @@ class Orm:
 
     def run(self, ctx):
         """Sample, label, train, write the classifier."""
-        from opdctl.core.assemble import Parts, reward_of, source_of, terms_of
-        from opdctl.core.loop import train
+        from opdctl.train.assemble import Parts, reward_of, source_of, terms_of
+        from opdctl.train.loop import train
 
         def parts(ctx, model):
             config = ctx.config

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from opdctl.config.registry import member, needs_of, parted
+from opdctl.config.schema import REQUIRED, key
+from opdctl.config.settings import Lora, Prompts, Sampling, TrainConfig
 from opdctl.errors import Problem
-from opdctl.registry import member, needs_of, parted
-from opdctl.schema import REQUIRED, key
-from opdctl.settings import Lora, Prompts, Sampling, TrainConfig
 from opdctl.stages._combinations import combination_problems
 from opdctl.stages.sft import needs_domains
 
@@ -201,8 +201,8 @@ class Rl:
 
     def run(self, ctx):
         """Load the start, train, write the output."""
-        from opdctl.core.assemble import on_policy
-        from opdctl.core.loop import train
+        from opdctl.train.assemble import on_policy
+        from opdctl.train.loop import train
 
         model = ctx.student()
         return train(ctx, model, lambda ctx, model: on_policy(ctx, model, {}))
