@@ -69,10 +69,10 @@ def child(name, tokens, vocab, tied, repeats):
 
     from opdctl.config.registry import member
     from opdctl.config.settings import Optim
-    from opdctl.loss.token_view import Term
+    from opdctl.loss.token_view import LossTerm
     from opdctl.models.hidden_layers import layers_of
     from opdctl.scoring.score import score
-    from opdctl.scoring.teacher_cache import Held, Taught
+    from opdctl.scoring.teacher_cache import CachedTeacher, TeacherCache
     from opdctl.train import update
     from opdctl.types import ScoreRequest
 
@@ -98,8 +98,10 @@ def child(name, tokens, vocab, tied, repeats):
         columns, taught = {"advantage": torch.randn(N, generator=generator)}, None
         if found.hidden_ND is not None:
             of = (found.hidden_ND, found.lse_N, found.top_NK, found.entropy_N)
-            head = None if kind in ("hidden", "bridge") else teacher.projection()
-            taught = Taught([Held(head, *of, None, found.inner_NLD, "t")], torch.device("cpu"))
+            head = None if kind in ("hidden", "bridge") else teacher.lm_head()
+            taught = TeacherCache(
+                [CachedTeacher(head, *of, None, found.inner_NLD, "t")], torch.device("cpu")
+            )
             columns["teacher_index"] = torch.zeros(N, 1, dtype=torch.long)
             columns |= {"teacher_row": torch.arange(N)[:, None], "pair_weight": torch.ones(N, 1)}
         before = time.process_time()
@@ -107,7 +109,7 @@ def child(name, tokens, vocab, tied, repeats):
             student,
             spans,
             columns,
-            [Term(objective)],
+            [LossTerm(objective)],
             temperature=1.0,
             micro_batch=4,
             chunk_mib=0,

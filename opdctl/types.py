@@ -22,7 +22,7 @@ class Prompt:
         lead: what a demonstration writes before the answer: its thinking, with its marks.
         calls: what a demonstration asks the environment first, one a turn.
         messages: the conversation where it is more than ``text`` as a user turn, its answer
-            included if the data has one; see ``chat/messages.py``.
+            included if the data has one; see ``models/chat/messages.py``.
         tools: what the chat template is told of tools, as JSON schemas.
         system: the system turn, where ``messages`` has none of its own.
         enable_thinking: what the chat template is told; None says nothing.

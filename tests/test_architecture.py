@@ -96,17 +96,17 @@ def test_each_duty_stands_in_one_place():
     def using(*words):
         return {name_of(f) for f in FILES for w in words if w in f.read_text()}
 
-    assert using("index_add_", "prediction_N = ", "prediction_N=") == {"core/tokens.py"}
-    assert using("clamp(min=1)") == {"core/update.py"}  # divides by a count of tokens
-    assert using("save_file(") == {"core/checkpoint.py"}
+    assert using("index_add_", "prediction_N = ", "prediction_N=") == {"models/packing.py"}
+    assert using("clamp(min=1)") == {"train/update.py"}  # divides by a count of tokens
+    assert using("save_file(") == {"train/checkpoint.py"}
     writers = {
         "rundir.py",
         "report.py",
         "catalogue.py",
-        "core/checkpoint.py",
-        "core/loop.py",
-        "core/metrics.py",
-        "core/wal.py",
+        "train/checkpoint.py",
+        "train/loop.py",
+        "train/metrics.py",
+        "train/wal.py",
     }
     assert using(".write_text(", '"w"', '"a+b"', "'w'") <= writers
 

@@ -151,7 +151,7 @@ def test_loss_and_gradient_are_those_of_autograd(unit, float64):
                 model,
                 spans,
                 columns,
-                [update.Term(objective)],
+                [update.LossTerm(objective)],
                 temperature=1.0,
                 micro_batch=micro_batch,
                 chunk_mib=0,

@@ -11,12 +11,12 @@ from conftest import make_model, make_model64
 from opdctl.kernels.reference import kl
 from opdctl.loss.objectives.divergence import Divergence
 from opdctl.scoring.score import score
-from opdctl.scoring.teacher_cache import Held, Taught
+from opdctl.scoring.teacher_cache import CachedTeacher, TeacherCache
 from opdctl.train import update
 
 
 def objective(**keys):
-    return [update.Term(Divergence(Divergence.Config(**keys)), normalise="token_mean")]
+    return [update.LossTerm(Divergence(Divergence.Config(**keys)), normalise="token_mean")]
 
 
 def taught(spans, teachers, weights=(1.0, 1.0, 1.0), temperature=1.0):
@@ -40,8 +40,8 @@ def taught(spans, teachers, weights=(1.0, 1.0, 1.0), temperature=1.0):
         columns["teacher_row"][at, 0] = torch.arange(len(at))
         columns["pair_weight"][at, 0] = weights[t]
         rows = (found.hidden_ND, found.lse_N, found.top_NK, found.entropy_N)
-        held.append(Held(teacher.projection(temperature), *rows))
-    return columns, Taught(held, torch.device("cpu"))
+        held.append(CachedTeacher(teacher.lm_head(temperature), *rows))
+    return columns, TeacherCache(held, torch.device("cpu"))
 
 
 def exact(student, spans, teachers, weights, temperature, direction, beta):

@@ -450,7 +450,7 @@ def test_an_update_of_an_adapter_costs_what_the_ledger_says(on_disk, tmp_path):
 
 
 def test_a_pass_that_nothing_bounds_may_have_every_sequence_of_a_step():
-    """As core/tokens.micro_batches does it: equal lengths never close a group."""
+    """As models/packing.micro_batches does it: equal lengths never close a group."""
     shapes = {"o/s": {"parameters": 10.0, "layers": 1, "hidden": 4, "intermediate": 8}}
     stage = {"student": "o/s", "prompts": {"per_step": 40, "samples": 2}}
     rl = {**stage, "kind": "rl", "sampling": {"max_tokens": 44}}

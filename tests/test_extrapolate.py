@@ -107,7 +107,7 @@ def adapted(stage, **lora):
     model = stage(lora={"rank": 2, "alpha": 6, **lora}).student()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in model.moved().values():
+        for parameter in model.trainable_parameters().values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     return model, generator
 
@@ -129,7 +129,7 @@ def dense(model):
 
 def shake(model, generator):
     with torch.no_grad():
-        for parameter in model.moved().values():
+        for parameter in model.trainable_parameters().values():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
@@ -142,7 +142,7 @@ def test_an_adapters_line_is_that_of_the_product(stage):
     what is trained is not touched, and what A and B alone would give is elsewhere."""
     model, generator = adapted(stage)
     line = line_of(model, BOTH, "here")
-    names = list(model.moved())
+    names = list(model.trainable_parameters())
     for c, kept in ((4.0, True), (2.0, False), (6.0, True)):
         before, previous = dense(model), line.point()
         factors = {n: layer for n, layer in model.net.named_modules() if hasattr(layer, "lora_A")}
@@ -163,7 +163,7 @@ def test_an_adapters_line_is_that_of_the_product(stage):
         assert far({n: w.detach().double() for n, w in naive.items()}, on_line) > 0.1
         moved = {n: p for n, p in bytes_of(model).items() if ".default." in n}
         assert moved == {n: p for n, p in trained.items() if ".default." in n}
-        assert list(model.moved()) == names  # what lies beside is not trained
+        assert list(model.trainable_parameters()) == names  # what lies beside is not trained
         if kept:
             line.keep()
         else:
@@ -173,7 +173,7 @@ def test_an_adapters_line_is_that_of_the_product(stage):
     assert {len(v) for n, v in state.items() if n.endswith(".A")} == {8}  # two leaps x two x rank 2
     other, _ = adapted(stage)
     with torch.no_grad():
-        for name, parameter in other.moved().items():
+        for name, parameter in other.trainable_parameters().items():
             parameter.copy_(dict(model.net.named_parameters())[name])
     line_of(other, BOTH, "here").load(state)
     assert bytes_of(other) == bytes_of(model)

@@ -73,7 +73,7 @@ def test_a_step_of_every_architecture(name, folder, tmp_path):
     with torch.no_grad():
         assert torch.equal(plain(ids).logits, model.net(ids).logits)
     again = load(str(tmp_path / "out"))
-    assert torch.equal(again.trunk(ids).last_hidden_state, model.trunk(ids).last_hidden_state)
+    assert torch.equal(again.backbone(ids).last_hidden_state, model.backbone(ids).last_hidden_state)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_one_row_in_float64(model64):
     for model64.one_row in (False, True):
         packed = pack(spans, model64.pad, one_row=model64.one_row)
         assert packed.ids_BT.shape == ((1, 19) if model64.one_row else (3, 9))
-        hidden_ND = model64.trunk(**packed.inputs).last_hidden_state.flatten(0, 1)
+        hidden_ND = model64.backbone(**packed.inputs).last_hidden_state.flatten(0, 1)
         rows.append(hidden_ND[packed.prediction_N])
         model64.net.zero_grad()
         rows[-1].square().sum().backward()

@@ -276,7 +276,7 @@ def test_observed_tokens_are_never_supervised():
     torch.set_default_dtype(torch.float64)
     try:
         model.net.zero_grad(set_to_none=True)
-        term = update.Term(Nll(Nll.Config()))
+        term = update.LossTerm(Nll(Nll.Config()))
         update.accumulate(model, spans, {}, [term], temperature=1.0, micro_batch=0, chunk_mib=1)
         ours = torch.cat([p.grad.flatten() for p in model.net.parameters()])
         model.net.zero_grad(set_to_none=True)

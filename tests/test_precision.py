@@ -131,14 +131,14 @@ def test_activations_are_computed_again(name, tmp_path):
     grads, counts = [], []
     for model in (twice, once):
         calls.clear()
-        model.trunk(ids).last_hidden_state.square().sum().backward()
+        model.backbone(ids).last_hidden_state.square().sum().backward()
         counts.append(len(calls))
         found = [p.grad.flatten() for p in model.net.parameters() if p.grad is not None]
         grads.append(torch.cat(found))
     assert counts[0] == 4 and apart(*grads) < 1e-6
     calls.clear()
     with torch.no_grad():
-        twice.trunk(ids)
+        twice.backbone(ids)
     assert len(calls) == 2 and not any(m.training for m in twice.net.modules())
 
 
@@ -158,7 +158,7 @@ def test_every_kind_that_trains_heeds_how_passes_are_made(on_disk, tmp_path, mon
     data = {"sums": prompts(on_disk)}
     ways = {"attn": "eager", "packing": "packed", "gradient_checkpointing": True}
     seen = []
-    trunk = Model.trunk
+    backbone = Model.backbone
 
     def watched(model, input_ids, **options):
         if torch.is_grad_enabled():
@@ -167,9 +167,9 @@ def test_every_kind_that_trains_heeds_how_passes_are_made(on_disk, tmp_path, mon
             layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
             attn = model.net.config._attn_implementation
             seen.append((attn, len(input_ids) == 1, calls))
-        return trunk(model, input_ids, **options)
+        return backbone(model, input_ids, **options)
 
-    monkeypatch.setattr(Model, "trunk", watched)
+    monkeypatch.setattr(Model, "backbone", watched)
     rows = []
     for name, runtime in (("plain", {}), ("ways", ways)):
         seen.clear()

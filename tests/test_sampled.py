@@ -11,7 +11,7 @@ from opdctl.loss.objectives.policy_gradient import PolicyGradient
 from opdctl.loss.objectives.sampled_kl import GRADIENT, SampledKl
 from opdctl.loss.signals.kl_baseline import KlBaseline
 from opdctl.loss.signals.reverse_kl import ReverseKl
-from opdctl.loss.token_view import Term, weighted_sum
+from opdctl.loss.token_view import LossTerm, weighted_sum
 from opdctl.loss.weights.icepop import Icepop
 from opdctl.loss.weights.truncated import Truncated
 from opdctl.scoring.teacher_cache import reverse_kl
@@ -35,7 +35,7 @@ def expectation(objective, columns_for):
             head,
             torch.full((N,), v),
             columns,
-            [(Term(objective), torch.ones(N, dtype=torch.float64))],
+            [(LossTerm(objective), torch.ones(N, dtype=torch.float64))],
             rows_of=chunked.Rows,
             size=4,
             taught=taught,
@@ -205,7 +205,7 @@ def test_the_advantage_is_clipped():
             head,
             torch.arange(N),
             columns_of(INDEX) | {"advantage": advantage.double()},
-            [(Term(objective), torch.ones(N, dtype=torch.float64))],
+            [(LossTerm(objective), torch.ones(N, dtype=torch.float64))],
             rows_of=chunked.Rows,
             size=4,
         )

@@ -111,11 +111,11 @@ def test_its_top_k_trains_as_that_of_its_weights(folder, server, tmp_path, name)
         for i, model in enumerate((str(folder / "t"), server.url))
     )
     assert [r.response_ids for r in here.rollouts] == [r.response_ids for r in there.rollouts]
-    ours, theirs = here.step.taught.held[0], there.step.taught.held[0]
+    ours, theirs = here.step.teacher_cache.held[0], there.step.teacher_cache.held[0]
     assert (ours.top_NK == theirs.top_NK).all() and theirs.head is None
     rows_N = torch.arange(len(ours.top_NK))
     asked = (torch.zeros_like(rows_N), rows_N, ours.top_NK)
-    exact_NK, given_NK = (f.step.taught.on_ids(*asked)[0] for f in (here, there))
+    exact_NK, given_NK = (f.step.teacher_cache.logprobs_at(*asked)[0] for f in (here, there))
     assert (exact_NK - given_NK).abs().max() < 1e-4
     loss, gradient, table = here.gradient()
     again, theirs, their_table = there.gradient()

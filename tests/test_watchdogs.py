@@ -169,7 +169,7 @@ def trained(model, optimizer, count=3):
     spans = [ScoreRequest((3, 4, 5, 6), 1), ScoreRequest((7, 8, 9), 1)]
     for _ in range(count):
         update.accumulate(
-            model, spans, {}, [update.Term(Nll(Nll.Config()))],
+            model, spans, {}, [update.LossTerm(Nll(Nll.Config()))],
             temperature=1.0, micro_batch=0, chunk_mib=16,
         )  # fmt: skip
         yield
@@ -210,11 +210,13 @@ class Nothing:
 def test_masked_tokens_are_counted():
     model = make_model()
     spans = [ScoreRequest((3, 4, 5, 6), 1), ScoreRequest((7, 8, 9), 1)]
-    term = update.Term(Nll(Nll.Config()), masks=[Nothing()])
+    term = update.LossTerm(Nll(Nll.Config()), masks=[Nothing()])
     options = {"temperature": 1.0, "micro_batch": 0, "chunk_mib": 16}
     loss, table, _ = update.accumulate(model, spans, {}, [term], **options)
     assert loss == 0.0 and table["masked"].tolist() == [1.0] * 5
-    _, table, _ = update.accumulate(model, spans, {}, [update.Term(Nll(Nll.Config()))], **options)
+    _, table, _ = update.accumulate(
+        model, spans, {}, [update.LossTerm(Nll(Nll.Config()))], **options
+    )
     assert "masked" not in table
 
 

@@ -1,7 +1,7 @@
 """Family and file name -> class. The file name is the registration.
 
-``signals/reverse_kl.py`` is the member ``reverse_kl`` of the family ``signals``; it defines one
-class named after the file (``ReverseKl``) with a nested ``Config``. A member is imported when
+``loss/signals/reverse_kl.py`` is the member ``reverse_kl`` of the family ``signals``; it defines
+one class named after the file (``ReverseKl``) with a nested ``Config``. A member is imported when
 asked for, and declares its Config without importing torch.
 """
 
@@ -77,10 +77,10 @@ def member(family: str, name: str) -> type:
 
 def needs_of(cls: type, config: object) -> tuple[str, ...]:
     """What a member needs with these keys: its ``needs``, and what ``also(config)`` adds."""
-    return (*cls.needs, *(cls.also(config) if hasattr(cls, "also") else ()))
+    return (*cls.needs, *(cls.needs_for(config) if hasattr(cls, "needs_for") else ()))
 
 
-def parted(need: str) -> tuple[str, str]:
+def parse_need(need: str) -> tuple[str, str]:
     """``teacher.hidden{all}`` -> the need and what it is about; ``""`` where it says nothing."""
     name, _, about = need.partition("{")
     return name, about.removesuffix("}")

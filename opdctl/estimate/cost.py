@@ -173,7 +173,7 @@ def _sampling(s: Sampled, runtime: Any, each: int, gpu: Gpu, peak: float) -> flo
 
 
 def per_update(each: float, adapter: float | None) -> float:
-    """Operations of an update, a token, as the ledger has them (``core/models.Model.count``): with
+    """Operations of an update, a token, as the ledger has them (``models/model.Model.count``): with
     an adapter, back through everything, and to the gradient of the adapter alone."""
     return TRAIN * each if adapter is None else (TRAIN - FORWARD) * each + FORWARD * adapter
 
@@ -188,7 +188,7 @@ def _held(frozen: list[Standing], each: int) -> list[float]:
 
 def _alike(config: Any) -> int:
     """Most sequences that one pass may have where nothing bounds them: those of a step, alike in
-    length (``core/tokens.micro_batches`` closes no group of them)."""
+    length (``models/packing.micro_batches`` closes no group of them)."""
     prompts = getattr(config, "prompts", None)
     whole = prompts.per_step * getattr(prompts, "samples", 1) if hasattr(prompts, "per_step") else 0
     return math.ceil(whole / getattr(config, "minibatches", 1))

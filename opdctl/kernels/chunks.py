@@ -22,7 +22,7 @@ from opdctl.kernels.head import Head, HeadGrad
 ChunkLoss = Callable[["Chunk", slice], Tensor]
 
 
-class Raw:
+class ScalarRows:
     """Logits as they are, one leaf: for a head that scores and has no vocabulary."""
 
     name = "raw"
@@ -36,7 +36,7 @@ class Raw:
 
 
 class Chunk:
-    """Some rows of the trunk; their logits are made when an objective first asks for them.
+    """Some rows of the backbone; their logits are made when an objective first asks for them.
 
     Args:
         buffer_CV: for the logits; None where no objective declares that it reads them.
@@ -101,10 +101,10 @@ class _Chunked(torch.autograd.Function):
         size = max(1, -(-len(hidden_ND) // max(1, count)))  # as even as can be
         grad_ND, grad, buffer_CV = torch.empty_like(hidden_ND), HeadGrad(None, None), None
         grad_NLD = None if inner_NLD is None else torch.empty_like(inner_NLD)
-        total = hidden_ND.new_zeros((), dtype=head.wide)
+        total = hidden_ND.new_zeros((), dtype=head.logits_dtype)
         if reads_logits:
             grad = head.new_grad()
-            buffer_CV = hidden_ND.new_empty(size, head.valid_V, dtype=head.wide)
+            buffer_CV = hidden_ND.new_empty(size, head.valid_V, dtype=head.logits_dtype)
         for start in range(0, len(hidden_ND), size):
             part = slice(start, min(start + size, len(hidden_ND)))
             inner = (None, None) if inner_NLD is None else (inner_NLD[part], grad_NLD[part])
@@ -145,7 +145,7 @@ def chunked_sum(
 
     Args:
         loss_of: returns the loss of each row, [C], a function of the chunk's leaves.
-        hidden_ND: rows of the trunk.
+        hidden_ND: rows of the backbone.
         head: makes the logits; its parameters that require a gradient get one.
         rows_of: the level of the row pass, see kernels/select.py.
         reads_logits: False leaves the head without a product and without a gradient.
@@ -172,4 +172,4 @@ def rows_in(mebibytes: int, head: Head, states: int = 0, reads_logits: bool = Tr
     """
     mebibytes = mebibytes or (3072 if head.weight_VD.is_cuda else 256)
     numbers = 8 * states * head.weight_VD.shape[1] + (3 * head.valid_V if reads_logits else 0)
-    return max(1, (mebibytes << 20) // (max(1, numbers) * head.wide.itemsize))
+    return max(1, (mebibytes << 20) // (max(1, numbers) * head.logits_dtype.itemsize))

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opdctl.loss.token_view import Term
+from opdctl.loss.token_view import LossTerm
 from opdctl.models.packing import per_sequence
 
 
-def by_teacher(kept_N: Tensor, tokens_N: Tensor, columns: dict) -> tuple[Tensor, Tensor]:
+def order_by_teacher(kept_N: Tensor, tokens_N: Tensor, columns: dict) -> tuple[Tensor, Tensor]:
     """Pairs of the kept tokens in the order of their teachers: which token, which of its teachers.
 
     The first teacher of a token is always there, one of no weight otherwise never.
@@ -36,7 +36,7 @@ def pairs(columns: dict[str, Tensor], where_P: Tensor, place_P: Tensor) -> dict[
     }
 
 
-def share(term: Term, factor_P: Tensor, place_P: Tensor) -> Tensor:
+def share(term: LossTerm, factor_P: Tensor, place_P: Tensor) -> Tensor:
     """A term that compares with teachers acts on every pair, another once a token."""
     beside = ("teacher.hidden", "teacher.listed")
     if any(need.startswith(beside) for need in term.objective.needs):

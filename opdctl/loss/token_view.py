@@ -19,7 +19,7 @@ from opdctl.kernels.head import Head
 from opdctl.kernels.topk import overlap_numbers, union
 from opdctl.models.hidden_layers import LAST, Layers
 from opdctl.scoring.overlap import top_of
-from opdctl.scoring.teacher_cache import Taught
+from opdctl.scoring.teacher_cache import TeacherCache
 
 
 @dataclass
@@ -45,7 +45,7 @@ class PerStep:
 
 
 @dataclass
-class Term:
+class LossTerm:
     """One objective of the loss, with what scales it.
 
     Attributes:
@@ -73,7 +73,7 @@ class Term:
 
 
 @dataclass
-class Top:
+class TopK:
     """A chunk on the k most probable ids of a side.
 
     Attributes:
@@ -94,7 +94,7 @@ class Top:
     teacher_C: Tensor
 
 
-class View:
+class TokenView:
     """What an objective or a gate sees of one chunk of C tokens: never its logits.
 
     Everything but ``entropy_C`` and the columns is differentiable.
@@ -105,11 +105,11 @@ class View:
         chunk: Chunk,
         target_C: Tensor,
         columns: dict,
-        taught: Taught | None,
+        taught: TeacherCache | None,
         layers: Layers = LAST,
     ) -> None:
         self.chunk, self.target_C = chunk, target_C
-        self.columns, self.taught, self.layers = columns, taught, layers
+        self.columns, self.teacher_cache, self.layers = columns, taught, layers
         self.logged: dict[str, Tensor] = {}
 
     @property
@@ -128,7 +128,7 @@ class View:
     def teacher_states(self, which: str) -> list[tuple[slice, str, Tensor]]:
         """Those of the tokens' own teachers, on the layers that belong to the policy's: for each
         run of tokens of one teacher the slice, its name and [run, L, its width]."""
-        return list(self.taught.states(*self._asked, self.layers.places(which)))
+        return list(self.teacher_cache.states(*self._asked, self.layers.places(which)))
 
     @cached_property
     def logprob_C(self) -> Tensor:
@@ -162,10 +162,10 @@ class View:
         """Divergence to the token's own teacher over the whole vocabulary, [C], never negative.
 
         Logs it, both entropies, both log-probs of the target, and with ``overlap`` the share of the
-        teacher's ``nets.agreement.top_of`` most probable tokens that are among the student's, with
+        teacher's ``scoring.overlap.top_of`` most probable tokens that are among the student's, with
         the mass of those under both.
         """
-        teacher_CV = self.taught.logits(*self._asked)
+        teacher_CV = self.teacher_cache.logits(*self._asked)
         ids_CK = self.target_C[:, None]
         if overlap:
             top_CK = teacher_CV.topk(top_of(self.chunk.head), dim=-1).indices
@@ -177,7 +177,7 @@ class View:
         self._log_both(ids_CK, logp_CK, logq_CK, ours_CK, entropy_C)
         return value_C
 
-    def on_top(self, support: str, k: int, overlap: bool = True, tails: bool = False) -> Top:
+    def topk(self, support: str, k: int, overlap: bool = True, tails: bool = False) -> TopK:
         """Both sides at the k most probable ids of a side. Logs what ``divergence`` does, the
         overlap where the k ids hold as many as it is of.
 
@@ -185,7 +185,7 @@ class View:
             support: topk_student, topk_teacher or topk_union.
             tails: the mass outside the ids is wanted too.
         """
-        theirs_CK = self.taught.kept("top_NK", *self._asked)[:, :k]
+        theirs_CK = self.teacher_cache.gather("top_NK", *self._asked)[:, :k]
         k, seen = theirs_CK.shape[1], top_of(self.chunk.head)
         ours_CK = self.rows.top(k)
         ids_CK, keep_CK = union(ours_CK, theirs_CK)
@@ -197,12 +197,12 @@ class View:
         first = k if support == "topk_teacher" else 0  # the student's ids are not asked for
         asked_CK = torch.cat([self.target_C[:, None], ids_CK[:, first:]], -1)
         outside_CK = ids_CK[:, part] if tails else None
-        logq_CK, tail_C = self.taught.on_ids(*self._asked, asked_CK, outside_CK)
+        logq_CK, tail_C = self.teacher_cache.logprobs_at(*self._asked, asked_CK, outside_CK)
         seen_CK = torch.cat([self.target_C[:, None], theirs_CK[:, :seen]], -1)
         theirs_logq_CK = logq_CK[:, 1 + k - first :]
         seen_logq_CK = torch.cat([logq_CK[:, :1], theirs_logq_CK[:, :seen]], -1)
-        known = self.taught.knows("entropy_N")
-        entropy_C = self.taught.kept("entropy_N", *self._asked) if known else None
+        known = self.teacher_cache.has_all("entropy_N")
+        entropy_C = self.teacher_cache.gather("entropy_N", *self._asked) if known else None
         seen_logp_CK = self.rows.at(seen_CK, leaf=False)
         seen_ours_CK = ours_CK[:, :seen] if overlap and seen <= k else None
         self._log_both(seen_CK, seen_logp_CK, seen_logq_CK, seen_ours_CK, entropy_C)
@@ -210,7 +210,7 @@ class View:
         both = (self.rows.outside(outside_CK), tail_C) if tails else None
         theirs = slice(part.start - first, part.stop - first)
         here = (logp_CK[:, part], logq_CK[:, 1:][:, theirs], keep_CK, both)
-        return Top(*here, holds_C, logq_CK[:, 0])
+        return TopK(*here, holds_C, logq_CK[:, 0])
 
     def _log_both(self, ids_CK, logp_CK, logq_CK, ours_CK, entropy_C) -> None:
         """Entropies, log-probs of the target (first id), overlap of the rest with the student's."""
@@ -238,18 +238,18 @@ def weighted_sum(
     head: Head,
     target_N: Tensor,
     columns: dict[str, Tensor],
-    terms: list[tuple[Term, Tensor]],
+    terms: list[tuple[LossTerm, Tensor]],
     *,
     rows_of: type,
     size: int,
-    taught: Taught | None = None,
+    taught: TeacherCache | None = None,
     layers: Layers = LAST,
     inner_NLD: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum over tokens and terms of weight x gates x loss, differentiable, in bounded memory.
 
     Args:
-        hidden_ND: rows of the trunk; with teachers, in ascending order of ``teacher_index``.
+        hidden_ND: rows of the backbone; with teachers, in ascending order of ``teacher_index``.
         target_N: the supervised ids.
         columns: per-token vectors, [N] each.
         terms: objectives with the weight of each token, [N].
@@ -265,7 +265,7 @@ def weighted_sum(
 
     def loss_of(chunk: Chunk, part: slice) -> Tensor:
         cut = {name: column[part] for name, column in columns.items()}
-        view = View(chunk, target_N[part], cut, taught, layers)
+        view = TokenView(chunk, target_N[part], cut, taught, layers)
         loss_C = 0.0
         for term, weight_N in terms:
             part_C = weight_N[part] * term.objective.loss(view)

@@ -48,7 +48,7 @@ def line_of(model: Model, patterns: list[str], where: str) -> Weights | Products
     """
     if model.adapter is not None:
         return Products(model, patterns, where)
-    return Weights(model, chosen(list(model.moved()), patterns, where))
+    return Weights(model, chosen(list(model.trainable_parameters()), patterns, where))
 
 
 class Weights:
@@ -59,13 +59,13 @@ class Weights:
 
     def point(self) -> dict[str, Tensor]:
         """Where the weights are now: copies in host memory."""
-        moved = self.model.moved()
+        moved = self.model.trainable_parameters()
         return {n: moved[n].detach().to("cpu", copy=True) for n in self.names}
 
     @torch.no_grad()
     def go(self, start: dict[str, Tensor], previous: dict[str, Tensor], c: float) -> None:
         """Set the weights to start + c (start - previous); c = 0 gives back the start's bytes."""
-        moved = self.model.moved()
+        moved = self.model.trainable_parameters()
         for name in self.names:
             weight = moved[name]
             at = start[name].to(weight.device)

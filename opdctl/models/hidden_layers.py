@@ -81,14 +81,14 @@ def depth_of(model: Any) -> int:
     return model.net.config.get_text_config().num_hidden_layers
 
 
-def asked(layers: tuple[int, ...], model: Any) -> dict[str, bool]:
-    """What the trunk is told so that it returns the states of these layers."""
+def forward_kwargs(layers: tuple[int, ...], model: Any) -> dict[str, bool]:
+    """What the backbone is told so that it returns the states of these layers."""
     depth = depth_of(model)
     return {"output_hidden_states": True} if any(n < depth for n in layers) else {}
 
 
-def states(model: Any, out: Any, rows_N: Tensor, layers: tuple[int, ...]) -> Tensor:
-    """States of some layers in what the trunk returned. Shape [N, len(layers), D].
+def hidden_states(model: Any, out: Any, rows_N: Tensor, layers: tuple[int, ...]) -> Tensor:
+    """States of some layers in what the backbone returned. Shape [N, len(layers), D].
 
     Args:
         rows_N: rows of the flattened [B * T].

@@ -1,7 +1,7 @@
 """Is what is computed here what the model itself computes? Looked at when a model is loaded.
 
-The trunk's rows go through a head of our own (``kernels/head.py``), which knows a softcap and a
-factor. An architecture that does more between trunk and logits is refused, not computed wrongly.
+The backbone's rows go through a head of our own (``kernels/head.py``), which knows a softcap and a
+factor. An architecture that does more between backbone and logits is refused, not computed wrongly.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def require_own_logits(model: Any) -> None:
     """
     ids_BT = torch.arange(6, device=model.device).expand(2, 6) % model.valid_V
     ids_BT = torch.cat([ids_BT[:1], ids_BT[1:] * (torch.arange(6, device=model.device) < 5)])
-    hidden_BTD = model.trunk(ids_BT).last_hidden_state
-    ours, own = model.projection().logits(hidden_BTD.flatten(0, 1)), model.own_logits(ids_BT)
+    hidden_BTD = model.backbone(ids_BT).last_hidden_state
+    ours, own = model.lm_head().logits(hidden_BTD.flatten(0, 1)), model.own_logits(ids_BT)
     own = own.flatten(0, 1)[:, : ours.shape[1]].to(ours.dtype)
     exact = next(model.net.parameters()).dtype.itemsize >= 4
     most = 1e-3 if exact else 3e-2
@@ -59,8 +59,8 @@ def keeps_apart(model: Any, required: bool) -> bool:
     ids_BT = torch.arange(10, device=model.device)[None] % model.valid_V
     position_BT = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]], device=model.device)
     own = {"use_cache": False}
-    row_TD = model.trunk(ids_BT, position_ids=position_BT, **own).last_hidden_state[0, 4:]
-    alone_TD = model.trunk(ids_BT[:, 4:], **own).last_hidden_state[0]
+    row_TD = model.backbone(ids_BT, position_ids=position_BT, **own).last_hidden_state[0, 4:]
+    alone_TD = model.backbone(ids_BT[:, 4:], **own).last_hidden_state[0]
     most = 1e-3 if next(model.net.parameters()).dtype.itemsize >= 4 else 3e-2
     apart = float((row_TD - alone_TD).abs().max()) <= most * float(alone_TD.abs().max())
     if required and not apart:

@@ -1,4 +1,4 @@
-"""A transformers model as trunk and head, with the few guarantees the mathematics needs.
+"""A transformers model as backbone and head, with the few guarantees the mathematics needs.
 
 Logits are fp32 (fp64 for an fp64 model), softcapped as the model says, and -inf on the ids
 beyond the tokenizer's own: padded rows of the embedding change nothing, anywhere.
@@ -35,11 +35,12 @@ class Model(Chat):
         net: the transformers module.
         tokenizer: its tokenizer.
         name: where it came from, for messages.
-        adapter: what a student's stage trains in place of its weights, see nets/lora.py.
-        masters: fp32 copies of the parameters, see nets/masters.py.
-        recomputed: a pass that needs a gradient computes activations again, see nets/recomputed.py.
+        adapter: what a student's stage trains in place of its weights, see models/lora.py.
+        masters: fp32 copies of the parameters, see models/master_weights.py.
+        recomputed: a pass that needs a gradient computes activations again, see
+            models/gradient_checkpointing.py.
         one_row: sequences stand one after another in a pass, without padding.
-        switch: called before each forward; a teacher that is an adapter turns it on.
+        before_forward: called before each forward; a teacher that is an adapter turns it on.
     """
 
     net: nn.Module
@@ -49,12 +50,12 @@ class Model(Chat):
     masters: Any = None
     recomputed: bool = False
     one_row: bool = False
-    switch: Callable[[], None] = lambda: None
+    before_forward: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self.rows: int = self.net.get_input_embeddings().num_embeddings
         self.begin_chat(getattr(self.net, "generation_config", None) or self.net.config)
-        self.steady = False  # not yet compared with itself step by step
+        self.sampling_checked = False  # not yet compared with itself step by step
         ids = 1 + max(self.tokenizer.get_vocab().values())  # len() would miss ids after a hole
         self.valid_V = min(ids, self.net.config.get_text_config().vocab_size)
         self.softcap, self.scale = shaped(self.net.config.get_text_config())
@@ -67,7 +68,7 @@ class Model(Chat):
         self.trained = sum(p.numel() for p in self.net.parameters() if p.requires_grad)
         self.flops = 4.0 * self.parameters + 2.0 * self.trained
 
-    def moved(self) -> dict[str, Tensor]:
+    def trainable_parameters(self) -> dict[str, Tensor]:
         """What an optimizer moves, by name: fp32 masters, or the parameters that are trained."""
         if self.masters is not None:
             return self.masters.named
@@ -78,7 +79,7 @@ class Model(Chat):
         return next(self.net.parameters()).device
 
     @property
-    def wide(self) -> torch.dtype:
+    def logits_dtype(self) -> torch.dtype:
         """The type of logits, log-probs and everything per token."""
         return torch.promote_types(next(self.net.parameters()).dtype, torch.float32)
 
@@ -87,19 +88,19 @@ class Model(Chat):
         """The language-model head, or the score head of a classifier."""
         return self.net.score if hasattr(self.net, "score") else self.net.get_output_embeddings()
 
-    def trunk(self, input_ids: Tensor, **options: Any) -> Any:
+    def backbone(self, input_ids: Tensor, **options: Any) -> Any:
         """The transformer without its head; causal, padding on the right. Hidden is [B, T, D]."""
-        self.switch()
+        self.before_forward()
         again = self.recomputed and torch.is_grad_enabled()
         with recomputing(self.net) if again else contextlib.nullcontext():
             return self.net.base_model(input_ids=input_ids, **options)
 
     def own_logits(self, ids_BT: Tensor) -> Tensor:
         """The model's own logits, [B, T, V], to compare."""
-        self.switch()
+        self.before_forward()
         return self.net(ids_BT).logits
 
-    def projection(self, temperature: float = 1.0, rounded: bool = False) -> Head:
+    def lm_head(self, temperature: float = 1.0, rounded: bool = False) -> Head:
         """The head as a linear map, with the guarantees the mathematics needs.
 
         Raises:
@@ -118,7 +119,7 @@ class Model(Chat):
 
     def logits(self, hidden_ND: Tensor, temperature: float = 1.0) -> Tensor:
         """Next-token logits [N, V] at a temperature, in at least fp32, invalid ids at -inf."""
-        logits_NV = self.projection(temperature).logits(hidden_ND)
+        logits_NV = self.lm_head(temperature).logits(hidden_ND)
         missing = self.head.out_features - logits_NV.shape[-1]
         return (
             nn.functional.pad(logits_NV, (0, missing), value=-torch.inf) if missing else logits_NV

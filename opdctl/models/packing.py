@@ -23,14 +23,14 @@ class Packed:
     """Sequences in one right-padded rectangle, or one after another in one row without padding.
 
     Causal attention never sees the padding; in one row, positions that start again at 0 keep the
-    sequences apart, where the model reads them so (``nets/own_logits.py`` looks).
+    sequences apart, where the model reads them so (``models/logits_check.py`` looks).
 
     Attributes:
         ids_BT: token ids; [1, T] in one row.
         position_BT: places within the sequences; None where every sequence has a row of its own.
         target_N: the supervised ids.
-        prediction_N: rows of the flattened [B*T] trunk output that predict them.
-        token_N: rows of the flattened [B*T] trunk output that have seen them.
+        prediction_N: rows of the flattened [B*T] backbone output that predict them.
+        token_N: rows of the flattened [B*T] backbone output that have seen them.
         sequence_N: which sequence each belongs to.
         length_B: supervised tokens of each sequence.
         positions: tokens that are not padding, for the ledger.
@@ -47,7 +47,7 @@ class Packed:
 
     @property
     def inputs(self) -> dict:
-        """For the trunk; nothing is to be generated from its state."""
+        """For the backbone; nothing is to be generated from its state."""
         found = {"input_ids": self.ids_BT, "use_cache": False}
         return found if self.position_BT is None else found | {"position_ids": self.position_BT}
 

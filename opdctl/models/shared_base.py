@@ -39,7 +39,7 @@ class Shared:
             self._read(folder)
             view = Model(self.base.net, tokenizer(self.base, folder), folder)
             view.one_row = self.base.one_row
-            view.switch = lambda: self._turn(folder)
+            view.before_forward = lambda: self._turn(folder)
             self.views[folder] = view
         return self.views[folder]
 
@@ -48,7 +48,7 @@ class Shared:
         _require_switchable(folder)
         if self.peft is None:
             self.peft = read(self.base, folder, name)
-            self.base.switch = lambda: self._turn("")
+            self.base.before_forward = lambda: self._turn("")
         else:
             require_safe(folder)
             try:

@@ -149,7 +149,7 @@ def diagnose(
     """What ``diagnosis/`` measures of stages whose models are all there, likewise.
 
     Args:
-        effort: what it may cost, see ``diagnosis/measure.py``.
+        effort: what it may cost, see ``checks/diagnosis/measure.py``.
 
     Raises:
         StageFailed: a server does not answer; or the worker broke down, and what it said went to

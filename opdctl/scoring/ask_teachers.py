@@ -2,7 +2,7 @@
 
 Each rollout goes to the teachers of its domain. Their answers come by teacher; in the columns they
 stand in the order of the rollouts' tokens, pooled where a token has several. Log-probs alone are
-logged (``core/wal.py``) and not asked for twice.
+logged (``train/wal.py``) and not asked for twice.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from opdctl import draws
 from opdctl.errors import StageFailed
 from opdctl.kernels.topk import overlap_ratio
 from opdctl.scoring.score import Scores, asked_of, listed_entropy
-from opdctl.scoring.teacher_cache import Held, Taught
+from opdctl.scoring.teacher_cache import CachedTeacher, TeacherCache
 from opdctl.train.context import Context
 from opdctl.types import FORWARD, Compute, Rollout, ScoreRequest
 
 if TYPE_CHECKING:
-    from opdctl.train.step import Parts, Step
+    from opdctl.train.step import Step, TrainSetup
 
 
-def teach(
+def score_by_teachers(
     step: Step,
     requests: list[ScoreRequest],
-    parts: Parts,
+    parts: TrainSetup,
     ctx: Context,
     compute: Compute,
     ours_NK: Tensor | None,
@@ -42,7 +42,7 @@ def teach(
     Raises:
         StageFailed: a teacher answered short or with something that is not finite.
     """
-    device, wide = step.sequence_N.device, step.model.wide
+    device, wide = step.sequence_N.device, step.model.logits_dtype
     lengths = list(map(len, requests))
     token_N = torch.arange(sum(lengths), device=device).split(lengths)
     columns, N = step.columns, sum(lengths)
@@ -54,7 +54,7 @@ def teach(
     overlap_NM, above_NM = torch.zeros_like(weight_NM), torch.zeros_like(weight_NM)
     modal_N, modal_id_N = torch.zeros_like(weight_NM[:, 0]), torch.zeros_like(index_NM[:, 0])
     listed_NM = torch.zeros_like(weight_NM)
-    held: list[Held] = []
+    held: list[CachedTeacher] = []
     for name, (teacher, weight) in parts.teachers.items():
         mine = [i for i, names in enumerate(routes) if name in names]
         if not mine:
@@ -84,7 +84,7 @@ def teach(
             target_N1 = torch.tensor([[q.ids[t]] for q in asked for t in q.targets]).to(at_N)
             ids_NJ = torch.cat([target_N1, found.top_NK], -1)
             logq_NJ = torch.cat([found.logprobs_N[:, None], found.top_logprob_NK], -1)
-            held.append(Held(top_NK=found.top_NK, name=name, listed=(ids_NJ, logq_NJ)))
+            held.append(CachedTeacher(top_NK=found.top_NK, name=name, listed=(ids_NJ, logq_NJ)))
         if found.hidden_ND is not None or found.inner_NLD is not None:
             index_NM[at_N, place_N] = len(held)
             row_NM[at_N, place_N] = torch.arange(len(at_N), device=at_N.device)
@@ -92,7 +92,7 @@ def teach(
             if parts.rebuilds:
                 head = teacher.head(parts.temperature, ctx.runtime.rounded_logits)
             kept = (found.hidden_ND, found.lse_N, found.top_NK, found.entropy_N)
-            held.append(Held(head, *kept, teacher.stored, found.inner_NLD, name))
+            held.append(CachedTeacher(head, *kept, teacher.stored, found.inner_NLD, name))
         for i in mine:
             step.rollouts[i].teacher = "+".join(routes[i])
         forwarded = sum(len(q.ids) for q in asked)
@@ -120,7 +120,7 @@ def teach(
         columns |= {"teacher_modal": modal_N, "modal_id": modal_id_N}
     if held:
         columns |= {"teacher_index": index_NM, "teacher_row": row_NM, "pair_weight": weight_NM}
-        step.taught = Taught(held, device)
+        step.teacher_cache = TeacherCache(held, device)
 
 
 def _overlap(ours_NK: Tensor, theirs_NK: Tensor, rows: int = 1 << 16) -> Tensor:
@@ -129,8 +129,8 @@ def _overlap(ours_NK: Tensor, theirs_NK: Tensor, rows: int = 1 << 16) -> Tensor:
     return torch.cat([overlap_ratio(*pair) for pair in pairs])
 
 
-def refer(
-    step: Step, requests: list[ScoreRequest], parts: Parts, ctx: Context, compute: Compute
+def score_by_reference(
+    step: Step, requests: list[ScoreRequest], parts: TrainSetup, ctx: Context, compute: Compute
 ) -> None:
     """Ask the reference, which is the same for all rollouts: the columns ``reference`` and, of the
     teacher's most probable token, ``reference_modal``.

@@ -3,7 +3,7 @@
 them goes to zero, and their entropies close up; where it fails the overlap stays.
 
 Objectives with the teacher's logits at hand, or as many of its top ids, log these numbers in every
-step (``core/view.py``). Elsewhere they are measured here, on some rollouts of some steps, in
+step (``loss/token_view.py``). Elsewhere they are measured here, on some rollouts of some steps, in
 forward passes of their own: nothing that is trained sees them, and the ledger of compute does not
 count them. A teacher that gives no more than log-probs, or lists fewer ids, is left out, not zero.
 k is ``top_of`` everywhere, whatever the k of the loss, and stands in the row as ``overlap_k``. The
@@ -83,7 +83,7 @@ def compared(
         Interrupted: a stop was asked for.
     """
     sides = [
-        (_hidden(ctx, model, requests, temperature), model.projection(temperature))
+        (_hidden(ctx, model, requests, temperature), model.lm_head(temperature))
         for model in (student, teacher)
     ]
     size = max(1, rows_in(ctx.runtime.chunk_mib, sides[0][1]) // 4)  # the definition keeps more
@@ -106,7 +106,7 @@ def logged(ctx: Any, student: Model, parts: Any, rollouts: list) -> dict[str, fl
             continue
         ours_ND = _hidden(ctx, student, requests, parts.temperature)
         theirs_ND = teacher.score(requests, parts.temperature, ("hidden",)).hidden_ND
-        heads = [m.projection(parts.temperature) for m in (student, teacher.model)]
+        heads = [m.lm_head(parts.temperature) for m in (student, teacher.model)]
         size = rows_in(ctx.runtime.chunk_mib, heads[0])
         seen.append(agreement(ours_ND, heads[0], theirs_ND, heads[1], size=size))
     whole = {n: torch.cat([table[n] for table in seen]) for n in (seen[0] if seen else ())}

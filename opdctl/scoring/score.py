@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opdctl.kernels import chunked
 from opdctl.kernels.chunks import rows_in
-from opdctl.models.hidden_layers import Layers, asked, depth_of, states
+from opdctl.models.hidden_layers import Layers, depth_of, forward_kwargs, hidden_states
 from opdctl.models.model import Model
 from opdctl.models.packing import micro_batches, pack
 from opdctl.types import ScoreRequest
@@ -25,8 +25,8 @@ class Scores:
 
     Attributes:
         logprobs_N: log p(target | all before it), at least fp32; None if not asked for.
-        hidden_ND: the trunk's rows that predict the targets, from which a head rebuilds the logits
-            (DeepSeek-V4, arXiv 2606.19348); None if not asked for.
+        hidden_ND: the backbone's rows that predict the targets, from which a head rebuilds the
+            logits (DeepSeek-V4, arXiv 2606.19348); None if not asked for.
         lse_N: log-normaliser at the temperature; None if not asked for.
         top_NK: most probable ids; None if not asked for.
         entropy_N: None if not asked for.
@@ -84,7 +84,7 @@ def score(
     chunk_mib: int = 0,
     check: Callable[[], None] = lambda: None,
 ) -> Scores:
-    """Run the trunk once over the requests and return what is wanted.
+    """Run the backbone once over the requests and return what is wanted.
 
     Args:
         want: any of logprobs, hidden, inner, lse, topk, top_logprob, entropy, modal, at, above.
@@ -97,11 +97,11 @@ def score(
         check: called before each forward pass; may raise to stop.
     """
     count = sum(map(len, requests))
-    head = model.projection(temperature, rounded)
+    head = model.lm_head(temperature, rounded)
     weight_VD = head.weight_VD
     found = Scores()
     for name in {"logprobs", "lse", "entropy", "modal", "at", "above"} & set(want):
-        setattr(found, f"{name}_N", weight_VD.new_zeros(count, dtype=head.wide))
+        setattr(found, f"{name}_N", weight_VD.new_zeros(count, dtype=head.logits_dtype))
     if "modal" in want:
         found.modal_id_N = weight_VD.new_zeros(count, dtype=torch.long)
     if "hidden" in want:
@@ -110,16 +110,16 @@ def score(
         shape = (count, min(top, head.valid_V))
         found.top_NK = weight_VD.new_zeros(shape, dtype=torch.long)
     if "top_logprob" in want:
-        found.top_logprob_NK = weight_VD.new_zeros(found.top_NK.shape, dtype=head.wide)
+        found.top_logprob_NK = weight_VD.new_zeros(found.top_NK.shape, dtype=head.logits_dtype)
     inner = layers.beside(depth_of(model)) if "inner" in want else ()
     rows, logits = rows_in(chunk_mib, head), set(want) - {"hidden", "inner"}
     for group, tokens_N in micro_batches(requests, micro_batch, model.device):
         check()
         packed = pack([requests[i] for i in group], model.pad, model.device, model.one_row)
-        out = model.trunk(**packed.inputs, **asked(inner, model))
+        out = model.backbone(**packed.inputs, **forward_kwargs(inner, model))
         hidden_ND = out.last_hidden_state.flatten(0, 1)[packed.prediction_N]
         if inner:
-            inner_NLD = states(model, out, packed.prediction_N, inner)
+            inner_NLD = hidden_states(model, out, packed.prediction_N, inner)
             if found.inner_NLD is None:
                 found.inner_NLD = inner_NLD.new_empty(count, *inner_NLD.shape[1:])
             found.inner_NLD[tokens_N] = inner_NLD

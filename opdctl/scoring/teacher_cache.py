@@ -27,7 +27,7 @@ TAIL_LEAST = 1e-6  # of a mass of 1; what a list in fp32 cannot tell from 0
 
 
 @dataclass
-class Held:
+class CachedTeacher:
     """One teacher: its head (on any device) and a row for each token it scored; or, without a head,
     what it listed.
 
@@ -40,7 +40,8 @@ class Held:
         top_NK: its most probable ids.
         entropy_N: its entropy.
         stored: where the weight of the head is, if the head has none.
-        inner_NLD: rows of the layers that belong to the student's inner ones, see nets/layers.py.
+        inner_NLD: rows of the layers that belong to the student's inner ones, see
+            models/hidden_layers.py.
         name: of the teacher.
         listed: ids, [N, J], and their log-probs: the target, then its most probable ones.
     """
@@ -67,10 +68,10 @@ class Held:
         return torch.stack([each[place] for place in places], 1)
 
 
-class Taught:
+class TeacherCache:
     """The teachers of one step, by index."""
 
-    def __init__(self, held: list[Held], device: torch.device) -> None:
+    def __init__(self, held: list[CachedTeacher], device: torch.device) -> None:
         self.held, self.device, self.loads, self.most = held, device, 0, 0
         self._copies: list[weakref.ref] = []
         self._resident: tuple[int, Head] | None = None
@@ -89,14 +90,14 @@ class Taught:
         head = next(held.head for held in self.held if held.head is not None)
         shape = (len(index_C), head.valid_V)
         if use not in self._buffers or len(self._buffers[use]) < shape[0]:
-            self._buffers[use] = torch.empty(shape, dtype=head.wide, device=self.device)
+            self._buffers[use] = torch.empty(shape, dtype=head.logits_dtype, device=self.device)
         out_CV = self._buffers[use][: shape[0]]
         for part, index in segments(index_C):
             hidden_CD = self.held[index].hidden_ND[row_C[part]]
             self._head(index).logits(hidden_CD, out_CV[part])
         return out_CV
 
-    def on_ids(
+    def logprobs_at(
         self, index_C: Tensor, row_C: Tensor, ids_CK: Tensor, outside_CK: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probs of each token's own teacher at some ids, [C, K], by the cached normaliser.
@@ -116,7 +117,7 @@ class Taught:
             if self.held[index].listed is not None:
                 ids_NJ, logq_NJ = self.held[index].listed
                 listed = (ids_NJ[row_C[part]], logq_NJ[row_C[part]])
-                found.append(read_off(*listed, ids_CK[part], outside))
+                found.append(lookup(*listed, ids_CK[part], outside))
             else:
                 found.append(self._rebuilt(index_C[part], row_C[part], ids_CK[part], outside))
         logq, tails = zip(*found, strict=True)
@@ -126,24 +127,24 @@ class Taught:
         heads = [held for held in self.held if held.head is not None]
         D = max(held.hidden_ND.shape[1] for held in heads)
         head, tail_C = heads[0].head, None
-        lse_C = self.kept("lse_N", index_C, row_C)
+        lse_C = self.gather("lse_N", index_C, row_C)
         if outside_CK is not None or ids_CK.shape[1] * D >= head.valid_V:
             logits_CV = self.logits(index_C, row_C, "gathered")
             logits_CK = logits_CV.gather(-1, ids_CK)
             if outside_CK is not None:
                 tail_C = log_outside(logits_CV, outside_CK) - lse_C
         else:
-            logits_CK = torch.empty(ids_CK.shape, dtype=head.wide, device=self.device)
+            logits_CK = torch.empty(ids_CK.shape, dtype=head.logits_dtype, device=self.device)
             for part, index in segments(index_C):
                 hidden_CD = self.held[index].hidden_ND[row_C[part]]
                 logits_CK[part] = self._head(index).at(hidden_CD, ids_CK[part])
         return logits_CK - lse_C[:, None], tail_C
 
-    def knows(self, name: str) -> bool:
+    def has_all(self, name: str) -> bool:
         """Whether something is kept of every teacher."""
         return all(getattr(held, name) is not None for held in self.held)
 
-    def kept(self, name: str, index_C: Tensor, row_C: Tensor) -> Tensor:
+    def gather(self, name: str, index_C: Tensor, row_C: Tensor) -> Tensor:
         """Rows of something kept of each token's own teacher: lse_N, top_NK, entropy_N."""
         parts = [getattr(self.held[i], name)[row_C[part]] for part, i in segments(index_C)]
         return torch.cat(parts)
@@ -196,7 +197,7 @@ class Taught:
 def reverse_kl(
     hidden_ND: Tensor,
     head: Head,
-    taught: Taught,
+    taught: TeacherCache,
     columns: dict[str, Tensor],
     *,
     rows_of: type,
@@ -206,7 +207,7 @@ def reverse_kl(
     """KL(p || q) to each token's own teacher, without a gradient. Shape [N], never negative.
 
     Args:
-        hidden_ND: rows of the student's trunk, in the order of the columns.
+        hidden_ND: rows of the student's backbone, in the order of the columns.
         columns: ``teacher_index``, ``teacher_row`` and ``pair_weight``, [N, M]; with several
             teachers it is their weighted mean.
         top: on the student's ``top`` most probable ids, both renormalised; 0 is on all.
@@ -231,7 +232,7 @@ def reverse_kl(
     return (weight_NM * value_NM).sum(1) / torch.where(total_N > 0, total_N, 1.0)
 
 
-def read_off(
+def lookup(
     ids_CJ: Tensor, logq_CJ: Tensor, ids_CK: Tensor, outside_CK: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs at some ids out of lists that hold them, [C, K], and of all others than some, [C].

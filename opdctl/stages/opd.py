@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opdctl.config import references
-from opdctl.config.registry import member, needs_of, parted
+from opdctl.config.registry import member, needs_of, parse_need
 from opdctl.config.schema import did_you_mean, key
 from opdctl.config.settings import Teacher, routes
 from opdctl.errors import Problem
@@ -120,7 +120,9 @@ def _served(config) -> list[Problem]:
         if path.startswith("sources."):
             continue  # it says for itself whether it can sample from a server
         needs = needs_of(member(*path.split(".")[-2:]), keys)
-        lacking = [n for n in needs if n.startswith("teacher.") and parted(n)[0] not in provides]
+        lacking = [
+            n for n in needs if n.startswith("teacher.") and parse_need(n)[0] not in provides
+        ]
         if lacking:
             what = f"needs {lacking[0]}, and teacher {who} is behind a server, which gives "
             what += f"{', '.join(provides)} alone"

@@ -29,8 +29,8 @@ class Orm:
     class Config(TrainConfig):
         """Keys of an orm stage."""
 
-        student: str = key(REQUIRED, "where its trunk starts", ref=True)
-        lora: Lora = key(Lora(), "an adapter in place of the trunk's weights", neutral=True)
+        student: str = key(REQUIRED, "where its backbone starts", ref=True)
+        lora: Lora = key(Lora(), "an adapter in place of the backbone's weights", neutral=True)
         policy: str = key(REQUIRED, "whose rollouts it learns to judge", ref=True)
         prompts: Prompts = key(Prompts(samples=4), "which prompts")
         sampling: Sampling = key(Sampling(), "how they are sampled")
@@ -46,7 +46,7 @@ class Orm:
 
     def run(self, ctx):
         """Sample, label, train, write the classifier."""
-        from opdctl.train.assemble import Parts, reward_of, source_of, terms_of
+        from opdctl.train.assemble import TrainSetup, reward_of, source_of, terms_of
         from opdctl.train.loop import train
 
         def parts(ctx, model):
@@ -54,7 +54,7 @@ class Orm:
             judged = config_of(
                 "sources", "teacher", model=config.policy, keep="all", sampling=config.sampling
             )
-            return Parts(
+            return TrainSetup(
                 source_of(ctx, model, {"teacher": judged}),
                 terms_of({"outcome": config_of("objectives", "outcome")}),
                 rewards=[reward_of(ctx, "verifier")],

@@ -62,12 +62,12 @@ class Pretrain:
     def run(self, ctx):
         """Make tokenizer and model, train on the answers, write both."""
         from opdctl.models.from_nothing import new_model
-        from opdctl.train.assemble import Parts, source_of, terms_of
+        from opdctl.train.assemble import TrainSetup, source_of, terms_of
         from opdctl.train.loop import train
 
         def parts(ctx, model):
             corpus = config_of("sources", "dataset", corrupt=ctx.config.corrupt)
             terms = terms_of({"nll": config_of("objectives", "nll", normalise="token_mean")})
-            return Parts(source_of(ctx, model, {"dataset": corpus}), terms)
+            return TrainSetup(source_of(ctx, model, {"dataset": corpus}), terms)
 
         return train(ctx, new_model(ctx), parts)

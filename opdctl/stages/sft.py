@@ -120,7 +120,7 @@ class Sft:
 
     def run(self, ctx):
         """Load the start, train, write the output."""
-        from opdctl.train.assemble import Parts, source_of, terms_of
+        from opdctl.train.assemble import TrainSetup, source_of, terms_of
         from opdctl.train.loop import train
 
         config = ctx.config
@@ -128,7 +128,7 @@ class Sft:
         return train(
             ctx,
             model,
-            lambda ctx, model: Parts(
+            lambda ctx, model: TrainSetup(
                 source_of(ctx, model, config.sources), terms_of(config.objectives)
             ),
         )

@@ -6,17 +6,17 @@ from dataclasses import replace
 from typing import Any
 
 from opdctl.config import references
-from opdctl.config.registry import member, parted
+from opdctl.config.registry import member, parse_need
 from opdctl.config.settings import Teacher, routes
-from opdctl.loss.token_view import PerStep, Term
+from opdctl.loss.token_view import LossTerm, PerStep
 from opdctl.models.hidden_layers import layers_of
 from opdctl.scoring.score import LISTED
 from opdctl.train.context import Context
-from opdctl.train.step import Parts
+from opdctl.train.step import TrainSetup
 from opdctl.types import Rollout
 
 
-def terms_of(objectives: dict[str, Any]) -> list[Term]:
+def terms_of(objectives: dict[str, Any]) -> list[LossTerm]:
     """The objectives of a stage with their weights; those with coefficient 0 are left out."""
     terms = []
     for name, config in objectives.items():
@@ -32,7 +32,7 @@ def terms_of(objectives: dict[str, Any]) -> list[Term]:
         gates = [w for w in weights.values() if hasattr(w, "gate")]
         objective = member("objectives", name)(config)
         needs = {n for w in weights.values() for n in w.needs}
-        term = Term(objective, config.coef, config.normalise, masks, gates, factors, needs)
+        term = LossTerm(objective, config.coef, config.normalise, masks, gates, factors, needs)
         if config.coef:
             terms.append(term)
     return terms
@@ -77,7 +77,7 @@ class Together:
         return sum(s.parameters * s.sampled for s in self.sources) / max(1, self.sampled)
 
 
-def asked_for(terms: list[Term], signals: dict[str, tuple[float, Any]]) -> tuple[set[str], int]:
+def asked_for(terms: list[LossTerm], signals: dict[str, tuple[float, Any]]) -> tuple[set[str], int]:
     """What members need, and how many of a side's most probable tokens."""
     needs = {n for _, s in signals.values() for n in s.needs}
     for term in terms:
@@ -100,7 +100,7 @@ def teacher_of(ctx: Context, model: Any, name: str, teacher: Teacher, wanted: se
     return member("teachers", "server")(ctx, model, name, teacher.address, sorted(wanted), top)
 
 
-def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
+def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> TrainSetup:
     """Parts of a stage whose student samples: rl and opd.
 
     Raises:
@@ -118,7 +118,7 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
         if c.coef and hasattr(c, "reward")
     ]
     local, route = {}, {}
-    which = {about for name, about in map(parted, needs) if name == "student.hidden"}
+    which = {about for name, about in map(parse_need, needs) if name == "student.hidden"}
     layers = layers_of(model, which) if which else None
     compared = {"teacher.hidden{" + about + "}" for about in which}
     wanted = {n.removeprefix("teacher.") for n in needs - compared if n.startswith("teacher.")}
@@ -149,7 +149,7 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> Parts:
         policy.append("logprobs")
     baseline = next((s.config for _, s in signals.values() if "policy.kl" in s.needs), None)
     top = baseline.k if baseline and baseline.support != "full" else 0
-    return Parts(
+    return TrainSetup(
         source=source_of(ctx, model, sources)
         if sources
         else member("sources", "student")(None, ctx, model),

@@ -52,7 +52,9 @@ def save(
         },
         "held": len(held),
     }
-    names = model.moved()  # of an adapter's base, or of bfloat16 copies, nothing is kept
+    names = (
+        model.trainable_parameters()
+    )  # of an adapter's base, or of bfloat16 copies, nothing is kept
     moments = {}
     for name, parameter in names.items():
         for slot, value in optimizer.state.get(parameter, {}).items():
@@ -90,7 +92,7 @@ def restore(folder: Path, model: Model, optimizer: torch.optim.AdamW) -> dict | 
 
     A checkpoint that cannot be read is named on stderr and the one before it is taken.
     """
-    names = model.moved()
+    names = model.trainable_parameters()
     found = read(folder, ("weights", "optimizer"), partial(_require_ours, names))
     if found is None:
         return None

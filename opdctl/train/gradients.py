@@ -21,8 +21,8 @@ from opdctl.train import checkpoint, update
 from opdctl.train.context import Clock, Context
 from opdctl.train.loop import count_rollouts
 from opdctl.train.metrics import Metrics
-from opdctl.train.score_step import advantage, scored, weigh
-from opdctl.train.step import Parts, Step
+from opdctl.train.score_step import score_step, set_advantage, set_weights
+from opdctl.train.step import Step, TrainSetup
 from opdctl.types import Compute
 
 SUM = "their sum"
@@ -43,7 +43,7 @@ class Sums:
     gap: float = 0.0
 
 
-def measure(ctx: Context, model: Model, parts: Parts) -> Compute:
+def measure(ctx: Context, model: Model, parts: TrainSetup) -> Compute:
     """Write ``facts.json``: variances, cosines, and how exact rebuilt logits are.
 
     Raises:
@@ -69,7 +69,7 @@ def measure(ctx: Context, model: Model, parts: Parts) -> Compute:
     return so_far.compute
 
 
-def _batch(ctx: Context, model: Model, parts: Parts, so_far: Sums, metrics: Metrics) -> None:
+def _batch(ctx: Context, model: Model, parts: TrainSetup, so_far: Sums, metrics: Metrics) -> None:
     """One more batch; ``so_far`` changes when all of its gradients are there."""
     clock, compute, gap = Clock(), copy.deepcopy(so_far.compute), so_far.gap
     rollouts = [r for r in parts.source.draw(so_far.done) if r.response_ids]
@@ -77,9 +77,9 @@ def _batch(ctx: Context, model: Model, parts: Parts, so_far: Sums, metrics: Metr
         ctx.show_first(rollouts[0], model.tokenizer)
     count_rollouts(parts.source, compute)
     clock.lap("rollout")
-    step = scored(rollouts, model, parts, ctx, compute)
-    advantage(step, parts.signals)
-    weigh(step, parts.terms)
+    step = score_step(rollouts, model, parts, ctx, compute)
+    set_advantage(step, parts.signals)
+    set_weights(step, parts.terms)
     if not so_far.done and "hidden" in parts.teacher_wants:
         gap = rebuilt(ctx, step, parts, compute)
     clock.lap("score")
@@ -146,7 +146,7 @@ def _gradient(ctx, model, parts, step, term) -> tuple[torch.Tensor, int]:
         chunk_mib=runtime.chunk_mib,
         kernel=runtime.kernel,
         rounded=runtime.rounded_logits,
-        taught=step.taught,
+        taught=step.teacher_cache,
         layers=parts.layers,
     )
     flat = [  # an expert that no token went to has none
@@ -172,7 +172,7 @@ def summary(sums: dict, squares: dict[str, float], n: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def rebuilt(ctx: Context, step: Step, parts: Parts, compute: Compute) -> float:
+def rebuilt(ctx: Context, step: Step, parts: TrainSetup, compute: Compute) -> float:
     """Largest difference between a teacher's own logits and those of its cached hidden rows.
 
     Over the first few rollouts of each teacher; the logits at temperature 1, as the head gives
@@ -184,7 +184,7 @@ def rebuilt(ctx: Context, step: Step, parts: Parts, compute: Compute) -> float:
         if not own:
             continue
         cached = teacher.score(own, 1.0, ("hidden",))
-        logits_NV = teacher.model.projection().logits(cached.hidden_ND)
+        logits_NV = teacher.model.lm_head().logits(cached.hidden_ND)
         packed = pack(own, teacher.model.pad, teacher.model.device)
         direct = teacher.model.own_logits(packed.ids_BT).flatten(0, 1)
         direct_NV = direct[packed.prediction_N, : logits_NV.shape[1]].to(logits_NV.dtype)

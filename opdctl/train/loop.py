@@ -27,14 +27,14 @@ from opdctl.run.rundir import finite
 from opdctl.scoring import overlap
 from opdctl.train import checkpoint, update
 from opdctl.train.context import Clock, Context
-from opdctl.train.fit import paired
+from opdctl.train.fit import states_for_fit
 from opdctl.train.metrics import Metrics, Watch, by_domain, mean, means
-from opdctl.train.score_step import advantage, scored, weigh
-from opdctl.train.step import Parts, Step
+from opdctl.train.score_step import score_step, set_advantage, set_weights
+from opdctl.train.step import Step, TrainSetup
 from opdctl.types import FORWARD, Compute, Rollout
 
 
-def train(ctx: Context, model: Model, parts_of: Callable[[Context, Model], Parts]) -> Compute:
+def train(ctx: Context, model: Model, parts_of: Callable[[Context, Model], TrainSetup]) -> Compute:
     """Run the loop to its end and commit the stage's ``output/``.
 
     Args:
@@ -64,10 +64,12 @@ def count_rollouts(source: Any, compute: Compute) -> None:
 class Loop:
     """Runs ``config.steps`` steps of a stage, from its newest checkpoint."""
 
-    def __init__(self, ctx: Context, model: Model, parts: Parts) -> None:
+    def __init__(self, ctx: Context, model: Model, parts: TrainSetup) -> None:
         self.ctx, self.model, self.parts = ctx, model, parts
         self.steps, self.optim = ctx.config.steps, ctx.config.optim
-        narrow = any(p.dtype.itemsize < 4 for p in model.moved().values())  # no adapter is
+        narrow = any(
+            p.dtype.itemsize < 4 for p in model.trainable_parameters().values()
+        )  # no adapter is
         if narrow and ctx.runtime.masters_of(self.optim.lr):
             model.masters = Masters(model.net)
             print(f"{ctx.name}: the optimizer moves float32 copies of the parameters", flush=True)
@@ -75,7 +77,7 @@ class Loop:
         self.compute, self.watch = Compute(), Watch(ctx.config.watch, ctx.name)
         self.checkpoints = ctx.folder / "checkpoints"
         self.row: dict = {}  # of a step whose controllers have not acted yet
-        self.overlap_k = overlap.top_of(model.projection()) if parts.teachers else 0
+        self.overlap_k = overlap.top_of(model.lm_head()) if parts.teachers else 0
         held = max((getattr(t.objective, "compares", 0) for t in parts.terms), default=0)
         self.apart = held < self.overlap_k  # nothing in the update logs the overlap
 
@@ -99,7 +101,7 @@ class Loop:
                 controller.start()
         metrics = Metrics(self.ctx.folder, self.ctx.attempt)
         runtime = self.ctx.runtime
-        self.kernel = rows_class(runtime.kernel, self.model.device, self.model.wide).name
+        self.kernel = rows_class(runtime.kernel, self.model.device, self.model.logits_dtype).name
         print(f"{self.ctx.name}: row pass {self.kernel} on {self.model.device}", flush=True)
         try:
             while done < self.steps:
@@ -204,8 +206,8 @@ class Loop:
         if self.parts.minibatches > 1:
             rollouts = self._shuffled(rollouts, done)
         before = self.ctx.loads
-        step = scored(rollouts, self.model, self.parts, self.ctx, self.compute)
-        values |= advantage(step, self.parts.signals) | weigh(step, self.parts.terms)
+        step = score_step(rollouts, self.model, self.parts, self.ctx, self.compute)
+        values |= set_advantage(step, self.parts.signals) | set_weights(step, self.parts.terms)
         for name, controller in self.parts.controllers.items():
             if hasattr(controller, "read"):
                 values |= {f"{name}_{k}": v for k, v in controller.read(step).items()}
@@ -213,15 +215,15 @@ class Loop:
         if self.apart and self._due(done + 1, self.ctx.runtime.log_overlap_every):
             seen = overlap.logged(self.ctx, self.model, self.parts, rollouts)
         clock.lap("score")
-        if step.taught is not None:
-            step.taught.loads = 0  # those of the update alone
+        if step.teacher_cache is not None:
+            step.teacher_cache.loads = 0  # those of the update alone
         values = {**seen, **self._train(step, done), **values}
         if "overlap" in values:
             values["overlap_k"] = self.overlap_k
-        if step.taught is not None:
+        if step.teacher_cache is not None:
             values |= {
-                "head_loads": step.taught.loads,
-                "heads": step.taught.most,
+                "head_loads": step.teacher_cache.loads,
+                "heads": step.teacher_cache.most,
                 "teacher_loads": self.ctx.loads - before,
             }
         if self.ctx.failed.total() > failed:
@@ -249,7 +251,7 @@ class Loop:
             count_rollouts(self.parts.source, self.compute)
             if not rollouts:
                 raise StageFailed("nothing to fit on", "the source refused all of its samples")
-            yield paired(rollouts, self.model, self.parts, self.ctx, self.compute, which)
+            yield states_for_fit(rollouts, self.model, self.parts, self.ctx, self.compute, which)
 
     def _train(self, step: Step, done: int) -> dict:
         rollouts, model = step.rollouts, self.model
@@ -262,7 +264,7 @@ class Loop:
         for _ in range(self.parts.updates):
             for sequences, part in packing.parts(lengths, self.parts.minibatches):
                 cut = {k: v[part] for k, v in step.columns.items()}
-                if step.taught is not None:
+                if step.teacher_cache is not None:
                     asked += len(cut["teacher_index"].unique())
                 loss, table, processed = update.accumulate(
                     model,
@@ -274,7 +276,7 @@ class Loop:
                     chunk_mib=runtime.chunk_mib,
                     kernel=runtime.kernel,
                     rounded=runtime.rounded_logits,
-                    taught=step.taught,
+                    taught=step.teacher_cache,
                     layers=self.parts.layers,
                 )
                 clip = self.optim.clip_norm
@@ -298,7 +300,7 @@ class Loop:
         }
         if skipped:
             values["skipped"] = skipped
-        if step.taught is not None:
+        if step.teacher_cache is not None:
             values["teachers"] = asked  # of each mini-batch, together
         if self.parts.rewards:
             values["reward"] = mean(r.reward for r in rollouts)

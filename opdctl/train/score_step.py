@@ -13,20 +13,20 @@ import torch
 
 from opdctl.kernels.chunks import rows_in
 from opdctl.kernels.select import rows_class
-from opdctl.loss.token_view import PerStep, Term
+from opdctl.loss.token_view import LossTerm, PerStep
 from opdctl.models.model import Model
 from opdctl.models.packing import per_sequence
-from opdctl.scoring.ask_teachers import refer, teach
+from opdctl.scoring.ask_teachers import score_by_reference, score_by_teachers
 from opdctl.scoring.score import Scores, score
 from opdctl.scoring.teacher_cache import reverse_kl
 from opdctl.train.context import Context
 from opdctl.train.metrics import by_domain
-from opdctl.train.step import Parts, Step
+from opdctl.train.step import Step, TrainSetup
 from opdctl.types import FORWARD, Compute, Rollout
 
 
-def scored(
-    rollouts: list[Rollout], model: Model, parts: Parts, ctx: Context, compute: Compute
+def score_step(
+    rollouts: list[Rollout], model: Model, parts: TrainSetup, ctx: Context, compute: Compute
 ) -> Step:
     """Score the rollouts: rewards, the policy, their teachers; count what it cost.
 
@@ -44,7 +44,7 @@ def scored(
     step = Step(rollouts, {}, sequence_N, model=model, steps=parts.steps)
     if all(r.behaviour_logprobs is not None for r in rollouts):
         flat = [v for r in rollouts for v in r.behaviour_logprobs]
-        step.columns["behaviour"] = torch.tensor(flat, device=device, dtype=model.wide)
+        step.columns["behaviour"] = torch.tensor(flat, device=device, dtype=model.logits_dtype)
     if all(r.reward is not None for r in rollouts):
         step.columns["reward"] = step.spread([r.reward for r in rollouts])
     if parts.judged:
@@ -55,24 +55,24 @@ def scored(
     policy = _policy(step, requests, model, parts, ctx, compute) if parts.policy_wants else None
     if parts.teachers:
         ours_NK = policy.top_NK if policy is not None else None
-        teach(step, requests, parts, ctx, compute, ours_NK)
+        score_by_teachers(step, requests, parts, ctx, compute, ours_NK)
     if parts.reference_wants:
-        refer(step, requests, parts, ctx, compute)
+        score_by_reference(step, requests, parts, ctx, compute)
     if "kl" in parts.policy_wants:
-        head = model.projection(parts.temperature, runtime.rounded_logits)
+        head = model.lm_head(parts.temperature, runtime.rounded_logits)
         step.columns["policy_kl"] = reverse_kl(
             policy.hidden_ND,
             head,
-            step.taught,
+            step.teacher_cache,
             step.columns,
-            rows_of=rows_class(runtime.kernel, device, head.wide),
+            rows_of=rows_class(runtime.kernel, device, head.logits_dtype),
             size=rows_in(runtime.chunk_mib, head),
             top=parts.policy_top,
         )
     return step
 
 
-def advantage(step: Step, signals: dict[str, tuple[float, Any]]) -> dict:
+def set_advantage(step: Step, signals: dict[str, tuple[float, Any]]) -> dict:
     """Sets the column ``advantage``: the sum of coef x signal. Returns what to log of it.
 
     Each signal's mean, spread and share of the whole; with a teacher the divergence by domain.
@@ -98,11 +98,11 @@ def advantage(step: Step, signals: dict[str, tuple[float, Any]]) -> dict:
     return values
 
 
-def weigh(step: Step, terms: list[Term]) -> dict[str, float]:
+def set_weights(step: Step, terms: list[LossTerm]) -> dict[str, float]:
     """Sets the columns of weights that see the step. Returns their means, and what they log."""
     values = {}
     for part in [p for t in terms for p in (*t.masks, *t.factors) if isinstance(p, PerStep)]:
-        step.columns[part.column] = part.of(step).to(step.model.wide)
+        step.columns[part.column] = part.of(step).to(step.model.logits_dtype)
         values |= {part.column: float(step.columns[part.column].mean()), **part.logged}
     return values
 

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdctl.loss.token_view import Term
+from opdctl.loss.token_view import LossTerm
 from opdctl.models.hidden_layers import Layers
 from opdctl.models.model import Model
 from opdctl.models.packing import future, per_sequence, places, so_far
-from opdctl.scoring.teacher_cache import Taught
+from opdctl.scoring.teacher_cache import TeacherCache
 from opdctl.types import Rollout
 
 
 @dataclass
-class Parts:
+class TrainSetup:
     """What a stage puts into the loop.
 
     Attributes:
@@ -53,7 +53,7 @@ class Parts:
     """
 
     source: Any
-    terms: list[Term]
+    terms: list[LossTerm]
     signals: dict[str, tuple[float, Any]] = field(default_factory=dict)
     rewards: list[Any] = field(default_factory=list)
     teachers: dict[str, tuple[Any, float]] = field(default_factory=dict)
@@ -88,7 +88,7 @@ class Step:
     rollouts: list[Rollout]
     columns: dict[str, Tensor]
     sequence_N: Tensor
-    taught: Taught | None = None
+    taught: TeacherCache | None = None
     model: Model | None = None
     steps: int = 1
 

@@ -1,4 +1,4 @@
-"""One optimizer step: trunk once, head and losses in chunks, gradient, clip, step.
+"""One optimizer step: backbone once, head and losses in chunks, gradient, clip, step.
 
 The only module that divides by a token count. Each objective has a normaliser of its own, counted
 over the whole mini-batch before any backward, so neither the micro-batch size nor another
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from opdctl.config.settings import Optim
-from opdctl.kernels.chunks import Raw, rows_in
+from opdctl.kernels.chunks import ScalarRows, rows_in
 from opdctl.kernels.select import rows_class
-from opdctl.loss.token_teacher import by_teacher, pairs, pooled_mean, share
-from opdctl.loss.token_view import Term, weighted_sum
-from opdctl.models.hidden_layers import Layers, asked, states
+from opdctl.loss.token_teacher import order_by_teacher, pairs, pooled_mean, share
+from opdctl.loss.token_view import LossTerm, weighted_sum
+from opdctl.models.hidden_layers import Layers, forward_kwargs, hidden_states
 from opdctl.models.model import Model
 from opdctl.models.packing import last_of_each, micro_batches, pack, per_sequence
-from opdctl.scoring.teacher_cache import Taught
+from opdctl.scoring.teacher_cache import TeacherCache
 from opdctl.types import ScoreRequest
 
 
@@ -38,7 +38,7 @@ def lr_at(step: int, steps: int, optim: Optim) -> float:
 
 def make_optimizer(model: Model, optim: Optim) -> torch.optim.AdamW:
     """AdamW with decoupled weight decay on matrices only."""
-    named = list(model.moved().values())
+    named = list(model.trainable_parameters().values())
     groups = [
         {"params": [p for p in named if p.ndim >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in named if p.ndim < 2], "weight_decay": 0.0},
@@ -48,7 +48,7 @@ def make_optimizer(model: Model, optim: Optim) -> torch.optim.AdamW:
     )
 
 
-def normalisers(term: Term, sequence_N: Tensor, count: int, columns: dict) -> Tensor:
+def normalisers(term: LossTerm, sequence_N: Tensor, count: int, columns: dict) -> Tensor:
     """Per-token factor of a term: its mask over its own count, times its factors. Shape [N].
 
     seq_mean gives 1 / (|y| x responses), token_mean 1 / tokens; domain_mean 1 / tokens of the
@@ -83,14 +83,14 @@ def accumulate(
     model: Model,
     spans: list[ScoreRequest],
     columns: dict[str, Tensor],
-    terms: list[Term],
+    terms: list[LossTerm],
     *,
     temperature: float,
     micro_batch: int,
     chunk_mib: int,
     kernel: str = "auto",
     rounded: bool = False,
-    taught: Taught | None = None,
+    taught: TeacherCache | None = None,
     layers: Layers | None = None,
 ) -> tuple[float, dict, int]:
     """Gradient of the loss over ``spans``, added to ``.grad``.
@@ -115,9 +115,11 @@ def accumulate(
     weight_N = sum(f.abs() for f in factor)
     which = {t.objective.rows for t in terms}
     assert len(which) == 1, "objectives of one stage read the same rows"
-    head = model.projection(temperature, rounded)
+    head = model.lm_head(temperature, rounded)
     options = {
-        "rows_of": Raw if "token" in which else rows_class(kernel, model.device, head.wide),
+        "rows_of": ScalarRows
+        if "token" in which
+        else rows_class(kernel, model.device, head.logits_dtype),
         "size": rows_in(chunk_mib, head, *_in_chunk(layers, terms)),
         "taught": taught,
     }
@@ -134,17 +136,17 @@ def accumulate(
         order = last_of_each(teacher_NM[:, 0], torch.tensor(lengths)).tolist()
     for group, tokens_N in micro_batches(spans, micro_batch, model.device, order):
         packed = pack([spans[i] for i in group], model.pad, model.device, model.one_row)
-        out = model.trunk(**packed.inputs, **asked(inner, model))
+        out = model.backbone(**packed.inputs, **forward_kwargs(inner, model))
         hidden = out.last_hidden_state.flatten(0, 1)
         index_N = packed.prediction_N if "prediction" in which else packed.token_N
         kept_N = weight_N[tokens_N].nonzero()[:, 0]
         place_N = torch.zeros_like(kept_N)
         if teacher_NM is not None:
-            kept_N, place_N = by_teacher(kept_N, tokens_N, columns)
+            kept_N, place_N = order_by_teacher(kept_N, tokens_N, columns)
         where_N = tokens_N[kept_N]
         cut = pairs(columns, where_N, place_N)
         if inner:
-            options["inner_NLD"] = states(model, out, index_N[kept_N], inner)
+            options["inner_NLD"] = hidden_states(model, out, index_N[kept_N], inner)
         del out
         loss, found = weighted_sum(
             hidden[index_N[kept_N]],
@@ -169,7 +171,7 @@ def accumulate(
     return total, table, processed
 
 
-def _in_chunk(layers: Layers | None, terms: list[Term]) -> tuple[int, bool]:
+def _in_chunk(layers: Layers | None, terms: list[LossTerm]) -> tuple[int, bool]:
     """How many hidden states of a row are compared, and whether any logits are made."""
     return len(layers.chosen) if layers else 0, any(t.reads_logits for t in terms)
 
@@ -183,7 +185,7 @@ def step(
     Returns:
         The gradient norm before clipping, and whether the step was taken.
     """
-    parameters = [p for p in model.moved().values() if p.grad is not None]
+    parameters = [p for p in model.trainable_parameters().values() if p.grad is not None]
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf, foreach=True))
     taken = math.isfinite(norm) and math.isfinite(loss)
     if taken:

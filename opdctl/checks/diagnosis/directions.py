@@ -116,9 +116,9 @@ def look(
         steps["sampled"] = steps["reverse_kl"]
         gap_CV, p_CV = logq_CV - logp_CV, logp_CV.exp()
         p_CV = p_CV.scatter(-1, ids_CK, 0.0)
-        on_ids = (x.gather(-1, ids_CK) for x in (logp_CV, logq_CV))
+        logprobs_at = (x.gather(-1, ids_CK) for x in (logp_CV, logq_CV))
         beyond = ((p_CV * gap_CV.sign()).sum(-1), (p_CV * gap_CV**2).sum(-1))
-        parts.append(Seen(ids_CK, *on_ids, steps, *beyond))
+        parts.append(Seen(ids_CK, *logprobs_at, steps, *beyond))
     return Seen(
         *(torch.cat([getattr(p, n) for p in parts]) for n in ("ids_NK", "logp_NK", "logq_NK")),
         {name: torch.cat([p.steps[name] for p in parts]) for name in parts[0].steps},

@@ -66,7 +66,7 @@ def ask(pairing: Pairing, told: Callable[[str], None]) -> None:
     """
     for name in pairing.served:
         told(f"asking teacher {name} ({pairing.ctx.config.teachers[name].address})")
-        pairing.server(name, top_of(pairing.ctx.start().projection(1.0)))
+        pairing.server(name, top_of(pairing.ctx.start().lm_head(1.0)))
     for finding in services(pairing.ctx):
         if finding.severity == "error":
             raise StageFailed(finding.what, finding.do)
@@ -112,7 +112,7 @@ def by_server(
     told("log-probs of the student's answers")
     ctx, teacher = pairing.ctx, pairing.server(name)
     student = ctx.start()
-    head = student.projection(1.0)
+    head = student.lm_head(1.0)
     top = top_of(head)
     requests = [r.request for r in rollouts]
     how = {"temperature": 1.0, "micro_batch": ctx.runtime.micro_batch, "check": ctx.check}

@@ -41,7 +41,7 @@ class PaddedRows:
     @staticmethod
     def _rows(model) -> tuple[int, int]:
         """Rows of the head, ids of the tokenizer."""
-        model.projection()  # refuses a head that is not one linear layer
+        model.lm_head()  # refuses a head that is not one linear layer
         return model.head.out_features, 1 + max(model.tokenizer.get_vocab().values())
 
     @staticmethod

@@ -106,7 +106,7 @@ def estimated(
 
     ctx = pairing.ctx
     model = ctx.frozen(ctx.config.student)
-    k = top_of(model.projection())
+    k = top_of(model.lm_head())
     how = {"temperature": 1.0, "micro_batch": ctx.runtime.micro_batch, "check": ctx.check}
     ours = score(model, requests, want=("logprobs", "topk"), top=k, **how)
     theirs = pairing.server(name).score(requests, 1.0, ("listed" if lists else "logprobs",), k)
@@ -124,4 +124,4 @@ def compare(pairing: Pairing, name: str, requests: list) -> tuple[float, float, 
     models = [ctx.start(), ctx.frozen(pairing.teachers[name])]
     found, _ = compared(ctx, *models, requests, ctx.config.sampling.temperature)
     means = (float(found[what].mean()) for what in ("reverse", "overlap"))
-    return *means, top_of(models[0].projection())
+    return *means, top_of(models[0].lm_head())

@@ -27,12 +27,12 @@ class OnLayers:
     """What objectives share that bring the student's states to the teacher's on some layers."""
 
     @staticmethod
-    def also(config) -> tuple[str, ...]:
+    def needs_for(config) -> tuple[str, ...]:
         """The states of its layers, on both sides."""
         return both(config.layers)
 
     @staticmethod
-    def gives(config) -> str:
+    def kl_direction(config) -> str:
         """What of the teacher it brings the student to."""
         return "states"
 

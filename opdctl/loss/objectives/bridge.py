@@ -9,7 +9,7 @@ squares, so here it is solved (ours): ridge regression in float64, the ridge cho
 prompts among RIDGES times the mean square of a state's numbers. One pair of maps a layer and a
 teacher (ours). How well they fit what was held out stands in the log and in the first row of the
 metrics: ``bridge_r2``, ``bridge_fit`` (mean cosine), ``bridge_variance`` (of the teacher, in r
-directions). The head gets no gradient, see objectives/hidden.py: a stage with a divergence is
+directions). The head gets no gradient, see loss/objectives/hidden.py: a stage with a divergence is
 usually run after this one. Leaves out teachers of another tokenizer, and maps that go on learning
 (the paper found them worse).
 

@@ -73,12 +73,12 @@ class Divergence:
         return found
 
     @staticmethod
-    def also(config) -> tuple[str, ...]:
+    def needs_for(config) -> tuple[str, ...]:
         """What its support asks of a teacher."""
         return ("teacher.hidden",) if config.support == "full" else ON_TOP[config.support]
 
     @staticmethod
-    def gives(config) -> str:
+    def kl_direction(config) -> str:
         """Direction of the KL to the teacher whose gradient it has."""
         ends = {0.0: "forward", 1.0: "reverse"}  # what a jsd of these betas means, see above
         return ends.get(config.beta, "jsd") if config.direction == "jsd" else config.direction
@@ -97,7 +97,7 @@ class Divergence:
             from opdctl.kernels.topk import divergence_on
 
             tails = config.form in ("tail", "truncated")
-            top = view.on_top(config.support, config.k, config.overlap, tails)
+            top = view.topk(config.support, config.k, config.overlap, tails)
             how = (config.form, config.direction, config.beta, top.tails)
             value_C = divergence_on(top.logp_CK, top.logq_CK, top.keep_CK, *how)
             view.log("divergence", value_C)

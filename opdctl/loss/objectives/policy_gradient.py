@@ -19,7 +19,7 @@ class PolicyGradient:
     revision = 1
     needs = ("advantage", "old.logprobs")
     rows = "prediction"
-    own = True
+    on_policy_only = True
 
     @dataclass(kw_only=True)
     class Config(ObjectiveConfig):

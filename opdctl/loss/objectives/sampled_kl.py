@@ -29,7 +29,7 @@ class SampledKl:
     revision = 1
     needs = ("teacher.logprobs",)
     rows = "prediction"
-    own = True
+    on_policy_only = True
 
     @dataclass(kw_only=True)
     class Config(ObjectiveConfig):
@@ -62,7 +62,7 @@ class SampledKl:
         return found
 
     @staticmethod
-    def gives(config) -> str:
+    def kl_direction(config) -> str:
         """Direction of the KL to the teacher whose gradient it has."""
         return config.direction
 

@@ -35,12 +35,12 @@ class TopkPg:
         )
 
     @staticmethod
-    def also(config) -> tuple[str, ...]:
+    def needs_for(config) -> tuple[str, ...]:
         """What its support asks of a teacher."""
         return ON_TOP[config.support]
 
     @staticmethod
-    def gives(config) -> str:
+    def kl_direction(config) -> str:
         """Direction of the KL to the teacher whose gradient it has."""
         return "reverse"
 
@@ -52,7 +52,7 @@ class TopkPg:
         """Shape [C]; its value is the weighted log-ratio at p = p_old."""
         import torch
 
-        top = view.on_top(self.config.support, self.config.k)
+        top = view.topk(self.config.support, self.config.k)
         old_CK = top.logp_CK.detach()
         by = {"student": old_CK, "teacher": top.logq_CK, "none": None}[self.config.weighting]
         if by is None:

@@ -23,7 +23,7 @@ class TopkTail:
     revision = 1
     needs = ()  # all depend on its keys
     rows = "prediction"
-    own = True
+    on_policy_only = True
 
     @dataclass(kw_only=True)
     class Config(ObjectiveConfig):
@@ -43,12 +43,12 @@ class TopkTail:
         return [Problem("", what, "updates_per_rollout=1 and minibatches=1, or divergence")]
 
     @staticmethod
-    def also(config) -> tuple[str, ...]:
+    def needs_for(config) -> tuple[str, ...]:
         """What its support asks of a teacher."""
         return ON_TOP[config.support]
 
     @staticmethod
-    def gives(config) -> str:
+    def kl_direction(config) -> str:
         """Direction of the KL to the teacher whose gradient it has."""
         return "reverse"
 
@@ -60,7 +60,7 @@ class TopkTail:
         """Shape [C]; its value is an unbiased estimate of the divergence and may be negative."""
         import torch
 
-        top = view.on_top(self.config.support, self.config.k)
+        top = view.topk(self.config.support, self.config.k)
         gap_CK = torch.where(top.keep_CK, top.logp_CK.detach() - top.logq_CK, 0.0)
         head_C = (top.logp_CK.exp() * gap_CK).sum(-1)
         logprob_C = view.logprob_C.detach()

@@ -46,7 +46,7 @@ class Extrapolation:
         format_steps: int = key(3, "steps in a row before lambda is lowered", least=1)
 
     @staticmethod
-    def also(config) -> tuple[str, ...]:
+    def needs_for(config) -> tuple[str, ...]:
         """What the guard needs."""
         neutral, reference = ("teacher.modal",), ("teacher.modal", "reference.modal")
         return {"none": (), "neutral": neutral, "reference": reference}[config.guard]
@@ -86,7 +86,7 @@ class Extrapolation:
         return found
 
     @staticmethod
-    def gives(config) -> str:
+    def kl_direction(config) -> str:
         """Direction of the KL to the teacher whose gradient it has."""
         return "reverse"
 

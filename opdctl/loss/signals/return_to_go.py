@@ -48,7 +48,7 @@ class ReturnToGo:
         return found
 
     @staticmethod
-    def gives(config) -> str:
+    def kl_direction(config) -> str:
         """Direction of the KL to the teacher whose gradient it has."""
         return "reverse" if config.own else ""
 

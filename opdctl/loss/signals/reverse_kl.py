@@ -48,7 +48,7 @@ class ReverseKl:
         return [Problem("estimator", what, "estimator=k1, or the objective sampled_kl")]
 
     @staticmethod
-    def gives(config) -> str:
+    def kl_direction(config) -> str:
         """Direction of the KL to the teacher whose gradient it has."""
         return "reverse"
 

@@ -27,4 +27,4 @@ class Confidence:
         """Shape [N], from 0 to 1."""
         import math
 
-        return 1 - step.columns["teacher_entropy"] / math.log(step.model.projection().valid_V)
+        return 1 - step.columns["teacher_entropy"] / math.log(step.model.lm_head().valid_V)

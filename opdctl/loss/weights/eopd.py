@@ -38,7 +38,7 @@ class Eopd:
         )
 
     @staticmethod
-    def also(config) -> tuple[str, ...]:
+    def needs_for(config) -> tuple[str, ...]:
         """Whose entropy."""
         return ("teacher.entropy",) if config.over == "vocabulary" else ("teacher.listed_entropy",)
 

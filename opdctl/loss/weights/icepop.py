@@ -16,7 +16,7 @@ class Icepop:
     """Trainer over sampler at the old weights inside [low, high], 0 outside (IcePop)."""
 
     revision = 1
-    ratio = True  # of trainer to sampler: one of these on an objective
+    is_importance_weight = True  # of trainer to sampler: one of these on an objective
     needs = ("behaviour.logprobs", "old.logprobs")
 
     @dataclass(kw_only=True)

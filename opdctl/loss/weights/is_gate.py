@@ -16,7 +16,7 @@ class IsGate:
     """pi / mu inside [low, high], 0 outside (MiMo)."""
 
     revision = 1
-    ratio = True  # of trainer to sampler: one of these on an objective
+    is_importance_weight = True  # of trainer to sampler: one of these on an objective
     needs = ("behaviour.logprobs",)
 
     @dataclass(kw_only=True)

@@ -28,7 +28,7 @@ class OutcomeGate:
         on: Literal["wrong", "right"] = key("wrong", "which rollouts count")
 
     @staticmethod
-    def side(config) -> str:
+    def lets_through(config) -> str:
         """Which rollouts it lets through."""
         return config.on
 

@@ -42,7 +42,7 @@ class Overlap:
         base: float = key(0.5, "added to the decay: the weight of what is pruned", least=0)
 
     @staticmethod
-    def also(config) -> tuple[str, ...]:
+    def needs_for(config) -> tuple[str, ...]:
         """What it needs with these keys."""
         if config.by == "nucleus":
             return ("teacher.above",)

@@ -15,7 +15,7 @@ class Pop:
     """Trainer over sampler at the old weights, inside [1/beta, beta], else 0 (GLM-5)."""
 
     revision = 1
-    ratio = True  # of trainer to sampler: one of these on an objective
+    is_importance_weight = True  # of trainer to sampler: one of these on an objective
     needs = ("behaviour.logprobs", "policy.logprobs")
 
     @dataclass(kw_only=True)

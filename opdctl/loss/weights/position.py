@@ -37,6 +37,6 @@ class Position:
         """Shape [N]."""
         place_N, length_N = step.places()
         config = self.config
-        z_N = ((place_N + 1).to(step.model.wide) / length_N - config.middle) / config.slope
+        z_N = ((place_N + 1).to(step.model.logits_dtype) / length_N - config.middle) / config.slope
         z_N = z_N if config.shape == "late" else -z_N
         return config.least + (1 - config.least) * z_N.sigmoid()

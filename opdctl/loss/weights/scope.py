@@ -47,7 +47,7 @@ class Scope:
         return []
 
     @staticmethod
-    def side(config) -> str:
+    def lets_through(config) -> str:
         """Which rollouts it lets through."""
         return config.path
 

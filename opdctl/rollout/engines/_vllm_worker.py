@@ -1,7 +1,7 @@
 """What the worker of a vLLM server imports by name: an extension, and a mask of padded rows.
 
-Importing it makes the weight-transfer backend known in that process. ``engines/_vllm_serve.py``
-starts a server with it.
+Importing it makes the weight-transfer backend known in that process.
+``rollout/engines/_vllm_serve.py`` starts a server with it.
 """
 
 from opdctl.rollout.engines._vllm_parts import mask_padding, register_backend

@@ -73,9 +73,9 @@ class Transformers:
         import numpy as np
 
         for model in [self.model, *(self.blend or ())[:1]]:
-            if not model.steady and not reads_additive(model):
+            if not model.sampling_checked and not reads_additive(model):
                 require_own_states(model)
-            model.steady = True
+            model.sampling_checked = True
         samples: list[Sample] = []
         for start in range(0, len(prompts), self.wave):
             part = slice(start, start + self.wave)
@@ -132,7 +132,7 @@ class Transformers:
             for t in range(max_tokens):
                 self.check()
                 last = [
-                    m.trunk(**inputs, past_key_values=cache, use_cache=True)
+                    m.backbone(**inputs, past_key_values=cache, use_cache=True)
                     for m, cache in zip(models, caches, strict=True)
                 ]
                 last = [out.last_hidden_state[:, -1] for out in last]
@@ -215,7 +215,9 @@ def require_own_states(model) -> None:
     with torch.inference_mode():
         for prompt, sample in zip(prompts, samples, strict=True):
             ids_1T = torch.tensor([[*prompt, *sample.ids]], device=model.device)
-            rows = model.trunk(ids_1T, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
+            rows = model.backbone(ids_1T, use_cache=False).last_hidden_state[
+                0, len(prompt) - 1 : -1
+            ]
             own = model.logits(rows).log_softmax(-1).gather(-1, ids_1T[0, len(prompt) :, None])
             drawn = torch.tensor(sample.logprobs, device=own.device)
             gap = max(gap, float((own[:, 0] - drawn).abs().max()))

@@ -76,7 +76,11 @@ class Vllm:
             for name, source in sources.items():
                 place = f"stages.{stage}.sources.{name}"
                 places[f"{place}.sampling"] = getattr(source, "sampling", None)
-                if name == "mixture" and source.teacher and member("sources", name).own(source):
+                if (
+                    name == "mixture"
+                    and source.teacher
+                    and member("sources", name).student_share(source)
+                ):
                     what = "one vllm engine a stage, and two models sample here"
                     found.append(Problem(f"{place}.teacher", what, "runtime.engine=transformers"))
             room = recipe.runtime.engine_args.get("max_model_len")
@@ -107,8 +111,10 @@ class Vllm:
                     hint = "of one shape they do so in place; another starts vllm again each time"
                     found.append(Problem(f"stages.{stage}.sources.{name}", what, hint))
             for name, keys in getattr(config, "objectives", {}).items():
-                own = keys.coef and getattr(member("objectives", name), "own", False)
-                if own and not any(getattr(member("weights", w), "ratio", 0) for w in keys.weights):
+                own = keys.coef and getattr(member("objectives", name), "on_policy_only", False)
+                if own and not any(
+                    getattr(member("weights", w), "is_importance_weight", 0) for w in keys.weights
+                ):
                     path = f"stages.{stage}.objectives.{name}.weights"
                     what = "vllm's log-probs are not the trainer's, and nothing corrects for it"
                     found.append(Problem(path, what, "weights={truncated: {}}"))

@@ -26,7 +26,7 @@ class Model:
                 self.ctx.check()
                 model = self.model
                 packed = pack([spans[i] for i in group], model.pad, model.device, model.one_row)
-                hidden = model.trunk(**packed.inputs).last_hidden_state.flatten(0, 1)
+                hidden = model.backbone(**packed.inputs).last_hidden_state.flatten(0, 1)
                 score_N = self.model.head(hidden[packed.token_N])[:, 0].float()
                 right_B = last_of_each(score_N, packed.length_B).sigmoid().tolist()
                 for i, right in zip(group, right_B, strict=True):

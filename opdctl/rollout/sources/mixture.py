@@ -29,7 +29,7 @@ class Mixture:
 
     revision = 1  # to be raised with that of dataset too, which only this one names
     samples_from = "mixture"
-    behaviour = False
+    has_logprobs = False
 
     @dataclass(kw_only=True)
     class Config:
@@ -46,7 +46,7 @@ class Mixture:
         )
 
     @staticmethod
-    def own(config) -> float:
+    def student_share(config) -> float:
         """Share of the rollouts that the student samples: between first and last, if it changes."""
         return config.student + (config.teacher / 2 if config.decay < 1 else 0)
 
@@ -76,7 +76,7 @@ class Mixture:
         if config.student or config.decay < 1:
             self.parts["student"] = member("sources", "student")(None, ctx, model)
         if config.teacher:
-            self.parts["teacher"] = Taught(ctx, model)
+            self.parts["teacher"] = TeacherCache(ctx, model)
         if config.dataset:
             keys = config_of("sources", "dataset")
             self.parts["dataset"] = member("sources", "dataset")(keys, ctx, model)
@@ -112,7 +112,7 @@ class Mixture:
         return rollouts
 
 
-class Taught:
+class TeacherCache:
     """Samples of the stage's teachers, each for its domains, under the student's prompt."""
 
     samples_from = "teacher"

@@ -13,14 +13,14 @@ class Student:
 
     revision = 1
     samples_from = "student"
-    behaviour = True
+    has_logprobs = True
 
     @dataclass(kw_only=True)
     class Config:
         """No keys: what is sampled stands in ``prompts`` and ``sampling``."""
 
     @staticmethod
-    def own(config) -> float:
+    def student_share(config) -> float:
         """Share of the rollouts that the student samples."""
         return 1.0
 

@@ -2,8 +2,8 @@
 
 With ``keep: verified`` only answers that the verifier passes are kept (rejection sampling), which
 is how Qwen3 and GLM-5 make cold-start data. Texts are re-encoded with the student's tokenizer, and
-told in its chat template (``chat/retold.py``), so a model behind an API (``http://host:8000``) can
-be the teacher too.
+told in its chat template (``models/chat/retold.py``), so a model behind an API
+(``http://host:8000``) can be the teacher too.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class TeacherMixed:
 
     revision = 1
     samples_from = "mixture"
-    behaviour = True
+    has_logprobs = True
     engines = ("transformers",)
 
     @dataclass(kw_only=True)
@@ -36,7 +36,7 @@ class TeacherMixed:
         alpha: float = key(0.2, "the teacher's share in every token", least=0, most=0.99)
 
     @staticmethod
-    def own(config) -> float:
+    def student_share(config) -> float:
         """Share of the rollouts that the student samples: none, unless alpha is 0."""
         return float(config.alpha == 0)
 

@@ -41,7 +41,7 @@ class Local:
     def head(self, temperature: float, rounded: bool):
         """Its head. Where its weights may be evicted only its shape: the weight of the head is in
         host memory for a GPU, for a CPU on disk at ``stored``."""
-        head = self.model.projection(temperature, rounded)
+        head = self.model.lm_head(temperature, rounded)
         if not self.ctx.runtime.resident_teachers:
             return head
         if head.weight_VD.is_cuda:

@@ -109,7 +109,9 @@ class Server:
                     if np.isfinite(found[q]["logprobs"]).all():
                         self.ctx.wal.put(q, found[q])
         whole = {n: np.concatenate([found[q][n] for q in keys]) for n in ("logprobs", "ids")}
-        values_NJ = torch.from_numpy(whole["logprobs"]).to(self.student.device, self.student.wide)
+        values_NJ = torch.from_numpy(whole["logprobs"]).to(
+            self.student.device, self.student.logits_dtype
+        )
         ids_NK = torch.from_numpy(whole["ids"]).to(self.student.device)
         scores = Scores(values_NJ[:, 0])
         if k:
