@@ -84,7 +84,7 @@ def ours(beta, chunk_mib=0, kernel="auto", teachers=1, overlap=False):
             [(LossTerm(Divergence(config)), torch.full((n,), 1 / n, device=head.device))],
             rows_of=rows_class(kernel, head.device),
             size=rows_in(chunk_mib, mine),
-            taught=TeacherCache(held, head.device),
+            teacher_cache=TeacherCache(held, head.device),
         )
         return total
 

@@ -113,7 +113,7 @@ def child(name, tokens, vocab, tied, repeats):
             temperature=1.0,
             micro_batch=4,
             chunk_mib=0,
-            taught=taught,
+            teacher_cache=taught,
             layers=layers,
         )
         update.step(student, optimizer, 1e-5, 1.0)

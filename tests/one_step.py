@@ -88,7 +88,7 @@ class First:
             temperature=self.parts.temperature,
             micro_batch=micro_batch,
             chunk_mib=0,
-            taught=self.step.teacher_cache,
+            teacher_cache=self.step.teacher_cache,
             layers=self.parts.layers,
         )
         grads = [p.grad.flatten() for p in self.model.net.parameters() if p.grad is not None]

@@ -155,7 +155,7 @@ def test_loss_and_gradient_are_those_of_autograd(unit, float64):
                 temperature=1.0,
                 micro_batch=micro_batch,
                 chunk_mib=0,
-                taught=taught,
+                teacher_cache=taught,
                 layers=layers,
             )
         finally:

@@ -54,7 +54,7 @@ def divergence(hidden, head, taught, columns, weight, *, level="chunked", size=3
         [(LossTerm(Divergence(config)), weight)],
         rows_of=LEVELS[level],
         size=size,
-        taught=taught,
+        teacher_cache=taught,
     )
 
 
@@ -195,7 +195,14 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(objective, trained):
     )
     with Largest() as largest, hooks:
         total, _ = weighted_sum(
-            hidden, head, target, columns, terms, rows_of=chunked.Rows, size=size, taught=taught
+            hidden,
+            head,
+            target,
+            columns,
+            terms,
+            rows_of=chunked.Rows,
+            size=size,
+            teacher_cache=taught,
         )
         total.backward()
     assert max(kept) <= N * D  # of tokens x hidden, never tokens x vocabulary
@@ -219,7 +226,7 @@ def test_hidden_rows_alone_and_beside_the_head(unit):
         terms += [(LossTerm(Nll(Nll.Config())), weight)] if beside else []
         columns, target = columns_of(torch.zeros(9, dtype=torch.long)), torch.arange(9)
         total, _ = weighted_sum(
-            hidden, head, target, columns, terms, rows_of=chunked.Rows, size=4, taught=taught
+            hidden, head, target, columns, terms, rows_of=chunked.Rows, size=4, teacher_cache=taught
         )
         total.backward()
         ours = hidden.grad, head.weight_VD.grad
@@ -277,7 +284,7 @@ def test_two_objectives_in_one_pass_are_the_sum_of_each(level, wide):
             [(LossTerm(together()[name]), weight) for name in names],
             rows_of=LEVELS[level],
             size=3,
-            taught=TeacherCache([held], CPU),
+            teacher_cache=TeacherCache([held], CPU),
         )
         total.backward()
         of_head = head.weight_VD.grad

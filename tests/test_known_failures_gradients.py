@@ -131,7 +131,7 @@ def compared(hidden, held, head, **keys):
         [(LossTerm(Divergence(Divergence.Config(**keys))), torch.ones(len(hidden)))],
         rows_of=chunked.Rows,
         size=100,
-        taught=TeacherCache([held], torch.device("cpu")),
+        teacher_cache=TeacherCache([held], torch.device("cpu")),
     )
     return table["divergence"].double(), torch.autograd.grad(total, hidden)[0].double()
 

@@ -38,7 +38,7 @@ def expectation(objective, columns_for):
             [(LossTerm(objective), torch.ones(N, dtype=torch.float64))],
             rows_of=chunked.Rows,
             size=4,
-            taught=taught,
+            teacher_cache=taught,
         )
         (grad,) = torch.autograd.grad(total, hidden)
         mean += p[:, v, None].exp() * grad

@@ -63,7 +63,7 @@ def trained(student, spans, step, minibatches=1):
             temperature=TEMPERATURE,
             micro_batch=2,
             chunk_mib=1,
-            taught=step.teacher_cache,
+            teacher_cache=step.teacher_cache,
         )
         grads = [p.grad.flatten() for p in student.net.parameters()]
         found.append((sequences, torch.cat(grads)))

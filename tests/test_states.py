@@ -127,7 +127,7 @@ def ours(model, spans, teachers, *, masks=(), micro_batch=0, rows=0, **keys):
             temperature=1.0,
             micro_batch=micro_batch,
             chunk_mib=0,
-            taught=taught,
+            teacher_cache=taught,
             layers=layers,
         )
     finally:

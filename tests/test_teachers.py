@@ -50,7 +50,7 @@ def test_pooled_is_the_weighted_sum_over_teachers(model64, options):
         columns,
         terms,
         temperature=1.0,
-        taught=taught,
+        teacher_cache=taught,
         **{"micro_batch": 0, "chunk_mib": 0, **options},
     )
     ours = torch.cat([p.grad.flatten() for p in model64.net.parameters()])
@@ -109,7 +109,7 @@ def test_loads_per_minibatch_are_its_teachers(model64, micro_batch, keys, form):
             temperature=1.0,
             micro_batch=micro_batch,
             chunk_mib=1,
-            taught=taught,
+            teacher_cache=taught,
         )
         assert taught.loads == 3 * times
 

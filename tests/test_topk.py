@@ -94,7 +94,7 @@ def run(objective, hidden, head, taught, target=None, weight=None, level="chunke
         [(LossTerm(objective), weight)],
         rows_of=LEVELS[level],
         size=size,
-        taught=taught,
+        teacher_cache=taught,
     )
 
 

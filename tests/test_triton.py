@@ -121,7 +121,7 @@ def test_whole_loss_in_chunks(both):
             terms,
             rows_of=level,
             size=3,
-            taught=taught,
+            teacher_cache=taught,
         )
         total.backward()
         found.append(

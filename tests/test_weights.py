@@ -35,7 +35,7 @@ def step_of(lengths, right=None, groups=None, ids=None, done=0, steps=10, **colu
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     tokenizer = SimpleNamespace(get_vocab=lambda: {"<think>": 7}, all_special_ids=[0, 2])
     model = SimpleNamespace(
-        wide=torch.float64, tokenizer=tokenizer, projection=lambda: SimpleNamespace(valid_V=4)
+        logits_dtype=torch.float64, tokenizer=tokenizer, lm_head=lambda: SimpleNamespace(valid_V=4)
     )
     found = {k: tensor(v) for k, v in columns.items()}
     step = Step(rollouts, found, owner, model=model, steps=steps)

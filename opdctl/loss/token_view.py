@@ -105,11 +105,11 @@ class TokenView:
         chunk: Chunk,
         target_C: Tensor,
         columns: dict,
-        taught: TeacherCache | None,
+        teacher_cache: TeacherCache | None,
         layers: Layers = LAST,
     ) -> None:
         self.chunk, self.target_C = chunk, target_C
-        self.columns, self.teacher_cache, self.layers = columns, taught, layers
+        self.columns, self.teacher_cache, self.layers = columns, teacher_cache, layers
         self.logged: dict[str, Tensor] = {}
 
     @property
@@ -242,7 +242,7 @@ def weighted_sum(
     *,
     rows_of: type,
     size: int,
-    taught: TeacherCache | None = None,
+    teacher_cache: TeacherCache | None = None,
     layers: Layers = LAST,
     inner_NLD: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -265,7 +265,7 @@ def weighted_sum(
 
     def loss_of(chunk: Chunk, part: slice) -> Tensor:
         cut = {name: column[part] for name, column in columns.items()}
-        view = TokenView(chunk, target_N[part], cut, taught, layers)
+        view = TokenView(chunk, target_N[part], cut, teacher_cache, layers)
         loss_C = 0.0
         for term, weight_N in terms:
             part_C = weight_N[part] * term.objective.loss(view)

@@ -33,7 +33,7 @@ def score_by_teachers(
     compute: Compute,
     ours_NK: Tensor | None,
 ) -> None:
-    """Ask each rollout's teachers: the columns ``teacher`` and ``teacher_*``, and ``step.taught``.
+    """Ask each rollout's teachers; fill ``teacher``, ``teacher_*`` and ``step.teacher_cache``.
 
     Args:
         requests: of the rollouts, in their order.

@@ -197,7 +197,7 @@ class TeacherCache:
 def reverse_kl(
     hidden_ND: Tensor,
     head: Head,
-    taught: TeacherCache,
+    teacher_cache: TeacherCache,
     columns: dict[str, Tensor],
     *,
     rows_of: type,
@@ -220,7 +220,7 @@ def reverse_kl(
         index_N, row_N = index_NM[:, place], row_NM[:, place]
         for at_C in index_N.argsort(stable=True).split(size):
             rows = rows_of(head.logits(hidden_ND[at_C]), head.operand)
-            teacher_CV = taught.logits(index_N[at_C], row_N[at_C])
+            teacher_CV = teacher_cache.logits(index_N[at_C], row_N[at_C])
             ids_CK = rows.top(min(top, head.valid_V) or 1)
             if top:
                 pair = (rows.at(ids_CK, leaf=False), teacher_CV.gather(-1, ids_CK))

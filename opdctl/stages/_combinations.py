@@ -125,7 +125,7 @@ def source_problems(config, recipe) -> list[Problem]:
 def _own_samples(config) -> list[Problem]:
     """Objectives whose expectation is over the student's next token, on samples of others."""
     name, cls, keys = _source(config)
-    if cls is None or cls.own(keys) == 1:
+    if cls is None or cls.student_share(keys) == 1:
         return []
     found = []
     for objective, settings in config.objectives.items():
@@ -150,7 +150,7 @@ def _imitation(config) -> list[Problem]:
     """Nll on samples of the student: without a choice by outcome its expected gradient is zero, and
     with the wrong choice it learns its failures."""
     nll, (_, cls, keys) = config.objectives.get("nll"), _source(config)
-    if nll is None or not nll.coef or (cls is not None and cls.own(keys) == 0):
+    if nll is None or not nll.coef or (cls is not None and cls.student_share(keys) == 0):
         return []
     sides = set(_sides(nll).values())
     if "right" in sides:

@@ -146,7 +146,7 @@ def _gradient(ctx, model, parts, step, term) -> tuple[torch.Tensor, int]:
         chunk_mib=runtime.chunk_mib,
         kernel=runtime.kernel,
         rounded=runtime.rounded_logits,
-        taught=step.teacher_cache,
+        teacher_cache=step.teacher_cache,
         layers=parts.layers,
     )
     flat = [  # an expert that no token went to has none

@@ -276,7 +276,7 @@ class Loop:
                     chunk_mib=runtime.chunk_mib,
                     kernel=runtime.kernel,
                     rounded=runtime.rounded_logits,
-                    taught=step.teacher_cache,
+                    teacher_cache=step.teacher_cache,
                     layers=self.parts.layers,
                 )
                 clip = self.optim.clip_norm

@@ -80,15 +80,16 @@ class TrainSetup:
 class Step:
     """All rollouts of one step and their per-token columns, flat and in their order.
 
-    ``taught`` holds a head and hidden rows of each teacher asked; the columns ``teacher_index`` and
-    ``teacher_row``, [N, M], say which rows of which teachers belong to a token. ``model`` is the
-    policy, for its tokenizer and vocabulary; ``done`` of ``steps`` optimizer steps are taken.
+    ``teacher_cache`` holds a head and hidden rows of each teacher asked; the columns
+    ``teacher_index`` and ``teacher_row``, [N, M], say which rows of which teachers belong to a
+    token. ``model`` is the policy, for its tokenizer and vocabulary; ``done`` of ``steps``
+    optimizer steps are taken.
     """
 
     rollouts: list[Rollout]
     columns: dict[str, Tensor]
     sequence_N: Tensor
-    taught: TeacherCache | None = None
+    teacher_cache: TeacherCache | None = None
     model: Model | None = None
     steps: int = 1
 

@@ -90,7 +90,7 @@ def accumulate(
     chunk_mib: int,
     kernel: str = "auto",
     rounded: bool = False,
-    taught: TeacherCache | None = None,
+    teacher_cache: TeacherCache | None = None,
     layers: Layers | None = None,
 ) -> tuple[float, dict, int]:
     """Gradient of the loss over ``spans``, added to ``.grad``.
@@ -100,7 +100,7 @@ def accumulate(
         columns: per-token vectors, [N], in the order of the spans.
         kernel: level of the row pass, see kernels/select.py.
         rounded: logits rounded to bfloat16.
-        taught: teachers for the columns teacher_index and teacher_row.
+        teacher_cache: teachers for the columns teacher_index and teacher_row.
         layers: whose hidden states are compared; none of a layer before the last if not given.
 
     Returns:
@@ -121,7 +121,7 @@ def accumulate(
         if "token" in which
         else rows_class(kernel, model.device, head.logits_dtype),
         "size": rows_in(chunk_mib, head, *_in_chunk(layers, terms)),
-        "taught": taught,
+        "teacher_cache": teacher_cache,
     }
     inner = ()
     if layers is not None:

@@ -53,7 +53,7 @@ class Bridge(OnLayers):
 
     def __init__(self, config) -> None:
         self.config, self.which = config, text_of(config.layers)
-        self.needs = self.also(config)
+        self.needs = self.needs_for(config)
         self.maps: dict[str, tuple] = {}  # P_S, P_T and the mean of each teacher: [L, ...]
 
     def fit(self, pairs: Iterator) -> dict[str, float]:

@@ -84,7 +84,7 @@ class Divergence:
         return ends.get(config.beta, "jsd") if config.direction == "jsd" else config.direction
 
     def __init__(self, config) -> None:
-        self.config, self.needs = config, self.also(config)
+        self.config, self.needs = config, self.needs_for(config)
         ids = math.inf if config.support == "full" else config.k
         self.compares = ids if config.overlap else 0
 

@@ -4,11 +4,12 @@ OPRD (arXiv 2606.06021): the mean over the layers of 1/d |h_S - sg h_T|^2, d the
 student's own tokens, at the rows that predict them (the authors' code takes the rows that have seen
 them). Which row of which layer, and what stands beside it in a teacher of another depth, is in
 models/hidden_layers.py; which tokens is a weight (``window``). ``unit`` divides each state by its
-length first, as the authors' released code does and their formula does not: about d times smaller, so it
-wants a coef of 100 to 1000. The head is not read on either side and gets no gradient; a tied one
-moves all the same, through the embedding, and no loss sees what that does to its logits. So a stage
-with a divergence is usually run after this one, or both are summed: L_OPD + mu L_rep has mu as
-``coef``. Pooled teachers: the sum over them. Leaves out unequal widths (loss/objectives/bridge.py).
+length first, as the authors' released code does and their formula does not: about d times smaller,
+so it wants a coef of 100 to 1000. The head is not read on either side and gets no gradient; a
+tied one moves all the same, through the embedding, and no loss sees what that does to its logits.
+So a stage with a divergence is usually run after this one, or both are summed: L_OPD + mu L_rep has
+mu as ``coef``. Pooled teachers: the sum over them. Leaves out unequal widths
+(loss/objectives/bridge.py).
 
     opdctl stage opd --student DIR --teacher math=DIR --method oprd
 """
@@ -45,7 +46,7 @@ class Hidden(OnLayers):
 
     def __init__(self, config) -> None:
         self.config, self.which = config, text_of(config.layers)
-        self.needs = self.also(config)
+        self.needs = self.needs_for(config)
 
     def loss(self, view):
         """Shape [C].

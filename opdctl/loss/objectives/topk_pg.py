@@ -45,7 +45,7 @@ class TopkPg:
         return "reverse"
 
     def __init__(self, config) -> None:
-        self.config, self.needs = config, self.also(config)
+        self.config, self.needs = config, self.needs_for(config)
         self.compares = config.k  # of as many ids it can log the overlap
 
     def loss(self, view):

@@ -92,7 +92,7 @@ class Extrapolation:
 
     def __init__(self, config, ctx) -> None:
         self.config, self.ctx = config, ctx
-        self.needs = (*self.needs, *self.also(config))
+        self.needs = (*self.needs, *self.needs_for(config))
         self._state = {"share": 1.0, "first": -1.0, "low": 0}
         self.logged: dict[str, float] = {}
 

@@ -52,7 +52,7 @@ class Eopd:
         return [Problem("over", what, "objectives: {divergence: {support: topk_teacher, k: 16}}")]
 
     def __init__(self, config) -> None:
-        self.config, self.needs = config, self.also(config)
+        self.config, self.needs = config, self.needs_for(config)
 
     def factor(self, step):
         """Shape [N]; of pooled teachers the mean entropy decides."""

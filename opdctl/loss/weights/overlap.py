@@ -71,7 +71,7 @@ class Overlap:
 
     def __init__(self, config) -> None:
         self.config = config
-        self.needs = self.also(config)
+        self.needs = self.needs_for(config)
         self.logged = {}
 
     def bad(self, step):

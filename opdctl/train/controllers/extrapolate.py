@@ -5,7 +5,8 @@ W_t + 2 k (W_t - W_{t/2}), k = 1, 2, .. 5 in turn (first: W_1 - W_0). Each is sc
 set of training prompts and kept as long as it is no worse than the best before it; at the first
 that is, the weights go back to the best, to the bit. Moments are not touched; the next direction
 is measured from what was kept. Adapters move in product space (``models/extrapolation.py``). Costs
-a copy of what moves in host memory and in every checkpoint, and while it scores a second one in memory.
+a copy of what moves in host memory and in every checkpoint, and while it scores a second one in
+memory.
 
 The prompts are drawn once, in the stage's shares; they are answered at the stage's temperature,
 one response each, with the same draws for every candidate of a step, so scores are compared prompt
