@@ -71,6 +71,7 @@ def child(name, tokens, vocab, tied, repeats):
     from opdctl.config.settings import Optim
     from opdctl.loss.token_view import LossTerm
     from opdctl.models.hidden_layers import layers_of
+    from opdctl.scoring.asks import Asks, Pass
     from opdctl.scoring.score import score
     from opdctl.scoring.teacher_cache import CachedTeacher, TeacherCache
     from opdctl.train import update
@@ -93,11 +94,12 @@ def child(name, tokens, vocab, tied, repeats):
         ids_BT = torch.randint(0, vocab, (count, prompt + length), generator=generator)
         spans = [ScoreRequest(tuple(ids), prompt) for ids in ids_BT.tolist()]
         before = time.process_time()
-        found = score(teacher, spans, temperature=1.0, want=want, layers=layers)
+        found = score(teacher, spans, Asks.of(*want, layers=layers))
         N, seconds = count * length, [time.process_time() - before]
         columns, taught = {"advantage": torch.randn(N, generator=generator)}, None
         if found.hidden_ND is not None:
-            of = (found.hidden_ND, found.lse_N, found.top_NK, found.entropy_N)
+            numbers = found.per_token
+            of = (found.hidden_ND, numbers.get("lse"), found.top_NK, numbers.get("entropy"))
             head = None if kind in ("hidden", "bridge") else teacher.lm_head()
             taught = TeacherCache(
                 [CachedTeacher(head, *of, None, found.inner_NLD, "t")], torch.device("cpu")
@@ -110,11 +112,9 @@ def child(name, tokens, vocab, tied, repeats):
             spans,
             columns,
             [LossTerm(objective)],
-            temperature=1.0,
-            micro_batch=4,
-            chunk_mib=0,
-            teacher_cache=taught,
-            layers=layers,
+            Pass(micro_batch=4),
+            taught,
+            layers,
         )
         update.step(student, optimizer, 1e-5, 1.0)
         return [*seconds, time.process_time() - before]

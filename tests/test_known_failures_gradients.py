@@ -29,7 +29,7 @@ def enumerated(stage, on_disk, column, **keys):
         prompt = ctx.prompts("sums", "train")[0]
         ids = model.render(prompt.text)
         request = [ScoreRequest((*ids, v), len(ids)) for v in range(model.valid_V)]
-        logprob = score(model, request, temperature=1.0).logprobs_N.tolist()
+        logprob = score(model, request).logprobs_N.tolist()
         return [Rollout(prompt, ids, [v], [p], group=v) for v, p in enumerate(logprob)]
 
     first = First(ctx, each_token)

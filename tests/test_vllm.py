@@ -16,6 +16,7 @@ from opdctl.recipe.recipe import resolve
 from opdctl.rollout.engines.transformers import Transformers
 from opdctl.rollout.engines.vllm import Vllm, _imported
 from opdctl.run.rundir import RunDir, read_rows
+from opdctl.scoring.asks import Pass
 from opdctl.scoring.score import score
 from opdctl.train.wal import Wal
 from opdctl.types import ScoreRequest
@@ -75,7 +76,7 @@ def ask(engine, model, temperature=1.0, keys=None, max_tokens=8, times=6):
 def gap(model, prompts, samples, temperature=1.0):
     """The largest distance between the sampler's log-probs and the trainer's."""
     spans = [ScoreRequest((*p, *s.ids), len(p)) for p, s in zip(prompts, samples, strict=True)]
-    ours = score(model, spans, temperature=temperature).logprobs_N
+    ours = score(model, spans, run=Pass(temperature=temperature)).logprobs_N
     theirs = torch.tensor([v for s in samples for v in s.logprobs])
     return float((ours - theirs).abs().max())
 
@@ -339,7 +340,7 @@ def test_candidates_are_published_and_the_limit_moves(tmp_path):
     real, gaps = ctx.verify, []
 
     def verify(rollouts):  # asked in validations alone, on the candidate as it stands
-        found = score(ctx._engine.model, [r.request for r in rollouts], temperature=1.0)
+        found = score(ctx._engine.model, [r.request for r in rollouts])
         drawn = torch.tensor([v for r in rollouts for v in r.behaviour_logprobs])
         gaps.append(float((found.logprobs_N - drawn).abs().max()))
         return real(rollouts)

@@ -28,6 +28,7 @@ from opdctl.kernels.chunks import rows_in
 from opdctl.kernels.head import Head
 from opdctl.kernels.topk import overlap_numbers
 from opdctl.remote.endpoint import START, NoAnswer
+from opdctl.scoring.asks import LOGPROBS, Asks, Pass
 from opdctl.scoring.overlap import top_of
 from opdctl.scoring.score import score
 from opdctl.types import ScoreRequest
@@ -115,9 +116,9 @@ def by_server(
     head = student.lm_head(1.0)
     top = top_of(head)
     requests = [r.request for r in rollouts]
-    how = {"temperature": 1.0, "micro_batch": ctx.runtime.micro_batch, "check": ctx.check}
-    ours = score(student, requests, want=("logprobs", "hidden"), **how)
-    theirs = teacher.score(requests, 1.0, ("logprobs", "listed"), top)
+    run = Pass.of(ctx, 1.0)
+    ours = score(student, requests, Asks.of("logprobs", "hidden"), run)
+    theirs = teacher.score(requests, Asks.of("logprobs", "topk_list", top=top), run)
     sequence_N = owners(rollouts, theirs.logprobs_N.device)
     size = rows_in(ctx.runtime.chunk_mib, head)
     lists = (theirs.top_NK, theirs.top_logprob_NK)
@@ -135,7 +136,7 @@ def by_server(
             rollout = rollouts[node.rollout]
             prefix = (*rollout.prompt_ids, *rollout.response_ids[: node.depth])
             asked += [ScoreRequest((*prefix, i), len(prefix)) for i in ids]
-        logq_N = teacher.score(asked, 1.0, ("logprobs",)).logprobs_N
+        logq_N = teacher.score(asked, LOGPROBS, run).logprobs_N
         return directions.on_candidates(
             ids_NK, logp_NK.double(), logq_N.view(ids_NK.shape).double()
         )

@@ -144,15 +144,17 @@ class Pairing:
         if isinstance(self._servers.get(name), (StageFailed, UsageError)):
             raise self._servers[name]
         if name not in self._servers:
-            from opdctl.train.assemble import asked_for, terms_of
+            from opdctl.scoring.asks import Asks
+            from opdctl.train.assemble import asks_of_objectives
 
             ctx = self.ctx
-            needs, k = asked_for(terms_of(ctx.config.objectives), {})
-            wants = [n.removeprefix("teacher.") for n in needs if n.startswith("teacher.")]
-            wants, k = (["listed"], top) if top else (wants, k)
-            given = (ctx, ctx.frozen(ctx.config.student), name, ctx.config.teachers[name].address)
+            asks = asks_of_objectives(ctx.config)
+            if top:
+                asks = Asks.of("topk_list", top=top)
+            student, address = ctx.frozen(ctx.config.student), ctx.config.teachers[name].address
+            server = member("teachers", "server")
             try:
-                self._servers[name] = member("teachers", "server")(*given, wants, k)
+                self._servers[name] = server(ctx, student, name, address, asks)
             except (StageFailed, UsageError) as error:
                 self._servers[name] = error
                 raise
