@@ -64,7 +64,8 @@ class First:
     """A stage up to its first gradient: rollouts, their scores, the advantage."""
 
     def __init__(self, ctx, rollouts=None):
-        self.model = ctx.student() if hasattr(ctx.config, "lora") else ctx.load(ctx.config.student)
+        store, trains = ctx.models, hasattr(ctx.config, "lora")
+        self.model = store.student() if trains else store.load(ctx.config.student)
         self.optim = getattr(ctx.config, "optim", None)  # none in a gradients stage
         self.setup = on_policy(ctx, self.model, getattr(ctx.config, "teachers", {}))
         self.rollouts = rollouts(self.model) if rollouts else self.setup.source.draw(0)

@@ -15,7 +15,8 @@ from opdctl.models.model import load
 
 
 def signal(**keys):
-    ctx = SimpleNamespace(obeyed=lambda rollout: rollout.text != "thinks")
+    verdicts = SimpleNamespace(obeyed=lambda rollout: rollout.text != "thinks")
+    ctx = SimpleNamespace(verdicts=verdicts)
     return Extrapolation(Extrapolation.Config(**keys), ctx)
 
 

@@ -34,7 +34,7 @@ def test_teacher_log_probs_off_by_one(stage, on_disk, max_tokens):
     theirs = by_transformers(load(on_disk / "t"), other.rollouts)
     assert (other.columns["teacher"] - said(theirs, other.rollouts)).abs().max() < 1e-4
     same.columns["teacher"] = same.columns["teacher"].roll(1)
-    assert set_advantage(same.step, same.parts.signals)["reverse_kl_std"] > 0.3
+    assert set_advantage(same.step, same.setup.signals)["reverse_kl_std"] > 0.3
 
 
 def test_one_token_answers_lose_all_signal(stage):

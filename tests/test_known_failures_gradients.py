@@ -26,7 +26,7 @@ def enumerated(stage, on_disk, column, **keys):
     ctx = stage(student="s64", teacher="t64", runtime={"dtype": "float64"}, **keys)
 
     def each_token(model):
-        prompt = ctx.prompts("sums", "train")[0]
+        prompt = ctx.prompts.of("sums", "train")[0]
         ids = model.render(prompt.text)
         request = [ScoreRequest((*ids, v), len(ids)) for v in range(model.valid_V)]
         logprob = score(model, request).logprobs_N.tolist()

@@ -226,9 +226,9 @@ class Bag:
             prompts=Names(samples=samples), sampling=Names(temperature=1.0, max_tokens=max_tokens)
         )
         self.sampling = self.config.sampling
-        self.environment = lambda domain: environment
+        self.prompts = Names(environment=lambda domain: environment)
         self.check = lambda: None
-        self.engine = lambda model, blend: Transformers(model, 64, wal=self.wal)
+        self.models = Names(engine=lambda model, blend: Transformers(model, 64, wal=self.wal))
         self.aside = tempfile.TemporaryDirectory()
         self.wal = Wal(Path(self.aside.name))
 

@@ -304,7 +304,7 @@ def test_experts_sample_in_turns(tmp_path, monkeypatch):
     assert len({id(engine) for engine, _, _ in seen}) == 1
     assert max(gap for _, _, gap in seen) < 1e-4
     other = load(wide)
-    engine = ctx.engine(other)
+    engine = ctx.models.engine(other)
     try:
         assert engine is not seen[0][0]
         engine.publish(0)
@@ -337,15 +337,15 @@ def test_candidates_are_published_and_the_limit_moves(tmp_path):
         },
         runtime={"engine": "vllm", "log_accuracy": False},
     )
-    real, gaps = ctx.verify, []
+    real, gaps = ctx.verdicts.verify, []
 
     def verify(rollouts):  # asked in validations alone, on the candidate as it stands
-        found = score(ctx._engine.model, [r.request for r in rollouts])
+        found = score(ctx.models._engine.model, [r.request for r in rollouts])
         drawn = torch.tensor([v for r in rollouts for v in r.behaviour_logprobs])
         gaps.append(float((found.logprobs_N - drawn).abs().max()))
         return real(rollouts)
 
-    ctx.verify = verify
+    ctx.verdicts.verify = verify
     rows = carry_out(ctx)
     assert [r.get("extrapolate_accepted") for r in rows] == [2, 2, None, 2]  # all are wrong alike
     assert len(gaps) == 9 and max(gaps) < 1e-4

@@ -30,7 +30,7 @@ def fitting(ctx, model, domain: str, split: str, most: int = 0) -> Sequence[Prom
         UsageError: one is too long, and the stage does not say that those are left out.
         Interrupted: a stop was asked for.
     """
-    keys, pool = ctx.config.prompts, ctx.prompts(domain, split)
+    keys, pool = ctx.config.prompts, ctx.prompts.of(domain, split)
     if not keys.max_tokens:
         return pool[: most or None]
     kept, long = array("Q"), 0
@@ -49,7 +49,7 @@ def fitting(ctx, model, domain: str, split: str, most: int = 0) -> Sequence[Prom
             )
         else:
             long += 1
-    ctx.counted(domain, split, {"too long": long})
+    ctx.prompts.counted(domain, split, {"too long": long})
     return pool.pick(kept) if hasattr(pool, "pick") else [pool[i] for i in kept]
 
 

@@ -44,7 +44,7 @@ def sample_group(
     """
     rollouts, keys = unanswered(ctx, model, prompts, step, source, samples, purpose)
     ctx.wal.at(step)
-    engine = ctx.engine(model, blend)
+    engine = ctx.models.engine(model, blend)
     engine.publish(version or step)
     _turns(ctx, engine, model, rollouts, keys, sampling or ctx.sampling)
     engine.rest()
@@ -63,7 +63,7 @@ def continued(ctx, model, rollouts: list[Rollout], keys: list[int]) -> None:
     """
     ctx.wal.at(0)
     sampling = replace(ctx.config.sampling, max_tokens=longest_turn(ctx.config))
-    engine = ctx.engine(model)
+    engine = ctx.models.engine(model)
     engine.publish(0)
     waiting: dict[int, list[int]] = {}
     for i, rollout in enumerate(rollouts):
@@ -82,7 +82,7 @@ def continued(ctx, model, rollouts: list[Rollout], keys: list[int]) -> None:
 
 def _turns(ctx, engine, model, rollouts, keys: list[int], sampling, begun: bool = False) -> None:
     """Turn by turn to the end; with ``begun`` from the answer to the first on."""
-    environments = {d: ctx.environment(d) for d in {r.prompt.domain for r in rollouts}}
+    environments = {d: ctx.prompts.environment(d) for d in {r.prompt.domain for r in rollouts}}
     going, turn = list(range(len(rollouts))), 0
     while going:
         if turn or not begun:

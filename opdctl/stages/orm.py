@@ -60,4 +60,4 @@ class Orm:
                 rewards=[reward_of(ctx, "verifier")],
             )
 
-        return train(ctx, ctx.student(classifier=True), parts)
+        return train(ctx, ctx.models.student(classifier=True), parts)

@@ -208,5 +208,5 @@ class Rl:
         from opdctl.train.assemble import on_policy
         from opdctl.train.loop import train
 
-        model = ctx.student()
+        model = ctx.models.student()
         return train(ctx, model, lambda ctx, model: on_policy(ctx, model, {}))

@@ -124,7 +124,7 @@ class Sft:
         from opdctl.train.loop import train
 
         config = ctx.config
-        model = ctx.student()
+        model = ctx.models.student()
         return train(
             ctx,
             model,

@@ -196,7 +196,7 @@ class Loop:
     def _step(self, done: int, clock: Clock) -> dict:
         values = {} if done else self._fit()
         self.ctx.wal.at(done)
-        failed = self.ctx.failed.total()
+        failed = self.ctx.verdicts.failed.total()
         rollouts = [r for r in self.setup.source.draw(done) if r.response_ids]
         for rollout in rollouts:
             assert 0 <= done - rollout.version <= 0, "rollouts are of the current weights"
@@ -208,7 +208,7 @@ class Loop:
             self.ctx.show_first(rollouts[0], self.model.tokenizer)
         if self.setup.minibatches > 1:
             rollouts = self._shuffled(rollouts, done)
-        before = self.ctx.loads
+        before = self.ctx.models.loads
         step = score_step(rollouts, self.model, self.setup, self.ctx, self.compute)
         values |= set_advantage(step, self.setup.signals) | set_weights(step, self.setup.terms)
         for name, controller in self.setup.controllers.items():
@@ -221,7 +221,7 @@ class Loop:
         updates = self._update(step, done)
         verdicts = None
         if self.setup.source.samples_from == "student" and self.ctx.runtime.log_accuracy:
-            verdicts = self.ctx.verify(rollouts)
+            verdicts = self.ctx.verdicts.verify(rollouts)
         values = {
             **seen,
             **step_metrics(step, updates, self.setup, self.kernel, verdicts),
@@ -233,10 +233,10 @@ class Loop:
             values |= {
                 "head_loads": step.teacher_cache.loads,
                 "heads": step.teacher_cache.most,
-                "teacher_loads": self.ctx.loads - before,
+                "teacher_loads": self.ctx.models.loads - before,
             }
-        if self.ctx.failed.total() > failed:
-            values["verifier_errors"] = self.ctx.failed.total() - failed
+        if self.ctx.verdicts.failed.total() > failed:
+            values["verifier_errors"] = self.ctx.verdicts.failed.total() - failed
         clock.lap("train")
         self._log_rollouts(done + 1, step)
         return values

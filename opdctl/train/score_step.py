@@ -121,7 +121,7 @@ def _unscored(rollouts: list[Rollout], model: Model, setup: TrainSetup, ctx: Con
     if all(r.reward is not None for r in rollouts):
         step.columns[REWARD] = step.spread([r.reward for r in rollouts])
     if setup.judged:
-        step.columns[RIGHT] = step.spread(ctx.verify(rollouts))
+        step.columns[RIGHT] = step.spread(ctx.verdicts.verify(rollouts))
     domains = sorted({r.prompt.domain for r in rollouts})
     step.columns[DOMAIN] = step.spread([domains.index(r.prompt.domain) for r in rollouts]).long()
     return step

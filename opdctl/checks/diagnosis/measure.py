@@ -91,7 +91,7 @@ def _sampled(ctx, pairing: Pairing, effort: Effort, entries: dict, told: Told) -
     asked = [n for n in names if n in pairing.served or n in pairing.differing]
     if asked:
         told(f"the student answers {effort.prompts} prompts of {', '.join(pairing.route)}")
-        ctx.verify(pairing.rollouts)
+        ctx.verdicts.verify(pairing.rollouts)
     for name in names:
         own = name not in asked
         entry = {"model": ctx.config.teachers[name].model, "domains": pairing.domains(name)}
@@ -119,7 +119,7 @@ def _teacher(ctx, pairing: Pairing, name: str, effort: Effort, entry: dict, told
 def _by_weights(reference: str, ctx, rollouts, effort: Effort, entry: dict, told) -> None:
     """Of a teacher whose weights are here."""
     told("agreement on the student's answers")
-    models = [ctx.start(), ctx.frozen(reference)]
+    models = [ctx.models.start(), ctx.models.frozen(reference)]
     requests = [r.request for r in rollouts]
     table, sides = compared(ctx, *models, requests, ctx.config.sampling.temperature)
     top = top_of(sides[0][1])

@@ -101,7 +101,7 @@ def success(
     for start in range(0, len(begun), size):
         part = slice(start, start + size)
         continued(ctx, model, begun[part], keys[part])
-        verdicts += ctx.verify(begun[part])
+        verdicts += ctx.verdicts.verify(begun[part])
         told(min(start + size, len(begun)))
     found, at = [], 0
     for ids in forced:

@@ -67,7 +67,7 @@ def ask(pairing: Pairing, told: Callable[[str], None]) -> None:
     """
     for name in pairing.served:
         told(f"asking teacher {name} ({pairing.ctx.config.teachers[name].address})")
-        pairing.server(name, top_of(pairing.ctx.start().lm_head(1.0)))
+        pairing.server(name, top_of(pairing.ctx.models.start().lm_head(1.0)))
     for finding in services(pairing.ctx):
         if finding.severity == "error":
             raise StageFailed(finding.what, finding.do)
@@ -112,7 +112,7 @@ def by_server(
     entry["missing"] = dict.fromkeys(ABSENT, LOGITS)
     told("log-probs of the student's answers")
     ctx, teacher = pairing.ctx, pairing.server(name)
-    student = ctx.start()
+    student = ctx.models.start()
     head = student.lm_head(1.0)
     top = top_of(head)
     requests = [r.request for r in rollouts]

@@ -60,7 +60,7 @@ class Pairing:
     @cached_property
     def student(self) -> Any:
         """Its outline, or the model itself."""
-        return self._given or self.ctx.aligned(self.of(self.ctx.config.student))
+        return self._given or self.ctx.models.aligned(self.of(self.ctx.config.student))
 
     def outline(self, name: str) -> Any:
         """A teacher without its weights."""
@@ -70,7 +70,7 @@ class Pairing:
         """Any model without its weights."""
         from opdctl.models.model import outline
 
-        path = self.ctx.path_of(reference)
+        path = self.ctx.models.path_of(reference)
         if path not in self._outlines:
             base, trusted = references.base_of(path), self.ctx.runtime.trust_remote_code
             self._outlines[path] = outline(base or path, trusted)
@@ -92,7 +92,8 @@ class Pairing:
     def same(self, name: str) -> bool:
         """Whether a teacher's weights are the student's, as they stand on disk."""
         if name not in self._same:
-            places = [self.ctx.path_of(r) for r in (self.ctx.config.student, self.teachers[name])]
+            both = (self.ctx.config.student, self.teachers[name])
+            places = [self.ctx.models.path_of(reference) for reference in both]
             self._same[name] = len(set(places)) == 1 or same_weights(*places)
         return self._same[name]
 
@@ -120,14 +121,14 @@ class Pairing:
     @cached_property
     def rollouts(self) -> list[Rollout]:
         """The student's answers at step 0, one a prompt."""
-        return self._sample(self.ctx.start(), list(self.route), "student")
+        return self._sample(self.ctx.models.start(), list(self.route), "student")
 
     def answers(self, name: str) -> list[Rollout]:
         """A teacher's own answers to the same prompts of its domains, in the same order."""
         if name not in self._answers and name in self.served:
             self._answers[name] = self._texts(name)
         elif name not in self._answers:
-            model = self.ctx.frozen(self.teachers[name])
+            model = self.ctx.models.frozen(self.teachers[name])
             self._answers[name] = self._sample(model, self.domains(name), "teacher")
         return self._answers[name]
 
@@ -151,7 +152,8 @@ class Pairing:
             asks = asks_of_objectives(ctx.config)
             if top:
                 asks = Asks.of("topk_list", top=top)
-            student, address = ctx.frozen(ctx.config.student), ctx.config.teachers[name].address
+            student = ctx.models.frozen(ctx.config.student)
+            address = ctx.config.teachers[name].address
             server = member("teachers", "server")
             try:
                 self._servers[name] = server(ctx, student, name, address, asks)

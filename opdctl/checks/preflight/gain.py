@@ -30,7 +30,7 @@ class Gain:
             self._one(pairing, name, domain)
             for name in (*pairing.differing, *pairing.reached)
             for domain in pairing.domains(name)
-            if name in pairing.teachers or not pairing.ctx.environment(domain)
+            if name in pairing.teachers or not pairing.ctx.prompts.environment(domain)
         ]
 
     def _one(self, pairing: Pairing, name: str, domain: str) -> Finding:
@@ -57,7 +57,7 @@ def paired(pairing: Pairing, name: str, domain: str) -> dict:
     from opdctl.train.evaluation import half_width
 
     student, teacher = (
-        pairing.ctx.verify([r for r in rollouts if r.prompt.domain == domain])
+        pairing.ctx.verdicts.verify([r for r in rollouts if r.prompt.domain == domain])
         for rollouts in (pairing.rollouts, pairing.answers(name))
     )
     right = list(zip(student, teacher, strict=True))

@@ -63,12 +63,12 @@ def holds(pairing: Pairing) -> Estimate:
     config, runtime, student = pairing.ctx.config, pairing.ctx.runtime, pairing.student
     each = BYTES[runtime.dtype]
     ctx = pairing.ctx
-    held = {ctx.path_of(r): pairing.outline(n) for n, r in pairing.teachers.items()}
+    held = {ctx.models.path_of(r): pairing.outline(n) for n, r in pairing.teachers.items()}
     if pairing.policy:
-        held[ctx.path_of(config.student)] = student
+        held[ctx.models.path_of(config.student)] = student
     for dotted, judge in ctx.recipe.references(ctx.name):
         if dotted.startswith("data."):  # of a verifier
-            held[ctx.path_of(judge)] = pairing.of(judge)
+            held[ctx.models.path_of(judge)] = pairing.of(judge)
     places: dict[str, int] = {}
     for path, model in held.items():  # the outline of an adapter is that of its base
         base = references.base_of(path)

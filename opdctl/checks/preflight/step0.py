@@ -106,7 +106,7 @@ def estimated(
     from opdctl.scoring.score import score
 
     ctx = pairing.ctx
-    model = ctx.frozen(ctx.config.student)
+    model = ctx.models.frozen(ctx.config.student)
     k = top_of(model.lm_head())
     run = Pass.of(ctx, 1.0)
     ours = score(model, requests, Asks.of("logprobs", "topk", top=k), run)
@@ -123,7 +123,7 @@ def compare(pairing: Pairing, name: str, requests: list) -> tuple[float, float, 
     from opdctl.scoring.overlap import compared, top_of
 
     ctx = pairing.ctx
-    models = [ctx.start(), ctx.frozen(pairing.teachers[name])]
+    models = [ctx.models.start(), ctx.models.frozen(pairing.teachers[name])]
     found, _ = compared(ctx, *models, requests, ctx.config.sampling.temperature)
     means = (float(found[what].mean()) for what in ("reverse", "overlap"))
     return *means, top_of(models[0].lm_head())

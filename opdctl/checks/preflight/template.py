@@ -32,7 +32,7 @@ class Template:
         count = 0
         for domain in pairing.domains(name):
             shown = [("prompt", p.text, "", p) for p in pairing.prompts(domain, RENDERED)]
-            environment = pairing.ctx.environment(domain)
+            environment = pairing.ctx.prompts.environment(domain)
             if environment:
                 role = environment.role
                 shown.append((f"{role} turn", environment.refusal, role, shown[0][3]))

@@ -147,7 +147,7 @@ class Extrapolation:
 
     def _look(self, rollouts) -> None:
         """Compare the share of well-formed responses with the first step's; lower lambda."""
-        formed = [not r.truncated and self.ctx.obeyed(r) for r in rollouts]
+        formed = [not r.truncated and self.ctx.verdicts.obeyed(r) for r in rollouts]
         share, state = sum(formed) / len(formed), self._state
         if state["first"] < 0:
             state["first"] = share

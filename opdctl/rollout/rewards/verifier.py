@@ -14,5 +14,5 @@ class Verifier:
 
     def score(self, rollouts) -> None:
         """Sets ``reward`` of every rollout."""
-        for rollout, right in zip(rollouts, self.ctx.verify(rollouts), strict=True):
+        for rollout, right in zip(rollouts, self.ctx.verdicts.verify(rollouts), strict=True):
             rollout.reward = right

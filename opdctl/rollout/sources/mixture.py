@@ -127,7 +127,7 @@ class TeacherCache:
             by_teacher.setdefault(self.routes[prompt.domain][0], []).append(prompt)
         rollouts, flops = [], 0.0
         for name, prompts in by_teacher.items():
-            teacher = self.ctx.frozen(self.ctx.config.teachers[name].model)
+            teacher = self.ctx.models.frozen(self.ctx.config.teachers[name].model)
             found = sample_group(self.ctx, teacher, prompts, step, "teacher")
             first = 1 + max((r.group for r in rollouts), default=-1)
             for rollout in found:

@@ -63,7 +63,7 @@ class Teacher:
         self.sampled = sum(r.forwarded for r in rollouts)
         self.parameters = flops / max(1, self.sampled)  # of the mean expert, by tokens
         if self.config.keep == "verified":
-            for rollout, right in zip(rollouts, self.ctx.verify(rollouts), strict=True):
+            for rollout, right in zip(rollouts, self.ctx.verdicts.verify(rollouts), strict=True):
                 rollout.reward = right
             rollouts = [r for r in rollouts if r.reward == 1.0]
         for rollout in rollouts:
@@ -76,7 +76,7 @@ class Teacher:
         each turn of a response what its template opened, None of an API."""
         sampling = self.config.sampling
         if references.parse(expert).form != "server":
-            model = self.ctx.frozen(expert)
+            model = self.ctx.models.frozen(expert)
             found = sample_group(self.ctx, model, prompts, step, "teacher", sampling=sampling)
             return found, model.parameters, [self._opened(model, r) for r in found]
         if expert not in self._apis:
@@ -90,7 +90,7 @@ class Teacher:
         return found, 0, [[None]] * len(found)
 
     def _marks(self, rollout):
-        return self.ctx.data(rollout.prompt.domain).config.thinking
+        return self.ctx.prompts.data(rollout.prompt.domain).config.thinking
 
     def _opened(self, model, rollout) -> list[str]:
         """What stands open of a block of thought before each turn of a response."""
@@ -107,7 +107,8 @@ class Teacher:
             UsageError: the student's template has no place for what the teacher thought.
         """
         student, marks = self.student, self._marks(rollout)
-        environment = self.ctx.environment(rollout.prompt.domain) if rollout.before else None
+        domain = rollout.prompt.domain
+        environment = self.ctx.prompts.environment(domain) if rollout.before else None
         asked = student.render(rollout.prompt)
         rollout.prompt_ids, rollout.observed = asked, ()
         said, turns, replies = [], [*rollout.before[::2], rollout.text], rollout.before[1::2]
@@ -116,7 +117,6 @@ class Teacher:
             try:
                 text = retold(text, before[turn], opening(student, asked, marks), marks, cut)
             except UsageError as error:
-                domain = rollout.prompt.domain
                 raise UsageError(f"data.{domain}: {error.message}", error.hint) from error
             turns[turn] = text
             ids = student.encode(text)

@@ -24,7 +24,7 @@ class Local:
         """The model, loaded when first asked for; with resident_teachers, again after eviction."""
         from opdctl.models.model import require_same_tokens
 
-        model = self.ctx.frozen(self.reference)
+        model = self.ctx.models.frozen(self.reference)
         if not self.parameters:
             require_same_tokens(self.student, model, self.where)
             self.parameters = model.parameters
