@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Asks:
-    """What is asked of a model about each target token.
+    """The numbers and rows that are asked of a model about each target token.
 
     Attributes:
         quantities: names of ``QUANTITIES``, and of what is more than a number: hidden, inner,

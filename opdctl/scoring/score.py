@@ -1,5 +1,5 @@
-"""What a model says of given tokens: one code path for the policy before its update and every
-teacher, so a teacher that equals the student gives exactly zero signal in the same packing.
+"""The one pass of a model over tokens: of the policy before its update and of every teacher, so a
+teacher that equals the student gives exactly zero signal in the same packing.
 """
 
 from __future__ import annotations
