@@ -70,7 +70,7 @@ class TeacherScores:
 
 
 class _Table:
-    """Per-token numbers of all teachers, [N, M], in the order of the rollouts' tokens."""
+    """The per-token numbers of all teachers, [N, M], in the order of the rollouts' tokens."""
 
     def __init__(self, requests_by_teacher: dict[str, TeacherRequests], like: Tensor) -> None:
         lengths, self.M = {}, 1

@@ -48,7 +48,7 @@ class Scores:
         return self.per_token["logprobs"]
 
     def parts(self) -> list[Tensor]:
-        """All that is there, each with one row per token."""
+        """Return all that is there, each with one row per token."""
         rows = (self.hidden_ND, self.inner_NLD, self.top_logprob_NK, self.other_N)
         return [part for part in (*rows, *self.per_token.values()) if part is not None]
 
