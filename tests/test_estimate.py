@@ -19,8 +19,8 @@ from opdctl.estimate.memory import SHARE, estimate, of_engine, of_student
 from opdctl.estimate.rollout import LENGTH, PROMPT, Sampled, decode_seconds, served_seconds
 from opdctl.estimate.shape import CHARACTERS, kept_of, made, of_folder
 from opdctl.estimate.work import DEMONSTRATION
-from opdctl.models.model import save
 from opdctl.models import tensor_file
+from opdctl.models.model import save
 from opdctl.models.packing import micro_batches
 from opdctl.recipe.recipe import load, resolve
 from opdctl.types import FORWARD, TRAIN, ScoreRequest
