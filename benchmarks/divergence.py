@@ -53,19 +53,21 @@ def inputs(tokens, hidden, vocab, dtype, near, device, teacher_hidden=None):
 def ours(beta, chunk_mib=0, kernel="auto", teachers=1, overlap=False):
     import torch
 
-    from opdctl.core.chunks import rows_in
-    from opdctl.core.taught import Held, Taught
-    from opdctl.core.view import Term, weighted_sum
+    from opdctl.kernels.chunks import rows_in
     from opdctl.kernels.head import Head
     from opdctl.kernels.select import rows_class
-    from opdctl.objectives.divergence import Divergence
+    from opdctl.loss.objectives.divergence import Divergence
+    from opdctl.loss.token_view import LossTerm, weighted_sum
+    from opdctl.scoring.teacher_cache import CachedTeacher, TeacherCache
 
     config = Divergence.Config(direction="jsd", beta=beta, overlap=overlap)
 
     def loss(student, head, teacher, teacher_head, mask):
         kept = mask.nonzero()[:, 0]
         n = len(kept)
-        held = [Held(Head(teacher_head, len(head)), h) for h in teacher[kept].chunk(teachers)]
+        held = [
+            CachedTeacher(Head(teacher_head, len(head)), h) for h in teacher[kept].chunk(teachers)
+        ]
         index = torch.cat([torch.full((len(h.hidden_ND),), i) for i, h in enumerate(held)])
         row = torch.cat([torch.arange(len(h.hidden_ND)) for h in held])
         columns = {
@@ -79,10 +81,10 @@ def ours(beta, chunk_mib=0, kernel="auto", teachers=1, overlap=False):
             mine,
             torch.zeros(n, dtype=torch.long, device=head.device),
             columns,
-            [(Term(Divergence(config)), torch.full((n,), 1 / n, device=head.device))],
+            [(LossTerm(Divergence(config)), torch.full((n,), 1 / n, device=head.device))],
             rows_of=rows_class(kernel, head.device),
             size=rows_in(chunk_mib, mine),
-            taught=Taught(held, head.device),
+            teacher_cache=TeacherCache(held, head.device),
         )
         return total
 

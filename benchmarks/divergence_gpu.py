@@ -6,7 +6,7 @@
 Measures the machine's two ceilings first (a copy and a bf16 product), then forward and backward of
 reverse KL with a trained head, bf16 operands, no token masked: milliseconds (median), the ratio to
 the floor of four products at the measured ceiling, memory beyond the inputs, and how both grow
-with tokens. Targets for an H200 stand beside each row. Leaves out the trunk of either model.
+with tokens. Targets for an H200 stand beside each row. Leaves out the backbone of either model.
 """
 
 from __future__ import annotations

@@ -31,16 +31,16 @@ from pathlib import Path
 
 import methods_page
 
-from opdctl.catalogue import method, methods
+from opdctl.config.registry import member
+from opdctl.config.schema import did_you_mean
 from opdctl.errors import EXIT_USAGE, OpdctlError, RecipeError, UsageError
-from opdctl.launch import parse_seeds, read_recipe
-from opdctl.plan import fingerprints
-from opdctl.positions import dump, parse
-from opdctl.recipe import Recipe, resolve
-from opdctl.registry import member
-from opdctl.rundir import RunDir, read_json
-from opdctl.schema import did_you_mean
-from opdctl.verdicts.measured import Measured, measured
+from opdctl.evidence.measured import Measured, measured
+from opdctl.recipe.methods import method, methods
+from opdctl.recipe.recipe import Recipe, resolve
+from opdctl.recipe.yaml_lines import dump, parse
+from opdctl.run.launch import parse_seeds, read_recipe
+from opdctl.run.plan import fingerprints
+from opdctl.run.rundir import RunDir, read_json
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"

@@ -13,7 +13,7 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-from opdctl.verdicts.judge import t_half_width
+from opdctl.evidence.judge import t_half_width
 
 SAMPLED, FULL, IMITATION = "thinking_machines", "deepseek_v4", "seqkd"
 VERSIONS = ("opdctl", "python", "torch", "transformers")

@@ -68,11 +68,11 @@ def now():
 
 def ours(folder, marks):
     """First divergence and tokens of each step of an opd stage."""
-    from opdctl import worker
-    from opdctl.core import loop
-    from opdctl.launch import new_run
-    from opdctl.recipe import resolve
-    from opdctl.rundir import read_rows
+    from opdctl.process import worker
+    from opdctl.recipe.recipe import resolve
+    from opdctl.run.launch import new_run
+    from opdctl.run.rundir import read_rows
+    from opdctl.train import loop
 
     class Clock(loop.Clock):  # the loop's own has no CPU seconds
         def __init__(self):

@@ -16,8 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from opdctl.launch import read_recipe
-from opdctl.rundir import RunDir, read_rows
+from opdctl.run.launch import read_recipe
+from opdctl.run.rundir import RunDir, read_rows
 
 
 def main(target: str, *overrides: str) -> None:

@@ -38,8 +38,8 @@ def model_of(seed, vocab, tied):
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from opdctl.core.corpus import new_tokenizer
-    from opdctl.core.models import Model
+    from opdctl.models.from_nothing import new_tokenizer
+    from opdctl.models.model import Model
 
     torch.manual_seed(seed)
     config = Qwen3Config(
@@ -67,13 +67,13 @@ def child(name, tokens, vocab, tied, repeats):
     """Measure one loss; prints JSON."""
     import torch
 
-    from opdctl.core import update
-    from opdctl.core.scoring import score
-    from opdctl.core.taught import Held, Taught
-    from opdctl.core.view import Term
-    from opdctl.nets.layers import layers_of
-    from opdctl.registry import member
-    from opdctl.settings import Optim
+    from opdctl.config.registry import member
+    from opdctl.config.settings import Optim
+    from opdctl.loss.token_view import LossTerm
+    from opdctl.models.hidden_layers import layers_of
+    from opdctl.scoring.score import score
+    from opdctl.scoring.teacher_cache import CachedTeacher, TeacherCache
+    from opdctl.train import update
     from opdctl.types import ScoreRequest
 
     torch.set_num_threads(1)
@@ -98,8 +98,10 @@ def child(name, tokens, vocab, tied, repeats):
         columns, taught = {"advantage": torch.randn(N, generator=generator)}, None
         if found.hidden_ND is not None:
             of = (found.hidden_ND, found.lse_N, found.top_NK, found.entropy_N)
-            head = None if kind in ("hidden", "bridge") else teacher.projection()
-            taught = Taught([Held(head, *of, None, found.inner_NLD, "t")], torch.device("cpu"))
+            head = None if kind in ("hidden", "bridge") else teacher.lm_head()
+            taught = TeacherCache(
+                [CachedTeacher(head, *of, None, found.inner_NLD, "t")], torch.device("cpu")
+            )
             columns["teacher_index"] = torch.zeros(N, 1, dtype=torch.long)
             columns |= {"teacher_row": torch.arange(N)[:, None], "pair_weight": torch.ones(N, 1)}
         before = time.process_time()
@@ -107,11 +109,11 @@ def child(name, tokens, vocab, tied, repeats):
             student,
             spans,
             columns,
-            [Term(objective)],
+            [LossTerm(objective)],
             temperature=1.0,
             micro_batch=4,
             chunk_mib=0,
-            taught=taught,
+            teacher_cache=taught,
             layers=layers,
         )
         update.step(student, optimizer, 1e-5, 1.0)

@@ -26,7 +26,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from opdctl.rundir import VOLATILE, RunDir, held, read_rows
+from opdctl.run.rundir import VOLATILE, RunDir, held, read_rows
 
 ROOT = Path(__file__).parent.parent
 RECIPES = [ROOT / "tests" / "demo.yaml", ROOT / "tests" / "modes.yaml"]

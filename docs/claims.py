@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 
 from opdctl import __version__
-from opdctl.launch import read_recipe
-from opdctl.plan import fingerprints
-from opdctl.registry import member
-from opdctl.rundir import RunDir
-from opdctl.verdicts.judge import judge, scores
-from opdctl.verdicts.measured import measured
-from opdctl.verdicts.verdict import shown
+from opdctl.config.registry import member
+from opdctl.evidence.judge import judge, scores
+from opdctl.evidence.measured import measured
+from opdctl.evidence.verdict import shown
+from opdctl.run.launch import read_recipe
+from opdctl.run.plan import fingerprints
+from opdctl.run.rundir import RunDir
 
 HERE = Path(__file__).parent
 WHAT = {

@@ -22,7 +22,7 @@ class Prompt:
         lead: what a demonstration writes before the answer: its thinking, with its marks.
         calls: what a demonstration asks the environment first, one a turn.
         messages: the conversation where it is more than ``text`` as a user turn, its answer
-            included if the data has one; see ``chat/messages.py``.
+            included if the data has one; see ``models/chat/messages.py``.
         tools: what the chat template is told of tools, as JSON schemas.
         system: the system turn, where ``messages`` has none of its own.
         enable_thinking: what the chat template is told; None says nothing.
@@ -155,3 +155,25 @@ class Compute:
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("rollout", "score", "train", "other"), 0.0)
     )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check says.
+
+    Attributes:
+        severity: error, warning or ok.
+        what: the numbers, or the first difference.
+        do: what to type or to change; empty where it is ok.
+        teacher: of which teacher; empty where it is about the stage.
+        why: why it matters, with the public thread; as all below set by who runs the check.
+    """
+
+    severity: str
+    what: str
+    do: str = ""
+    teacher: str = ""
+    why: str = ""
+    check: str = ""
+    revision: int = 0
+    stage: str = ""

@@ -22,8 +22,8 @@ def make_model(
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from opdctl.core.corpus import new_tokenizer
-    from opdctl.core.models import Model
+    from opdctl.models.from_nothing import new_tokenizer
+    from opdctl.models.model import Model
 
     torch.set_num_threads(1)
     tokenizer = new_tokenizer([alphabet])
@@ -60,8 +60,8 @@ def make_model64(seed=0, width=24, layers=2):
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from opdctl.core.corpus import new_tokenizer
-    from opdctl.core.models import Model
+    from opdctl.models.from_nothing import new_tokenizer
+    from opdctl.models.model import Model
 
     torch.set_num_threads(1)
     tokenizer = new_tokenizer([ALPHABET])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from opdctl import cli
+from opdctl.cli import app as cli
 
 SECRET = "xyzzy-of-the-environment"
 
@@ -82,7 +82,7 @@ def jsonl(rows=ROWS, start=""):
 def good(tmp_path_factory):
     """A folder with a whole model and a whole file of prompts."""
     from conftest import make_model
-    from opdctl.core import models
+    from opdctl.models import model as models
 
     folder = tmp_path_factory.mktemp("good")
     models.save(make_model(), folder / "model")

@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 
-from opdctl.core import update
-from opdctl.core.assemble import on_policy
-from opdctl.core.models import save
-from opdctl.core.scored import advantage, scored, weigh
 from opdctl.errors import RecipeError
+from opdctl.models.model import save
+from opdctl.train import update
+from opdctl.train.assemble import on_policy
+from opdctl.train.score_step import score_step, set_advantage, set_weights
 from opdctl.types import Compute
 from running import one_stage
 
@@ -68,10 +68,10 @@ class First:
         self.parts = on_policy(ctx, self.model, getattr(ctx.config, "teachers", {}))
         self.rollouts = rollouts(self.model) if rollouts else self.parts.source.draw(0)
         ctx.wal.at(0)
-        self.step = scored(self.rollouts, self.model, self.parts, ctx, Compute())
+        self.step = score_step(self.rollouts, self.model, self.parts, ctx, Compute())
         self.columns = self.step.columns
-        self.logged = advantage(self.step, self.parts.signals)
-        self.logged |= weigh(self.step, self.parts.terms)
+        self.logged = set_advantage(self.step, self.parts.signals)
+        self.logged |= set_weights(self.step, self.parts.terms)
         self.spans = [r.request for r in self.rollouts]
 
     def gradient(self, some=None, micro_batch=0):
@@ -88,7 +88,7 @@ class First:
             temperature=self.parts.temperature,
             micro_batch=micro_batch,
             chunk_mib=0,
-            taught=self.step.taught,
+            teacher_cache=self.step.teacher_cache,
             layers=self.parts.layers,
         )
         grads = [p.grad.flatten() for p in self.model.net.parameters() if p.grad is not None]

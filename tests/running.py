@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 from hostile import command
-from opdctl.core.context import Context
-from opdctl.launch import new_run
-from opdctl.recipe import resolve
-from opdctl.registry import member
-from opdctl.rundir import VOLATILE, RunDir, read_rows
+from opdctl.config.registry import member
+from opdctl.recipe.recipe import resolve
+from opdctl.run.launch import new_run
+from opdctl.run.rundir import VOLATILE, RunDir, read_rows
+from opdctl.train.context import Context
 
 HERE = Path(__file__).parent
 DEMO = HERE / "demo.yaml"
@@ -50,7 +50,7 @@ def worker(folder, stage, patch=""):
     """Run one stage's worker, forked from a warm server, after ``patch``: source that may break
     it on purpose. Returns its exit code and what it printed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["opdctl.warm"])
+    context.set_forkserver_preload(["opdctl.process.warm"])
     log = Path(folder) / "logs" / "test.log"
     log.parent.mkdir(exist_ok=True)
     log.unlink(missing_ok=True)
@@ -62,7 +62,7 @@ def worker(folder, stage, patch=""):
 
 def broken(folder, stage, patch, log):
     """Body of that worker."""
-    from opdctl.worker import child
+    from opdctl.process.worker import child
 
     exec(patch, {})
     child(folder, stage, log)

@@ -13,20 +13,22 @@ import transformers
 from architectures import write
 from one_step import First, opd, prompts, said
 
-from opdctl import provenance, references
-from opdctl.core import checkpoint
-from opdctl.core.context import Context
-from opdctl.core.models import load, outline, save
+from opdctl.checks.preflight._pairing import Pairing
+from opdctl.checks.preflight._weights import same_weights
+from opdctl.checks.preflight.memory import holds
+from opdctl.config import references
+from opdctl.config.registry import member
 from opdctl.errors import Interrupted, RecipeError, UsageError
-from opdctl.launch import new_run
-from opdctl.nets.hub import adapter_of
-from opdctl.nets.lora import deltas, left_out, size, with_adapters
-from opdctl.preflight._pairing import Pairing
-from opdctl.preflight._weights import same_weights
-from opdctl.preflight.memory import holds
-from opdctl.recipe import resolve
-from opdctl.registry import member
-from opdctl.rundir import RunDir, read_rows
+from opdctl.models import tensor_file
+from opdctl.models.lora import deltas, left_out, size, with_adapters
+from opdctl.models.model import load, outline, save
+from opdctl.recipe.recipe import resolve
+from opdctl.remote.hub import adapter_of
+from opdctl.run import provenance
+from opdctl.run.launch import new_run
+from opdctl.run.rundir import RunDir, read_rows
+from opdctl.train import checkpoint
+from opdctl.train.context import Context
 from running import carry_out, inside, one_stage
 
 peft = pytest.importorskip("peft", reason="the extra peft")
@@ -83,7 +85,7 @@ def test_teachers_share_a_base(on_disk, adapters, tmp_path):
     views = [ctx.frozen(t["model"]) for t in teachers.values()]
     assert len({id(v.net) for v in views}) == 1
     with torch.no_grad():
-        rows = [v.trunk(IDS).last_hidden_state for v in (*views, *views)]
+        rows = [v.backbone(IDS).last_hidden_state for v in (*views, *views)]
     assert all(torch.equal(rows[i], rows[i + 3]) for i in range(3))
     assert (rows[0] - rows[1]).abs().max() > 1e-2 < (rows[0] - rows[2]).abs().max()
     assert not any(p.requires_grad for p in views[0].net.parameters())
@@ -95,7 +97,7 @@ def test_a_students_adapter(on_disk, tmp_path, output):
     keys = KEYS | {"lora": {"rank": 4, "output": output}, "steps": 3}
     ctx = opd(on_disk, tmp_path, **keys)
     model = ctx.student()
-    moved = model.moved()
+    moved = model.trainable_parameters()
     assert moved and all("lora_" in n for n in moved) and "lm_head" not in str(list(moved))
     assert model.trained == sum(p.numel() for p in moved.values()) < 0.5 * model.parameters
     before = model.own_logits(IDS)
@@ -139,7 +141,7 @@ def test_resume_with_an_adapter_gives_the_same_bits(on_disk, tmp_path):
     carry_out(whole)
     with pytest.raises(Interrupted):
         carry_out(cut)
-    kept = checkpoint.stored(next((cut.folder / "checkpoints").glob("*/weights.safetensors")))
+    kept = tensor_file.read(next((cut.folder / "checkpoints").glob("*/weights.safetensors")))
     assert kept and all("lora_" in n for n in kept)
     carry_out(Context(cut.run, cut.recipe, "it", attempt=2))
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -155,8 +157,8 @@ def test_an_adapter_is_float32_on_a_bfloat16_base(on_disk, adapters, tmp_path):
     assert types["q_norm"] == torch.bfloat16 and types["default"] == torch.float32
     rows = carry_out(ctx)
     assert all(r["logprob_gap"] < 0.05 and r["loss"] > 0.1 for r in rows)
-    start = checkpoint.stored(on_disk / "a" / "adapter_model.safetensors")
-    found = checkpoint.stored(ctx.folder / "output" / "adapter_model.safetensors")
+    start = tensor_file.read(on_disk / "a" / "adapter_model.safetensors")
+    found = tensor_file.read(ctx.folder / "output" / "adapter_model.safetensors")
     steps = torch.cat([(found[n] - w).abs().flatten() for n, w in start.items()])
     assert (steps > 0).float().mean() > 0.9 and steps.max() < 1e-5
 
@@ -169,7 +171,7 @@ def test_an_adapter_is_trained_further(on_disk, adapters, tmp_path):
     with torch.no_grad():
         expected = dense(on_disk, adapters["a"])(IDS).logits
         assert torch.allclose(model.own_logits(IDS), expected, atol=1e-5)
-    assert len(model.moved()) == 2 * 2 * 2  # A and B, two targets, two layers
+    assert len(model.trainable_parameters()) == 2 * 2 * 2  # A and B, two targets, two layers
     carry_out(ctx)
     config = json.loads((ctx.folder / "output" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(on_disk / "t") and config["r"] == 3
@@ -197,14 +199,14 @@ def test_adapters_are_merged_as_their_products(on_disk, adapters, tmp_path, scal
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_outcome_model_by_an_adapter(on_disk, adapters, tmp_path, dtype):
-    """On its trunk, with the score trained whole; written merged, and started from an adapter."""
+    """On its backbone, with the score trained whole; written merged, started from an adapter."""
     a, s = str(on_disk / "a"), str(on_disk / "s")
     keys = {"kind": "orm", "policy": s, "steps": 4, "optim": {"lr": 1e-2 if "3" in dtype else 1e-6}}
     keys |= {"prompts": {"per_step": 4, "samples": 4}, "sampling": {"max_tokens": 2}}
     data = {"sums": prompts(on_disk) | {"verifier": {"regex": {"pattern": "[0-9]"}}}}
     given = {"runtime": {"dtype": dtype}, "lora": {"rank": 4}, **keys}
     ctx = one_stage(tmp_path / "orm", data, student=s, **given)
-    moved = ctx.student(classifier=True).moved()
+    moved = ctx.student(classifier=True).trainable_parameters()
     score = {"score.weight", "score.bias"}
     assert len(moved) > 10 and {n for n in moved if "lora_" not in n} == score
     rows = carry_out(ctx)
@@ -219,7 +221,7 @@ def test_an_outcome_model_by_an_adapter(on_disk, adapters, tmp_path, dtype):
         assert moved == {n for n in start if "_proj" in n} | score
         for lora in ({}, {"rank": 3, "alpha": 8}):  # an adapter of a language model is a start
             again = one_stage(tmp_path / f"a{len(lora)}", data, student=a, **given | {"lora": lora})
-            found = again.student(classifier=True).trunk(IDS).last_hidden_state
+            found = again.student(classifier=True).backbone(IDS).last_hidden_state
             own = dense(on_disk, adapters["a"]).model(IDS).last_hidden_state
             assert torch.allclose(found, own, atol=1e-5)
             carry_out(again)
@@ -235,7 +237,7 @@ def test_gradients_of_an_adapter(on_disk, adapters, tmp_path):
     keys |= {"lora": {"rank": 3, "alpha": 8}, "teachers": {"sums": str(on_disk / "b")}}
     data = {"sums": prompts(on_disk)}
     ctx = one_stage(tmp_path / "run", data, **keys)
-    assert all("lora_" in n for n in ctx.student().moved())
+    assert all("lora_" in n for n in ctx.student().trainable_parameters())
     member("stages", "gradients")().run(ctx)
     facts = json.loads((ctx.folder / "facts.json").read_text())
     assert facts["variance of divergence"] > 0
@@ -284,9 +286,9 @@ def test_what_the_checks_make_of_adapters(on_disk, adapters, tmp_path):
     twin, nothing = tmp_path / "twin", tmp_path / "nothing"
     for folder, factor in ((twin, -2.0), (nothing, 0.0)):
         adapter(on_disk / "t", folder, 0)
-        weights = checkpoint.stored(on_disk / "a" / "adapter_model.safetensors")
+        weights = tensor_file.read(on_disk / "a" / "adapter_model.safetensors")
         scaled = {n: w * factor if "lora_A" in n else w / (factor or 1) for n, w in weights.items()}
-        checkpoint.store(folder / "adapter_model.safetensors", scaled)
+        tensor_file.write(folder / "adapter_model.safetensors", scaled)
     merged = opd(on_disk, tmp_path).load(str(on_disk / "a"))
     save(merged, tmp_path / "dense")
     a, b, t = (on_disk / n for n in "abt")
@@ -361,11 +363,13 @@ def test_experts_are_adapted_or_it_is_said(on_disk, tmp_path, capsys, name):
     for output in ("adapter", "merged"):
         ctx = opd(on_disk, tmp_path, **keys | {"lora": {"rank": 2, "output": output}})
         model = ctx.student()
-        assert sum("mlp.experts" in n for n in model.moved()) == (8 if "deep" not in name else 4)
+        assert sum("mlp.experts" in n for n in model.trainable_parameters()) == (
+            8 if "deep" not in name else 4
+        )
         assert left_out(model, ctx.config.lora) == sorted(MIXTURES[name])
         assert size(outline(base), ctx.config.lora) == model.trained
         with torch.no_grad():
-            for n, p in sorted(model.moved().items()):
+            for n, p in sorted(model.trainable_parameters().items()):
                 torch.manual_seed(len(n))
                 p.normal_(0, 0.1)
         ctx.folder.mkdir(parents=True, exist_ok=True)
@@ -385,9 +389,9 @@ def test_experts_are_adapted_or_it_is_said(on_disk, tmp_path, capsys, name):
     assert (plain - start).abs().max() > 0.1
     ctx = opd(on_disk, tmp_path, **keys)
     double = shutil.copytree(outs["adapter"], tmp_path / "double")
-    weights = checkpoint.stored(double / "adapter_model.safetensors")
+    weights = tensor_file.read(double / "adapter_model.safetensors")
     twice = {n: 2 * w if "lora_B" in n else w for n, w in weights.items()}
-    checkpoint.store(double / "adapter_model.safetensors", twice)
+    tensor_file.write(double / "adapter_model.safetensors", twice)
     more = ctx.load(str(double)).own_logits(IDS)
     assert (more - plain).abs().max() > 0.1
     expected = {outs["adapter"]: plain, base: start, str(double): more}

@@ -8,7 +8,7 @@ from one_step import First, by_transformers
 from test_served import serving
 
 from opdctl.kernels.topk import overlap_numbers, overlap_ratio
-from opdctl.rundir import RunDir
+from opdctl.run.rundir import RunDir
 from running import carry_out, plain
 
 NAMES = {"overlap", "overlap_mass", "overlap_teacher_mass", "overlap_advantage", "entropy_gap"}

@@ -12,12 +12,12 @@ from test_states import columns_of
 from test_update import spans_of
 
 from conftest import make_model, make_model64
-from opdctl.core import update
 from opdctl.errors import StageFailed
-from opdctl.nets.layers import layers_of
-from opdctl.objectives import bridge as module
-from opdctl.objectives.bridge import Bridge, bridge
-from opdctl.rundir import RunDir, read_rows
+from opdctl.loss.objectives import bridge as module
+from opdctl.loss.objectives.bridge import Bridge, bridge
+from opdctl.models.hidden_layers import layers_of
+from opdctl.run.rundir import RunDir, read_rows
+from opdctl.train import update
 from running import HERE, assert_same, carry_out, inside, plain, worker
 
 OFF = {"signals": {}}
@@ -151,11 +151,11 @@ def test_loss_and_gradient_are_those_of_autograd(unit, float64):
                 model,
                 spans,
                 columns,
-                [update.Term(objective)],
+                [update.LossTerm(objective)],
                 temperature=1.0,
                 micro_batch=micro_batch,
                 chunk_mib=0,
-                taught=taught,
+                teacher_cache=taught,
                 layers=layers,
             )
         finally:

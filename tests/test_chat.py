@@ -6,13 +6,13 @@ import torch
 from transformers import GenerationConfig
 
 from conftest import ALPHABET, make_model
-from opdctl.chat.conversation import spoken
-from opdctl.chat.messages import answer_of, complaint, question, tagged, text_of
-from opdctl.chat.retold import opening, retold
-from opdctl.core.models import Model, different_tokens, load, outline, save
-from opdctl.core.thinking import Thinking
-from opdctl.engines.transformers import Transformers
 from opdctl.errors import UsageError
+from opdctl.models.chat.conversation import spoken
+from opdctl.models.chat.messages import answer_of, complaint, question, tagged, text_of
+from opdctl.models.chat.retold import opening, retold
+from opdctl.models.chat.thinking import Thinking
+from opdctl.models.model import Model, different_tokens, load, outline, save
+from opdctl.rollout.engines.transformers import Transformers
 from opdctl.types import Prompt
 
 CHATML = (
@@ -267,7 +267,7 @@ def test_which_part_of_a_conversation_asks():
 
 def test_what_is_remembered_of_prompts_does_not_grow(monkeypatch):
     """A stream brings new ones for ever: the newest are kept, by their length in all."""
-    monkeypatch.setattr("opdctl.chat.rendering.MOST", 200)
+    monkeypatch.setattr("opdctl.models.chat.rendering.MOST", 200)
     model = chat(CHATML)
     for i in range(50):
         text = f"question {i}"

@@ -6,18 +6,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opdctl.core.chunks import rows_in
-from opdctl.core.taught import Held, Taught
-from opdctl.core.view import Term, weighted_sum
 from opdctl.kernels import chunked, reference
+from opdctl.kernels.chunks import rows_in
 from opdctl.kernels.head import Head
-from opdctl.objectives.divergence import Divergence
-from opdctl.objectives.hidden import Hidden
-from opdctl.objectives.nll import Nll
-from opdctl.objectives.policy_gradient import PolicyGradient
-from opdctl.objectives.sampled_kl import SampledKl
-from opdctl.objectives.topk_pg import TopkPg
-from opdctl.objectives.topk_tail import TopkTail
+from opdctl.loss.objectives.divergence import Divergence
+from opdctl.loss.objectives.hidden import Hidden
+from opdctl.loss.objectives.nll import Nll
+from opdctl.loss.objectives.policy_gradient import PolicyGradient
+from opdctl.loss.objectives.sampled_kl import SampledKl
+from opdctl.loss.objectives.topk_pg import TopkPg
+from opdctl.loss.objectives.topk_tail import TopkTail
+from opdctl.loss.token_view import LossTerm, weighted_sum
+from opdctl.scoring.teacher_cache import CachedTeacher, TeacherCache
 
 LEVELS = {"chunked": chunked.Rows, "reference": reference.Rows}
 CPU = torch.device("cpu")
@@ -51,10 +51,10 @@ def divergence(hidden, head, taught, columns, weight, *, level="chunked", size=3
         head,
         target,
         columns,
-        [(Term(Divergence(config)), weight)],
+        [(LossTerm(Divergence(config)), weight)],
         rows_of=LEVELS[level],
         size=size,
-        taught=taught,
+        teacher_cache=taught,
     )
 
 
@@ -102,7 +102,7 @@ def test_equals_float64_autograd(level, beta, scaling, bias):
     teachers.append((tensor(4, 5, seed=7), head_of(29, 5, 8, **keys)))
     index = torch.tensor([0] * 7 + [1] * 4)
     weight = torch.tensor([0.3, 1, 0, 2, 0.1, 0, 1, 1, 0.5, 0, 1], dtype=torch.float64)
-    taught = Taught([Held(h, rows) for rows, h in teachers], CPU)
+    taught = TeacherCache([CachedTeacher(h, rows) for rows, h in teachers], CPU)
     total, table = divergence(
         hidden,
         head,
@@ -132,7 +132,7 @@ def test_the_table_of_a_token(level):
     """Entropies, log-probs of the target on both sides, overlap of an eighth and its mass."""
     hidden, head = tensor(5, 8, seed=1), head_of(32, 8, 2)
     rows, other = tensor(5, 6, seed=3), head_of(32, 6, 4)
-    taught = Taught([Held(other, rows)], CPU)
+    taught = TeacherCache([CachedTeacher(other, rows)], CPU)
     columns = columns_of(torch.zeros(5, dtype=torch.long))
     _, table = divergence(
         hidden.requires_grad_(),
@@ -181,21 +181,28 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(objective, trained):
     hidden = tensor(N, D, seed=1).requires_grad_()
     head = head_of(V, D, 2, trained=trained)
     columns = columns_of(torch.zeros(N, dtype=torch.long)) | {"advantage": tensor(N, seed=9)}
-    taught = Taught([Held(head_of(V, D, 4), tensor(N, D, seed=3))], CPU)
+    taught = TeacherCache([CachedTeacher(head_of(V, D, 4), tensor(N, D, seed=3))], CPU)
     made = {
         "divergence": Divergence,
         "nll": Nll,
         "policy_gradient": PolicyGradient,
         "hidden": Hidden,
     }[objective]
-    terms = [(Term(made(made.Config())), torch.ones(N))]
+    terms = [(LossTerm(made(made.Config())), torch.ones(N))]
     target, kept = torch.arange(N), []
     hooks = torch.autograd.graph.saved_tensors_hooks(
         lambda t: kept.append(t.numel()) or t, lambda t: t
     )
     with Largest() as largest, hooks:
         total, _ = weighted_sum(
-            hidden, head, target, columns, terms, rows_of=chunked.Rows, size=size, taught=taught
+            hidden,
+            head,
+            target,
+            columns,
+            terms,
+            rows_of=chunked.Rows,
+            size=size,
+            teacher_cache=taught,
         )
         total.backward()
     assert max(kept) <= N * D  # of tokens x hidden, never tokens x vocabulary
@@ -212,14 +219,14 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(objective, trained):
 def test_hidden_rows_alone_and_beside_the_head(unit):
     """The distance of hidden rows by autograd; with nll in the same chunks, the sum of both."""
     rows, weight = tensor(9, 8, seed=3), tensor(9, seed=4).abs()
-    taught = Taught([Held(head_of(20, 8, 4), rows)], CPU)
+    taught = TeacherCache([CachedTeacher(head_of(20, 8, 4), rows)], CPU)
     for beside in (False, True):
         hidden, head = tensor(9, 8, seed=1).requires_grad_(), head_of(20, 8, 2, trained=True)
-        terms = [(Term(Hidden(Hidden.Config(unit=unit))), weight)]
-        terms += [(Term(Nll(Nll.Config())), weight)] if beside else []
+        terms = [(LossTerm(Hidden(Hidden.Config(unit=unit))), weight)]
+        terms += [(LossTerm(Nll(Nll.Config())), weight)] if beside else []
         columns, target = columns_of(torch.zeros(9, dtype=torch.long)), torch.arange(9)
         total, _ = weighted_sum(
-            hidden, head, target, columns, terms, rows_of=chunked.Rows, size=4, taught=taught
+            hidden, head, target, columns, terms, rows_of=chunked.Rows, size=4, teacher_cache=taught
         )
         total.backward()
         ours = hidden.grad, head.weight_VD.grad
@@ -262,7 +269,7 @@ def test_two_objectives_in_one_pass_are_the_sum_of_each(level, wide):
     rows, other = tensor(7, 8, seed=3), head_of(vocab, 8, 4)
     logits = plain_logits(rows, other)
     entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
-    held = Held(other, rows, logits.logsumexp(-1), logits.topk(5).indices, entropy)
+    held = CachedTeacher(other, rows, logits.logsumexp(-1), logits.topk(5).indices, entropy)
     columns = columns_of(torch.zeros(7, dtype=torch.long))
     columns |= {"advantage": tensor(7, seed=5), "teacher": -tensor(7, seed=6).abs()}
     weight = tensor(7, seed=7).abs()
@@ -274,10 +281,10 @@ def test_two_objectives_in_one_pass_are_the_sum_of_each(level, wide):
             head,
             torch.arange(7),
             columns,
-            [(Term(together()[name]), weight) for name in names],
+            [(LossTerm(together()[name]), weight) for name in names],
             rows_of=LEVELS[level],
             size=3,
-            taught=Taught([held], CPU),
+            teacher_cache=TeacherCache([held], CPU),
         )
         total.backward()
         of_head = head.weight_VD.grad
@@ -296,7 +303,7 @@ def test_two_objectives_in_one_pass_are_the_sum_of_each(level, wide):
 
 def test_the_gradient_can_be_taken_once():
     hidden, head = tensor(4, 8).requires_grad_(), head_of(9, 8, 2, trained=True)
-    terms = [(Term(Nll(Nll.Config())), torch.ones(4))]
+    terms = [(LossTerm(Nll(Nll.Config())), torch.ones(4))]
     total, _ = weighted_sum(hidden, head, torch.arange(4), {}, terms, rows_of=chunked.Rows, size=2)
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="once"):
@@ -355,7 +362,9 @@ def test_low_precision_operands_keep_fp32_logits():
     def gradients(dtype, rounded=False):
         hidden = hidden64.to(dtype).clone().requires_grad_()
         weight = weight64.to(dtype).clone().requires_grad_()
-        taught = Taught([Held(Head(weight64.to(dtype), 2000), teacher64.to(dtype))], CPU)
+        taught = TeacherCache(
+            [CachedTeacher(Head(weight64.to(dtype), 2000), teacher64.to(dtype))], CPU
+        )
         taught.held[0].head.rounded = rounded
         columns = columns_of(torch.zeros(64, dtype=torch.long))
         head = Head(weight, 2000, rounded=rounded)
@@ -383,7 +392,7 @@ def test_invalid_ids_change_nothing():
             other.weight_VD[25:] = fill
         head.valid_V = other.valid_V = 25
         columns = columns_of(torch.zeros(6, dtype=torch.long))
-        taught = Taught([Held(other, tensor(6, 8, seed=3))], CPU)
+        taught = TeacherCache([CachedTeacher(other, tensor(6, 8, seed=3))], CPU)
         total, _ = divergence(hidden, head, taught, columns, torch.ones(6))
         total.backward()
         assert head.weight_VD.grad[25:].abs().max() == 0
@@ -394,10 +403,10 @@ def test_invalid_ids_change_nothing():
 
 def test_heads_are_loaded_once_per_teacher():
     """Rows in the order of their teachers: as many loads as teachers, whatever the chunks."""
-    held = [Held(head_of(30, 8, i), tensor(5, 8, seed=i)) for i in range(4)]
+    held = [CachedTeacher(head_of(30, 8, i), tensor(5, 8, seed=i)) for i in range(4)]
     index = torch.arange(4).repeat_interleave(5)
     for size in (1, 3, 20):
-        taught = Taught(held, CPU)
+        taught = TeacherCache(held, CPU)
         hidden = tensor(20, 8, seed=9).requires_grad_()
         divergence(hidden, head_of(30, 8, 7), taught, columns_of(index), torch.ones(20), size=size)
         assert taught.loads == 4

@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opdctl.claims.m1 import M1
-from opdctl.claims.m3 import M3
-from opdctl.claims.m5 import M5
-from opdctl.core.evaluation import half_width, pass_at_k, record
-from opdctl.plan import fingerprints, semantic
-from opdctl.recipe import load
-from opdctl.verdicts.intervals import wilson
-from opdctl.verdicts.judge import _decide
-from opdctl.verdicts.measured import Measured
-from opdctl.verdicts.verdict import DELTA, Part, verdict
+from opdctl.evidence.claims.m1 import M1
+from opdctl.evidence.claims.m3 import M3
+from opdctl.evidence.claims.m5 import M5
+from opdctl.evidence.judge import _decide
+from opdctl.evidence.measured import Measured
+from opdctl.evidence.verdict import DELTA, Part, verdict
+from opdctl.intervals import wilson
+from opdctl.recipe.recipe import load
+from opdctl.run.plan import fingerprints, semantic
+from opdctl.train.evaluation import half_width, pass_at_k, record
 
 TEACHERS = {"a": "stage:ta", "b": "stage:tb"}
 

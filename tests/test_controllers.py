@@ -8,13 +8,13 @@ import torch
 from one_step import First, by_transformers
 from test_weights import step_of, weight
 
-from opdctl.core.context import Context
-from opdctl.core.metrics import Watch
+from opdctl.checks.preflight._pairing import Pairing
+from opdctl.config.registry import member
+from opdctl.config.settings import longest_turn
 from opdctl.errors import Interrupted, RecipeError
 from opdctl.kernels.topk import overlap_ratio
-from opdctl.preflight._pairing import Pairing
-from opdctl.registry import member
-from opdctl.settings import longest_turn
+from opdctl.train.context import Context
+from opdctl.train.metrics import Watch
 from running import carry_out, plain
 
 WINDOW = {"least": 2, "most": 6, "step": 1, "margin": 1}

@@ -7,18 +7,18 @@ from types import SimpleNamespace
 import datasets
 import pytest
 
-from opdctl import provenance
-from opdctl.core.models import load
-from opdctl.core.prompts import PromptOrder, fitting
-from opdctl.core.questions import canonical, side
-from opdctl.data._shards import shards
-from opdctl.data.hf import Hf
-from opdctl.data.jsonl import Jsonl
-from opdctl.data.reasoning_gym import ReasoningGym
+from opdctl.config.registry import member
+from opdctl.config.schema import build
+from opdctl.config.shards import shards
 from opdctl.errors import RecipeError, UsageError
-from opdctl.recipe import lookup, resolve
-from opdctl.registry import member
-from opdctl.schema import build
+from opdctl.models.model import load
+from opdctl.recipe.recipe import lookup, resolve
+from opdctl.rollout.data.hf import Hf
+from opdctl.rollout.data.jsonl import Jsonl
+from opdctl.rollout.data.reasoning_gym import ReasoningGym
+from opdctl.rollout.prompts import PromptOrder, fitting
+from opdctl.rollout.split import canonical, side
+from opdctl.run import provenance
 from opdctl.types import Prompt
 from running import carry_out, one_stage, plain
 
@@ -211,7 +211,7 @@ def test_order_is_exact_over_epochs_and_shares():
 
 
 def test_corruption_is_a_stated_share_and_always_wrong():
-    from opdctl.sources.dataset import corrupted
+    from opdctl.rollout.sources.dataset import corrupted
 
     pool = [Prompt("x", "d", "q", a, {}) for a in ("7", "42", "abc", "a", "10 2", "")]
     for prompt in pool:

@@ -13,24 +13,31 @@ from test_served import serving
 from typer.testing import CliRunner
 
 from conftest import make_model
-from opdctl.cli import app
-from opdctl.core.models import load, save
-from opdctl.diagnosis import directions, nodes
-from opdctl.diagnosis.asked import data_of, of_recipe
-from opdctl.diagnosis.commands import of_pair, of_stage
-from opdctl.diagnosis.directions import centred, cosine, ideal, look, outcome_draws, single_draws
-from opdctl.diagnosis.measure import Effort, measure
-from opdctl.diagnosis.page import write
-from opdctl.diagnosis.recommend import SIGNALS, composed, recommend, recoverability
-from opdctl.diagnosis.summary import pooled, spread, told_gain
-from opdctl.diagnosis.tables import grids
+from opdctl.checks.diagnosis import directions, nodes
+from opdctl.checks.diagnosis.asked import data_of, of_recipe
+from opdctl.checks.diagnosis.commands import of_pair, of_stage
+from opdctl.checks.diagnosis.directions import (
+    centred,
+    cosine,
+    ideal,
+    look,
+    outcome_draws,
+    single_draws,
+)
+from opdctl.checks.diagnosis.measure import Effort, measure
+from opdctl.checks.diagnosis.recommend import SIGNALS, composed, recommend, recoverability
+from opdctl.checks.diagnosis.summary import pooled, spread, told_gain
+from opdctl.cli.app import app
+from opdctl.cli.diagnosis_page import write
+from opdctl.cli.diagnosis_tables import grids
 from opdctl.errors import UsageError
+from opdctl.intervals import newcombe, wilson
 from opdctl.kernels.head import Head
 from opdctl.kernels.reference import divergence
-from opdctl.launch import new_run
-from opdctl.recipe import resolve
+from opdctl.models.model import load, save
+from opdctl.recipe.recipe import resolve
+from opdctl.run.launch import new_run
 from opdctl.types import Prompt, Rollout
-from opdctl.verdicts.intervals import newcombe, wilson
 from running import inside, opdctl
 
 

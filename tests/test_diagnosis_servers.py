@@ -6,8 +6,8 @@ from test_preflight import folder  # noqa: F401  (a fixture)
 from test_served import dying, serving
 
 from conftest import make_model
-from opdctl.core.models import load
 from opdctl.errors import StageFailed, UsageError
+from opdctl.models.model import load
 from running import opdctl
 
 NOBODY = "http://127.0.0.1:1"

@@ -8,15 +8,15 @@ import torch
 from test_update import gradient, spans_of
 
 from conftest import make_model, make_model64
-from opdctl.core import update
-from opdctl.core.scoring import score
-from opdctl.core.taught import Held, Taught
 from opdctl.kernels.reference import kl
-from opdctl.objectives.divergence import Divergence
+from opdctl.loss.objectives.divergence import Divergence
+from opdctl.scoring.score import score
+from opdctl.scoring.teacher_cache import CachedTeacher, TeacherCache
+from opdctl.train import update
 
 
 def objective(**keys):
-    return [update.Term(Divergence(Divergence.Config(**keys)), normalise="token_mean")]
+    return [update.LossTerm(Divergence(Divergence.Config(**keys)), normalise="token_mean")]
 
 
 def taught(spans, teachers, weights=(1.0, 1.0, 1.0), temperature=1.0):
@@ -40,8 +40,8 @@ def taught(spans, teachers, weights=(1.0, 1.0, 1.0), temperature=1.0):
         columns["teacher_row"][at, 0] = torch.arange(len(at))
         columns["pair_weight"][at, 0] = weights[t]
         rows = (found.hidden_ND, found.lse_N, found.top_NK, found.entropy_N)
-        held.append(Held(teacher.projection(temperature), *rows))
-    return columns, Taught(held, torch.device("cpu"))
+        held.append(CachedTeacher(teacher.lm_head(temperature), *rows))
+    return columns, TeacherCache(held, torch.device("cpu"))
 
 
 def exact(student, spans, teachers, weights, temperature, direction, beta):
@@ -76,7 +76,9 @@ def test_equals_plain_autograd(model64, direction, beta, temperature):
     teachers = [make_model64(5), make_model64(6, width=40)]  # unequal hidden sizes
     columns, held = taught(spans, teachers, weights, temperature)
     terms = objective(direction=direction, beta=beta)
-    loss, ours = gradient(model64, spans, columns, terms, temperature=temperature, taught=held)
+    loss, ours = gradient(
+        model64, spans, columns, terms, temperature=temperature, teacher_cache=held
+    )
     model64.net.zero_grad(set_to_none=True)
     expected = exact(model64, spans, teachers, weights, temperature, direction, beta)
     expected.backward()
@@ -88,11 +90,11 @@ def test_equals_plain_autograd(model64, direction, beta, temperature):
 def test_chunks_and_micro_batches_never_change_it(model64, monkeypatch):
     spans = spans_of()
     columns, held = taught(spans, [make_model64(5), make_model64(6, width=40)])
-    loss, expected = gradient(model64, spans, columns, objective(), taught=held)
+    loss, expected = gradient(model64, spans, columns, objective(), teacher_cache=held)
     for micro, rows in itertools.product((1, 4), (1, 3)):
         monkeypatch.setattr(update, "rows_in", lambda *_, rows=rows: rows)
         other_loss, other = gradient(
-            model64, spans, columns, objective(), taught=held, micro_batch=micro
+            model64, spans, columns, objective(), teacher_cache=held, micro_batch=micro
         )
         assert abs(other_loss - loss) < 1e-12 and (other - expected).abs().max() < 1e-12
 
@@ -124,7 +126,7 @@ def test_padded_vocabularies_of_unequal_size():
     results = []
     for teacher in (plain, padded):
         columns, held = taught(spans, [teacher])
-        results.append(gradient(student, spans, columns, objective(), taught=held))
+        results.append(gradient(student, spans, columns, objective(), teacher_cache=held))
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-6)
     assert torch.allclose(results[0][1], results[1][1], atol=1e-6)
 
@@ -141,5 +143,5 @@ def test_never_negative_and_zero_at_the_teacher(model):
     assert float(golden) == pytest.approx(0.6 * math.log(3.0) - 0.1 * math.log(5.0), abs=1e-6)
     spans = spans_of()
     columns, held = taught(spans, [model])
-    loss, zero = gradient(model, spans, columns, objective(), taught=held)
+    loss, zero = gradient(model, spans, columns, objective(), teacher_cache=held)
     assert abs(loss) < 1e-6 and zero.abs().max() < 1e-5

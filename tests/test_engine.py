@@ -4,9 +4,9 @@ import numpy as np
 import torch
 
 from conftest import make_model
-from opdctl.core import draws
-from opdctl.core.scoring import score
-from opdctl.engines.transformers import Transformers, draw
+from opdctl import draws
+from opdctl.rollout.engines.transformers import Transformers, draw
+from opdctl.scoring.score import score
 from opdctl.types import ScoreRequest
 
 PROMPTS = ["a", "sort 3 1 2=", "gcd 12 18=", "rev abc=", "0123456789 abcdefgh="]

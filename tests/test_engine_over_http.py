@@ -13,12 +13,12 @@ from serving import listening
 from test_vllm import folder_of
 
 from conftest import make_model
-from opdctl.core.models import load
-from opdctl.core.wal import Wal
-from opdctl.engines._vllm_serve import arguments
-from opdctl.engines.vllm_server import ACTIVE, VllmServer
+from opdctl.config.settings import Runtime
 from opdctl.errors import Interrupted, StageFailed
-from opdctl.settings import Runtime
+from opdctl.models.model import load
+from opdctl.rollout.engines._vllm_serve import arguments
+from opdctl.rollout.engines.vllm_server import ACTIVE, VllmServer
+from opdctl.train.wal import Wal
 
 OURS, OTHERS = 5, 9  # what the weights that were published sample, and what all others do
 

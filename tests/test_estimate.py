@@ -9,19 +9,20 @@ from one_step import opd, prompts
 from test_architecture import BLOCKED, ROOT
 
 from conftest import make_model
-from opdctl.core.checkpoint import store
-from opdctl.core.models import save
-from opdctl.core.tokens import micro_batches
+from opdctl.checks.preflight._pairing import Pairing
+from opdctl.checks.preflight.memory import holds, per_token
+from opdctl.config.registry import member
+from opdctl.config.shapes import Shape
 from opdctl.estimate.cost import cost, per_update
 from opdctl.estimate.gpus import GPUS, gpu
 from opdctl.estimate.memory import SHARE, estimate, of_engine, of_student
 from opdctl.estimate.rollout import LENGTH, PROMPT, Sampled, decode_seconds, served_seconds
-from opdctl.estimate.shape import CHARACTERS, Shape, kept_of, made, of_folder
+from opdctl.estimate.shape import CHARACTERS, kept_of, made, of_folder
 from opdctl.estimate.work import DEMONSTRATION
-from opdctl.preflight._pairing import Pairing
-from opdctl.preflight.memory import holds, per_token
-from opdctl.recipe import load, resolve
-from opdctl.registry import member
+from opdctl.models.model import save
+from opdctl.models.packing import micro_batches
+from opdctl.models.tensor_file import store
+from opdctl.recipe.recipe import load, resolve
 from opdctl.types import FORWARD, TRAIN, ScoreRequest
 
 RECIPES = ("qwen3", "glm5", "mimo", "deepseek_v4", "thinking_machines", "sparse_to_dense")
@@ -449,7 +450,7 @@ def test_an_update_of_an_adapter_costs_what_the_ledger_says(on_disk, tmp_path):
 
 
 def test_a_pass_that_nothing_bounds_may_have_every_sequence_of_a_step():
-    """As core/tokens.micro_batches does it: equal lengths never close a group."""
+    """As models/packing.micro_batches does it: equal lengths never close a group."""
     shapes = {"o/s": {"parameters": 10.0, "layers": 1, "hidden": 4, "intermediate": 8}}
     stage = {"student": "o/s", "prompts": {"per_step": 40, "samples": 2}}
     rl = {**stage, "kind": "rl", "sampling": {"max_tokens": 44}}

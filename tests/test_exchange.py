@@ -9,9 +9,9 @@ import pytest
 from serving import listening
 
 from opdctl.errors import StageFailed
-from opdctl.served import exchange as module
-from opdctl.served.endpoint import Endpoint
-from opdctl.served.exchange import exchange
+from opdctl.remote import http as module
+from opdctl.remote.endpoint import Endpoint
+from opdctl.remote.http import exchange
 
 
 @contextlib.contextmanager

@@ -8,13 +8,13 @@ from architectures import write
 from one_step import prompts, refused
 from test_controllers import stopped_at
 
-from opdctl.core.assemble import on_policy
-from opdctl.core.context import Context
-from opdctl.core.models import load
+from opdctl.config.registry import member
 from opdctl.errors import Interrupted, RecipeError, UsageError
-from opdctl.nets.line import line_of
-from opdctl.registry import member
-from opdctl.rundir import read_json, read_rows
+from opdctl.models.extrapolation import line_of
+from opdctl.models.model import load
+from opdctl.run.rundir import read_json, read_rows
+from opdctl.train.assemble import on_policy
+from opdctl.train.context import Context
 from running import assert_same, carry_out, one_stage, plain, worker
 
 BOTH = [r"attn\.", r"mlp\."]
@@ -71,7 +71,7 @@ def test_points_of_the_line(model):
 
 
 def test_masters_move_and_the_parameters_are_their_rounding(model):
-    from opdctl.nets.masters import Masters
+    from opdctl.models.master_weights import Masters
 
     model.net.to(torch.bfloat16)
     model.masters = Masters(model.net)
@@ -107,7 +107,7 @@ def adapted(stage, **lora):
     model = stage(lora={"rank": 2, "alpha": 6, **lora}).student()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in model.moved().values():
+        for parameter in model.trainable_parameters().values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     return model, generator
 
@@ -129,7 +129,7 @@ def dense(model):
 
 def shake(model, generator):
     with torch.no_grad():
-        for parameter in model.moved().values():
+        for parameter in model.trainable_parameters().values():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
@@ -142,7 +142,7 @@ def test_an_adapters_line_is_that_of_the_product(stage):
     what is trained is not touched, and what A and B alone would give is elsewhere."""
     model, generator = adapted(stage)
     line = line_of(model, BOTH, "here")
-    names = list(model.moved())
+    names = list(model.trainable_parameters())
     for c, kept in ((4.0, True), (2.0, False), (6.0, True)):
         before, previous = dense(model), line.point()
         factors = {n: layer for n, layer in model.net.named_modules() if hasattr(layer, "lora_A")}
@@ -163,7 +163,7 @@ def test_an_adapters_line_is_that_of_the_product(stage):
         assert far({n: w.detach().double() for n, w in naive.items()}, on_line) > 0.1
         moved = {n: p for n, p in bytes_of(model).items() if ".default." in n}
         assert moved == {n: p for n, p in trained.items() if ".default." in n}
-        assert list(model.moved()) == names  # what lies beside is not trained
+        assert list(model.trainable_parameters()) == names  # what lies beside is not trained
         if kept:
             line.keep()
         else:
@@ -173,7 +173,7 @@ def test_an_adapters_line_is_that_of_the_product(stage):
     assert {len(v) for n, v in state.items() if n.endswith(".A")} == {8}  # two leaps x two x rank 2
     other, _ = adapted(stage)
     with torch.no_grad():
-        for name, parameter in other.moved().items():
+        for name, parameter in other.trainable_parameters().items():
             parameter.copy_(dict(model.net.named_parameters())[name])
     line_of(other, BOTH, "here").load(state)
     assert bytes_of(other) == bytes_of(model)
@@ -193,8 +193,8 @@ def test_an_adapter_on_experts_is_refused(stage, tmp_path):
 
 @pytest.mark.parametrize("output", ["merged", "adapter"])
 def test_an_adapters_output_is_where_it_leapt_to(stage, on_disk, tmp_path, output):
-    from opdctl.core.models import save
-    from opdctl.nets.lora import merged
+    from opdctl.models.lora import merged
+    from opdctl.models.model import save
 
     model, generator = adapted(stage, output=output)
     line = line_of(model, [r"mlp\.down_proj", r"q_proj"], "here")
@@ -370,7 +370,7 @@ def test_refused(stage, on_disk, tmp_path):
 
 IN_VALIDATION = """
 import os, signal
-import opdctl.engines.transformers as engine
+import opdctl.rollout.engines.transformers as engine
 real, seen = engine.draw, []
 def draw(*a):
     seen.append(1)

@@ -8,10 +8,10 @@ import torch
 from one_step import First, by_transformers, opd, said
 from test_weights import step_of
 
-from opdctl.core.models import load
 from opdctl.errors import RecipeError
-from opdctl.signals._cliff import threshold
-from opdctl.signals.extrapolation import Extrapolation
+from opdctl.loss.signals._cliff import threshold
+from opdctl.loss.signals.extrapolation import Extrapolation
+from opdctl.models.model import load
 
 
 def signal(**keys):

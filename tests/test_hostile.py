@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from hostile import SECRET, command, in_child
-from opdctl.positions import DUMPER, parse
-from opdctl.recipe import shipped
-from opdctl.resolution import interpolate
+from opdctl.recipe.recipe import shipped
+from opdctl.recipe.resolution import interpolate
+from opdctl.recipe.yaml_lines import DUMPER, parse
 from running import DEMO
 
 DEMO_TEXT = DEMO.read_text()

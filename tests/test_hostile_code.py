@@ -8,9 +8,9 @@ import sys
 import pytest
 from test_hostile_files import config
 
-from opdctl.data.reasoning_gym import ReasoningGym
-from opdctl.environments.calculator import Calculator
 from opdctl.errors import UsageError
+from opdctl.rollout.data.reasoning_gym import ReasoningGym
+from opdctl.rollout.environments.calculator import Calculator
 
 REMOTE = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"}
 EVIL = "import pathlib\npathlib.Path('canary').touch()\nEvilConfig = Evil = None\n"

@@ -20,14 +20,15 @@ from safetensors.torch import load_file, save_file
 
 from conftest import make_model
 from hostile import ROWS, command, in_child, jsonl
-from opdctl.core import checkpoint, models
-from opdctl.core.update import make_optimizer
+from opdctl.config.settings import Optim
 from opdctl.errors import UsageError
-from opdctl.launch import new_run
-from opdctl.recipe import resolve
-from opdctl.rundir import RunDir
-from opdctl.settings import Optim
-from opdctl.worker import run_stage
+from opdctl.models import model as models
+from opdctl.process.worker import run_stage
+from opdctl.recipe.recipe import resolve
+from opdctl.run.launch import new_run
+from opdctl.run.rundir import RunDir
+from opdctl.train import checkpoint
+from opdctl.train.update import make_optimizer
 from running import inside
 
 # ways to break a model ---------------------------------------------------------------------------

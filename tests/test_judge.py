@@ -9,11 +9,11 @@ from serving import listening
 from test_data import table
 from test_verifiers import answers, prepared
 
-from opdctl.data.jsonl import Jsonl
 from opdctl.errors import RecipeError, StageFailed
-from opdctl.plan import fingerprints
-from opdctl.recipe import resolve
-from opdctl.verifiers.judge_server import JudgeServer
+from opdctl.recipe.recipe import resolve
+from opdctl.rollout.data.jsonl import Jsonl
+from opdctl.rollout.verifiers.judge_server import JudgeServer
+from opdctl.run.plan import fingerprints
 
 SHORT = {"template": "{prompt}{response}=", "verdict": "([a-m])", "accept": "A"}
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from one_step import WITH_TEACHER, First, apart, by_transformers, prompts, refused, said
 
-from opdctl.core.models import load, save
-from opdctl.core.prompts import PromptOrder
-from opdctl.core.scored import advantage
-from opdctl.core.scoring import score
 from opdctl.kernels.reference import divergence
+from opdctl.models.model import load, save
+from opdctl.rollout.prompts import PromptOrder
+from opdctl.scoring.score import score
+from opdctl.train.score_step import set_advantage
 from opdctl.types import ScoreRequest
 from running import carry_out, one_stage
 
@@ -34,7 +34,7 @@ def test_teacher_log_probs_off_by_one(stage, on_disk, max_tokens):
     theirs = by_transformers(load(on_disk / "t"), other.rollouts)
     assert (other.columns["teacher"] - said(theirs, other.rollouts)).abs().max() < 1e-4
     same.columns["teacher"] = same.columns["teacher"].roll(1)
-    assert advantage(same.step, same.parts.signals)["reverse_kl_std"] > 0.3
+    assert set_advantage(same.step, same.parts.signals)["reverse_kl_std"] > 0.3
 
 
 def test_one_token_answers_lose_all_signal(stage):

@@ -8,14 +8,14 @@ import torch
 from one_step import WITH_TEACHER, First, apart, by_transformers, refused
 from test_chunks import columns_of, tensor
 
-from opdctl.core.models import load
-from opdctl.core.scoring import score
-from opdctl.core.taught import Held, Taught
-from opdctl.core.view import Term, weighted_sum
 from opdctl.kernels import chunked
 from opdctl.kernels.head import Head
 from opdctl.kernels.reference import divergence
-from opdctl.objectives.divergence import Divergence
+from opdctl.loss.objectives.divergence import Divergence
+from opdctl.loss.token_view import LossTerm, weighted_sum
+from opdctl.models.model import load
+from opdctl.scoring.score import score
+from opdctl.scoring.teacher_cache import CachedTeacher, TeacherCache
 from opdctl.types import Rollout, ScoreRequest
 
 # What is differentiated
@@ -128,10 +128,10 @@ def compared(hidden, held, head, **keys):
         head,
         index,
         columns_of(index),
-        [(Term(Divergence(Divergence.Config(**keys))), torch.ones(len(hidden)))],
+        [(LossTerm(Divergence(Divergence.Config(**keys))), torch.ones(len(hidden)))],
         rows_of=chunked.Rows,
         size=100,
-        taught=Taught([held], torch.device("cpu")),
+        teacher_cache=TeacherCache([held], torch.device("cpu")),
     )
     return table["divergence"].double(), torch.autograd.grad(total, hidden)[0].double()
 
@@ -140,7 +140,7 @@ def on_logits(log_p, log_q, k=4, **keys):
     """The same of given distributions, [N, V]: the rows are the logits."""
     head = Head(torch.eye(log_p.shape[1]).double(), log_p.shape[1])
     entropy = log_q.new_zeros(len(log_q))
-    held = Held(head, log_q, log_q.logsumexp(-1), log_q.topk(k).indices, entropy)
+    held = CachedTeacher(head, log_q, log_q.logsumexp(-1), log_q.topk(k).indices, entropy)
     return compared(log_p, held, head, k=k, **keys)
 
 
@@ -188,7 +188,7 @@ def near_convergence(rounded=False):
     hidden, weight = tensor(64, 32, seed=1).bfloat16(), tensor(2000, 32, seed=2).bfloat16()
     teacher = (hidden + 0.02 * tensor(64, 32, seed=3)).bfloat16()
     head = Head(weight, 2000, rounded=rounded)
-    value, grad = compared(hidden, Held(head, teacher), head, direction="jsd")
+    value, grad = compared(hidden, CachedTeacher(head, teacher), head, direction="jsd")
     rows = hidden.double().requires_grad_()
     p, q = ((x @ weight.double().T).softmax(-1) for x in (rows, teacher.double()))
     m = (p + q) / 2

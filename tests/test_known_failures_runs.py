@@ -15,17 +15,17 @@ from one_step import First, opd, prompts, refused
 from safetensors.torch import load_file, save_file
 
 import opdctl
-from opdctl.core.context import Context
-from opdctl.core.models import load, save
+from opdctl.config.registry import FAMILIES, member, members
+from opdctl.config.schema import describe
+from opdctl.config.settings import Runtime, Teacher
 from opdctl.errors import Interrupted, RecipeError, StageFailed, UsageError
-from opdctl.recipe import load as read
-from opdctl.recipe import lookup, shipped
-from opdctl.registry import FAMILIES, member, members
-from opdctl.rundir import RunDir, read_rows
-from opdctl.schema import describe
-from opdctl.settings import Runtime, Teacher
+from opdctl.models.model import load, save
+from opdctl.recipe.recipe import load as read
+from opdctl.recipe.recipe import lookup, shipped
+from opdctl.run.rundir import RunDir, read_rows
+from opdctl.scoring.teachers.local import Local
 from opdctl.stages.merge import Ingredient
-from opdctl.teachers.local import Local
+from opdctl.train.context import Context
 from running import carry_out, one_stage
 
 STOP_AT = 2  # of four steps of three prompts: where the epoch of six prompts ends

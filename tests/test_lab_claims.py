@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from opdctl.recipe import lookup
-from opdctl.registry import member, members
-from opdctl.schema import build
-from opdctl.verdicts.judge import _decide
-from opdctl.verdicts.measured import Measured, facts, per_prompt
+from opdctl.config.registry import member, members
+from opdctl.config.schema import build
+from opdctl.evidence.judge import _decide
+from opdctl.evidence.measured import Measured, facts, per_prompt
+from opdctl.recipe.recipe import lookup
 
 SCORES = {  # (model, domain): accuracy
     **{("sft", d): s for d, s in {"chat": 0.8, "math": 0.4, "sort": 0.3}.items()},

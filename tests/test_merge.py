@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from conftest import make_model
-from opdctl.core.models import load, save
-from opdctl.rundir import RunDir
+from opdctl.models.model import load, save
+from opdctl.run.rundir import RunDir
 from running import inside
 
 

@@ -13,8 +13,8 @@ import torch
 from one_step import First, apart, by_transformers, prompts, said
 
 from conftest import make_model64
-from opdctl.catalogue import method, methods
-from opdctl.core.models import load, save
+from opdctl.models.model import load, save
+from opdctl.recipe.methods import method, methods
 from running import one_stage
 
 # the verdict of a response that ended: half of them are right

@@ -5,10 +5,11 @@ import math
 import pytest
 from one_step import prompts
 
-from opdctl.catalogue import detail, listing, method, methods
+from opdctl.cli.catalogue import detail, listing
+from opdctl.config.registry import member
 from opdctl.errors import RecipeError
-from opdctl.registry import member
-from opdctl.rundir import read_json
+from opdctl.recipe.methods import method, methods
+from opdctl.run.rundir import read_json
 from running import carry_out, one_stage
 
 TINY = {  # what methods/NAME.yaml says of answers of a few tokens
@@ -231,8 +232,8 @@ def test_one_kl_on_two_sides_of_the_outcome_is_allowed(on_disk, tmp_path):
 
 def test_a_weight_that_needs_logits_is_refused_where_a_teacher_gives_log_probs_alone():
     """A teacher that provides log-probs of the samples and nothing else."""
-    from opdctl.recipe import lookup
-    from opdctl.schema import build
+    from opdctl.config.schema import build
+    from opdctl.recipe.recipe import lookup
     from opdctl.stages.rl import member_problems
 
     found: list = []
@@ -263,8 +264,8 @@ def test_a_weight_that_needs_logits_is_refused_where_a_teacher_gives_log_probs_a
 def test_a_mixture_by_token_is_refused_on_an_engine_that_cannot():
     from types import SimpleNamespace
 
-    from opdctl.recipe import lookup
-    from opdctl.schema import build
+    from opdctl.config.schema import build
+    from opdctl.recipe.recipe import lookup
     from opdctl.stages._combinations import source_problems
 
     keys = {"kind": "opd", "student": "a/s", "sources": {"teacher_mixed": {}}}
@@ -282,7 +283,7 @@ def test_baseline_of_vopd_full_and_on_the_top(on_disk, tmp_path):
     import torch
     from one_step import First, by_transformers
 
-    from opdctl.core.models import load
+    from opdctl.models.model import load
 
     for top in (0, 4):
         keys = method("vopd")
@@ -306,8 +307,8 @@ def test_what_a_signal_remembers_is_in_the_checkpoint(on_disk, tmp_path):
     was: the step is taken again."""
     import sys
 
-    from opdctl.core.context import Context
     from opdctl.errors import Interrupted
+    from opdctl.train.context import Context
     from running import plain
 
     class Stopped(Context):

@@ -12,13 +12,13 @@ import transformers
 from architectures import SHAPES, write
 from one_step import First, apart, by_transformers, opd, said
 
-from opdctl.core import update
-from opdctl.core.models import load, save
-from opdctl.core.scoring import score
-from opdctl.core.tokens import pack
-from opdctl.engines.transformers import Transformers
 from opdctl.errors import UsageError
-from opdctl.nets.own_logits import keeps_apart
+from opdctl.models.logits_check import keeps_apart
+from opdctl.models.model import load, save
+from opdctl.models.packing import pack
+from opdctl.rollout.engines.transformers import Transformers
+from opdctl.scoring.score import score
+from opdctl.train import update
 from opdctl.types import ScoreRequest
 
 KEYS = {
@@ -73,7 +73,7 @@ def test_a_step_of_every_architecture(name, folder, tmp_path):
     with torch.no_grad():
         assert torch.equal(plain(ids).logits, model.net(ids).logits)
     again = load(str(tmp_path / "out"))
-    assert torch.equal(again.trunk(ids).last_hidden_state, model.trunk(ids).last_hidden_state)
+    assert torch.equal(again.backbone(ids).last_hidden_state, model.backbone(ids).last_hidden_state)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_an_architecture_that_would_be_computed_wrongly_is_refused(
     """A factor that is not known here; attention in both directions."""
     write(tmp_path / "m", "granite", **change)
     if "logits_scaling" in change:
-        monkeypatch.setattr("opdctl.core.models.shaped", lambda config: (None, 1.0))
+        monkeypatch.setattr("opdctl.models.model.shaped", lambda config: (None, 1.0))
     with pytest.raises(UsageError, match=says):
         load(str(tmp_path / "m"))
 
@@ -126,7 +126,7 @@ def test_one_row_in_float64(model64):
     for model64.one_row in (False, True):
         packed = pack(spans, model64.pad, one_row=model64.one_row)
         assert packed.ids_BT.shape == ((1, 19) if model64.one_row else (3, 9))
-        hidden_ND = model64.trunk(**packed.inputs).last_hidden_state.flatten(0, 1)
+        hidden_ND = model64.backbone(**packed.inputs).last_hidden_state.flatten(0, 1)
         rows.append(hidden_ND[packed.prediction_N])
         model64.net.zero_grad()
         rows[-1].square().sum().backward()

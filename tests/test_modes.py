@@ -9,20 +9,20 @@ import pytest
 import torch
 
 from conftest import ALPHABET, make_model, make_model64
-from opdctl.core import update
-from opdctl.core.models import Model
-from opdctl.core.sampling import sample_group
-from opdctl.core.scoring import score
-from opdctl.core.thinking import Thinking, Trace
-from opdctl.core.wal import Wal
-from opdctl.data.reasoning_gym import ReasoningGym
-from opdctl.engines.transformers import Transformers
-from opdctl.environments.calculator import Calculator
+from opdctl.config.schema import build
 from opdctl.errors import UsageError
-from opdctl.objectives.nll import Nll
-from opdctl.recipe import lookup
-from opdctl.schema import build
-from opdctl.signals.outcome import Outcome
+from opdctl.loss.objectives.nll import Nll
+from opdctl.loss.signals.outcome import Outcome
+from opdctl.models.chat.thinking import Thinking, Trace
+from opdctl.models.model import Model
+from opdctl.recipe.recipe import lookup
+from opdctl.rollout.data.reasoning_gym import ReasoningGym
+from opdctl.rollout.engines.transformers import Transformers
+from opdctl.rollout.environments.calculator import Calculator
+from opdctl.rollout.sampling import sample_group
+from opdctl.scoring.score import score
+from opdctl.train import update
+from opdctl.train.wal import Wal
 from opdctl.types import Prompt, Rollout, ScoreRequest
 
 FOLDS = {
@@ -124,7 +124,7 @@ def test_a_sort_of_many_digits_keeps_its_numbers():
 )
 def test_what_a_domain_cannot_be(keys, path, says):
     from opdctl.errors import RecipeError
-    from opdctl.recipe import resolve
+    from opdctl.recipe.recipe import resolve
 
     tree = {
         "data": {"d": {"kind": "reasoning_gym", "task": "gcd"}},
@@ -276,7 +276,7 @@ def test_observed_tokens_are_never_supervised():
     torch.set_default_dtype(torch.float64)
     try:
         model.net.zero_grad(set_to_none=True)
-        term = update.Term(Nll(Nll.Config()))
+        term = update.LossTerm(Nll(Nll.Config()))
         update.accumulate(model, spans, {}, [term], temperature=1.0, micro_batch=0, chunk_mib=1)
         ours = torch.cat([p.grad.flatten() for p in model.net.parameters()])
         model.net.zero_grad(set_to_none=True)

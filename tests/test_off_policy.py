@@ -9,13 +9,13 @@ from one_step import First, by_transformers, opd, said
 from test_weights import step_of
 
 from conftest import make_model
-from opdctl.core.models import load
-from opdctl.core.tokens import future
-from opdctl.engines import transformers as transformers_engine
-from opdctl.engines.transformers import Transformers
-from opdctl.registry import member
-from opdctl.signals.return_to_go import ReturnToGo
-from opdctl.signals.reverse_kl import ReverseKl
+from opdctl.config.registry import member
+from opdctl.loss.signals.return_to_go import ReturnToGo
+from opdctl.loss.signals.reverse_kl import ReverseKl
+from opdctl.models.model import load
+from opdctl.models.packing import future
+from opdctl.rollout.engines import transformers as transformers_engine
+from opdctl.rollout.engines.transformers import Transformers
 from running import carry_out
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from test_resume import IN_COMMIT, IN_SAMPLING, copy_without
 
-from opdctl.core.gradients import summary
-from opdctl.rundir import RunDir, read_json, read_rows
-from opdctl.verdicts.measured import noted
+from opdctl.evidence.measured import noted
+from opdctl.run.rundir import RunDir, read_json, read_rows
+from opdctl.train.gradients import summary
 from running import HERE, assert_same, inside, worker
 
 MODES = HERE / "modes.yaml"

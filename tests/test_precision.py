@@ -9,14 +9,15 @@ from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from conftest import make_model
-from opdctl.core import checkpoint, update
-from opdctl.core.context import Context
-from opdctl.core.models import Model, load
+from opdctl.config.settings import Optim, Runtime
 from opdctl.errors import Interrupted, UsageError
-from opdctl.nets.masters import Masters
-from opdctl.nets.recomputed import recompute
-from opdctl.rundir import read_rows
-from opdctl.settings import Optim, Runtime
+from opdctl.models import tensor_file
+from opdctl.models.gradient_checkpointing import recompute
+from opdctl.models.master_weights import Masters
+from opdctl.models.model import Model, load
+from opdctl.run.rundir import read_rows
+from opdctl.train import update
+from opdctl.train.context import Context
 from running import carry_out, one_stage
 
 
@@ -85,7 +86,7 @@ def test_small_steps_in_bfloat16_are_kept_and_resumed(on_disk, tmp_path):
     assert all(r["logprob_gap"] < 0.05 for r in rows)
     with pytest.raises(Interrupted):
         carry_out(cut)
-    kept = checkpoint.stored(next((cut.folder / "checkpoints").glob("*/weights.safetensors")))
+    kept = tensor_file.read(next((cut.folder / "checkpoints").glob("*/weights.safetensors")))
     start = load(str(on_disk / "s"), dtype="bfloat16").net.state_dict()
     assert all(w.dtype == torch.float32 for w in kept.values())
     moved = [(w != start[n].float()).float().mean() for n, w in kept.items() if "proj" in n]
@@ -94,7 +95,7 @@ def test_small_steps_in_bfloat16_are_kept_and_resumed(on_disk, tmp_path):
     carry_out(Context(cut.run, cut.recipe, "it", attempt=2))
     ours, theirs = (c.folder / "output" / "model.safetensors" for c in (whole, cut))
     assert ours.read_bytes() == theirs.read_bytes()
-    assert {w.dtype for w in checkpoint.stored(ours).values()} == {torch.bfloat16}
+    assert {w.dtype for w in tensor_file.read(ours).values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
@@ -130,14 +131,14 @@ def test_activations_are_computed_again(name, tmp_path):
     grads, counts = [], []
     for model in (twice, once):
         calls.clear()
-        model.trunk(ids).last_hidden_state.square().sum().backward()
+        model.backbone(ids).last_hidden_state.square().sum().backward()
         counts.append(len(calls))
         found = [p.grad.flatten() for p in model.net.parameters() if p.grad is not None]
         grads.append(torch.cat(found))
     assert counts[0] == 4 and apart(*grads) < 1e-6
     calls.clear()
     with torch.no_grad():
-        twice.trunk(ids)
+        twice.backbone(ids)
     assert len(calls) == 2 and not any(m.training for m in twice.net.modules())
 
 
@@ -157,7 +158,7 @@ def test_every_kind_that_trains_heeds_how_passes_are_made(on_disk, tmp_path, mon
     data = {"sums": prompts(on_disk)}
     ways = {"attn": "eager", "packing": "packed", "gradient_checkpointing": True}
     seen = []
-    trunk = Model.trunk
+    backbone = Model.backbone
 
     def watched(model, input_ids, **options):
         if torch.is_grad_enabled():
@@ -166,9 +167,9 @@ def test_every_kind_that_trains_heeds_how_passes_are_made(on_disk, tmp_path, mon
             layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
             attn = model.net.config._attn_implementation
             seen.append((attn, len(input_ids) == 1, calls))
-        return trunk(model, input_ids, **options)
+        return backbone(model, input_ids, **options)
 
-    monkeypatch.setattr(Model, "trunk", watched)
+    monkeypatch.setattr(Model, "backbone", watched)
     rows = []
     for name, runtime in (("plain", {}), ("ways", ways)):
         seen.clear()

@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from conftest import make_model
-from opdctl.core.context import Context
-from opdctl.core.models import load, outline, save
+from opdctl.checks.preflight._pairing import Pairing
+from opdctl.checks.preflight._stage import check
+from opdctl.checks.preflight._weights import same_weights
+from opdctl.checks.preflight.memory import holds
+from opdctl.checks.preflight.step0 import compare
+from opdctl.config.registry import members
 from opdctl.errors import UsageError
-from opdctl.launch import new_run
-from opdctl.plan import ready
-from opdctl.preflight._pairing import Pairing
-from opdctl.preflight._stage import check
-from opdctl.preflight._weights import same_weights
-from opdctl.preflight.memory import holds
-from opdctl.preflight.step0 import compare
-from opdctl.recipe import resolve
-from opdctl.registry import members
-from opdctl.rundir import RunDir
+from opdctl.models.model import load, outline, save
+from opdctl.recipe.recipe import resolve
+from opdctl.run.launch import new_run
+from opdctl.run.plan import ready
+from opdctl.run.rundir import RunDir
+from opdctl.train.context import Context
 from running import opdctl, worker
 
 EVERY = set(members("preflight")) - {"served"}  # no teacher here is behind a server

@@ -8,10 +8,11 @@ import pytest
 from one_step import opd
 from test_resume import IN_SAMPLING, copy_without
 
-from opdctl import __version__, provenance
+from opdctl import __version__
 from opdctl.errors import UsageError
-from opdctl.plan import fingerprints
-from opdctl.rundir import RunDir, read_json, write_json
+from opdctl.run import provenance
+from opdctl.run.plan import fingerprints
+from opdctl.run.rundir import RunDir, read_json, write_json
 from running import inside, worker
 
 
@@ -92,7 +93,7 @@ def test_a_foreign_folder_and_a_data_file_are_watched_too(demo_run, tmp_path):
 
 
 def test_from_leaves_what_was_made_from_other_files(demo_run, tmp_path):
-    from opdctl.launch import read_recipe, reuse
+    from opdctl.run.launch import read_recipe, reuse
 
     old = tmp_path / "old"
     shutil.copytree(demo_run[0], old, symlinks=True)

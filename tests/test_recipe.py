@@ -3,9 +3,9 @@
 import pytest
 
 from opdctl.errors import RecipeError, UsageError
-from opdctl.launch import parse_seeds
-from opdctl.positions import dump, parse
-from opdctl.recipe import load, resolve, shipped
+from opdctl.recipe.recipe import load, resolve, shipped
+from opdctl.recipe.yaml_lines import dump, parse
+from opdctl.run.launch import parse_seeds
 
 GOOD = """
 name: demo
@@ -273,7 +273,7 @@ def test_seeds():
 
 def test_tokenizers_of_folders_are_compared(tmp_path):
     from conftest import make_model
-    from opdctl.core.models import save
+    from opdctl.models.model import save
 
     save(make_model(), tmp_path / "ours")
     save(make_model(alphabet="0123456789abc"), tmp_path / "theirs")

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from opdctl.rundir import RunDir, read_json, read_rows, write_json
+from opdctl.run.rundir import RunDir, read_json, read_rows, write_json
 from running import DEMO, assert_same, inside, start, worker
 
 SIGKILL = "import os, signal; die = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
 IN_SAMPLING = (
     SIGKILL
     + """
-import opdctl.engines.transformers as engine
+import opdctl.rollout.engines.transformers as engine
 real, seen = engine.draw, []
 def draw(*a):
     seen.append(1)
@@ -29,7 +29,7 @@ engine.draw = draw
 IN_CHECKPOINT = (
     SIGKILL
     + """
-import opdctl.core.checkpoint as checkpoint
+import opdctl.train.checkpoint as checkpoint
 real, seen = checkpoint.save_file, []
 def save_file(*a, **k):
     seen.append(1)
@@ -42,7 +42,7 @@ checkpoint.save_file = save_file
 IN_COMMIT = (
     SIGKILL
     + """
-import opdctl.core.checkpoint as checkpoint
+import opdctl.train.checkpoint as checkpoint
 real, seen = checkpoint.commit_folder, []
 def commit_folder(*a):
     real(*a)
@@ -55,7 +55,7 @@ checkpoint.commit_folder = commit_folder
 IN_EXPORT = (
     SIGKILL
     + """
-import opdctl.core.models as models
+import opdctl.models.model as models
 real = models.save
 def save(model, folder):
     real(model, folder)
@@ -68,7 +68,7 @@ models.save = save
 BEFORE_RECORD = (
     SIGKILL
     + """
-import opdctl.worker as worker
+import opdctl.process.worker as worker
 real = worker.write_json
 def write_json(path, record):
     if record["status"] == "done":
@@ -182,7 +182,7 @@ def test_workers_die_with_their_parent(tmp_path):
     stop_when(
         process, lambda: RunDir(folder).record("base").get("status") == "running", signal.SIGKILL
     )
-    from opdctl.rundir import held
+    from opdctl.run.rundir import held
 
     deadline = time.time() + 20
     while held(lock) and time.time() < deadline:
@@ -247,7 +247,7 @@ def test_damaged_files_are_named_not_traced(demo_run, tmp_path, name, content):
 
 
 def test_two_at_once_and_foreign_directories(demo_run, tmp_path):
-    from opdctl.rundir import lock
+    from opdctl.run.rundir import lock
 
     with lock(demo_run[0] / ".lock", "test"):
         busy = inside("resume", demo_run[0])

@@ -8,12 +8,12 @@ import pytest
 from one_step import prompts
 
 from conftest import make_model
-from opdctl.core.models import load, outline, save
-from opdctl.core.prompts import PromptOrder
+from opdctl.checks.preflight._stage import check
 from opdctl.errors import RecipeError, UsageError
-from opdctl.plan import fingerprints
-from opdctl.preflight._stage import check
-from opdctl.rundir import read_json
+from opdctl.models.model import load, outline, save
+from opdctl.rollout.prompts import PromptOrder
+from opdctl.run.plan import fingerprints
+from opdctl.run.rundir import read_json
 from running import carry_out, one_stage
 
 OURS, THEIRS = "<|user|>{{ m.content }}", "<|user|>q {{ m.content }}"

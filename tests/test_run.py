@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from opdctl.rundir import RunDir, read_json, read_rows
+from opdctl.run.rundir import RunDir, read_json, read_rows
 from running import DEMO, inside, opdctl, worker
 
 STAGE_KEYS = {"kind", "status", "step", "total", "attempt", "seconds", "fingerprint"}

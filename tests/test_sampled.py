@@ -5,16 +5,16 @@ import torch
 from test_chunks import LEVELS, columns_of
 from test_topk import N, V, pair, probabilities
 
-from opdctl.core.taught import reverse_kl
-from opdctl.core.view import Term, weighted_sum
 from opdctl.kernels import chunked
-from opdctl.objectives.divergence import Divergence
-from opdctl.objectives.policy_gradient import PolicyGradient
-from opdctl.objectives.sampled_kl import GRADIENT, SampledKl
-from opdctl.signals.kl_baseline import KlBaseline
-from opdctl.signals.reverse_kl import ReverseKl
-from opdctl.weights.icepop import Icepop
-from opdctl.weights.truncated import Truncated
+from opdctl.loss.objectives.divergence import Divergence
+from opdctl.loss.objectives.policy_gradient import PolicyGradient
+from opdctl.loss.objectives.sampled_kl import GRADIENT, SampledKl
+from opdctl.loss.signals.kl_baseline import KlBaseline
+from opdctl.loss.signals.reverse_kl import ReverseKl
+from opdctl.loss.token_view import LossTerm, weighted_sum
+from opdctl.loss.weights.icepop import Icepop
+from opdctl.loss.weights.truncated import Truncated
+from opdctl.scoring.teacher_cache import reverse_kl
 from running import inside
 
 INDEX = torch.tensor([0] * 5 + [1] * (N - 5))
@@ -35,10 +35,10 @@ def expectation(objective, columns_for):
             head,
             torch.full((N,), v),
             columns,
-            [(Term(objective), torch.ones(N, dtype=torch.float64))],
+            [(LossTerm(objective), torch.ones(N, dtype=torch.float64))],
             rows_of=chunked.Rows,
             size=4,
-            taught=taught,
+            teacher_cache=taught,
         )
         (grad,) = torch.autograd.grad(total, hidden)
         mean += p[:, v, None].exp() * grad
@@ -205,7 +205,7 @@ def test_the_advantage_is_clipped():
             head,
             torch.arange(N),
             columns_of(INDEX) | {"advantage": advantage.double()},
-            [(Term(objective), torch.ones(N, dtype=torch.float64))],
+            [(LossTerm(objective), torch.ones(N, dtype=torch.float64))],
             rows_of=chunked.Rows,
             size=4,
         )

@@ -10,7 +10,7 @@ import pytest
 from test_verifiers import one
 
 from opdctl.errors import UsageError
-from opdctl.verifiers._sandbox import Limits, Sandbox
+from opdctl.rollout.verifiers._sandbox import Limits, Sandbox
 
 LIMITS = Limits(seconds=1, wall=4.0, memory_mib=256, file_mib=1, disk_mib=4, processes=8)
 DOUBLE = "def double(x):\n    return 2 * x\n"

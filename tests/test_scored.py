@@ -8,20 +8,21 @@ from test_divergence import exact, objective
 from test_update import spans_of
 
 from conftest import make_model64
-from opdctl.core import update
-from opdctl.core.scored import Parts, scored
-from opdctl.core.scoring import score
-from opdctl.core.tokens import parts
+from opdctl.config.registry import member
+from opdctl.config.settings import Runtime
 from opdctl.kernels.reference import divergence
-from opdctl.registry import member
-from opdctl.settings import Runtime
+from opdctl.models.packing import parts
+from opdctl.scoring.score import score
+from opdctl.train import update
+from opdctl.train.score_step import score_step
+from opdctl.train.step import TrainSetup
 from opdctl.types import Compute, Prompt, Rollout
 
 WEIGHTS, TEMPERATURE = (0.7, 0.4), 0.7
 
 
 class Local:
-    """A teacher as teachers/local.py, its weights in hand."""
+    """A teacher as scoring/teachers/local.py, its weights in hand."""
 
     stored = None
     provides = member("teachers", "local").provides
@@ -33,7 +34,7 @@ class Local:
         return score(self.model, requests, temperature=temperature, want=want, top=top)
 
     def head(self, temperature, rounded):
-        return self.model.projection(temperature, rounded)
+        return self.model.lm_head(temperature, rounded)
 
 
 def step_of(student, teachers, route, **keys):
@@ -44,9 +45,9 @@ def step_of(student, teachers, route, **keys):
         for i, (ids, start) in enumerate(spans)
     ]
     named = {f"t{i}": (Local(m), w) for i, (m, w) in enumerate(zip(teachers, WEIGHTS, strict=True))}
-    given = Parts(None, [], teachers=named, route=route, temperature=TEMPERATURE, **keys)
+    given = TrainSetup(None, [], teachers=named, route=route, temperature=TEMPERATURE, **keys)
     ctx = SimpleNamespace(runtime=Runtime(dtype="float64"), check=lambda: None)
-    return spans, scored(rollouts, student, given, ctx, Compute())
+    return spans, score_step(rollouts, student, given, ctx, Compute())
 
 
 def trained(student, spans, step, minibatches=1):
@@ -62,7 +63,7 @@ def trained(student, spans, step, minibatches=1):
             temperature=TEMPERATURE,
             micro_batch=2,
             chunk_mib=1,
-            taught=step.taught,
+            teacher_cache=step.teacher_cache,
         )
         grads = [p.grad.flatten() for p in student.net.parameters()]
         found.append((sequences, torch.cat(grads)))

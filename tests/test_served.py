@@ -18,17 +18,17 @@ from one_step import First, prompts
 from serving import listening
 
 from conftest import make_model
-from opdctl.core.models import load
-from opdctl.core.scored import scored
-from opdctl.core.wal import Wal
+from opdctl.checks.preflight._stage import check
+from opdctl.config.registry import member
+from opdctl.config.settings import Sampling
 from opdctl.errors import EXIT_INTERRUPTED, Interrupted, RecipeError, StageFailed, UsageError
-from opdctl.preflight._stage import check
-from opdctl.provenance import served
-from opdctl.recipe import resolve
-from opdctl.registry import member
-from opdctl.rundir import RunDir, read_rows
-from opdctl.settings import Sampling
-from opdctl.status import last_line
+from opdctl.models.model import load
+from opdctl.recipe.recipe import resolve
+from opdctl.run.provenance import served
+from opdctl.run.rundir import RunDir, read_rows
+from opdctl.run.status import last_line
+from opdctl.train.score_step import score_step
+from opdctl.train.wal import Wal
 from opdctl.types import WAITING, Compute, Prompt
 from running import carry_out, one_stage, start
 
@@ -285,7 +285,7 @@ def test_scores_stand_at_their_tokens(stage):
         kept.at(0)
         assert sum(name.startswith("teacher big") for name in kept._found) == 6
         ctx.wal.at(0)
-        again = scored(first.rollouts, first.model, first.parts, ctx, Compute())
+        again = score_step(first.rollouts, first.model, first.parts, ctx, Compute())
         assert (again.columns["teacher"] == first.columns["teacher"]).all()
         assert server.calls == before  # from the log: nothing is asked for twice
         assert served("x", server.url, ctx.runtime) == {"served": "big", "root": "/m"}

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from opdctl.catalogue import method, methods
 from opdctl.errors import UsageError
-from opdctl.plan import fingerprints
-from opdctl.recipe import resolve
-from opdctl.rundir import RunDir, read_json
+from opdctl.recipe.methods import method, methods
+from opdctl.recipe.recipe import resolve
+from opdctl.run.plan import fingerprints
+from opdctl.run.rundir import RunDir, read_json
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))

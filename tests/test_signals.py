@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from opdctl.core.scored import Step
-from opdctl.objectives.outcome import Outcome as OutcomeLoss
-from opdctl.signals.outcome import Outcome
-from opdctl.signals.reverse_kl import ReverseKl
+from opdctl.loss.objectives.outcome import Outcome as OutcomeLoss
+from opdctl.loss.signals.outcome import Outcome
+from opdctl.loss.signals.reverse_kl import ReverseKl
+from opdctl.train.step import Step
 from opdctl.types import Prompt, Rollout, ScoreRequest
 
 PROMPT = Prompt("0", "d", "q", "a", {})
@@ -48,7 +48,7 @@ def test_reverse_kl_by_hand():
 
 
 def test_outcome_loss_is_cross_entropy_at_every_token():
-    class View:
+    class TokenView:
         score_C = torch.tensor([0.3, -2.0, 1.0])
 
         def __getitem__(self, column):
@@ -57,9 +57,9 @@ def test_outcome_loss_is_cross_entropy_at_every_token():
         def log(self, name, value):
             assert value.tolist() == [1.0, 1.0, 0.0]
 
-    sigmoid = View.score_C.sigmoid()
+    sigmoid = TokenView.score_C.sigmoid()
     expected = -torch.stack([sigmoid[0].log(), (1 - sigmoid[1]).log(), (1 - sigmoid[2]).log()])
-    assert torch.allclose(OutcomeLoss(OutcomeLoss.Config()).loss(View()), expected)
+    assert torch.allclose(OutcomeLoss(OutcomeLoss.Config()).loss(TokenView()), expected)
 
 
 def test_outcome_model_reads_the_last_token_and_learns():
@@ -68,9 +68,9 @@ def test_outcome_model_reads_the_last_token_and_learns():
     from transformers import Qwen3ForTokenClassification
 
     from conftest import make_model
-    from opdctl.core import update
-    from opdctl.core.models import Model
-    from opdctl.rewards.model import Model as Reward
+    from opdctl.models.model import Model
+    from opdctl.rollout.rewards.model import Model as Reward
+    from opdctl.train import update
 
     seed = make_model()
     config = seed.net.config
@@ -92,7 +92,7 @@ def test_outcome_model_reads_the_last_token_and_learns():
             model,
             spans,
             columns,
-            [update.Term(OutcomeLoss(OutcomeLoss.Config()))],
+            [update.LossTerm(OutcomeLoss(OutcomeLoss.Config()))],
             temperature=1.0,
             micro_batch=0,
             chunk_mib=64,

@@ -9,14 +9,15 @@ from rich.console import Console
 from test_chat import CHATML, R1, chat
 from typer.testing import CliRunner
 
-from opdctl.catalogue import detail, method, methods
-from opdctl.cli import app
-from opdctl.console import keys_table, table
-from opdctl.core.models import save
-from opdctl.recipe import lookup
-from opdctl.registry import FAMILIES, first_line, member, members
-from opdctl.rundir import RunDir, read_rows
-from opdctl.schema import describe
+from opdctl.cli.app import app
+from opdctl.cli.catalogue import detail
+from opdctl.cli.console import keys_table, table
+from opdctl.config.registry import FAMILIES, first_line, member, members
+from opdctl.config.schema import describe
+from opdctl.models.model import save
+from opdctl.recipe.methods import method, methods
+from opdctl.recipe.recipe import lookup
+from opdctl.run.rundir import RunDir, read_rows
 
 SHORT = ("steps=2", "prompts.per_step=4")
 SAMPLED = (*SHORT, "sampling.max_tokens=4")
@@ -216,7 +217,7 @@ def test_what_is_wrong_is_said_with_what_to_type(desk, monkeypatch, arguments, s
 @pytest.mark.parametrize("width", [20, 80])
 def test_a_title_is_not_broken_to_the_width_of_a_narrow_table(monkeypatch, width):
     console = Console(width=width, file=io.StringIO())
-    monkeypatch.setattr("opdctl.console.err", console)
+    monkeypatch.setattr("opdctl.cli.console.err", console)
     console.print(table(["stage", "status"], [["sft", "done"]], "1/1 stages, 26 s"))
     lines = console.file.getvalue().splitlines()
     assert lines[0].rstrip() == "1/1 stages, 26 s" and max(map(len, lines)) <= width
@@ -225,7 +226,7 @@ def test_a_title_is_not_broken_to_the_width_of_a_narrow_table(monkeypatch, width
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_names_of_keys_are_whole_on_a_terminal_of_any_width(monkeypatch, width):
     console = Console(width=width, file=io.StringIO())
-    monkeypatch.setattr("opdctl.console.out", console)
+    monkeypatch.setattr("opdctl.cli.console.out", console)
     keys = detail("grpo")["keys"]
     console.print(keys_table(keys))
     lines = console.file.getvalue().splitlines()

@@ -9,19 +9,19 @@ from one_step import First, apart, opd, prompts, refused, write
 from test_update import spans_of
 
 from conftest import make_model, make_model64
-from opdctl.core import update
-from opdctl.core.models import Model, load
-from opdctl.core.scored import scored
-from opdctl.core.scoring import score
-from opdctl.core.taught import Held, Taught
+from opdctl.checks.preflight._stage import check
 from opdctl.errors import UsageError
 from opdctl.kernels.head import Head
-from opdctl.nets.layers import Layers, asked, layers_of, numbers, states
-from opdctl.nets.recomputed import recompute
-from opdctl.objectives.hidden import Hidden
-from opdctl.preflight._stage import check
+from opdctl.loss.objectives.hidden import Hidden
+from opdctl.loss.weights.window import Window
+from opdctl.models.gradient_checkpointing import recompute
+from opdctl.models.hidden_layers import Layers, forward_kwargs, hidden_states, layers_of, numbers
+from opdctl.models.model import Model, load
+from opdctl.scoring.score import score
+from opdctl.scoring.teacher_cache import CachedTeacher, TeacherCache
+from opdctl.train import update
+from opdctl.train.score_step import score_step
 from opdctl.types import Compute
-from opdctl.weights.window import Window
 from running import carry_out, one_stage
 
 OFF = {"signals": {}}
@@ -71,8 +71,8 @@ def test_the_states_are_those_of_transformers(name, tmp_path):
         lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out)
     )
     with torch.no_grad():
-        out = model.trunk(ids_BT, use_cache=False, **asked((1, 2), model))
-        found_NLD = states(model, out, torch.arange(12), (1, 2))
+        out = model.backbone(ids_BT, use_cache=False, **forward_kwargs((1, 2), model))
+        found_NLD = hidden_states(model, out, torch.arange(12), (1, 2))
         hook.remove()
         own = model.net(ids_BT, output_hidden_states=True).hidden_states
     assert (found_NLD[:, 0] == seen[0].flatten(0, 1)).all()
@@ -96,8 +96,8 @@ def columns_of(spans, teachers, layers, weights=(1.0, 1.0)):
         columns["teacher_index"][at, 0] = t
         columns["teacher_row"][at, 0] = torch.arange(len(at))
         columns["pair_weight"][at, 0] = weights[t]
-        held.append(Held(None, found.hidden_ND, inner_NLD=found.inner_NLD, name=str(t)))
-    return columns, Taught(held, torch.device("cpu"))
+        held.append(CachedTeacher(None, found.hidden_ND, inner_NLD=found.inner_NLD, name=str(t)))
+    return columns, TeacherCache(held, torch.device("cpu"))
 
 
 def ours(model, spans, teachers, *, masks=(), micro_batch=0, rows=0, **keys):
@@ -114,7 +114,7 @@ def ours(model, spans, teachers, *, masks=(), micro_batch=0, rows=0, **keys):
         def mask(self, columns):
             return columns[self.name]
 
-    term = update.Term(objective, masks=[Mask(f"mask{i}") for i in range(len(masks))])
+    term = update.LossTerm(objective, masks=[Mask(f"mask{i}") for i in range(len(masks))])
     model.net.zero_grad(set_to_none=True)
     before = update.rows_in
     update.rows_in = (lambda *_: rows) if rows else before
@@ -127,7 +127,7 @@ def ours(model, spans, teachers, *, masks=(), micro_batch=0, rows=0, **keys):
             temperature=1.0,
             micro_batch=micro_batch,
             chunk_mib=0,
-            taught=taught,
+            teacher_cache=taught,
             layers=layers,
         )
     finally:
@@ -244,8 +244,8 @@ def test_no_head_is_read_on_either_side(tied, tmp_path, monkeypatch):
     ctx = opd(folder, tmp_path, **RUN)
     first = First(ctx)  # sampled, and both models loaded, which compares their logits
     unread, shapes = Unread(monkeypatch), []
-    first.step = scored(first.rollouts, first.model, first.parts, ctx, Compute())
-    assert first.step.taught.held[0].head is None
+    first.step = score_step(first.rollouts, first.model, first.parts, ctx, Compute())
+    assert first.step.teacher_cache.held[0].head is None
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t) or t, lambda t: t)
     with hooks:
         loss, grad, table = first.gradient()
@@ -344,7 +344,7 @@ def test_widths_that_only_a_configuration_says_are_refused_before_the_start(tmp_
 
 def test_the_mix_of_the_method_file_is_a_stage(on_disk, tmp_path):
     """The override that oprd.yaml shows."""
-    from opdctl.catalogue import methods
+    from opdctl.recipe.methods import methods
 
     lines = [x for x in methods()["oprd"].read_text().splitlines() if x.startswith("# 'signals")]
     assert len(lines) == 1

@@ -8,16 +8,16 @@ from test_divergence import objective
 from test_update import spans_of
 
 from conftest import make_model, make_model64
-from opdctl.core import update
-from opdctl.core.models import save
-from opdctl.core.pairs import by_teacher, pairs
-from opdctl.core.scoring import Scores, score
-from opdctl.core.taught import Held, Taught
-from opdctl.core.teaching import _check
 from opdctl.errors import StageFailed, UsageError
 from opdctl.kernels.reference import divergence
-from opdctl.objectives.nll import Nll
-from opdctl.rundir import RunDir, read_rows
+from opdctl.loss.objectives.nll import Nll
+from opdctl.loss.token_teacher import order_by_teacher, pairs
+from opdctl.models.model import save
+from opdctl.run.rundir import RunDir, read_rows
+from opdctl.scoring.ask_teachers import _check
+from opdctl.scoring.score import Scores, score
+from opdctl.scoring.teacher_cache import CachedTeacher, TeacherCache
+from opdctl.train import update
 from opdctl.types import Prompt, Rollout, ScoreRequest
 from running import inside
 
@@ -32,8 +32,8 @@ def pooled(spans, teachers, weights):
         "teacher_row": torch.arange(N)[:, None].expand(N, M).clone(),
         "pair_weight": torch.tensor(weights).expand(N, M).clone(),
     }
-    held = [Held(t.projection(), h) for t, h in zip(teachers, hidden, strict=True)]
-    return columns, Taught(held, torch.device("cpu"))
+    held = [CachedTeacher(t.lm_head(), h) for t, h in zip(teachers, hidden, strict=True)]
+    return columns, TeacherCache(held, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("options", [{}, {"micro_batch": 2}, {"chunk_mib": 1}])
@@ -42,7 +42,7 @@ def test_pooled_is_the_weighted_sum_over_teachers(model64, options):
     spans, weights = spans_of(), [0.7, 0.2, 0.0]
     teachers = [make_model64(5), make_model64(6, width=40), make_model64(7)]
     columns, taught = pooled(spans, teachers, weights)
-    terms = [*objective(), update.Term(Nll(Nll.Config()), coef=0.3, normalise="token_mean")]
+    terms = [*objective(), update.LossTerm(Nll(Nll.Config()), coef=0.3, normalise="token_mean")]
     model64.net.zero_grad(set_to_none=True)
     loss, table, _ = update.accumulate(
         model64,
@@ -50,7 +50,7 @@ def test_pooled_is_the_weighted_sum_over_teachers(model64, options):
         columns,
         terms,
         temperature=1.0,
-        taught=taught,
+        teacher_cache=taught,
         **{"micro_batch": 0, "chunk_mib": 0, **options},
     )
     ours = torch.cat([p.grad.flatten() for p in model64.net.parameters()])
@@ -80,7 +80,7 @@ def test_pairs_are_ordered_by_teacher():
         "pair_weight": torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 4.0]]),
         "advantage": torch.tensor([7.0, 8.0, 9.0]),
     }
-    token, place = by_teacher(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2]), columns)
+    token, place = order_by_teacher(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2]), columns)
     assert list(zip(token.tolist(), place.tolist(), strict=True)) == [
         *((0, 1), (1, 0), (2, 1)),  # teacher 0
         *((0, 0), (2, 0)),  # teacher 1: the first of token 2 is there though it weighs nothing
@@ -109,14 +109,14 @@ def test_loads_per_minibatch_are_its_teachers(model64, micro_batch, keys, form):
             temperature=1.0,
             micro_batch=micro_batch,
             chunk_mib=1,
-            taught=taught,
+            teacher_cache=taught,
         )
         assert taught.loads == 3 * times
 
 
 def test_domain_mean_by_hand(model64):
     """Two domains of equal share, one with twelve times the tokens: half of the weight each."""
-    term = update.Term(None, normalise="domain_mean")
+    term = update.LossTerm(None, normalise="domain_mean")
     sequence = torch.tensor([0] * 12 + [1] + [2] * 12 + [3])
     domain = torch.tensor([0] * 12 + [1] + [0] * 12 + [1])
     found = update.normalisers(term, sequence, 4, {"domain": domain})
@@ -278,4 +278,4 @@ def test_a_head_that_is_not_one_linear_layer_is_refused_by_name(model):
 
     model.net.lm_head.__class__ = LoraLinear
     with pytest.raises(UsageError, match=r"head is a LoraLinear.*"):
-        model.projection()
+        model.lm_head()

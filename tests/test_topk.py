@@ -7,15 +7,15 @@ import pytest
 import torch
 from test_chunks import CPU, LEVELS, columns_of, head_of, plain_logits, tensor
 
-from opdctl.core.scoring import listed_entropy
-from opdctl.core.taught import Held, Taught, read_off
-from opdctl.core.view import Term, weighted_sum
 from opdctl.kernels import reference
 from opdctl.kernels.head import Head
 from opdctl.kernels.topk import among, divergence_on, overlap_ratio, union
-from opdctl.objectives.divergence import Divergence
-from opdctl.objectives.topk_pg import TopkPg
-from opdctl.objectives.topk_tail import TopkTail
+from opdctl.loss.objectives.divergence import Divergence
+from opdctl.loss.objectives.topk_pg import TopkPg
+from opdctl.loss.objectives.topk_tail import TopkTail
+from opdctl.loss.token_view import LossTerm, weighted_sum
+from opdctl.scoring.score import listed_entropy
+from opdctl.scoring.teacher_cache import CachedTeacher, TeacherCache, lookup
 
 S = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64).log()
 T = torch.tensor([[0.2, 0.6, 0.05, 0.15]], dtype=torch.float64).log()
@@ -80,8 +80,8 @@ def pair(large=False):
         logits = plain_logits(rows, other)[:, :V]
         entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
         top = logits.topk(V if large else 5, dim=-1).indices
-        teachers.append(Held(other, rows, logits.logsumexp(-1), top, entropy))
-    return hidden, head, Taught(teachers, CPU)
+        teachers.append(CachedTeacher(other, rows, logits.logsumexp(-1), top, entropy))
+    return hidden, head, TeacherCache(teachers, CPU)
 
 
 def run(objective, hidden, head, taught, target=None, weight=None, level="chunked", size=4):
@@ -91,10 +91,10 @@ def run(objective, hidden, head, taught, target=None, weight=None, level="chunke
         head,
         torch.arange(N) if target is None else target,
         columns_of(torch.tensor([0] * 5 + [1] * (N - 5))),
-        [(Term(objective), weight)],
+        [(LossTerm(objective), weight)],
         rows_of=LEVELS[level],
         size=size,
-        taught=taught,
+        teacher_cache=taught,
     )
 
 
@@ -230,8 +230,8 @@ def test_gathered_rows_of_the_head_are_its_logits():
 @pytest.mark.parametrize("direction", ["reverse", "forward", "jsd"])
 def test_the_tail_of_a_confident_token_is_exact(level, direction):
     """fp32 near convergence at p = .99999: the gradient of the tail is not lost to 1 - sum p."""
-    from opdctl.core.view import View
     from opdctl.kernels import triton_rows
+    from opdctl.loss.token_view import TokenView
 
     logits = tensor(8, 300, seed=0, scale=1.0)
     logits[:, 7] = logits.logsumexp(-1) + 11.5
@@ -243,11 +243,11 @@ def test_the_tail_of_a_confident_token_is_exact(level, direction):
         rows = made(z.clone(), dtype)
         top = t.topk(4, dim=-1).indices
         head, entropy = Head(torch.eye(300, dtype=dtype), 300), torch.zeros(8, dtype=dtype)
-        held = Held(head, t, t.logsumexp(-1), top, entropy)
+        held = CachedTeacher(head, t, t.logsumexp(-1), top, entropy)
         columns = columns_of(torch.zeros(8, dtype=torch.long), torch.ones(8, dtype=dtype))
         chunk = type("Chunk", (), {"rows": rows, "head": head})()
         with torch.enable_grad():
-            view = View(chunk, torch.full((8,), 7), columns, Taught([held], CPU))
+            view = TokenView(chunk, torch.full((8,), 7), columns, TeacherCache([held], CPU))
             total = objective.loss(view).sum()
         grads = torch.autograd.grad(total, rows.leaves, allow_unused=True)
         return rows.gradient(list(grads))[0].double()
@@ -275,7 +275,7 @@ def test_a_list_gives_its_log_probs_the_mass_outside_and_a_bound_of_the_entropy(
     target_N1 = torch.randint(40, (5, 1))
     listed_NJ = torch.cat([logq_NV.gather(-1, target_N1), top_NK], -1).float()
     given = (torch.cat([target_N1, ids_NK], -1), listed_NJ)
-    found_NK, tail_N = read_off(*given, ids_NK.flip(-1), ids_NK)
+    found_NK, tail_N = lookup(*given, ids_NK.flip(-1), ids_NK)
     outside_N = logq_NV.scatter(-1, ids_NK, -torch.inf).logsumexp(-1)
     assert (found_NK - top_NK.flip(-1)).abs().max() < 1e-6
     assert (tail_N - outside_N).abs().max() < 1e-6
@@ -283,6 +283,6 @@ def test_a_list_gives_its_log_probs_the_mass_outside_and_a_bound_of_the_entropy(
     assert (listed_entropy(top_NK.float()) - bucket_N).abs().max() < 1e-6
     assert (bucket_N < -(logq_NV.exp() * logq_NV).sum(-1)).all()
     sure = torch.tensor([[0.0, 0.0, -30.0]])  # what the list leaves of 1 cannot be told from 0
-    assert read_off(torch.tensor([[3, 3, 1]]), sure, *[torch.tensor([[3, 1]])] * 2)[1] > -14
+    assert lookup(torch.tensor([[3, 3, 1]]), sure, *[torch.tensor([[3, 1]])] * 2)[1] > -14
     with pytest.raises(AssertionError):
-        read_off(*given, torch.full((5, 1), 41), None)
+        lookup(*given, torch.full((5, 1), 41), None)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_resume import copy_without
 
-from opdctl.rundir import RunDir
+from opdctl.run.rundir import RunDir
 from running import DEMO, assert_same, inside, opdctl, worker
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -26,7 +26,7 @@ def test_kills_at_random_instants(demo_run, tmp_path):
 FULL = """
 import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-import opdctl.core.checkpoint as checkpoint
+import opdctl.train.checkpoint as checkpoint
 real = checkpoint.save
 def save(*a, **k):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))

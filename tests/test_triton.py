@@ -4,14 +4,14 @@ import pytest
 import torch
 from test_chunks import columns_of, tensor
 
-from opdctl.core.taught import Held, Taught
-from opdctl.core.view import Term, weighted_sum
 from opdctl.errors import UsageError
 from opdctl.kernels import chunked, reference, triton_rows
 from opdctl.kernels.head import Head
 from opdctl.kernels.select import rows_class
-from opdctl.objectives.divergence import Divergence
-from opdctl.objectives.policy_gradient import PolicyGradient
+from opdctl.loss.objectives.divergence import Divergence
+from opdctl.loss.objectives.policy_gradient import PolicyGradient
+from opdctl.loss.token_view import LossTerm, weighted_sum
+from opdctl.scoring.teacher_cache import CachedTeacher, TeacherCache
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WAYS = [("reverse", 0.5), ("forward", 0.5), ("jsd", 0.3), ("jsd", 0.0), ("jsd", 1.0)]
@@ -104,15 +104,15 @@ def test_whole_loss_in_chunks(both):
         weight = logits(40, 8, seed=2, scale=1.0).requires_grad_()
         bias = logits(40, seed=9, scale=1.0).requires_grad_()
         other = Head(logits(37, 6, seed=3, scale=1.0), 33, softcap=3.0, temperature=0.8)
-        taught = Taught([Held(other, logits(7, 6, seed=4, scale=1.0))], DEVICE)
+        taught = TeacherCache([CachedTeacher(other, logits(7, 6, seed=4, scale=1.0))], DEVICE)
         columns = columns_of(torch.zeros(7, dtype=torch.long))
         columns["advantage"] = tensor(7, seed=5, dtype=torch.float32)
         columns["pair_weight"] = torch.ones(7)
         columns = {name: column.to(DEVICE) for name, column in columns.items()}
-        terms = [(Term(Divergence(Divergence.Config(k=4))), logits(7, seed=6).abs())]
+        terms = [(LossTerm(Divergence(Divergence.Config(k=4))), logits(7, seed=6).abs())]
         if both:
             objective = PolicyGradient(PolicyGradient.Config())
-            terms.append((Term(objective), logits(7, seed=7).abs()))
+            terms.append((LossTerm(objective), logits(7, seed=7).abs()))
         total, table = weighted_sum(
             hidden,
             Head(weight, 33, bias, softcap=3.0, temperature=0.8),
@@ -121,7 +121,7 @@ def test_whole_loss_in_chunks(both):
             terms,
             rows_of=level,
             size=3,
-            taught=taught,
+            teacher_cache=taught,
         )
         total.backward()
         found.append(

@@ -6,14 +6,14 @@ import itertools
 import pytest
 import torch
 
-from opdctl.core import update
-from opdctl.core.scoring import score
-from opdctl.core.tokens import last_of_each, micro_batches, pack, parts, per_sequence
-from opdctl.objectives.nll import Nll
-from opdctl.objectives.policy_gradient import PolicyGradient
+from opdctl.loss.objectives.nll import Nll
+from opdctl.loss.objectives.policy_gradient import PolicyGradient
+from opdctl.loss.weights.is_gate import IsGate
+from opdctl.loss.weights.pop import Pop
+from opdctl.models.packing import last_of_each, micro_batches, pack, parts, per_sequence
+from opdctl.scoring.score import score
+from opdctl.train import update
 from opdctl.types import ScoreRequest
-from opdctl.weights.is_gate import IsGate
-from opdctl.weights.pop import Pop
 
 
 class Span(ScoreRequest):
@@ -50,7 +50,9 @@ def gradient(model, spans, columns, terms, **options):
 
 def pg_terms(**keys):
     return [
-        update.Term(PolicyGradient(PolicyGradient.Config(**keys)), gates=[IsGate(IsGate.Config())])
+        update.LossTerm(
+            PolicyGradient(PolicyGradient.Config(**keys)), gates=[IsGate(IsGate.Config())]
+        )
     ]
 
 
@@ -78,7 +80,7 @@ def test_micro_batch_and_chunk_never_change_the_gradient(model64, normalise):
         try:
             other_loss, other = gradient(model64, spans, columns, terms, micro_batch=micro)
         finally:
-            from opdctl.core.chunks import rows_in
+            from opdctl.kernels.chunks import rows_in
 
             update.rows_in = rows_in
         assert abs(other_loss - loss) < 1e-12
@@ -111,7 +113,7 @@ def test_padding_never_changes_the_gradient(model64):
 @pytest.mark.parametrize("normalise", ["seq_mean", "token_mean"])
 def test_nll_equals_plain_autograd(model64, normalise):
     spans = spans_of()
-    terms = [update.Term(Nll(Nll.Config()), normalise=normalise)]
+    terms = [update.LossTerm(Nll(Nll.Config()), normalise=normalise)]
     _, ours = gradient(model64, spans, {}, terms)
     model64.net.zero_grad(set_to_none=True)
     total = 0.0
@@ -132,7 +134,7 @@ def test_nll_equals_plain_autograd(model64, normalise):
 def test_ppo_clip_equals_plain_autograd(model64):
     spans = spans_of()
     columns = pg_columns(model64, spans)
-    term = update.Term(PolicyGradient(PolicyGradient.Config(clip_low=0.05, clip_high=0.1)))
+    term = update.LossTerm(PolicyGradient(PolicyGradient.Config(clip_low=0.05, clip_high=0.1)))
     _, ours = gradient(model64, spans, columns, [term])
     model64.net.zero_grad(set_to_none=True)
     total, at = 0.0, 0
@@ -167,7 +169,7 @@ def test_expected_policy_gradient_is_the_reverse_kl_gradient(model64, baseline):
     expected = torch.zeros(sum(p.numel() for p in model64.net.parameters()))
     for v in range(model64.valid_V):
         columns = {"advantage": (log_t - log_s)[v : v + 1] - baseline}
-        term = update.Term(PolicyGradient(PolicyGradient.Config()))
+        term = update.LossTerm(PolicyGradient(PolicyGradient.Config()))
         _, one = gradient(model64, [Span((*prefix, v), len(prefix))], columns, [term])
         expected += log_s[v].exp() * one
     model64.net.zero_grad(set_to_none=True)
@@ -196,7 +198,7 @@ def test_gates_zero_outside_and_keep_the_count(model64):
     columns["behaviour"] = columns["policy"].clone()
     columns["behaviour"][3] -= 5.0  # ratio far above 2
     gate = IsGate(IsGate.Config(low=0.5, high=2.0))
-    term = update.Term(PolicyGradient(PolicyGradient.Config()), gates=[gate])
+    term = update.LossTerm(PolicyGradient(PolicyGradient.Config()), gates=[gate])
     requests = [ScoreRequest(tuple(ids), start) for ids, start in spans]
     live = logprobs(model64, requests, temperature=1.0)
     ratio = (live - columns["behaviour"]).exp()
@@ -209,9 +211,11 @@ def test_gates_zero_outside_and_keep_the_count(model64):
     assert torch.allclose(table["ratio"], ratio, atol=1e-12)
     _, gated = gradient(model64, spans, columns, [term])
     weighted = {"advantage": columns["advantage"] * ratio * inside}  # the same by hand
-    _, expected = gradient(model64, spans, weighted, [update.Term(term.objective)])
+    _, expected = gradient(model64, spans, weighted, [update.LossTerm(term.objective)])
     assert (gated - expected).abs().max() < 1e-12  # the gate does not change the count
-    pop = update.Term(PolicyGradient(PolicyGradient.Config()), gates=[Pop(Pop.Config(beta=2.0))])
+    pop = update.LossTerm(
+        PolicyGradient(PolicyGradient.Config()), gates=[Pop(Pop.Config(beta=2.0))]
+    )
     columns["behaviour"] = columns["policy"] + 1.0  # rho = 1/e, below 1/2 everywhere
     loss, zero = gradient(model64, spans, columns, [pop])
     assert loss == 0 and zero.abs().max() == 0
@@ -223,7 +227,7 @@ def test_all_masked_runs_backward_and_contributes_zero(model64):
             return torch.zeros(tokens_in(spans))
 
     spans = spans_of(count=3)
-    term = update.Term(Nll(Nll.Config()), masks=[Nothing()])
+    term = update.LossTerm(Nll(Nll.Config()), masks=[Nothing()])
     loss, zero = gradient(model64, spans, {}, [term])
     assert loss == 0 and zero.abs().max() == 0
 
@@ -248,7 +252,7 @@ def test_packing_round_trip():
 
 
 def test_learning_rate_is_a_pure_function():
-    from opdctl.settings import Optim
+    from opdctl.config.settings import Optim
 
     optim = Optim(lr=1.0, schedule="cosine", warmup=10, final=0.1)
     values = [update.lr_at(s, 100, optim) for s in range(100)]

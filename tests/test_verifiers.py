@@ -7,8 +7,8 @@ import time
 import pytest
 from test_data import judged, table
 
-from opdctl.data.jsonl import Jsonl
 from opdctl.errors import RecipeError, StageFailed, UsageError
+from opdctl.rollout.data.jsonl import Jsonl
 from opdctl.types import Prompt, Rollout
 from running import carry_out, one_stage
 

@@ -9,15 +9,15 @@ import torch
 from architectures import write
 
 from conftest import ALPHABET
-from opdctl.core import draws
-from opdctl.core.models import load, save
-from opdctl.core.scoring import score
-from opdctl.core.wal import Wal
-from opdctl.engines.transformers import Transformers
-from opdctl.engines.vllm import Vllm, _imported
+from opdctl import draws
 from opdctl.errors import Interrupted, RecipeError, UsageError
-from opdctl.recipe import resolve
-from opdctl.rundir import RunDir, read_rows
+from opdctl.models.model import load, save
+from opdctl.recipe.recipe import resolve
+from opdctl.rollout.engines.transformers import Transformers
+from opdctl.rollout.engines.vllm import Vllm, _imported
+from opdctl.run.rundir import RunDir, read_rows
+from opdctl.scoring.score import score
+from opdctl.train.wal import Wal
 from opdctl.types import ScoreRequest
 from running import carry_out, one_stage, opdctl, start
 
@@ -33,8 +33,8 @@ def wide_model(seed=0, tied=True, extra_rows=0, alphabet=ALPHABET):
     """A random Qwen3 whose heads are as wide as vLLM's attention on a CPU needs them."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from opdctl.core.corpus import new_tokenizer
-    from opdctl.core.models import Model
+    from opdctl.models.from_nothing import new_tokenizer
+    from opdctl.models.model import Model
 
     tokenizer = new_tokenizer([alphabet])
     config = Qwen3Config(
@@ -125,8 +125,8 @@ def test_tokens_and_log_probs_are_the_trainers_after_every_update(tmp_path, tied
 def test_an_adapter_is_published_as_the_model_it_makes(tmp_path):
     """A student that trains one, and a frozen one from a folder: the log-probs are the trainer's,
     its own weights are as they were."""
-    from opdctl.nets.lora import attach, merged
-    from opdctl.settings import Lora
+    from opdctl.config.settings import Lora
+    from opdctl.models.lora import attach, merged
 
     base = folder_of(tmp_path, "m")
     model = load(base)
@@ -467,7 +467,7 @@ def test_an_objective_that_takes_the_sampler_for_the_trainer_is_noted():
 
 
 def test_only_stages_that_sample_depend_on_the_engine():
-    from opdctl.plan import fingerprints
+    from opdctl.run.plan import fingerprints
 
     merge = {"kind": "merge", "student": "a/b", "models": {"a": "c/d"}}
     both = [

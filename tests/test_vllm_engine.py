@@ -11,13 +11,13 @@ from serving import served_by_vllm
 from test_vllm import ask, folder_of, gap, needs_vllm
 
 from conftest import ALPHABET
-from opdctl.core.models import load
-from opdctl.core.wal import Wal
-from opdctl.engines.transformers import Transformers
-from opdctl.engines.vllm_server import VllmServer
+from opdctl.config.settings import Runtime
 from opdctl.errors import StageFailed
-from opdctl.rundir import RunDir, read_rows
-from opdctl.settings import Runtime
+from opdctl.models.model import load
+from opdctl.rollout.engines.transformers import Transformers
+from opdctl.rollout.engines.vllm_server import VllmServer
+from opdctl.run.rundir import RunDir, read_rows
+from opdctl.train.wal import Wal
 from running import start
 
 pytestmark = [pytest.mark.vllm, needs_vllm]
@@ -30,7 +30,7 @@ def servers(tmp_path_factory):
     letters = ALPHABET + string.ascii_uppercase  # as it starts, the server encodes some
     for name in ("tied", "untied"):
         folder_of(folder, name, tied=name == "tied", extra_rows=8, alphabet=letters)
-    how = ("opdctl.engines._vllm_serve",)
+    how = ("opdctl.rollout.engines._vllm_serve",)
     with (
         served_by_vllm(folder / "a.log", *how, str(folder / "tied")) as tied,
         served_by_vllm(folder / "b.log", *how, str(folder / "untied")) as untied,

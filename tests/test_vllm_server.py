@@ -12,19 +12,19 @@ from serving import served_by_vllm
 from test_vllm import folder_of, needs_vllm
 
 from conftest import ALPHABET, make_model
-from opdctl import provenance
-from opdctl.core.models import load, save
-from opdctl.core.scoring import score
-from opdctl.core.wal import entries
-from opdctl.engines.vllm_server import VllmServer
+from opdctl.checks.preflight._pairing import Pairing
+from opdctl.checks.preflight._stage import check
+from opdctl.checks.preflight.step0 import compare, estimated
+from opdctl.config.registry import member
+from opdctl.config.settings import Runtime
 from opdctl.errors import StageFailed, UsageError
-from opdctl.plan import fingerprints, ready
-from opdctl.preflight._pairing import Pairing
-from opdctl.preflight._stage import check
-from opdctl.preflight.step0 import compare, estimated
-from opdctl.registry import member
-from opdctl.rundir import RunDir, read_rows, write_json
-from opdctl.settings import Runtime
+from opdctl.models.model import load, save
+from opdctl.rollout.engines.vllm_server import VllmServer
+from opdctl.run import provenance
+from opdctl.run.plan import fingerprints, ready
+from opdctl.run.rundir import RunDir, read_rows, write_json
+from opdctl.scoring.score import score
+from opdctl.train.wal import entries
 from opdctl.types import ScoreRequest
 from running import carry_out, one_stage, start
 
@@ -111,11 +111,11 @@ def test_its_top_k_trains_as_that_of_its_weights(folder, server, tmp_path, name)
         for i, model in enumerate((str(folder / "t"), server.url))
     )
     assert [r.response_ids for r in here.rollouts] == [r.response_ids for r in there.rollouts]
-    ours, theirs = here.step.taught.held[0], there.step.taught.held[0]
+    ours, theirs = here.step.teacher_cache.held[0], there.step.teacher_cache.held[0]
     assert (ours.top_NK == theirs.top_NK).all() and theirs.head is None
     rows_N = torch.arange(len(ours.top_NK))
     asked = (torch.zeros_like(rows_N), rows_N, ours.top_NK)
-    exact_NK, given_NK = (f.step.taught.on_ids(*asked)[0] for f in (here, there))
+    exact_NK, given_NK = (f.step.teacher_cache.logprobs_at(*asked)[0] for f in (here, there))
     assert (exact_NK - given_NK).abs().max() < 1e-4
     loss, gradient, table = here.gradient()
     again, theirs, their_table = there.gradient()

@@ -9,16 +9,16 @@ import torch
 from test_resume import IN_SAMPLING, SIGKILL, copy_without
 
 from conftest import make_model
-from opdctl.core import draws
-from opdctl.core.wal import Wal
-from opdctl.engines.transformers import Transformers
+from opdctl import draws
 from opdctl.errors import Interrupted
-from opdctl.rundir import RunDir
+from opdctl.rollout.engines.transformers import Transformers
+from opdctl.run.rundir import RunDir
+from opdctl.train.wal import Wal
 from running import assert_same, worker
 
 COUNT = """
-import opdctl.core.scoring as scoring
-import opdctl.engines.transformers as engine
+import opdctl.scoring.score as scoring
+import opdctl.rollout.engines.transformers as engine
 draw, asked = engine.draw, scoring.score
 def counted_draw(*a):
     print("drawn", flush=True)
@@ -179,7 +179,7 @@ def test_after_a_kill_nothing_is_sampled_or_scored_twice(demo_run, tmp_path, sta
 IN_UPDATE = (
     SIGKILL
     + """
-import opdctl.core.update as update
+import opdctl.train.update as update
 real, seen = update.step, []
 def step(*a):
     seen.append(1)

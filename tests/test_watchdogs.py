@@ -8,22 +8,22 @@ import pytest
 import torch
 
 from conftest import make_model
-from opdctl.console import Progress, status_table
-from opdctl.core import update
-from opdctl.core.metrics import Watch
-from opdctl.core.models import load as load_model
-from opdctl.core.models import save
+from opdctl.cli.console import Progress, status_table
+from opdctl.config.registry import member, members
+from opdctl.config.settings import WATCHDOGS, Optim
 from opdctl.errors import UsageError
-from opdctl.launch import new_attempt, new_run, reopen
-from opdctl.objectives.nll import Nll
-from opdctl.plan import fingerprints, revisions, semantic
-from opdctl.positions import dump, parse
-from opdctl.recipe import load, resolve
-from opdctl.registry import member, members
-from opdctl.rundir import RunDir, read_rows, write_text
-from opdctl.runner import Job
-from opdctl.settings import WATCHDOGS, Optim
-from opdctl.status import status
+from opdctl.loss.objectives.nll import Nll
+from opdctl.models.model import load as load_model
+from opdctl.models.model import save
+from opdctl.process.runner import Job
+from opdctl.recipe.recipe import load, resolve
+from opdctl.recipe.yaml_lines import dump, parse
+from opdctl.run.launch import new_attempt, new_run, reopen
+from opdctl.run.plan import fingerprints, revisions, semantic
+from opdctl.run.rundir import RunDir, read_rows, write_text
+from opdctl.run.status import status
+from opdctl.train import update
+from opdctl.train.metrics import Watch
 from opdctl.types import ScoreRequest
 from running import assert_same, worker
 
@@ -169,7 +169,7 @@ def trained(model, optimizer, count=3):
     spans = [ScoreRequest((3, 4, 5, 6), 1), ScoreRequest((7, 8, 9), 1)]
     for _ in range(count):
         update.accumulate(
-            model, spans, {}, [update.Term(Nll(Nll.Config()))],
+            model, spans, {}, [update.LossTerm(Nll(Nll.Config()))],
             temperature=1.0, micro_batch=0, chunk_mib=16,
         )  # fmt: skip
         yield
@@ -210,11 +210,13 @@ class Nothing:
 def test_masked_tokens_are_counted():
     model = make_model()
     spans = [ScoreRequest((3, 4, 5, 6), 1), ScoreRequest((7, 8, 9), 1)]
-    term = update.Term(Nll(Nll.Config()), masks=[Nothing()])
+    term = update.LossTerm(Nll(Nll.Config()), masks=[Nothing()])
     options = {"temperature": 1.0, "micro_batch": 0, "chunk_mib": 16}
     loss, table, _ = update.accumulate(model, spans, {}, [term], **options)
     assert loss == 0.0 and table["masked"].tolist() == [1.0] * 5
-    _, table, _ = update.accumulate(model, spans, {}, [update.Term(Nll(Nll.Config()))], **options)
+    _, table, _ = update.accumulate(
+        model, spans, {}, [update.LossTerm(Nll(Nll.Config()))], **options
+    )
     assert "masked" not in table
 
 
@@ -241,7 +243,7 @@ def test_a_learning_rate_that_ruins_the_weights_stops_the_stage(base, tmp_path):
 
 
 BAD_LOSS = """
-import opdctl.core.update as update
+import opdctl.train.update as update
 real, seen = update.accumulate, []
 def accumulate(*a, **k):
     loss, table, processed = real(*a, **k)
@@ -286,7 +288,7 @@ def test_a_teacher_far_away(base, tmp_path, objective):
 
 KILL = """
 import os, signal
-import opdctl.engines.transformers as engine
+import opdctl.rollout.engines.transformers as engine
 real, seen = engine.Transformers.generate, []
 def generate(*a, **k):
     seen.append(1)
@@ -311,7 +313,7 @@ def test_killed_and_resumed_it_says_the_same_and_gives_the_same_bits(base, tmp_p
 
 
 LIE = """
-import opdctl.core.sampling as sampling
+import opdctl.rollout.sampling as sampling
 real = sampling._turn
 def turn(engine, model, rollouts, *rest):
     real(engine, model, rollouts, *rest)

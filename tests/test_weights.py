@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from opdctl.core import update
-from opdctl.core.scored import Step, weigh
-from opdctl.core.view import PerStep
+from opdctl.config.registry import member
 from opdctl.kernels.topk import divergence_on
-from opdctl.registry import member
-from opdctl.signals.reverse_kl import ReverseKl
+from opdctl.loss.signals.reverse_kl import ReverseKl
+from opdctl.loss.token_view import PerStep
+from opdctl.train import update
+from opdctl.train.score_step import set_weights
+from opdctl.train.step import Step
 from opdctl.types import Prompt, Rollout
 
 S = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64).log()
@@ -34,7 +35,7 @@ def step_of(lengths, right=None, groups=None, ids=None, done=0, steps=10, **colu
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     tokenizer = SimpleNamespace(get_vocab=lambda: {"<think>": 7}, all_special_ids=[0, 2])
     model = SimpleNamespace(
-        wide=torch.float64, tokenizer=tokenizer, projection=lambda: SimpleNamespace(valid_V=4)
+        logits_dtype=torch.float64, tokenizer=tokenizer, lm_head=lambda: SimpleNamespace(valid_V=4)
     )
     found = {k: tensor(v) for k, v in columns.items()}
     step = Step(rollouts, found, owner, model=model, steps=steps)
@@ -172,13 +173,13 @@ def test_masks_enter_the_count_and_factors_do_not():
     step = step_of([2, 1, 1, 1], [1.0, 0.0, 0.0, 0.0], [0, 0, 0, 1])
     gate, scope = weight("outcome_gate"), weight("eopd")
     step.columns["teacher_entropy"] = tensor([0, 0, 0, 2.0, 2.0])
-    term = update.Term(
+    term = update.LossTerm(
         None,
         normalise="token_mean",
         masks=[PerStep("mask", gate.mask)],
         factors=[PerStep("factor", scope.factor)],
     )
-    logged = weigh(step, [term])
+    logged = set_weights(step, [term])
     assert logged == {"mask": pytest.approx(0.6), "factor": pytest.approx(0.4)}
     found = update.normalisers(term, step.sequence_N, 4, step.columns).tolist()
     assert found == pytest.approx([0, 0, 0, 1 / 3, 1 / 3])
@@ -186,8 +187,8 @@ def test_masks_enter_the_count_and_factors_do_not():
 
 def test_a_side_without_rollouts_is_no_division_by_zero():
     step = step_of([2, 1], [1.0, 1.0])
-    term = update.Term(None, masks=[PerStep("mask", weight("outcome_gate").mask)])
-    weigh(step, [term])
+    term = update.LossTerm(None, masks=[PerStep("mask", weight("outcome_gate").mask)])
+    set_weights(step, [term])
     for normalise in ("token_mean", "seq_mean"):
         term.normalise = normalise
         assert update.normalisers(term, step.sequence_N, 2, step.columns).tolist() == [0, 0, 0]

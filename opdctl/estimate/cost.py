@@ -13,10 +13,11 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from opdctl import references
+from opdctl.config import references
 from opdctl.estimate.gpus import Gpu
 from opdctl.estimate.memory import BYTES, SHARE, Estimate, estimate, of_engine, of_student
 from opdctl.estimate.rollout import (
+    AT_ONCE,
     DECODE,
     GRAPH,
     LAUNCH,
@@ -165,16 +166,14 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
 def _sampling(s: Sampled, runtime: Any, each: int, gpu: Gpu, peak: float) -> float:
     """Seconds by the engine of the run; a server has a GPU of the same kind to itself."""
     if runtime.engine == "vllm_server":
-        from opdctl.engines.vllm_server import MOST
-
-        return served_seconds(s, min(runtime.wave, MOST), each, gpu, peak, SERVER * gpu.memory)
+        return served_seconds(s, min(runtime.wave, AT_ONCE), each, gpu, peak, SERVER * gpu.memory)
     if share := of_engine(runtime, gpu.memory):
         return served_seconds(s, runtime.wave, each, gpu, peak, share)
     return decode_seconds(s, runtime.wave, each, gpu, peak)
 
 
 def per_update(each: float, adapter: float | None) -> float:
-    """Operations of an update, a token, as the ledger has them (``core/models.Model.count``): with
+    """Operations of an update, a token, as the ledger has them (``models/model.Model.count``): with
     an adapter, back through everything, and to the gradient of the adapter alone."""
     return TRAIN * each if adapter is None else (TRAIN - FORWARD) * each + FORWARD * adapter
 
@@ -189,7 +188,7 @@ def _held(frozen: list[Standing], each: int) -> list[float]:
 
 def _alike(config: Any) -> int:
     """Most sequences that one pass may have where nothing bounds them: those of a step, alike in
-    length (``core/tokens.micro_batches`` closes no group of them)."""
+    length (``models/packing.micro_batches`` closes no group of them)."""
     prompts = getattr(config, "prompts", None)
     whole = prompts.per_step * getattr(prompts, "samples", 1) if hasattr(prompts, "per_step") else 0
     return math.ceil(whole / getattr(config, "minibatches", 1))

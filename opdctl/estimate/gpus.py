@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opdctl.config.schema import did_you_mean
 from opdctl.errors import UsageError
-from opdctl.schema import did_you_mean
 
 
 @dataclass(frozen=True)

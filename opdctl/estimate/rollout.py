@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from opdctl.config.shapes import Shape
 from opdctl.estimate.gpus import Gpu
-from opdctl.estimate.shape import Shape
 from opdctl.types import FORWARD
 
+AT_ONCE = 128  # requests that a server is sent before the first is answered
 PROMPT = 256  # tokens of a rendered prompt
 LENGTH = 0.5  # a sampled response, as a share of sampling.max_tokens
 DECODE = 0.5  # of the bandwidth: one token of every response of a wave

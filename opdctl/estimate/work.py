@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from opdctl import references
+from opdctl.config import references
+from opdctl.config.settings import longest_turn
+from opdctl.config.shapes import Shape
 from opdctl.estimate.rollout import PROMPT, Sampled
-from opdctl.estimate.shape import Shape
-from opdctl.settings import longest_turn
 
 DEMONSTRATION = 512  # tokens of an answer that the data gives
 

@@ -52,20 +52,20 @@ class Head:
         assert self.valid_V <= len(self.weight_VD), "every valid id has a row"
 
     @property
-    def wide(self) -> torch.dtype:
+    def logits_dtype(self) -> torch.dtype:
         """The type of logits and of gradients that are summed over chunks."""
         return torch.promote_types(self.weight_VD.dtype, torch.float32)
 
     @property
     def operand(self) -> torch.dtype:
         """The type in which a gradient of the logits enters its two products."""
-        return self.weight_VD.dtype if self.weight_VD.is_cuda else self.wide
+        return self.weight_VD.dtype if self.weight_VD.is_cuda else self.logits_dtype
 
     def logits(self, hidden_CD: Tensor, out_CV: Tensor | None = None) -> Tensor:
         """Logits [C, valid V] in at least fp32, into ``out_CV`` if given."""
         C = hidden_CD.shape[0]
         if out_CV is None:
-            out_CV = torch.empty(C, self.valid_V, dtype=self.wide, device=hidden_CD.device)
+            out_CV = torch.empty(C, self.valid_V, dtype=self.logits_dtype, device=hidden_CD.device)
         for part, weight_TD in self._tiles():
             _product(hidden_CD, weight_TD.T, out_CV[:, part])
         bias_V = None if self.bias_V is None else self.bias_V.detach()[: self.valid_V]
@@ -87,8 +87,8 @@ class Head:
 
     def at(self, hidden_CD: Tensor, ids_CK: Tensor) -> Tensor:
         """Logits at some ids of each row, [C, K]: a product with those rows of the head alone."""
-        weight_CKD = self.weight_VD.detach()[ids_CK].to(self.wide)
-        logits_CK = torch.einsum("cd,ckd->ck", hidden_CD.to(self.wide), weight_CKD)
+        weight_CKD = self.weight_VD.detach()[ids_CK].to(self.logits_dtype)
+        logits_CK = torch.einsum("cd,ckd->ck", hidden_CD.to(self.logits_dtype), weight_CKD)
         return self._shape(logits_CK, None if self.bias_V is None else self.bias_V.detach()[ids_CK])
 
     def slope(self, logits_CV: Tensor) -> Tensor | None:
@@ -103,7 +103,9 @@ class Head:
         """Zeros where a parameter is trained; a frozen head allocates nothing."""
         return HeadGrad(
             *(
-                torch.zeros_like(p, dtype=self.wide) if p is not None and p.requires_grad else None
+                torch.zeros_like(p, dtype=self.logits_dtype)
+                if p is not None and p.requires_grad
+                else None
                 for p in (self.weight_VD, self.bias_V)
             )
         )
@@ -137,8 +139,14 @@ class Head:
             scaled_CD = (hidden_CD * factor_C[:, None]).to(hidden_CD.dtype)
         if grad.bias_V is not None:
             ones_C = torch.ones_like(grad_CV[:, 0]) if factor_C is None else factor_C
-            grad.bias_V[: self.valid_V] += grad_CV.T.to(self.wide) @ ones_C.to(self.wide)
-        wide_CD = out_CD if out_CD.dtype == self.wide else torch.empty_like(out_CD, dtype=self.wide)
+            grad.bias_V[: self.valid_V] += grad_CV.T.to(self.logits_dtype) @ ones_C.to(
+                self.logits_dtype
+            )
+        wide_CD = (
+            out_CD
+            if out_CD.dtype == self.logits_dtype
+            else torch.empty_like(out_CD, dtype=self.logits_dtype)
+        )
         for i, (part, weight_TD) in enumerate(self._tiles()):
             _product(grad_CV[:, part], weight_TD, wide_CD, add=i > 0)
             if grad.weight_VD is not None:
@@ -151,12 +159,12 @@ class Head:
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Parts of the valid vocabulary and their weights, in a type a product can read."""
         weight_VD = self.weight_VD.detach()
-        if weight_VD.dtype == self.wide or weight_VD.is_cuda:
+        if weight_VD.dtype == self.logits_dtype or weight_VD.is_cuda:
             yield slice(0, self.valid_V), weight_VD[: self.valid_V]
             return
         for start in range(0, self.valid_V, TILE):
             part = slice(start, min(start + TILE, self.valid_V))
-            yield part, weight_VD[part].to(self.wide)
+            yield part, weight_VD[part].to(self.logits_dtype)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from itertools import combinations
 
+from opdctl.config.registry import member
 from opdctl.errors import Problem
-from opdctl.registry import member
 
 
 def combination_problems(config, alone: bool = False) -> list[Problem]:
@@ -66,12 +66,16 @@ def _nothing(config) -> list[Problem]:
 def _sides(objective) -> dict[str, str]:
     """Weight -> the rollouts, right or wrong, that it lets through."""
     named = {w: (member("weights", w), keys) for w, keys in objective.weights.items()}
-    return {w: cls.side(keys) for w, (cls, keys) in named.items() if hasattr(cls, "side")}
+    return {
+        w: cls.lets_through(keys)
+        for w, (cls, keys) in named.items()
+        if hasattr(cls, "lets_through")
+    }
 
 
 def _gives(family: str, name: str, config) -> str:
     cls = member(family, name)
-    return cls.gives(config) if hasattr(cls, "gives") else ""
+    return cls.kl_direction(config) if hasattr(cls, "kl_direction") else ""
 
 
 def _counted(path: str, other: str, way: str) -> Problem:
@@ -84,7 +88,7 @@ def _counted(path: str, other: str, way: str) -> Problem:
 def _source(config) -> tuple[str, type | None, object]:
     """Name, class and keys of the stage's source; of the student's, no class."""
     for name, keys in getattr(config, "sources", {}).items():
-        if name != "student" and hasattr(member("sources", name), "own"):
+        if name != "student" and hasattr(member("sources", name), "student_share"):
             return name, member("sources", name), keys
     return "student", None, None
 
@@ -106,8 +110,12 @@ def source_problems(config, recipe) -> list[Problem]:
     if config.loss_temperature in (0, config.sampling.temperature):
         return found
     for name, objective in config.objectives.items():
-        ratio = any(getattr(member("weights", w), "ratio", False) for w in objective.weights)
-        if objective.coef and (ratio or getattr(member("objectives", name), "own", False)):
+        ratio = any(
+            getattr(member("weights", w), "is_importance_weight", False) for w in objective.weights
+        )
+        if objective.coef and (
+            ratio or getattr(member("objectives", name), "on_policy_only", False)
+        ):
             what = "its expectation is over what was sampled, at another temperature than the loss"
             hint = "loss_temperature=0, or objectives={divergence: {}}"
             found.append(Problem(f"objectives.{name}", what, hint))
@@ -117,18 +125,22 @@ def source_problems(config, recipe) -> list[Problem]:
 def _own_samples(config) -> list[Problem]:
     """Objectives whose expectation is over the student's next token, on samples of others."""
     name, cls, keys = _source(config)
-    if cls is None or cls.own(keys) == 1:
+    if cls is None or cls.student_share(keys) == 1:
         return []
     found = []
     for objective, settings in config.objectives.items():
-        if not settings.coef or not getattr(member("objectives", objective), "own", False):
+        if not settings.coef or not getattr(
+            member("objectives", objective), "on_policy_only", False
+        ):
             continue
-        ratio = any(getattr(member("weights", w), "ratio", False) for w in settings.weights)
-        if objective == "policy_gradient" and ratio and cls.behaviour:
+        ratio = any(
+            getattr(member("weights", w), "is_importance_weight", False) for w in settings.weights
+        )
+        if objective == "policy_gradient" and ratio and cls.has_logprobs:
             continue
         what = f"holds for the student's own samples, and sources.{name} mixes in others"
         hint = "objectives={divergence: {}}"
-        if objective == "policy_gradient" and cls.behaviour:
+        if objective == "policy_gradient" and cls.has_logprobs:
             hint = "weights={is_gate: {low: 0, high: 1e6}}, the importance weight"
         found.append(Problem(f"objectives.{objective}", what, hint))
     return found
@@ -138,7 +150,7 @@ def _imitation(config) -> list[Problem]:
     """Nll on samples of the student: without a choice by outcome its expected gradient is zero, and
     with the wrong choice it learns its failures."""
     nll, (_, cls, keys) = config.objectives.get("nll"), _source(config)
-    if nll is None or not nll.coef or (cls is not None and cls.own(keys) == 0):
+    if nll is None or not nll.coef or (cls is not None and cls.student_share(keys) == 0):
         return []
     sides = set(_sides(nll).values())
     if "right" in sides:

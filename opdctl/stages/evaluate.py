@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opdctl.config.schema import REQUIRED, key
+from opdctl.config.settings import PromptLength, Sampling, StageConfig
 from opdctl.errors import Problem
-from opdctl.schema import REQUIRED, key
-from opdctl.settings import PromptLength, Sampling, StageConfig
 
 
 @dataclass(kw_only=True)
@@ -56,6 +56,6 @@ class Evaluate:
 
     def run(self, ctx):
         """Evaluate domain by domain; finished domains survive a kill."""
-        from opdctl.core.evaluation import evaluate
+        from opdctl.train.evaluation import evaluate
 
         return evaluate(ctx)

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opdctl.config.registry import config_of, member
+from opdctl.config.schema import REQUIRED, key
+from opdctl.config.settings import Lora, Prompts, Sampling, StageConfig, Teacher
 from opdctl.errors import Problem
-from opdctl.registry import config_of, member
-from opdctl.schema import REQUIRED, key
-from opdctl.settings import Lora, Prompts, Sampling, StageConfig, Teacher
 
 
 class Gradients:
@@ -78,8 +78,8 @@ class Gradients:
 
     def run(self, ctx):
         """Sample, score, and take each objective's gradient, batch by batch."""
-        from opdctl.core.assemble import on_policy
-        from opdctl.core.gradients import measure
+        from opdctl.train.assemble import on_policy
+        from opdctl.train.gradients import measure
 
         config = ctx.config
         model = ctx.student()

@@ -14,9 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from opdctl.config.schema import REQUIRED, key
+from opdctl.config.settings import StageConfig
 from opdctl.errors import Problem
-from opdctl.schema import REQUIRED, key
-from opdctl.settings import StageConfig
 
 
 @dataclass(kw_only=True)
@@ -66,9 +66,9 @@ class Merge:
         """
         import torch
 
-        from opdctl.core.checkpoint import commit
-        from opdctl.core.models import require_same_tokens
         from opdctl.errors import StageFailed
+        from opdctl.models.model import require_same_tokens
+        from opdctl.train.checkpoint import commit
         from opdctl.types import Compute
 
         config = ctx.config

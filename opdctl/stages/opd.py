@@ -14,12 +14,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from opdctl import references
+from opdctl.config import references
+from opdctl.config.registry import member, needs_of, parse_need
+from opdctl.config.schema import did_you_mean, key
+from opdctl.config.settings import Teacher, routes
 from opdctl.errors import Problem
 from opdctl.estimate.shape import shape_of
-from opdctl.registry import member, needs_of, parted
-from opdctl.schema import did_you_mean, key
-from opdctl.settings import Teacher, routes
 from opdctl.stages._combinations import combination_problems, source_problems
 from opdctl.stages.rl import OnPolicyConfig, cannot_act, in_use, member_problems
 from opdctl.stages.sft import needs_domains
@@ -100,8 +100,8 @@ class Opd:
 
     def run(self, ctx):
         """Load the start, train, write the output."""
-        from opdctl.core.assemble import on_policy
-        from opdctl.core.loop import train
+        from opdctl.train.assemble import on_policy
+        from opdctl.train.loop import train
 
         model = ctx.aligned(ctx.student())
         return train(ctx, model, lambda ctx, model: on_policy(ctx, model, ctx.config.teachers))
@@ -120,7 +120,9 @@ def _served(config) -> list[Problem]:
         if path.startswith("sources."):
             continue  # it says for itself whether it can sample from a server
         needs = needs_of(member(*path.split(".")[-2:]), keys)
-        lacking = [n for n in needs if n.startswith("teacher.") and parted(n)[0] not in provides]
+        lacking = [
+            n for n in needs if n.startswith("teacher.") and parse_need(n)[0] not in provides
+        ]
         if lacking:
             what = f"needs {lacking[0]}, and teacher {who} is behind a server, which gives "
             what += f"{', '.join(provides)} alone"

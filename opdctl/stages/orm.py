@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opdctl.config.registry import config_of
+from opdctl.config.schema import REQUIRED, key
+from opdctl.config.settings import Lora, Prompts, Sampling, TrainConfig
 from opdctl.errors import Problem
-from opdctl.registry import config_of
-from opdctl.schema import REQUIRED, key
-from opdctl.settings import Lora, Prompts, Sampling, TrainConfig
 from opdctl.stages.sft import needs_domains
 
 
@@ -29,8 +29,8 @@ class Orm:
     class Config(TrainConfig):
         """Keys of an orm stage."""
 
-        student: str = key(REQUIRED, "where its trunk starts", ref=True)
-        lora: Lora = key(Lora(), "an adapter in place of the trunk's weights", neutral=True)
+        student: str = key(REQUIRED, "where its backbone starts", ref=True)
+        lora: Lora = key(Lora(), "an adapter in place of the backbone's weights", neutral=True)
         policy: str = key(REQUIRED, "whose rollouts it learns to judge", ref=True)
         prompts: Prompts = key(Prompts(samples=4), "which prompts")
         sampling: Sampling = key(Sampling(), "how they are sampled")
@@ -46,15 +46,15 @@ class Orm:
 
     def run(self, ctx):
         """Sample, label, train, write the classifier."""
-        from opdctl.core.assemble import Parts, reward_of, source_of, terms_of
-        from opdctl.core.loop import train
+        from opdctl.train.assemble import TrainSetup, reward_of, source_of, terms_of
+        from opdctl.train.loop import train
 
         def parts(ctx, model):
             config = ctx.config
             judged = config_of(
                 "sources", "teacher", model=config.policy, keep="all", sampling=config.sampling
             )
-            return Parts(
+            return TrainSetup(
                 source_of(ctx, model, {"teacher": judged}),
                 terms_of({"outcome": config_of("objectives", "outcome")}),
                 rewards=[reward_of(ctx, "verifier")],

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opdctl.config.registry import config_of
+from opdctl.config.schema import key
+from opdctl.config.settings import Optim, TrainConfig
 from opdctl.errors import Problem
-from opdctl.registry import config_of
-from opdctl.schema import key
-from opdctl.settings import Optim, TrainConfig
 
 
 @dataclass(kw_only=True)
@@ -61,13 +61,13 @@ class Pretrain:
 
     def run(self, ctx):
         """Make tokenizer and model, train on the answers, write both."""
-        from opdctl.core.assemble import Parts, source_of, terms_of
-        from opdctl.core.corpus import new_model
-        from opdctl.core.loop import train
+        from opdctl.models.from_nothing import new_model
+        from opdctl.train.assemble import TrainSetup, source_of, terms_of
+        from opdctl.train.loop import train
 
         def parts(ctx, model):
             corpus = config_of("sources", "dataset", corrupt=ctx.config.corrupt)
             terms = terms_of({"nll": config_of("objectives", "nll", normalise="token_mean")})
-            return Parts(source_of(ctx, model, {"dataset": corpus}), terms)
+            return TrainSetup(source_of(ctx, model, {"dataset": corpus}), terms)
 
         return train(ctx, new_model(ctx), parts)

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from opdctl.config.registry import member, needs_of, parse_need
+from opdctl.config.schema import REQUIRED, key
+from opdctl.config.settings import Lora, Prompts, Sampling, TrainConfig
 from opdctl.errors import Problem
-from opdctl.registry import member, needs_of, parted
-from opdctl.schema import REQUIRED, key
-from opdctl.settings import Lora, Prompts, Sampling, TrainConfig
 from opdctl.stages._combinations import combination_problems
 from opdctl.stages.sft import needs_domains
 
@@ -50,7 +50,7 @@ def member_problems(config, provided: set[str]) -> list[Problem]:
     }
     if active:
         provided.add("advantage")
-    if all(getattr(member("sources", n), "behaviour", False) for n in _sources(config)):
+    if all(getattr(member("sources", n), "has_logprobs", False) for n in _sources(config)):
         provided.add("behaviour.logprobs")
     if "teacher.hidden" in provided:
         provided.add("policy.kl")
@@ -65,7 +65,7 @@ def member_problems(config, provided: set[str]) -> list[Problem]:
             wanted[f"objectives.{name}.weights.{w}"] = (member("weights", w), keys)
     for path, (cls, keys) in wanted.items():
         for need in needs_of(cls, keys):
-            if parted(need)[0] not in provided:
+            if parse_need(need)[0] not in provided:
                 hint = f"remove it, or use a stage that has {need}"
                 if need == "advantage":
                     hint = "add a signal with coef above 0"
@@ -104,7 +104,11 @@ def member_problems(config, provided: set[str]) -> list[Problem]:
             )
         )
     for name, objective in config.objectives.items():
-        ratios = [w for w in objective.weights if getattr(member("weights", w), "ratio", False)]
+        ratios = [
+            w
+            for w in objective.weights
+            if getattr(member("weights", w), "is_importance_weight", False)
+        ]
         if len(ratios) > 1:
             what = "each applies the ratio of trainer to sampler"
             path = f"objectives.{name}.weights"
@@ -201,8 +205,8 @@ class Rl:
 
     def run(self, ctx):
         """Load the start, train, write the output."""
-        from opdctl.core.assemble import on_policy
-        from opdctl.core.loop import train
+        from opdctl.train.assemble import on_policy
+        from opdctl.train.loop import train
 
         model = ctx.student()
         return train(ctx, model, lambda ctx, model: on_policy(ctx, model, {}))

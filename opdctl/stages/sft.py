@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opdctl.config.references import parse
+from opdctl.config.schema import REQUIRED, key, references
+from opdctl.config.settings import Lora, TrainConfig
 from opdctl.errors import Problem
-from opdctl.references import parse
-from opdctl.schema import REQUIRED, key, references
-from opdctl.settings import Lora, TrainConfig
 
 
 def needs_domains(recipe, stage) -> list[Problem]:
@@ -120,15 +120,15 @@ class Sft:
 
     def run(self, ctx):
         """Load the start, train, write the output."""
-        from opdctl.core.assemble import Parts, source_of, terms_of
-        from opdctl.core.loop import train
+        from opdctl.train.assemble import TrainSetup, source_of, terms_of
+        from opdctl.train.loop import train
 
         config = ctx.config
         model = ctx.student()
         return train(
             ctx,
             model,
-            lambda ctx, model: Parts(
+            lambda ctx, model: TrainSetup(
                 source_of(ctx, model, config.sources), terms_of(config.objectives)
             ),
         )

@@ -1,0 +1,148 @@
+"""What there is to choose from: recipes, stage kinds, members, methods, claims, runs."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from opdctl.config import registry
+from opdctl.config.schema import describe, did_you_mean, flatten
+from opdctl.config.settings import Runtime
+from opdctl.errors import UsageError
+from opdctl.recipe.methods import method, methods
+from opdctl.recipe.recipe import find, lookup, shipped
+from opdctl.recipe.yaml_lines import parse
+from opdctl.run.rundir import RunDir, read_json
+
+
+def listing(what: str) -> list[dict[str, str]]:
+    """``name, about`` of what is asked for; without a word, what can be asked for.
+
+    Raises:
+        UsageError: no such list.
+    """
+    if not what:
+        kinds = {
+            "recipes": "pipelines that come with opdctl",
+            "methods": "compositions for `opdctl stage --method`",
+            "runs": "run directories under ./runs",
+            **registry.FAMILIES,
+        }
+        return [{"name": k, "about": v} for k, v in kinds.items()]
+    if what == "recipes":
+        return [
+            {"name": n, "about": parse(p.read_text(encoding="utf-8"), n)[0].get("about", "")}
+            for n, p in shipped().items()
+        ]
+    if what == "methods":
+        return [{"name": n, "about": method(n).get("about", "")} for n in methods()]
+    if what == "runs":
+        return [
+            {"name": str(p.parent), "about": _run_line(p.parent)}
+            for p in sorted(Path("runs").glob("*/run.json"))
+        ]
+    if what in registry.FAMILIES:
+        return [
+            {"name": n, "about": registry.first_line(registry.member(what, n))}
+            for n in registry.members(what)
+        ]
+    known = ["recipes", "methods", "runs", *registry.FAMILIES]
+    raise UsageError(f"nothing called {what!r} to list", did_you_mean(what, known, "one of"))
+
+
+def _run_line(folder: Path) -> str:
+    manifest = read_json(folder / "run.json") or {}
+    stages = [RunDir(folder).record(p.name).get("status") for p in folder.glob("stages/*")]
+    done = f"{stages.count('done')}/{len(stages)} stages done" if stages else "a set of seeds"
+    return f"{manifest.get('recipe')} {manifest.get('size')}: {done}"
+
+
+def detail(name: str) -> dict:
+    """``about``, ``keys`` and ``text`` of anything that has a name. Of a method, ``also`` is about
+    members of its name, whose keys follow its own, behind ``FAMILY/NAME: ``.
+
+    Raises:
+        UsageError: nothing has this name.
+    """
+    wanted = name.lower()
+    found = [(f, wanted) for f in registry.FAMILIES if wanted in registry.members(f)]
+    if "/" in name:
+        family, wanted = name.split("/", 1)
+        found = [
+            (f, m)
+            for f, m in [(family, wanted)]
+            if f in registry.FAMILIES and m in registry.members(f)
+        ]
+    if found:
+        shown = _method(name) if name in methods() else {"name": name}
+        keys, about = shown.get("keys", []), []
+        alone = not keys and len(found) == 1
+        for family, member in found:
+            cls = registry.member(family, member)
+            about.append(f"{family}/{member}: {(cls.__doc__ or '').strip()}")
+            about.append((sys.modules[cls.__module__].__doc__ or "").strip())
+            prefix = "" if alone else f"{family}/{member}: "
+            if hasattr(cls, "Config"):
+                keys += describe(cls.Config, lookup, prefix)
+        said = "also" if "about" in shown else "about"
+        return {**shown, said: "\n".join(about), "keys": keys, "more": _more(keys)}
+    if name == "runtime":
+        about = "keys of `runtime:` in a recipe, or runtime.KEY=VALUE behind any command that runs"
+        return {"name": name, "about": about, "keys": describe(Runtime, lookup, "runtime.")}
+    if name in methods():
+        return _method(name)
+    if name in shipped() or Path(name).is_file():
+        return {"name": name, "about": str(find(name)), "text": find(name).read_text("utf-8")}
+    everything = [
+        "runtime",
+        *shipped(),
+        *methods(),
+        *(m for f in registry.FAMILIES for m in registry.members(f)),
+    ]
+    raise UsageError(f"nothing called {name!r}", did_you_mean(name, everything, "try `opdctl ls`:"))
+
+
+def _method(name: str) -> dict:
+    """A method's file, and every key of its stage kind with the method's values."""
+    found, kind = method(name), method(name)["kind"]
+    chosen = {k: v for k, v in flatten(found).items() if k not in ("about", "kind")}
+    keys = describe(registry.member("stages", kind).Config, lookup)
+    for row in keys:
+        if row["key"] in chosen:
+            row["default"] = str(chosen[row["key"]])
+        elif row["key"] in found:
+            row["default"] = str(found[row["key"]])
+    about = f"{found.get('about', '')}\nopdctl stage {kind} --method {name}"
+    if name in shipped():
+        about += f"\nthe recipe of this name: {shipped()[name]}"
+    text = methods()[name].read_text(encoding="utf-8")
+    return {"name": name, "about": about, "text": text, "keys": keys, "more": _more(keys)}
+
+
+def _more(keys: list[dict]) -> str:
+    """Where keys that take members lead on to."""
+    families = dict.fromkeys(row["type"][:-1] for row in keys if row["type"].endswith("/"))
+    lines = [f"{f}: `opdctl ls {f}`, keys of one: `opdctl show {f}/NAME`" for f in families]
+    return "\n".join(lines)
+
+
+def copy(name: str, dest: Path) -> str:
+    """Write a shipped recipe or method to a new file.
+
+    Raises:
+        UsageError: neither, or the file exists.
+    """
+    known = {**methods(), **shipped()}  # a name of both is the recipe
+    if name not in known and not Path(name).is_file():
+        raise UsageError(f"no recipe or method {name}", did_you_mean(name, known, "one of"))
+    source = known.get(name) or find(name)
+    if dest.is_dir():
+        dest = dest / source.name
+    if dest.exists():
+        raise UsageError(f"{dest} exists", "choose another name")
+    try:
+        dest.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {dest}: {error.strerror}") from None
+    return re.sub(r"^\./", "", str(dest))

@@ -1,0 +1,370 @@
+"""Dataclass -> checked configuration: unknown keys, wrong types, all collected.
+
+A key is a dataclass field made by ``key(default, doc)``. What a key may change decides its role:
+
+    semantic      it changes results; part of the fingerprint (the default)
+    numeric       results stay equal up to rounding (threads, micro-batch)
+    operational   results do not change at all (logging, checkpoint cadence)
+
+Nothing here knows a recipe; ``recipe.py`` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Any, Literal
+
+from opdctl.errors import Problem
+
+REQUIRED = dataclasses.MISSING
+Lookup = Callable[[str, str], type]  # (family, member name) -> its Config
+
+
+def key(
+    default: Any,
+    doc: str,
+    *,
+    role: str = "semantic",
+    family: str = "",
+    ref: bool = False,
+    domains: bool = False,
+    neutral: bool = False,
+    keep: bool = False,
+    least: float | None = None,
+    most: float | None = None,
+):
+    """A field of a Config.
+
+    Args:
+        default: the vetted setting, or REQUIRED. A mutable one is copied.
+        doc: one line, with unit and range where they are not obvious.
+        role: semantic, numeric or operational.
+        family: the value is a mapping ``member name -> that member's Config``; so is the default.
+        ref: the value names a model: an edge of the stage graph.
+        domains: the value names a domain, or its keys do.
+        neutral: the key came later and its default changes nothing: at its default it is left out
+            of fingerprints, so that finished runs stay as they are.
+        keep: members of the default stay where others are given; with ``family``.
+        least, most: bounds of a number, inclusive.
+    """
+    metadata = {
+        "doc": doc,
+        "role": role,
+        "family": family,
+        "ref": ref,
+        "domains": domains,
+        "neutral": neutral,
+        "keep": keep,
+        "least": least,
+        "most": most,
+    }
+    if isinstance(default, dict | list) or (
+        dataclasses.is_dataclass(default) and not isinstance(default, type)
+    ):
+        return dataclasses.field(default_factory=lambda: _copy(default), metadata=metadata)
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _copy(value: Any) -> Any:
+    return dataclasses.replace(value) if dataclasses.is_dataclass(value) else type(value)(value)
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "known:") -> str:
+    """``did you mean 'x'?``, or the list of what is known."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"{otherwise} {', '.join(known)}" if known else ""
+
+
+@lru_cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def build(
+    cls: type, raw: Any, path: str, problems: list[Problem], lookup: Lookup, base: Any = None
+) -> Any:
+    """An instance of ``cls`` from a plain mapping; None where that is not possible.
+
+    Keys not given keep the value they have in ``base``, or else their default. A Config may say
+    why it lacks a key that others have: ``absent``, key -> reason.
+
+    Every problem is appended with its full dotted path; the caller raises.
+    """
+    if not isinstance(raw, dict):
+        problems.append(Problem(path, f"expected a mapping, got {_shown(raw)}"))
+        return None
+    hints = _hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = {}
+    for name, value in raw.items():
+        where = f"{path}.{name}" if path else str(name)
+        if name not in fields:
+            hint = getattr(cls, "absent", {}).get(name) or did_you_mean(str(name), fields)
+            problems.append(Problem(where, "unknown key", hint))
+            continue
+        f = fields[name]
+        below = getattr(base, name, None)
+        if below is None and f.default_factory is not REQUIRED:
+            below = f.default_factory()
+        if f.metadata.get("family") and isinstance(value, str):
+            value = {value: {}}  # a member's name alone
+        if f.metadata.get("family") and isinstance(below, dict) and isinstance(value, dict):
+            value = {  # a member the default names too keeps the default's keys
+                k: {**(below.get(k) or {}), **v} if isinstance(v, dict) else v
+                for k, v in value.items()
+            }
+            if f.metadata.get("keep"):
+                value = {**below, **value}
+        if dataclasses.is_dataclass(below) and isinstance(value, dict):
+            values[name] = build(type(below), value, where, problems, lookup, below)
+        else:
+            values[name] = _value(hints[name], value, where, problems, lookup, f.metadata)
+    for name, f in fields.items():
+        if name not in raw and base is not None:
+            values[name] = getattr(base, name)
+        if name in raw or name in values:
+            continue
+        if f.metadata.get("family") and f.default_factory is not REQUIRED:
+            where = f"{path}.{name}" if path else name
+            family = f.metadata["family"]
+            values[name] = _members(f.default_factory(), where, problems, lookup, family)
+            continue
+        if f.default is not REQUIRED or f.default_factory is not REQUIRED:
+            continue
+        problems.append(
+            Problem(path, f"missing key {name!r}", f"{name}: {f.metadata.get('doc', '')}")
+        )
+        values[name] = None
+    return cls(**values)
+
+
+def _value(hint, value, path, problems, lookup, meta):
+    origin = typing.get_origin(hint)
+    if meta.get("family"):
+        return _members(value, path, problems, lookup, meta["family"])
+    if origin in (typing.Union, types.UnionType):
+        options = [h for h in typing.get_args(hint) if h is not type(None)]
+        if value is None and len(options) < len(typing.get_args(hint)):
+            return None
+        simple = [h for h in options if not dataclasses.is_dataclass(h)]
+        simple.sort(key=lambda h: (typing.get_origin(h) is list) != isinstance(value, list))
+        records = [h for h in options if dataclasses.is_dataclass(h)]
+        if records and isinstance(value, dict):
+            return build(records[0], value, path, problems, lookup)
+        return _value(simple[0] if simple else options[0], value, path, problems, lookup, meta)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, str) and hasattr(hint, "short"):
+            value = {hint.short: value}
+        return build(hint, value, path, problems, lookup)
+    if origin is dict:
+        if not isinstance(value, dict):
+            problems.append(Problem(path, f"expected a mapping, got {_shown(value)}"))
+            return {}
+        inner = typing.get_args(hint)[1]
+        for name in value:
+            if "." in str(name):  # a dotted key would lead elsewhere
+                problems.append(Problem(path, f"{name!r:.80}: a name has no dot"))
+        return {
+            str(k): _value(inner, v, f"{path}.{k}", problems, lookup, {}) for k, v in value.items()
+        }
+    if origin is list:
+        if not isinstance(value, list):
+            problems.append(Problem(path, f"expected a list, got {_shown(value)}"))
+            return []
+        inner = typing.get_args(hint)[0]
+        return [_value(inner, v, f"{path}.{i}", problems, lookup, {}) for i, v in enumerate(value)]
+    return _scalar(hint, value, path, problems, meta)
+
+
+def _members(value, path, problems, lookup, family):
+    if not isinstance(value, dict):
+        problems.append(Problem(path, f"expected a mapping of {family}, got {_shown(value)}"))
+        return {}
+    built = {}
+    for name, entry in value.items():
+        where = f"{path}.{name}"
+        try:
+            cls = lookup(family, str(name))
+        except ValueError as error:
+            problems.append(Problem(where, error.message, error.hint))
+            continue
+        built[name] = build(cls, {} if entry is None else entry, where, problems, lookup)
+    return built
+
+
+def _scalar(hint, value, path, problems, meta):
+    if hint is Any:
+        return value
+    if typing.get_origin(hint) is Literal:
+        allowed = typing.get_args(hint)
+        if value not in allowed:
+            problems.append(
+                Problem(path, f"{value!r:.80} is not allowed", did_you_mean(str(value), allowed))
+            )
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if hint is float and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)  # YAML 1.1 reads 1e-3 as text
+    right = isinstance(value, hint) and not (hint is not bool and isinstance(value, bool))
+    if not right:
+        empty = "'\"\"' is an empty text" if hint is str and value is None else ""
+        problems.append(Problem(path, f"expected {_name(hint)}, got {_shown(value)}", empty))
+        return value
+    least, most = meta.get("least"), meta.get("most")
+    if hint in (int, float):
+        if value != value or value in (float("inf"), float("-inf")):
+            problems.append(Problem(path, f"{value} is not a finite number"))
+        elif least is not None and value < least:
+            problems.append(Problem(path, f"{value} is below {least}"))
+        elif most is not None and value > most:
+            problems.append(Problem(path, f"{value} is above {most}"))
+    return value
+
+
+def _name(hint) -> str:
+    return {int: "an integer", float: "a number", str: "text", bool: "true or false"}.get(
+        hint, str(hint)
+    )
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else f"{type(value).__name__} {value!r:.80}"
+
+
+def to_dict(config: Any) -> Any:
+    """Plain mappings and scalars of a Config, defaults included."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {k: to_dict(v) for k, v in config.items()}
+    if isinstance(config, list | tuple):
+        return [to_dict(v) for v in config]
+    return config
+
+
+def with_role(config: Any, role: str) -> Any:
+    """The keys of one role, as plain mappings; nested Configs are searched whatever theirs."""
+    if isinstance(config, dict):
+        return {k: with_role(v, role) for k, v in config.items()}
+    if not dataclasses.is_dataclass(config):
+        return to_dict(config)
+    kept = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.metadata.get("neutral") and value == _default(f):
+            continue
+        if f.metadata.get("role", "semantic") == role or dataclasses.is_dataclass(value):
+            kept[f.name] = with_role(value, role)
+    return kept
+
+
+def role_of(config: Any, dotted: str) -> str:
+    """The role of a dotted key: the first on the way to it that is not semantic decides."""
+    for part in dotted.split("."):
+        if isinstance(config, dict):
+            config = config.get(part)
+            continue
+        if not dataclasses.is_dataclass(config) or not hasattr(config, part):
+            break
+        role = type(config).__dataclass_fields__[part].metadata.get("role", "semantic")
+        if role != "semantic":
+            return role
+        config = getattr(config, part)
+    return "semantic"
+
+
+def _default(f: dataclasses.Field) -> Any:
+    return f.default if f.default is not REQUIRED else f.default_factory()
+
+
+def references(config: Any, path: str = "") -> list[tuple[str, str]]:
+    """``(dotted key, model reference)`` of every key marked ``ref``, in order of declaration."""
+    found = []
+    if isinstance(config, dict):
+        for k, v in config.items():
+            found += references(v, f"{path}.{k}" if path else str(k))
+    elif dataclasses.is_dataclass(config):
+        if getattr(config, "coef", 1.0) == 0:
+            return []  # turned off: it reads nothing
+        for f in dataclasses.fields(config):
+            value = getattr(config, f.name)
+            where = f"{path}.{f.name}" if path else f.name
+            if f.metadata.get("ref") and isinstance(value, str):
+                found.append((where, value))
+            elif f.metadata.get("ref") and isinstance(value, dict):
+                found += [(f"{where}.{k}", v) for k, v in value.items() if isinstance(v, str)]
+            else:
+                found += references(value, where)
+    return found
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as ``{dotted key: scalar or list}``."""
+    if not isinstance(tree, dict) or (not tree and prefix):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for k, v in tree.items():
+        flat.update(flatten(v, f"{prefix}.{k}" if prefix else str(k)))
+    return flat
+
+
+def describe(cls: type, lookup: Lookup, prefix: str = "") -> list[dict[str, str]]:
+    """One row per key: name, type, default, role, doc. For ``opdctl show``."""
+    rows = []
+    hints = _hints(cls)
+    for f in dataclasses.fields(cls):
+        name = f"{prefix}{f.name}"
+        hint = hints[f.name]
+        if f.metadata.get("family"):
+            shown = f"{f.metadata['family']}/"
+        else:
+            shown = _type_name(hint)
+        default = f.default
+        if default is REQUIRED and f.default_factory is not REQUIRED:
+            default = f.default_factory()
+        nested = dataclasses.is_dataclass(default) and not isinstance(default, type)
+        rows.append(
+            {
+                "key": name,
+                "type": shown,
+                "default": "" if nested else "required" if default is REQUIRED else _plain(default),
+                "role": f.metadata.get("role", "semantic"),
+                "doc": f.metadata.get("doc", ""),
+            }
+        )
+        if nested:
+            rows += describe(type(default), lookup, f"{name}.")
+        values = typing.get_args(hint)[1:] if typing.get_origin(hint) is dict else ()
+        if values and dataclasses.is_dataclass(values[0]):
+            rows += describe(values[0], lookup, f"{name}.NAME.")
+    return rows
+
+
+def _plain(default: Any) -> str:
+    return str(to_dict(default)) if not isinstance(default, str) else default
+
+
+def _type_name(hint) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " | ".join(str(a) for a in typing.get_args(hint))
+    if typing.get_origin(hint) is types.UnionType or typing.get_origin(hint) is typing.Union:
+        each = ("None" if h is type(None) else _type_name(h) for h in typing.get_args(hint))
+        return " | ".join(each)
+    if isinstance(hint, type) and typing.get_origin(hint) is None:
+        return hint.__name__
+    if typing.get_origin(hint) is dict and dataclasses.is_dataclass(typing.get_args(hint)[1]):
+        return f"NAME: {typing.get_args(hint)[1].__name__.lower()}"
+    return str(hint).replace("opdctl.config.settings.", "").replace("typing.", "")

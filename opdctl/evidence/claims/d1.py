@@ -1,0 +1,41 @@
+"""D1, DeepSeek-V4 section 5: the full vocabulary gives the quieter gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdctl.config.schema import REQUIRED, key
+from opdctl.evidence.verdict import Part, name
+
+
+class D1:
+    """The full-vocabulary gradient is the sampled-token gradient with less noise."""
+
+    revision = 1
+    statement = "full vocabulary has the quieter gradient"
+    source = "DeepSeek-V4, arXiv 2606.19348, section 5.2"
+    reported = "said, no numbers"
+    threshold = "trace variance sampled / full >= 2, cosine of the means >= .95"
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Who plays."""
+
+        gradients: str = key(REQUIRED, "the gradients stage that compared them", ref=True)
+
+    @staticmethod
+    def parts(roles, found) -> tuple[list[Part], str]:
+        """Ratio of the trace variances, and the cosine."""
+        stage = name(roles.gradients)
+
+        def ratio(s):
+            sampled = s.fact(stage, "variance of policy_gradient")
+            return sampled / s.fact(stage, "variance of divergence")
+
+        def cosine(s):
+            return s.fact(stage, "cosine of policy_gradient and divergence")
+
+        return [
+            Part("variance, sampled to full", ratio, least=2.0, delta=0.0),
+            Part("cosine of the means", cosine, least=0.95, delta=0.0),
+        ], ""

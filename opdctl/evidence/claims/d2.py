@@ -1,0 +1,31 @@
+"""D2, DeepSeek-V4 section 5.2: logits rebuilt from cached hidden rows are the logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdctl.config.schema import REQUIRED, key
+from opdctl.evidence.verdict import Part, name
+
+
+class D2:
+    """Rebuilt logits are the teacher's logits."""
+
+    revision = 1
+    statement = "rebuilt logits are the logits"
+    source = "DeepSeek-V4, arXiv 2606.19348, section 5.2"
+    reported = "said, no numbers"
+    threshold = "largest difference <= 1e-5 in fp32"
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Who plays."""
+
+        gradients: str = key(REQUIRED, "the gradients stage that compared them", ref=True)
+
+    @staticmethod
+    def parts(roles, found) -> tuple[list[Part], str]:
+        """The largest difference, over the teachers."""
+        stage = name(roles.gradients)
+        value = lambda s: s.fact(stage, "gap of rebuilt logits")  # noqa: E731
+        return [Part("largest difference", value, most=1e-5, delta=0.0)], ""

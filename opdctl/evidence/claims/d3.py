@@ -1,0 +1,38 @@
+"""D3, DeepSeek-V4 section 5.2: with rows ordered by teacher each head is loaded once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdctl.config.schema import REQUIRED, key
+from opdctl.evidence.verdict import Part, name
+
+
+class D3:
+    """One head load per teacher and mini-batch, at most two heads resident."""
+
+    revision = 1
+    statement = "one head load per teacher and mini-batch"
+    source = "DeepSeek-V4, arXiv 2606.19348, section 5.2"
+    reported = "one load per teacher and mini-batch"
+    threshold = "loads = distinct teachers of the mini-batch; at most two heads resident"
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Who plays."""
+
+        student: str = key(REQUIRED, "the opd stage", ref=True)
+
+    @staticmethod
+    def parts(roles, found) -> tuple[list[Part], str]:
+        """The largest excess of loads over teachers, over the steps, and of resident heads."""
+        stage = name(roles.student)
+
+        def excess(s):
+            pairs = zip(s.curve(stage, "head_loads"), s.curve(stage, "teachers"), strict=True)
+            return max(0, *(loads - teachers for loads, teachers in pairs))
+
+        return [
+            Part("loads beyond teachers", excess, most=0.0, delta=0.0),
+            Part("heads resident", lambda s: max(s.curve(stage, "heads")), most=2.0, delta=0.0),
+        ], ""

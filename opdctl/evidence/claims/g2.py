@@ -1,0 +1,58 @@
+"""G2, GLM-5: distillation from the checkpoints of earlier stages recovers what later ones lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdctl.config.schema import REQUIRED, key
+from opdctl.evidence.verdict import DELTA, DELTA_RECOVERY, Part, gain, name
+
+
+class G2:
+    """Cross-stage distillation recovers every earlier domain, cheaply."""
+
+    revision = 1
+    statement = "cross-stage OPD recovers what was forgotten, cheaply"
+    source = "GLM-5, arXiv 2602.15763, Eq. 2"
+    reported = "no numbers"
+    threshold = (
+        "every earlier domain >= its stage-best - .05; last stage >= before - .03; "
+        "flops <= .25 of the RL stages together"
+    )
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Who plays."""
+
+        student: str = key(REQUIRED, "the distilled student", ref=True)
+        before: str = key(REQUIRED, "its start: the model after the last RL stage", ref=True)
+        stages: dict[str, str] = key(REQUIRED, "every stage of the chain, by any name", ref=True)
+        rl: dict[str, str] = key(REQUIRED, "its RL stages, by any name", ref=True)
+        domains: dict[str, bool] = key(REQUIRED, "domains of earlier stages", domains=True)
+        last: dict[str, bool] = key(REQUIRED, "domains of the last stage", domains=True)
+
+    @staticmethod
+    def parts(roles, found) -> tuple[list[Part], str]:
+        """Each domain's distance to its best stage, and the cost."""
+        student = name(roles.student)
+        chain, rl = ([name(r) for r in m.values()] for m in (roles.stages, roles.rl))
+
+        def to_best(domain: str):
+            means = {c: sum(m.scores()[c, domain] for m in found) for c in chain}
+            best = max(chain, key=means.get)
+            return best, gain(student, best, domain)
+
+        parts = []
+        for d in (d for d, on in roles.domains.items() if on):
+            best, value = to_best(d)
+            parts.append(Part(f"{d} to {best}", value, least=-DELTA_RECOVERY))
+        parts += [
+            Part(f"change of {d}", gain(student, roles.before, d), least=-DELTA)
+            for d, on in roles.last.items()
+            if on
+        ]
+
+        def share(s):
+            return s.fact(student, "all flops") / sum(s.fact(r, "all flops") for r in rl)
+
+        return [*parts, Part("share of the RL flops", share, most=0.25, delta=0.0)], ""

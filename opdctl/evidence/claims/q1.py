@@ -1,0 +1,40 @@
+"""Q1, Qwen3 Table 21: OPD does at least as well as RL for a tenth of the compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdctl.config.schema import REQUIRED, key
+from opdctl.evidence.verdict import DELTA, Part, mean_gain, name
+
+
+class Q1:
+    """OPD reaches RL's score with a tenth of its compute, counted for the student."""
+
+    revision = 1
+    statement = "OPD reaches RL's score with a tenth of its compute (student)"
+    source = "Qwen3, arXiv 2505.09388, Table 21"
+    reported = "AIME'24 74.4 and 67.6; 1800 and 17920 GPU hours"
+    threshold = "s(OPD) >= s(RL) and flops(OPD) <= .1 flops(RL), of the student"
+    count = "student flops"
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Who plays."""
+
+        opd: str = key(REQUIRED, "the student after OPD", ref=True)
+        rl: str = key(REQUIRED, "the student after RL, from the same start", ref=True)
+        domains: dict[str, bool] = key(REQUIRED, "domains of the mean score", domains=True)
+
+    @classmethod
+    def parts(cls, roles, found) -> tuple[list[Part], str]:
+        """Difference of the mean scores, and the ratio of what they cost."""
+        opd, rl = name(roles.opd), name(roles.rl)
+
+        def ratio(s):
+            return s.fact(opd, cls.count) / s.fact(rl, cls.count)
+
+        return [
+            Part("OPD minus RL", mean_gain(opd, rl, roles.domains), least=0.0, delta=DELTA),
+            Part("flops, OPD to RL", ratio, most=0.1, delta=0.0),
+        ], ""

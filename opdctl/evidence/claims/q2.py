@@ -1,0 +1,38 @@
+"""Q2, Qwen3 Table 21: pass@k rises under OPD and not under RL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdctl.config.schema import REQUIRED, key
+from opdctl.evidence.verdict import Part, mean_gain
+
+
+class Q2:
+    """OPD widens what the student can reach in 32 tries; RL does not."""
+
+    revision = 1
+    statement = "pass@k rises under OPD, not under RL"
+    source = "Qwen3, arXiv 2505.09388, Table 21"
+    reported = "AIME'24 pass@64: OPD +3.3, RL +0"
+    threshold = "pass@32: OPD - S0 > 0; RL - S0 has 0 in its interval or lies below"
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Who plays."""
+
+        opd: str = key(REQUIRED, "the student after OPD", ref=True)
+        rl: str = key(REQUIRED, "the student after RL", ref=True)
+        start: str = key(REQUIRED, "the start of both", ref=True)
+        domains: dict[str, bool] = key(REQUIRED, "domains of the mean", domains=True)
+
+    @staticmethod
+    def parts(roles, found) -> tuple[list[Part], str]:
+        """Both differences."""
+        opd, rl = (
+            mean_gain(r, roles.start, roles.domains, "pass@32") for r in (roles.opd, roles.rl)
+        )
+        return [
+            Part("pass@32, OPD minus S0", opd, least=1e-6),
+            Part("pass@32, RL minus S0", rl, most=0.0, touches=True),
+        ], ""

@@ -1,0 +1,52 @@
+"""T1, Thinking Machines: OPD into the base takes a fraction of the steps that the RL took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdctl.config.schema import REQUIRED, key
+from opdctl.evidence.verdict import DELTA, Part, name
+
+WINDOW = 3  # steps over which the accuracy of the rollouts is averaged
+
+
+class T1:
+    """OPD back into the base reaches the RL-made teacher in a fifth of the steps."""
+
+    revision = 1
+    statement = "OPD back into the base needs a fifth of the steps that the RL took"
+    source = "Thinking Machines, On-Policy Distillation"
+    reported = "under 10 steps against about 70"
+    threshold = "steps(OPD to teacher - .03) <= .2 steps(RL)"
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Who plays."""
+
+        opd: str = key(REQUIRED, "the opd stage, from the start of the RL", ref=True)
+        teacher: str = key(REQUIRED, "the rl stage that made the teacher", ref=True)
+        domain: str = key(REQUIRED, "domain of both", domains=True)
+
+    @staticmethod
+    def parts(roles, found) -> tuple[list[Part], str]:
+        """Steps until the rollouts are as accurate as the teacher on held-out prompts, less .03.
+
+        A run that does not come there counts as one that took all of RL's steps.
+        """
+        opd, teacher, domain = name(roles.opd), name(roles.teacher), roles.domain
+
+        def steps(s, stage: str) -> float:
+            level = float(s[teacher, domain].mean()) - DELTA
+            curve = [row[domain] for row in s.curve(stage, "accuracy")]
+            for last in range(WINDOW, len(curve) + 1):
+                if sum(curve[last - WINDOW : last]) / WINDOW >= level:
+                    return last
+            return float("inf")
+
+        def share(s):
+            return min(1.0, steps(s, opd) / len(s.curve(teacher, "accuracy")))
+
+        took = [steps(m.scores(), teacher) for m in found]
+        taken = ", ".join("never" if t == float("inf") else str(t) for t in took)
+        note = f"step at which RL's own rollouts came to that level: {taken}"
+        return [Part("share of RL's steps", share, most=0.2, delta=0.0)], note

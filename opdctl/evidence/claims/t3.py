@@ -1,0 +1,46 @@
+"""T3, Thinking Machines: the old self as teacher restores what training on documents lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdctl.config.schema import REQUIRED, key
+from opdctl.evidence.verdict import DELTA, DELTA_RECOVERY, Part, mean_gain, mean_score, name
+
+
+class T3:
+    """The old self restores what domain training lost, and the new knowledge stays."""
+
+    revision = 1
+    statement = "the old self restores what domain training lost"
+    source = "Thinking Machines, On-Policy Distillation"
+    reported = "IF-eval 85 -> 79 -> 83; internal QA 18 -> 36 -> 41"
+    threshold = ">= .95 of the loss regained, new knowledge kept within .03"
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Who plays."""
+
+        before: str = key(REQUIRED, "the old self", ref=True)
+        trained: str = key(REQUIRED, "after the domain training", ref=True)
+        student: str = key(REQUIRED, "after OPD from the old self", ref=True)
+        lost: dict[str, bool] = key(REQUIRED, "domains that the training lost", domains=True)
+        learned: dict[str, bool] = key(REQUIRED, "domains that it taught", domains=True)
+
+    @staticmethod
+    def parts(roles, found) -> tuple[list[Part], str]:
+        """The share regained, and the change of what was learned."""
+        models = [name(r) for r in (roles.before, roles.trained, roles.student)]
+        before, trained, student = (mean_score(m, roles.lost) for m in models)
+        losses = [before(m.scores()) - trained(m.scores()) for m in found]
+        if min(losses) < 0.10:  # a share divides by it, seed by seed
+            return [], "on a seed the training lost less than .10: too little to regain"
+        kept = mean_gain(roles.student, roles.trained, roles.learned)
+
+        def regained(s):
+            return (student(s) - trained(s)) / (before(s) - trained(s))
+
+        return [
+            Part("share regained", regained, least=0.95, delta=DELTA_RECOVERY),
+            Part("change of what was learned", kept, least=-DELTA),
+        ], ""

@@ -1,0 +1,49 @@
+"""Closed-form baseline of the sampled-token reverse KL: plus KL(p || q) at every token.
+
+vOPD (arXiv 2605.07865): the value of a prefix is E_p[log q - log p] = -KL(p || q), so beside the
+signal reverse_kl this one makes the advantage log q - log p + KL, of mean zero. It does not depend
+on the token that was sampled, so the expected gradient stays the same, and the variance falls. On
+the student's top k, both renormalised, it is cheaper to store elsewhere and as unbiased. Needs one
+pass of the student over its own rollouts before the update.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from opdctl.config.schema import key
+from opdctl.config.settings import SignalConfig
+from opdctl.errors import Problem
+
+
+class KlBaseline:
+    """KL(S || T) of the whole next-token distribution, added to reverse_kl: less variance."""
+
+    revision = 1
+    needs = ("teacher.hidden", "policy.kl")
+
+    @dataclass(kw_only=True)
+    class Config(SignalConfig):
+        """Keys of kl_baseline."""
+
+        support: Literal["full", "topk_student"] = key(
+            "full", "the whole vocabulary, or the student's k most probable ids, renormalised"
+        )
+        k: int = key(100, "ids of topk_student (vOPD: 100)", least=1)
+
+    @staticmethod
+    def problems(config, stage) -> list[Problem]:
+        """A baseline of nothing is noise: its expected gradient is zero."""
+        beside = stage.signals.get("reverse_kl")
+        if beside and beside.coef:
+            return []
+        what = "a baseline without reverse_kl beside it has no gradient on average"
+        return [Problem("", what, "signals={reverse_kl: {}, kl_baseline: {}}")]
+
+    def __init__(self, config, ctx) -> None:
+        self.config = config
+
+    def credit(self, step):
+        """Shape [N]; never negative."""
+        return step.columns["policy_kl"] * step.columns["teacher_weight"]

@@ -1,0 +1,60 @@
+"""Gate on the teacher's entropy: 1 where it exceeds tau, 0 elsewhere.
+
+EOPD (arXiv 2603.07079): L = L_OPD + 1[H(q) > tau] L_FKL, the mean over all tokens. Where the
+teacher spreads its mass, the reverse KL would keep one of its modes; a forward KL put on these
+tokens by this weight keeps them all. The gate does not enter the count. tau and the top 16 of the
+method are from a replication that cites the paper's equations; the paper's own code was not read.
+A server does not give its entropy: with ``over: listed`` that of its k most probable tokens and
+one bucket for the rest is compared, k as in the objective. It is a lower bound, so the gate opens
+at some tokens fewer.
+
+    opdctl stage opd --student DIR --teacher math=DIR --method eopd
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from opdctl.config.schema import key
+from opdctl.errors import Problem
+
+
+class Eopd:
+    """1 where the teacher's entropy is above tau, else 0 (EOPD)."""
+
+    revision = 1
+    needs = ()  # all depend on its keys
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Keys of eopd."""
+
+        tau: float = key(0.8, "nats; the whole vocabulary's entropy is compared", least=0.0)
+        over: Literal["vocabulary", "listed"] = key(
+            "vocabulary",
+            "listed: of the teacher's k most probable tokens and a bucket, all a server gives",
+            neutral=True,
+        )
+
+    @staticmethod
+    def needs_for(config) -> tuple[str, ...]:
+        """Whose entropy."""
+        return ("teacher.entropy",) if config.over == "vocabulary" else ("teacher.listed_entropy",)
+
+    @staticmethod
+    def problems(config, stage) -> list[Problem]:
+        """A list is as long as some objective says."""
+        asked = [o for o in stage.objectives.values() if o.coef and hasattr(o, "k")]
+        if config.over == "vocabulary" or asked:
+            return []
+        what = "no objective here says how many of the teacher's tokens are listed"
+        return [Problem("over", what, "objectives: {divergence: {support: topk_teacher, k: 16}}")]
+
+    def __init__(self, config) -> None:
+        self.config, self.needs = config, self.needs_for(config)
+
+    def factor(self, step):
+        """Shape [N]; of pooled teachers the mean entropy decides."""
+        listed = "listed_" if self.config.over == "listed" else ""
+        return step.columns[f"teacher_{listed}entropy"] > self.config.tau

@@ -1,0 +1,345 @@
+"""LoRA adapters through peft: put on a student, read from a folder, merged, written.
+
+Hu et al. 2021 (arXiv 2106.09685): W + (alpha / rank) B A, with W frozen. An adapter folder holds
+adapter_config.json, which names the base, and adapter_model.safetensors; plain peft reads it. A
+base that another stage wrote is named by its place and, in a file beside that, by the way to it, so
+that a run that was moved or copied finds its own (plain peft looks at the place).
+Adapters are fp32 on a bfloat16 base. Leaves out dropout, adapters of the head, and other kinds of
+adapters in training (what peft reads can be a start or a teacher).
+
+    opdctl stage opd --student FOLDER --teacher math=ADAPTER lora.rank=16 lora.output=adapter
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opdctl.config import references
+from opdctl.config.settings import Lora
+from opdctl.errors import UsageError
+from opdctl.models.model import Model
+from opdctl.run.rundir import write_json
+
+NAME = "default"  # what plain peft calls the only adapter of a model
+BESIDE = "beside"  # the frozen adapter  # the frozen adapter beside it: models/extrapolation.py
+
+
+@dataclass
+class Adapter:
+    """The adapter of a student.
+
+    Attributes:
+        peft: the PeftModel around the student's module.
+        base: the reference of what it stands on.
+        merged: whether the stage writes the model with its adapter merged, or the adapter alone.
+    """
+
+    peft: Any
+    base: str
+    merged: bool
+
+    def finish(self, model: Model, folder: Path) -> None:
+        """Write the weights of a stage's output; merging is in place, so it is the last act."""
+        if self.merged:
+            merge(self.peft)
+            model.net.save_pretrained(folder)
+            return
+        if len(self.peft.peft_config) > 1:
+            join(self.peft)
+        config = self.peft.peft_config[NAME]
+        name, _, revision = self.base.partition("@")
+        if Path(self.base).is_dir():
+            name, revision = self.base, ""
+        config.base_model_name_or_path, config.revision = name, revision or None
+        config.target_modules = sorted(config.target_modules)  # a set, in no order that stays
+        self.peft.save_pretrained(folder)
+        run = folder.absolute().parents[1]  # of the stages
+        if not revision and Path(name).is_relative_to(run):
+            beside = {"path": os.path.relpath(name, folder.absolute())}
+            write_json(folder / references.BESIDE, beside)
+        (folder / "README.md").unlink(missing_ok=True)  # a form with nothing filled in
+
+
+def library() -> Any:
+    """peft.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise UsageError("adapters need peft", "pip install 'opdctl[peft]'") from error
+    # peft asks transformers by a name that is deprecated; who runs this can do nothing about it
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    return peft
+
+
+def attach(model: Model, lora: Lora, base: str, seed: int) -> None:
+    """A new adapter: B is zero, so it changes nothing yet; A is drawn from the seed. Nothing else
+    of the model is trained, but for the score of a classifier.
+
+    Raises:
+        UsageError: a target is no module of the model, or not one that can have an adapter.
+    """
+    peft, judges = library(), hasattr(model.net, "score")
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.targets) or "all-linear",
+        target_parameters=None if lora.targets else experts(model.net),
+        exclude_modules=["score"] if judges else None,
+        task_type=None if judges else "CAUSAL_LM",
+    )
+    head = model.head
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            found = peft.get_peft_model(model.net, config)
+        except ValueError as error:
+            names = {n.rsplit(".", 1)[-1] for n, m in model.net.named_modules() if _linear(m)}
+            raise UsageError(
+                f"{model.name}: lora.targets={lora.targets}: {str(error).splitlines()[0]}",
+                f"its linear layers: {', '.join(sorted(names))}",
+            ) from error
+    if model.head is not head:
+        raise UsageError(
+            f"{model.name}: lora.targets={lora.targets} has its head in it",
+            "leave the head out: its logits are computed a chunk at a time, from one plain matrix",
+        )
+    _start(model, Adapter(found, base, lora.output == "merged"))
+
+
+def _start(model: Model, adapter: Adapter) -> None:
+    if hasattr(model.net, "score"):
+        model.net.score.requires_grad_(True)  # a language model has none to start from
+    model.adapter = adapter
+    model.count()
+
+
+def experts(net: torch.nn.Module) -> list[str] | None:
+    """The experts of a mixture, which are one tensor [experts, ...] and no linear layers."""
+    found = {n for n, p in net.named_parameters() if p.ndim == 3 and ".experts." in n}
+    return sorted({"experts." + n.rpartition(".")[2] for n in found}) or None
+
+
+def left_out(model: Model, lora: Lora) -> list[str]:
+    """Matrices without an adapter that the keys ask one for, layers as ``*``.
+
+    peft reads the names of the layers of some mixtures as those of their experts, and leaves out
+    what has the same name beside them: shared experts, layers without any.
+    """
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+
+    adapted = set()
+    for module in model.net.modules():
+        if isinstance(module, ParamWrapper):
+            adapted.add(id(module.get_param()))
+        elif isinstance(module, LoraLayer):
+            adapted.add(id(module.get_base_layer().weight))
+    others = [m for m in model.net.modules() if isinstance(m, torch.nn.Embedding | torch.nn.Conv1d)]
+    other = {id(p) for module in (*others, model.head) for p in module.parameters()}
+    found = set()
+    for name, parameter in model.net.named_parameters():
+        place = name.replace(".base_layer", "").removesuffix(".weight")
+        asked = not lora.targets or place.rpartition(".")[2] in lora.targets
+        matrix = parameter.ndim >= 2 and ".lora_" not in name and not name.endswith("bias")
+        if matrix and asked and id(parameter) not in adapted | other:
+            found.add(re.sub(r"\.\d+\.", ".*.", place))
+    return sorted(found)
+
+
+def _linear(module: Any) -> bool:
+    return type(module).__name__ in ("Linear", "Conv1D")
+
+
+def go_on(model: Model, folder: str, lora: Lora, base: str) -> None:
+    """The adapter in a folder, to be trained further.
+
+    Raises:
+        UsageError: its shape is not the one asked for.
+    """
+    found = read(model, folder, trainable=True)
+    config = found.peft_config[NAME]
+    theirs = {"rank": getattr(config, "r", 0), "alpha": getattr(config, "lora_alpha", 0)}
+    if lora.targets and isinstance(config.target_modules, set):
+        theirs["targets"] = sorted(config.target_modules)
+    for key, value in theirs.items():
+        asked = getattr(lora, key)
+        if value != (sorted(asked) if key == "targets" else asked):
+            raise UsageError(
+                f"{folder} is an adapter of {key} {value}, and lora.{key} is {asked}",
+                f"lora.{key}={value} trains it further; for a new one merge it first: opdctl stage "
+                f"merge --student {base} models.a={folder}",
+            )
+    _start(model, Adapter(found, base, lora.output == "merged"))
+
+
+def read(model: Model, folder: str, name: str = NAME, trainable: bool = False) -> Any:
+    """Put the adapter in a folder on a model; the PeftModel around its module.
+
+    Raises:
+        UsageError: peft cannot read it, it does not fit the model, or it is a prompt and no change
+            of the weights.
+    """
+    peft = library()
+    require_safe(folder)
+    try:
+        if peft.PeftConfig.from_pretrained(folder).is_prompt_learning:
+            raise ValueError("it is a learnt prompt, and those are not supported")
+        return peft.PeftModel.from_pretrained(
+            model.net, folder, adapter_name=name, is_trainable=trainable
+        )
+    except Exception as error:  # files of a stranger make peft raise anything
+        raise unfit(folder, error) from error
+
+
+def require_safe(folder: str) -> None:
+    """peft would read a pickle where there is no safetensors.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not Path(folder, "adapter_model.safetensors").is_file():
+        what = f"{folder} has no adapter_model.safetensors"
+        hint = "save it again with safetensors: a pickle would run code, and is not read"
+        raise UsageError(what, hint)
+
+
+def unfit(folder: str, error: Exception) -> UsageError:
+    """What to say of an adapter that does not fit its base."""
+    what = " ".join(str(error).split())
+    hint = "its adapter_config.json names its base: is that the one it was trained on?"
+    return UsageError(f"cannot load the adapter {folder}: {what:.300}", hint)
+
+
+def of_base(config: dict) -> bool:
+    """Whether an adapter's start was taken out of its base's weights (PiSSA, OLoRA, CorDA, LoftQ,
+    or one that is not known not to): peft changes those of the base when it reads it."""
+    start = str(config.get("init_lora_weights", True)).lower()
+    return start not in ("true", "false", "none", "gaussian", "orthogonal", "eva")
+
+
+def merge(peft: Any) -> None:
+    """W + (alpha / rank) B A in place of W, in the type of W; the module is a plain one again."""
+    peft.merge_and_unload()
+
+
+@torch.no_grad()
+def with_adapters(model: Model) -> dict[str, torch.Tensor]:
+    """The weights that a model without adapters would need, by its names: W + (alpha / rank) B A in
+    the type of W for every adapter that is on. The model stays as it is."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if model.switch is not None:
+        model.switch()
+    state = model.net.state_dict()
+    found = {plain(n): weight for n, weight in state.items() if ".lora_" not in n}
+    for name, layer in model.net.named_modules():
+        if not isinstance(layer, BaseTunerLayer) or layer.disable_adapters:
+            continue
+        weight = f"{plain(name)}.{getattr(layer, 'parameter_name', 'weight')}"
+        for adapter in layer.active_adapters:
+            if adapter in layer.lora_A:
+                found[weight] = found[weight] + layer.get_delta_weight(adapter).to(found[weight])
+    return found
+
+
+def plain(name: str) -> str:
+    """A module's or a weight's name where there are no adapters."""
+    return name.replace(".base_layer", "")
+
+
+def merged(model: Model, folder: str) -> Model:
+    """The model with the adapter in a folder merged into it."""
+    merge(read(model, folder))
+    model.net.requires_grad_(True)  # peft froze the base
+    kept = {"recomputed": model.recomputed, "one_row": model.one_row}
+    return Model(model.net, tokenizer(model, folder), folder, **kept)
+
+
+def tokenizer(model: Model, folder: str) -> Any:
+    """The one in an adapter's folder, or that of its base."""
+    from transformers import AutoTokenizer
+
+    if not (Path(folder) / "tokenizer_config.json").is_file():
+        return model.tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # files of a stranger make transformers raise anything
+        raise unfit(folder, error) from error
+
+
+def size(model: Model, lora: Lora) -> int:
+    """Parameters that ``attach`` would add to an outline, which stays as it is."""
+    twin = copy.copy(model)
+    twin.net = copy.deepcopy(model.net)  # without weights
+    attach(twin, lora, "", 0)
+    return twin.trained
+
+
+class Incomparable(UsageError):
+    """An adapter whose change of the weights is not known without the model."""
+
+
+def deltas(folder: str) -> dict[str, Any]:
+    """What an adapter's folder adds to each weight, by the weight's name: functions that make
+    (alpha / rank) B A, [out, in] in fp32.
+
+    Raises:
+        Incomparable: it holds something else than pairs of A and B of one rank.
+        UsageError: it cannot be read.
+    """
+    from safetensors.torch import load_file
+
+    peft = library()
+    try:
+        config = peft.PeftConfig.from_pretrained(folder)
+        tensors = load_file(Path(folder) / "adapter_model.safetensors")
+        scale = config.lora_alpha / config.r
+        others = config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern
+        others = others or of_base(config.to_dict())
+    except Exception as error:  # files of a stranger make peft raise anything
+        raise unfit(folder, error) from error
+    if others or not all(n.endswith((".lora_A.weight", ".lora_B.weight")) for n in tensors):
+        what = f"{folder} is more than pairs of A and B of one rank"
+        raise Incomparable(what, "merge it into a model of its own first")
+
+    def product(stem: str) -> torch.Tensor:
+        b, a = (tensors[f"{stem}.lora_{x}.weight"].float() for x in "BA")
+        return scale * (b @ a)
+
+    stems = sorted({n.rpartition(".lora_")[0] for n in tensors})
+    prefix = "base_model.model."
+    return {f"{s.removeprefix(prefix)}.weight": functools.partial(product, s) for s in stems}
+
+
+@torch.no_grad()
+def join(peft: Any) -> None:
+    """Make one adapter of the trained one and the one beside it: their sum, by their ranks' sum."""
+    layers = {n: m for n, m in peft.base_model.model.named_modules() if hasattr(m, "lora_A")}
+    rank, config = 0, copy.copy(peft.peft_config[NAME])
+    factors = {}
+    for name, layer in layers.items():
+        both = [x for x in (NAME, BESIDE) if x in layer.lora_A]
+        a = torch.cat([layer.lora_A[x].weight for x in both], 0)
+        b = torch.cat([layer.scaling[x] * layer.lora_B[x].weight for x in both], 1)
+        factors[name], rank = (a, b), max(rank, len(a))
+    config.r = config.lora_alpha = rank
+    for old in (BESIDE, NAME):
+        peft.delete_adapter(old)
+    with torch.random.fork_rng(devices=[]):
+        peft.add_adapter(NAME, config)
+    for name, (a, b) in factors.items():
+        new_RI, new_OR = (layers[name].lora_A[NAME].weight, layers[name].lora_B[NAME].weight)
+        new_RI.zero_(), new_OR.zero_()  # a layer that had nothing beside it has fewer
+        new_RI[: len(a)], new_OR[:, : len(a)] = a, b

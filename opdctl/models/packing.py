@@ -1,0 +1,189 @@
+"""Ragged sequences <-> rectangles. The only place that shifts or sums along a sequence.
+
+A batch has N supervised tokens, flat, in the order of its sequences. The prediction row of the
+token at position p is position p - 1: the hidden state that predicts it. The token row is p
+itself: the state that has seen it. Nothing outside this module knows either rule.
+
+Suffixes: B sequences, T positions, N supervised tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opdctl.types import ScoreRequest
+
+
+@dataclass
+class Packed:
+    """Sequences in one right-padded rectangle, or one after another in one row without padding.
+
+    Causal attention never sees the padding; in one row, positions that start again at 0 keep the
+    sequences apart, where the model reads them so (``models/logits_check.py`` looks).
+
+    Attributes:
+        ids_BT: token ids; [1, T] in one row.
+        position_BT: places within the sequences; None where every sequence has a row of its own.
+        target_N: the supervised ids.
+        prediction_N: rows of the flattened [B*T] backbone output that predict them.
+        token_N: rows of the flattened [B*T] backbone output that have seen them.
+        sequence_N: which sequence each belongs to.
+        length_B: supervised tokens of each sequence.
+        positions: tokens that are not padding, for the ledger.
+    """
+
+    ids_BT: Tensor
+    target_N: Tensor
+    prediction_N: Tensor
+    token_N: Tensor
+    sequence_N: Tensor
+    length_B: Tensor
+    positions: int
+    position_BT: Tensor | None = None
+
+    @property
+    def inputs(self) -> dict:
+        """For the backbone; nothing is to be generated from its state."""
+        found = {"input_ids": self.ids_BT, "use_cache": False}
+        return found if self.position_BT is None else found | {"position_ids": self.position_BT}
+
+
+def pack(spans: Sequence[ScoreRequest], pad: int, device="cpu", one_row: bool = False) -> Packed:
+    """Pack spans; their targets are supervised. A span without a target is allowed."""
+    whole = [len(span.ids) for span in spans]
+    B, T = len(spans), max(whole, default=1)
+    position_BT = None
+    if one_row:
+        B, T = 1, max(1, sum(whole))
+        position_BT = torch.zeros(1, T, dtype=torch.long)
+    ids_BT = torch.full((B, T), pad, dtype=torch.long)
+    target, token, sequence, lengths = [], [], [], []
+    start = 0
+    for b, span in enumerate(spans):
+        if position_BT is not None:
+            position_BT[0, start : start + whole[b]] = torch.arange(whole[b])
+        first = start if one_row else b * T
+        ids_BT.view(-1)[first : first + whole[b]] = torch.tensor(span.ids, dtype=torch.long)
+        start += whole[b]
+        places = span.targets
+        target.extend(span.ids[p] for p in places)
+        token.extend(first + p for p in places)
+        sequence.extend([b] * len(places))
+        lengths.append(len(places))
+    token_N = torch.tensor(token, dtype=torch.long)
+    packed = Packed(
+        ids_BT=ids_BT,
+        target_N=torch.tensor(target, dtype=torch.long),
+        prediction_N=token_N - 1,
+        token_N=token_N,
+        sequence_N=torch.tensor(sequence, dtype=torch.long),
+        length_B=torch.tensor(lengths, dtype=torch.long),
+        positions=sum(whole),
+        position_BT=position_BT,
+    )
+    for name, value in vars(packed).items():
+        if isinstance(value, Tensor):
+            setattr(packed, name, value.to(device))
+    return packed
+
+
+def per_sequence(values_N: Tensor, sequence_N: Tensor, count: int) -> Tensor:
+    """Sum of the tokens of each sequence. Shape [B]."""
+    zeros_B = torch.zeros(count, dtype=values_N.dtype, device=values_N.device)
+    return zeros_B.index_add_(0, sequence_N, values_N)
+
+
+def places(sequence_N: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Each token's place in its sequence, from 0, and that sequence's length. Shape [N] each."""
+    length_B = torch.bincount(sequence_N, minlength=count)
+    start_B = length_B.cumsum(0) - length_B
+    index_N = torch.arange(len(sequence_N), device=sequence_N.device)
+    return index_N - start_B[sequence_N], length_B[sequence_N]
+
+
+def so_far(values_N: Tensor, sequence_N: Tensor, count: int) -> Tensor:
+    """The sum of each token's value and of those before it in its sequence. Shape [N]."""
+    place_N, length_N = places(sequence_N, count)
+    width = int(length_N.max()) if len(length_N) else 0
+    value_BT = values_N.new_zeros(count, width)
+    value_BT[sequence_N, place_N] = values_N
+    return value_BT.cumsum(1)[sequence_N, place_N]
+
+
+def future(values_N: Tensor, sequence_N: Tensor, count: int, discount: float) -> Tensor:
+    """What comes after each token of its sequence: the sum of discount^(j - 1) x the j-th value
+    after it. Shape [N]."""
+    place_N, length_N = places(sequence_N, count)
+    width = int(length_N.max()) if len(length_N) else 0
+    value_BT = values_N.new_zeros(count, width + 1)
+    value_BT[sequence_N, place_N] = values_N
+    after_BT = torch.zeros_like(value_BT)
+    for t in range(width - 1, -1, -1):
+        after_BT[:, t] = value_BT[:, t + 1] + discount * after_BT[:, t + 1]
+    return after_BT[sequence_N, place_N]
+
+
+def split(values_N: Tensor, lengths: Sequence[int]) -> list[list[float]]:
+    """One list per sequence, for logs."""
+    return [part.tolist() for part in values_N.detach().cpu().split(list(lengths))]
+
+
+def last_of_each(values_N: Tensor, length_B: Tensor) -> Tensor:
+    """The value at the last supervised token of each sequence; 0 where there is none. Shape [B]."""
+    last_B = length_B.cumsum(0) - 1
+    return torch.where(length_B > 0, values_N[last_B.clamp(min=0)], values_N.new_zeros(()))
+
+
+def parts(lengths: Sequence[int], count: int) -> list[tuple[slice, slice]]:
+    """``count`` contiguous parts, as even as can be: slices over sequences and their tokens."""
+    out, token = [], 0
+    for k in range(count):
+        start, stop = k * len(lengths) // count, (k + 1) * len(lengths) // count
+        size = sum(lengths[start:stop])
+        if stop > start:
+            out.append((slice(start, stop), slice(token, token + size)))
+        token += size
+    return out
+
+
+def micro_batches(
+    spans: Sequence[ScoreRequest],
+    size: int,
+    device="cpu",
+    first: Sequence[int] | None = None,
+) -> list[tuple[list[int], Tensor]]:
+    """Sequences of like length together, so that little of a rectangle is padding.
+
+    Args:
+        size: most sequences in one; 0 is as many as differ by less than a third in length.
+        first: a key per sequence to order by before its length (its teacher).
+
+    Returns:
+        For each, the indices of its sequences and those of their supervised tokens, [N'].
+    """
+    total = [len(span.ids) for span in spans]
+    offset = [0]
+    for span in spans:
+        offset.append(offset[-1] + len(span))
+    key = first if first is not None else [0] * len(spans)
+    groups: list[list[int]] = []
+    for i in sorted(range(len(spans)), key=lambda i: (key[i], -total[i], i)):
+        group = groups[-1] if groups else []
+        if size:
+            full = len(group) >= size
+        else:
+            short, long = sorted((total[i], total[group[0]] if group else total[i]))
+            full = len(group) >= 16 and 3 * short < 2 * long
+        if not groups or full:
+            groups.append([i])
+        else:
+            group.append(i)
+    index = [[t for i in group for t in range(offset[i], offset[i + 1])] for group in groups]
+    return [
+        (group, torch.tensor(tokens, dtype=torch.long, device=device))
+        for group, tokens in zip(groups, index, strict=True)
+    ]

@@ -1,0 +1,247 @@
+"""The process that runs one stage of one run directory. Its only input is that directory.
+
+    python -m opdctl.process.worker DIR STAGE
+    python -m opdctl.process.worker DIR --preflight cheap|deep STAGE ...
+    python -m opdctl.process.worker DIR --diagnose EFFORT STAGE ...
+
+The other forms run no stage: they leave what the checks say of some in ``preflight.json``, or what
+is measured of them in ``diagnosis.json``, for an effort in JSON.
+
+Exit codes: 0 done, 75 stopped with a checkpoint committed, 2 bad input, 1 failed, 4 busy. It ends
+when its parent does, whatever the parent died of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+
+from opdctl.checks.preflight._stage import check, lines, refuse
+from opdctl.config.registry import member
+from opdctl.errors import EXIT_FAILED, EXIT_USAGE, Interrupted, OpdctlError, UsageError
+from opdctl.run import provenance
+from opdctl.run.launch import read_recipe
+from opdctl.run.plan import fingerprints, revisions, semantic
+from opdctl.run.rundir import RunDir, clear_stage, drop_checkpoints, lock, write_json
+from opdctl.train.context import Context
+from opdctl.train.wal import Wal
+from opdctl.types import Finding
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+def run_stage(folder: str, stage: str) -> int:
+    """Run a stage to its end, and record how that went. Returns the exit code."""
+    run = RunDir(folder)
+    start = time.perf_counter()
+    ctx = Context(run, read_recipe(run), stage)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: setattr(ctx, "stop", True))
+    try:
+        with lock(run.stage(stage) / ".lock", f"stage {stage} of {run.path}"):
+            return _attempt(ctx, start)
+    except OpdctlError as error:
+        print(f"[{stage}] {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except OSError as error:  # not even its record could be written
+        with contextlib.suppress(OSError):
+            print(f"[{stage}] {unwritten(run.stage(stage), error)}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
+
+
+def by_disk(error: Exception) -> bool:
+    """Whether it was the disk that refused; safetensors says so in words alone."""
+    return getattr(error, "errno", None) in DISK or "(os error" in str(error)
+
+
+def unwritten(folder: Path, error: Exception) -> str:
+    """What to say of a disk that does not take what is written."""
+    return f"cannot write under {folder}: {error}\n  make room on that disk, then resume"
+
+
+def _attempt(ctx: Context, start: float) -> int:
+    before = ctx.run.record(ctx.name)
+    fingerprint = fingerprints(ctx.recipe)[ctx.name]
+    if before and before.get("fingerprint") != fingerprint:
+        clear_stage(ctx.folder)  # made from other inputs: nothing of it may be used
+        before = {}
+    ctx.attempt = before.get("attempt", 0) + 1
+    record = {
+        "name": ctx.name,
+        "kind": ctx.config.kind,
+        "status": "running",
+        "fingerprint": fingerprint,
+        "attempt": ctx.attempt,
+        "total": ctx.recipe.total(ctx.name),
+        "semantic": semantic(ctx.recipe, ctx.name),
+        "revisions": revisions(ctx.recipe, ctx.name),
+        "attempts": before.get("attempts", []),
+        "seconds": before.get("seconds", 0.0),
+        "loop_seconds": before.get("loop_seconds", 0.0),
+        "seed": {"run": ctx.recipe.seed, "stage": ctx.seed},
+        "versions": provenance.versions(),
+        "code": provenance.code(),
+        "inputs": before.get("inputs", {}),
+        "data": before.get("data", {}),
+    }
+    path = ctx.folder / "stage.json"
+    passed = before.get("preflight")
+    if passed is None or any(f["severity"] == "error" for f in passed):
+        ctx.inspect = lambda student: _preflight(ctx, student, record, path)
+    else:
+        record["preflight"] = passed  # of an earlier attempt: the models are the same
+    write_json(path, record)
+    code, problem = EXIT_FAILED, None
+    try:
+        prepare(ctx)
+        found = provenance.inputs(ctx.run, ctx.recipe, ctx.name, ctx.check)
+        provenance.require_unchanged(ctx.run, ctx.recipe, ctx.name, found)
+        record["inputs"] = found
+        write_json(path, record)
+        compute = member("stages", ctx.config.kind)().run(ctx)
+        record |= {"status": "done", "compute": asdict(compute)}
+        record |= {"output": provenance.model(ctx.run.output(ctx.name))}
+        code = 0
+    except Interrupted as stopped:
+        record["status"], code = "interrupted", stopped.exit_code
+    except OpdctlError as error:
+        problem, code = str(error), error.exit_code
+    except Exception as error:  # the boundary of the process: recorded, then reported
+        problem = f"{type(error).__name__}: {error}"
+        if by_disk(error):
+            problem = unwritten(ctx.folder, error)
+        else:
+            traceback.print_exc()
+    if code == EXIT_USAGE and not (ctx.folder / "metrics.jsonl").exists():
+        record["inputs"] = before.get("inputs", {})  # nothing was made from what was refused
+    if ctx.counts:
+        record["data"] = ctx.counts
+    if problem:
+        record |= {"status": "failed", "error": problem}
+        with contextlib.suppress(OSError):  # a log on a full disk
+            print(f"[{ctx.name}] {problem}", file=sys.stderr, flush=True)
+    spent = time.perf_counter() - start
+    record["attempts"] = [
+        *record["attempts"],
+        {"started": time.time() - spent, "seconds": spent, "loop_seconds": ctx.loop_seconds},
+    ]
+    record["seconds"] += spent
+    record["loop_seconds"] += ctx.loop_seconds
+    write_json(path, record)
+    if code == 0:
+        drop_checkpoints(ctx.folder)  # not before: a kill in between would begin the stage again
+    return code
+
+
+def prepare(ctx: Context) -> None:
+    """Set torch up as the run says: threads, type, device, no progress bars.
+
+    Raises:
+        UsageError: a device asked for is not there.
+    """
+    import torch
+    from transformers.utils import logging
+
+    from opdctl.models.model import pick_device
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    torch.set_num_threads(ctx.runtime.threads)
+    torch.set_default_dtype(torch.float64 if ctx.runtime.dtype == "float64" else torch.float32)
+    ctx.device = pick_device(ctx.runtime.device)
+
+
+def _preflight(ctx: Context, student, record: dict, path: Path) -> None:
+    """The cheap checks before the first step: recorded, warnings to the log, errors raised."""
+    found = check(ctx, student)
+    record["preflight"] = [asdict(f) for f in found if f.severity != "ok"]
+    write_json(path, record)
+    for finding in found:
+        if finding.severity == "warning":
+            print(f"[{ctx.name}] warning: {lines(finding)}", flush=True)
+    refuse(found)
+
+
+def examine(folder: str, how: str, *stages: str) -> int:
+    """Check stages whose models are there, deep or cheap. Returns the exit code."""
+    run, found = RunDir(folder), []
+    recipe = read_recipe(run)
+    for stage in stages:
+        print(f"checking {stage}", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory() as aside:  # what it samples is no part of the run
+            ctx = Context(run, recipe, stage, wal=Wal(Path(aside)))
+            try:
+                prepare(ctx)
+                found += check(ctx, deep=how == "deep")
+            except UsageError as error:
+                more = {"why": "a stage cannot run where it cannot be checked", "check": "device"}
+                found.append(Finding("error", error.message, error.hint, stage=stage, **more))
+    write_json(run / "preflight.json", [asdict(f) for f in found])
+    return 0
+
+
+def diagnose(folder: str, effort: str, *stages: str) -> int:
+    """Measure stages whose models are there. Returns the exit code."""
+    from opdctl.checks.diagnosis.measure import Effort, measure
+
+    run, result = RunDir(folder), {"stages": []}
+    recipe = read_recipe(run)
+    try:
+        for stage in stages:
+            with tempfile.TemporaryDirectory() as aside:
+                ctx = Context(run, recipe, stage, wal=Wal(Path(aside)))
+                prepare(ctx)
+                result["stages"].append(measure(ctx, Effort(**json.loads(effort))))
+    except OpdctlError as error:
+        result["error"] = [error.exit_code == EXIT_USAGE, error.message, error.hint]
+    write_json(run / "diagnosis.json", result)
+    return 0
+
+
+def child(folder: str, stage: str, log: str) -> None:
+    """Body of a forked worker: log to a file, end with the parent, run the stage."""
+    import multiprocessing
+
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+    code = run_stage(folder, stage)
+    sys.stdout.flush()
+    os._exit(code)  # no interpreter teardown: everything is on disk
+
+
+def _follow(parent) -> None:
+    parent.join()
+    os._exit(EXIT_FAILED)
+
+
+def _follow_stdin() -> None:
+    """End with the process at the other end of the pipe."""
+    while os.read(0, 4096):  # not sys.stdin: its lock would abort an interpreter that ends first
+        pass
+    os._exit(EXIT_FAILED)
+
+
+if __name__ == "__main__":
+    asides = {"--preflight": examine, "--diagnose": diagnose}
+    aside = asides.get(sys.argv[2]) if len(sys.argv) > 4 else None
+    if not (aside or len(sys.argv) in (3, 4)) or not Path(sys.argv[1]).is_dir():
+        usage = "DIR STAGE | DIR --preflight cheap|deep STAGE ... | DIR --diagnose EFFORT STAGE ..."
+        sys.exit(f"usage: python -m opdctl.process.worker {usage}")
+    if aside or sys.argv[3:] == ["--follow-stdin"]:
+        threading.Thread(target=_follow_stdin, daemon=True).start()
+    if aside:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to take
+    sys.exit(aside(sys.argv[1], *sys.argv[3:]) if aside else run_stage(*sys.argv[1:3]))

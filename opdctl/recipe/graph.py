@@ -1,0 +1,260 @@
+"""Is the graph of a recipe possible? References, cycles, domains, kinds; all problems collected.
+
+The schema has passed. Nothing is loaded: of a model folder only config.json and the tokenizer's
+vocabulary are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import graphlib
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from opdctl.config import references, registry
+from opdctl.config.schema import did_you_mean
+from opdctl.config.schema import references as refs_of
+from opdctl.config.settings import ROUNDED_AWAY, Lora
+from opdctl.errors import Problem
+
+
+def check(recipe: Any, folders: bool) -> list[Problem]:
+    """Every problem of the graph. References are replaced by what their aliases mean.
+
+    Args:
+        folders: whether the folders and files it names must exist; a run may outlive them.
+    """
+    found = _aliases(recipe, folders)
+    for stage in recipe.stages:
+        found += _references(recipe, stage, folders)
+    found += _data(recipe, folders) + _judges(recipe, folders)
+    if found:
+        return found
+    try:
+        graphlib.TopologicalSorter({s: recipe.upstream(s) for s in recipe.stages}).prepare()
+    except graphlib.CycleError as error:
+        trail = " -> ".join(reversed(error.args[1]))
+        hint = "a stage reads only what comes before it"
+        return [Problem(f"stages.{error.args[1][0]}", f"a cycle of stages: {trail}", hint)]
+    for stage, config in recipe.stages.items():
+        cls = registry.member("stages", config.kind)
+        for problem in cls.problems(config, recipe, stage):
+            found.append(replace(problem, path=f"stages.{stage}.{problem.path}"))
+    for claim, roles in recipe.claims.items():
+        found += _claim(recipe, claim, roles)
+    return found + _adapters(recipe) + _engine(recipe) + rounding(recipe, lost=True)
+
+
+def _engine(recipe: Any) -> list[Problem]:
+    """What the chosen engine cannot do."""
+    runtime = recipe.runtime
+    if runtime.engine_args and runtime.engine == "transformers":
+        what = "the engine is transformers, which takes none"
+        return [Problem("runtime.engine_args", what, "runtime.engine=vllm, or leave them out")]
+    if runtime.engine_at and runtime.engine != "vllm_server":
+        what = f"the engine is {runtime.engine}, which is in the stage's process"
+        hint = "runtime.engine=vllm_server, or leave it out"
+        return [Problem("runtime.engine_at", what, hint)]
+    return getattr(registry.member("engines", runtime.engine), "problems", lambda _: [])(recipe)
+
+
+def rounding(recipe: Any, lost: bool) -> list[Problem]:
+    """Stages whose steps parameters in bfloat16 lose; else those where they lose only a part. An
+    adapter is in float32; the score beside that of an outcome model is not."""
+    rates = {
+        stage: config.optim.lr
+        for stage, config in recipe.stages.items()
+        if hasattr(config, "optim")
+        and not recipe.runtime.masters_of(config.optim.lr)
+        and not (getattr(config, "lora", Lora()).rank and config.kind != "orm")
+    }
+    named = [f"{s} ({lr:g})" for s, lr in rates.items() if (lr <= ROUNDED_AWAY) == lost]
+    if recipe.runtime.dtype != "bfloat16" or not named:
+        return []
+    what = "rounds most of a step away" if lost else "rounds small steps away"
+    what = f"a parameter in bfloat16 {what}, with the optim.lr of {', '.join(named)}"
+    return [Problem("runtime.dtype", what, "runtime.masters=float32, or runtime.dtype=float32")]
+
+
+def _adapters(recipe: Any) -> list[Problem]:
+    """Keys of an adapter where there is none."""
+    return [
+        Problem(
+            f"stages.{stage}.lora.rank",
+            "0 is no adapter, and other keys of lora are set",
+            "lora.rank=16, or leave the others out",
+        )
+        for stage, config in recipe.stages.items()
+        if hasattr(config, "lora") and not config.lora.rank and config.lora != Lora()
+    ]
+
+
+def _aliases(recipe, folders: bool) -> list[Problem]:
+    found = []
+    for alias, text in recipe.models.items():
+        wrong = references.complaint(text, list(recipe.stages), [], folders)
+        if wrong:
+            found.append(Problem(f"models.{alias}", *wrong))
+    return found
+
+
+def _references(recipe, stage: str, folders: bool) -> list[Problem]:
+    config, found = recipe.stages[stage], []
+    names, aliases = list(recipe.stages), list(recipe.models)
+    for dotted, text in refs_of(config):
+        target = recipe.models.get(text, text)
+        reference = references.parse(target)
+        _set(config, dotted, str(reference))
+        rewarding = dotted.endswith(".reward")
+        if rewarding and target == "verifier":
+            continue
+        wrong = references.complaint(target, names, aliases, folders)
+        if wrong is None and reference.form == "stage" and reference.name == stage:
+            wrong = "a stage cannot read its own output", ""
+        if wrong is None and reference.form == "policy" and not _frozen(dotted):
+            wrong = "policy is a teacher's reference", "write stage:NAME"
+        if wrong is None and reference.form == "server" and not _taught(dotted):
+            wrong = "a model behind a server cannot be loaded", "a stage, a folder or a public name"
+        if wrong is None:
+            wrong = _kind(recipe, reference, "classifier" if rewarding else "model", folders)
+        if wrong:
+            found.append(Problem(f"stages.{stage}.{dotted}", *wrong))
+    for domain, share in getattr(getattr(config, "prompts", None), "domains", {}).items():
+        path = f"stages.{stage}.prompts.domains.{domain}"
+        if domain not in recipe.data:
+            near = did_you_mean(domain, recipe.data, "data:")
+            found.append(Problem(path, f"no data {domain!r}", near))
+        if isinstance(share, float) and not 0 <= share < float("inf"):
+            found.append(Problem(path, f"a share is 0 or more, not {share}"))
+    return found
+
+
+def _frozen(dotted: str) -> bool:
+    """Whether a key of a stage names a model that may be the student's own start."""
+    return dotted == "reference" or ".teachers." in f".{dotted}"
+
+
+def _judges(recipe, folders: bool) -> list[Problem]:
+    """The models that verifiers name. That of a stage is an edge to every stage of the domain."""
+    found = []
+    for domain, config in recipe.data.items():
+        verifier = getattr(config, "verifier", {})
+        for dotted, text in refs_of(verifier):
+            target = recipe.models.get(text, text)
+            reference = references.parse(target)
+            _set(verifier, dotted, str(reference))
+            names, aliases = list(recipe.stages), list(recipe.models)
+            wrong = references.complaint(target, names, aliases, folders)
+            if wrong is None and reference.form == "policy":
+                wrong = "policy is a teacher's reference", "write stage:NAME"
+            wrong = wrong or _kind(recipe, reference, "model", folders)
+            if wrong:
+                found.append(Problem(f"data.{domain}.verifier.{dotted}", *wrong))
+    return found
+
+
+def _taught(dotted: str) -> bool:
+    """Whether a key names a teacher: of scores, or of texts."""
+    return dotted.startswith(("teachers.", "sources.teacher."))
+
+
+def _kind(recipe, reference, wanted: str, folders: bool) -> tuple[str, str] | None:
+    """Whether a reference names a language model where one is read, a classifier where not."""
+    hint = (
+        "an orm stage writes a classifier; pretrain, sft, rl, opd and merge write a language model"
+    )
+    written = wanted
+    if reference.form == "stage":
+        written = registry.member("stages", recipe.stages[reference.name].kind).writes
+    elif reference.form == "folder" and folders:
+        written = references.written_in(reference.name)
+    if written == wanted:
+        return None
+    return f"{reference} writes {written or 'no model'}, and a {wanted} is read here", hint
+
+
+def _data(recipe, folders: bool) -> list[Problem]:
+    found = []
+    for domain, config in recipe.data.items():
+        path = getattr(config, "path", "")
+        place = os.path.expanduser(path)
+        if path and (config.kind == "jsonl" or os.path.exists(place)):
+            config.path = str(Path(place).absolute())
+        check = getattr(registry.member("data", config.kind), "problems", lambda _: [])
+        wrong = config.own_problems() + _verifier(config) + _columns(config)
+        wrong += check(config) if folders else []
+        found += [replace(p, path=f"data.{domain}.{p.path}") for p in wrong]
+    return found
+
+
+def _columns(config) -> list[Problem]:
+    """Columns that nothing reads beside others."""
+    turns = getattr(config, "messages_column", "")
+    if turns and config.thought_column:
+        what = "a conversation's thinking stands in its turns: messages_column is read, not this"
+        return [
+            Problem("thought_column", what, "leave it out, or prompt_column for messages_column")
+        ]
+    if getattr(config, "tools_column", "") and not turns:
+        what = "tools belong to a conversation, and there is no messages_column"
+        return [Problem("tools_column", what, "messages_column=messages, or leave it out")]
+    return []
+
+
+def _verifier(config) -> list[Problem]:
+    """A table has one verifier, and the columns that it reads."""
+    if not hasattr(config, "verifier"):
+        return []  # the kind brings its own
+    if len(config.verifier) != 1:
+        return [Problem("verifier", f"{list(config.verifier)} given", "one: verifier: math")]
+    ((name, keys),) = config.verifier.items()
+    cls = registry.member("verifiers", name)
+    found = [
+        replace(p, path=f"verifier.{name}.{p.path}")
+        for p in getattr(cls, "problems", lambda _: [])(keys)
+    ]
+    needed = cls.needs_answer(keys) if callable(cls.needs_answer) else cls.needs_answer
+    if needed and not config.answer_column:
+        what = f"the verifier {name} compares with a reference answer"
+        found.append(Problem("answer_column", what, "answer_column: the column that holds it"))
+    return found
+
+
+def _claim(recipe, claim: str, roles) -> list[Problem]:
+    found = []
+    for dotted, text in refs_of(roles):
+        wrong = references.complaint(text, list(recipe.stages), [])
+        if wrong is None and references.parse(text).form != "stage":
+            wrong = "a claim names stages", "write stage:NAME"
+        if wrong:
+            found.append(Problem(f"claims.{claim}.{dotted}", *wrong))
+    for f in dataclasses.fields(roles):
+        value, path = getattr(roles, f.name), f"claims.{claim}.{f.name}"
+        groups = [value]
+        if isinstance(value, dict) and all(isinstance(v, dict) for v in value.values()):
+            groups = list(value.values()) or [{}]
+        for group in groups:
+            if isinstance(group, dict) and not any(group.values()):
+                found.append(Problem(path, "names nothing", f.metadata["doc"]))
+            for domain in _domains(group) if f.metadata["domains"] else ():
+                if domain not in recipe.data:
+                    near = did_you_mean(domain, recipe.data, "data:")
+                    found.append(Problem(path, f"no domain {domain!r}", near))
+    check = getattr(registry.member("claims", claim.lower()), "problems", lambda _: [])
+    return found + [replace(p, path=f"claims.{claim}.{p.path}") for p in check(roles)]
+
+
+def _domains(group: str | dict) -> list[str]:
+    return [group] if isinstance(group, str) else list(group)
+
+
+def _set(config: Any, dotted: str, value: str) -> None:
+    *above, last = dotted.split(".")
+    for part in above:
+        config = config[part] if isinstance(config, dict) else getattr(config, part)
+    if isinstance(config, dict):
+        config[last] = value
+    else:
+        setattr(config, last, value)

@@ -1,0 +1,204 @@
+"""Requests to a model behind HTTP: a deadline, retries with backoff, a bound on how many at once.
+
+A deadline is of one request with all its retries: what is refused, cut off, or answered by 429 or
+5xx is asked again while time is left; any other answer that is not 200, a redirect too, is an error
+at once. A key for the server is read from OPDCTL_API_KEY and stored nowhere.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+
+from opdctl.config import references
+from opdctl.errors import OpdctlError, StageFailed, UsageError
+from opdctl.remote.http import Refused, exchange
+from opdctl.types import WAITING
+
+HINTS = {
+    401: "OPDCTL_API_KEY=KEY in the environment",
+    403: "OPDCTL_API_KEY=KEY in the environment",
+    404: "is it an OpenAI-compatible server, and the address without a path?",
+}
+AGAIN = (408, 429, 500, 502, 503, 504)
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 8.0  # seconds between tries, doubled each time
+POLL = 0.2  # seconds between looks at the stop flag
+FIRST_LINE, SAY_EVERY = 1.0, 10.0  # seconds until a failure is said, and between lines
+START = "start the server again, or raise runtime.server_timeout"
+
+
+class NoAnswer(StageFailed):
+    """Nothing came in time. ``elsewhere`` is the key that gives another address; may be empty."""
+
+    def __init__(self, message: str, elsewhere: str = "") -> None:
+        self.elsewhere = elsewhere
+        moved = f"; elsewhere: opdctl resume DIR {elsewhere}" if elsewhere else ""
+        super().__init__(message, f"{START}; what was finished is kept{moved}")
+
+
+class Endpoint:
+    """One server, under the name that messages give it.
+
+    Args:
+        who: such as ``teacher math (http://host:8000)``.
+        base: address without a path.
+        timeout: seconds that a request may take with all its retries.
+        most: requests at once.
+        elsewhere: the key that gives another address.
+        key: a secret; that of OPDCTL_API_KEY if not given.
+
+    Attributes:
+        again: the codes that are asked again.
+        trouble: why the newest try failed; empty once one has not.
+    """
+
+    def __init__(
+        self, who: str, base: str, timeout: float, most: int = 1, elsewhere: str = "", key=None
+    ) -> None:
+        self.who, self.base, self.timeout, self.most = who, base.rstrip("/"), timeout, most
+        self.trouble, self.again, self.elsewhere = "", AGAIN, elsewhere
+        self.key = os.environ.get("OPDCTL_API_KEY", "") if key is None else key
+
+    def ask(self, path: str, body: dict | None = None, stopped=None) -> dict:
+        """The JSON answer to a GET, or with a body to a POST.
+
+        Args:
+            stopped: an event; once it is set nothing is tried again.
+
+        Raises:
+            StageFailed: no answer in time, or one that says no; names the server.
+        """
+        end, pause, tries = time.monotonic() + self.timeout, FIRST_PAUSE, 0
+        while True:
+            tries += 1
+            try:
+                left = max(0.01, end - time.monotonic())
+                answer = exchange(self.base + path, body, self.key, left)
+                self.trouble = ""
+                return answer
+            except Refused as error:
+                why = str(error)
+                if error.code not in self.again:
+                    raise StageFailed(
+                        f"{self.who}: {path}: {why}", HINTS.get(error.code, "")
+                    ) from None
+            except ValueError as error:
+                raise StageFailed(f"{self.who}: {path}: {error}") from None
+            except (OSError, http.client.HTTPException) as error:
+                reason = getattr(error, "reason", error)
+                why = "it did not answer" if isinstance(reason, TimeoutError) else str(reason)
+            self.trouble = why
+            pause = min(pause, end - time.monotonic() - FIRST_PAUSE)  # a last try has some time
+            if pause <= 0 or (stopped and stopped.wait(pause)):
+                what = f"{self.who}: no answer to {path} within {self.timeout:g} s (tries: {tries})"
+                raise NoAnswer(f"{what}: {why}", self.elsewhere)
+            if not stopped:
+                time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def each(
+        self, path: str, bodies: list[dict | None], check: Callable[[], None], confirm=None
+    ) -> Iterator[tuple[int, dict]]:
+        """(which, answer) of several requests, as they come.
+
+        Args:
+            check: called several times a second while waiting; may raise to stop.
+            confirm: called with the event ``stopped`` of ``ask`` after each answer, before that is
+                given; may raise to refuse it.
+
+        Raises:
+            StageFailed: one of them failed; those that were answered have been given before, the
+                others are given up.
+        """
+        stopped = threading.Event()
+        pool = ThreadPoolExecutor(self.most)
+        begun, said = time.monotonic(), 0.0
+
+        def confirmed(body):
+            answer = self.ask(path, body, stopped)
+            if confirm:
+                confirm(stopped)
+            return answer
+
+        try:
+            asked = {pool.submit(confirmed, b): i for i, b in enumerate(bodies)}
+            waiting = set(asked)
+            while waiting:
+                check()
+                done, waiting = wait(waiting, POLL, FIRST_COMPLETED)
+                failed = [future for future in done if future.exception()]
+                for future in done.difference(failed):
+                    yield asked[future], future.result()
+                for future in failed:
+                    future.result()
+                now = time.monotonic()
+                begun = now if done else begun
+                soon = FIRST_LINE if self.trouble and said < begun else SAY_EVERY
+                if waiting and now - max(begun, said) > soon:
+                    said, why = now, f": {self.trouble}" if self.trouble else ""
+                    print(
+                        f"{self.who}{WAITING}{path} since {now - begun:.0f} s "
+                        f"(runtime.server_timeout {self.timeout:g} s){why}",
+                        flush=True,
+                    )
+            if said:
+                print(f"{self.who} answered", flush=True)
+        finally:
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def all(self, path: str, bodies: list[dict | None], check: Callable[[], None]) -> list[dict]:
+        """The answers to several requests, in their order; else as ``each``."""
+        found = dict(self.each(path, bodies, check))
+        return [found[i] for i in range(len(bodies))]
+
+
+@contextmanager
+def reading(who: str, whose: str = "vLLM's") -> Iterator[None]:
+    """Around what takes an answer apart: one of another form ends by name.
+
+    Raises:
+        StageFailed: a part was missing, or of another type.
+    """
+    try:
+        yield
+    except OpdctlError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise StageFailed(
+            f"{who} answered in a form that is not {whose}: {type(error).__name__}: {error}"
+        ) from None
+
+
+def opened(
+    who: str, reference: str, runtime, check: Callable[[], None], elsewhere: str = ""
+) -> tuple[Endpoint, dict]:
+    """A server and what it says of the model that is meant.
+
+    Args:
+        check: called while waiting for it; may raise to stop.
+        elsewhere: the key that gives another address.
+
+    Raises:
+        StageFailed: it does not answer.
+        UsageError: it does not serve such a model; names those it does.
+    """
+    base, name = references.address(reference)
+    endpoint = Endpoint(who, base, runtime.server_timeout, runtime.server_requests, elsewhere)
+    answer = endpoint.all("/v1/models", [None], check)[0]
+    with reading(who, "OpenAI's"):
+        models = answer.get("data") or []
+        names = [m["id"] for m in models]
+        chosen = [m for m in models if m["id"] == name or (not name and len(models) == 1)]
+    if not chosen:
+        raise UsageError(
+            f"{who} serves {', '.join(map(str, names)) or 'no model'}"
+            + (f", and not {name}" if name else ": which one is meant?"),
+            f"{base}#{names[0] if names else 'NAME'}",
+        )
+    return endpoint, chosen[0]

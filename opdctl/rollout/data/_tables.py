@@ -1,0 +1,202 @@
+"""What file and Hugging Face data share: columns -> prompts, split, what the verifier is given."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from opdctl.config.registry import member
+from opdctl.config.schema import did_you_mean, key, with_role
+from opdctl.config.shards import shards
+from opdctl.errors import UsageError
+from opdctl.models.chat.messages import answer_of, complaint, question, text_of
+from opdctl.rollout.split import DomainKeys, Split, chosen, digest
+from opdctl.types import Prompt
+
+if TYPE_CHECKING:
+    from opdctl.rollout.data._spool import Spool
+
+
+@dataclass(kw_only=True)
+class ColumnKeys(DomainKeys):
+    """Keys of every tabular domain."""
+
+    prompt_column: str = key("prompt", "column of the question")
+    answer_column: str = key("answer", "column of the reference answer; empty: there is none")
+    verifier: dict = key({"exact": {}}, "what passes an answer", family="verifiers")
+    thought_column: str = key(
+        "", "column of the thinking that leads to the answer; empty: none", neutral=True
+    )
+    messages_column: str = key(
+        "",
+        "column of conversations, in place of prompt_column; where the assistant speaks last, sft "
+        "learns its turns and the last one is the answer",
+        neutral=True,
+    )
+    tools_column: str = key(
+        "", "column of what the chat template is told of tools; empty: none", neutral=True
+    )
+    eval_share: float = key(0.1, "share of questions held out", least=0, most=1)
+    limit: int = key(0, "distinct prompts kept of each side; 0 is all", least=0)
+    stream: bool = key(
+        False,
+        "keep prompts on disk and read them when needed: for large sets; the order is the same",
+        role="operational",
+    )
+
+
+class TableData(ABC):
+    """Prompts from rows; a subclass says where the rows come from.
+
+    Attributes:
+        counts: by side: ``rows`` read, prompts ``kept``, and of that side left out ``empty`` and
+            ``repeated`` ones.
+    """
+
+    def __init__(self, config, domain: str, seed: int) -> None:
+        self.config, self.domain = config, domain
+        self.counts: dict[str, Counter] = {}
+        ((name, self.keys),) = config.verifier.items()
+        self.verifier = member("verifiers", name)
+
+    @abstractmethod
+    def rows(self, split: Split) -> Iterator[dict]:
+        """Rows of the table."""
+
+    def prompts(self, split: Split) -> list[Prompt]:
+        """Distinct prompts of one side of the split.
+
+        Raises:
+            UsageError: a column is missing, or a value is no text; says in which row.
+        """
+        counts = self.counts[split] = Counter()
+        found = list(chosen(self._read(split), split, self.config, self.config.limit, counts))
+        counts["kept"] = len(found)
+        return found
+
+    def stored(self, split: Split, cache: Path) -> Spool:
+        """The same prompts, on disk under ``cache``: written there once, in one pass over the rows.
+
+        Raises:
+            UsageError: as ``prompts``.
+        """
+        from opdctl.rollout.data._spool import Spool, write
+
+        name = (
+            self.revision,
+            self.domain,
+            split,
+            with_role(self.config, "semantic"),
+            self.version(),
+        )
+        code = hashlib.blake2b(json.dumps(name).encode(), digest_size=8).hexdigest()
+        folder = cache / f"{self.domain}-{split}-{code}"
+        if not folder.is_dir():
+            counts = self.counts[split] = Counter()
+            rows = chosen(self._read(split), split, self.config, self.config.limit, counts)
+            try:
+                write(folder, rows, counts)
+            except TypeError as error:  # a date or bytes, in a column that a verifier reads
+                what = f"data.{self.domain}.stream: a row cannot be kept as JSON: {error}"
+                raise UsageError(what, "stream: false, or write that column as text") from None
+        found = Spool(folder)
+        self.counts[split] = Counter(found.counts)
+        return found
+
+    def version(self) -> list:
+        """What tells the files of a path from later ones: name, size and time of change of each."""
+        path = Path(self.config.path)
+        files = sorted(path.rglob("*")) if path.is_dir() else shards(self.config.path)
+        stats = [(os.path.relpath(f, path.parent), f.stat()) for f in files]
+        return [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
+
+    def _read(self, split: Split) -> Iterator[Prompt]:
+        for number, row in enumerate(self.rows(split), 1):
+            self.counts[split]["rows"] = number
+            yield self._prompt(row, f"data.{self.domain}: {self.config.path}, row {number}")
+
+    def _prompt(self, row: dict, where: str) -> Prompt:
+        config = self.config
+        if config.messages_column:
+            return self._conversation(row, where)
+        text = self._text(row, config.prompt_column, where)
+        answer = self._text(row, config.answer_column, where)
+        thought = self._text(row, config.thought_column, where)
+        item = {"answer": answer, **self._item(row, where)}
+        lead = config.thinking.lead(thought)
+        return Prompt(digest(self.domain, text), self.domain, text, answer, item, lead)
+
+    def _item(self, row: dict, where: str) -> dict:
+        """What the verifier is given of a row."""
+        if not hasattr(self.verifier, "item"):
+            return {}
+        try:
+            return self.verifier.item(self.keys, row)
+        except KeyError as error:
+            raise _missing(str(error.args[0]), row, where) from None
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{where}: {error}", "the domain's verifier reads it") from None
+
+    def _conversation(self, row: dict, where: str) -> Prompt:
+        """A prompt of several turns; its answer is the answer column's, or the last turn."""
+        config = self.config
+        for name in filter(None, (config.messages_column, config.tools_column)):
+            if name not in row:
+                raise _missing(name, row, where)
+        messages = row[config.messages_column]
+        wrong = complaint(messages)
+        if wrong:
+            raise UsageError(
+                f"{where}: column {config.messages_column!r}: {wrong}",
+                '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]',
+            )
+        # a table gives every message the fields that any of them has
+        messages = tuple({k: v for k, v in m.items() if v is not None} for m in messages)
+        tools = (row[config.tools_column] or ()) if config.tools_column else ()
+        if not isinstance(tools, list | tuple) or not all(isinstance(t, dict) for t in tools):
+            raise UsageError(
+                f"{where}: column {config.tools_column!r} is no list of JSON schemas",
+                '[{"type": "function", "function": {"name": "..."}}]',
+            )
+        named = config.answer_column not in ("", ColumnKeys.answer_column)
+        if named and row.get(config.answer_column) is None:  # else the last turn may be it
+            raise _missing(config.answer_column, row, where)
+        text, given = text_of(messages), row.get(config.answer_column)
+        answer = answer_of(messages) if given is None else str(given)
+        calls = [m["tool_calls"] for m in question(messages) if m.get("tool_calls")]
+        told = json.dumps([calls, tools], default=str) if calls or tools else ""
+        return Prompt(
+            digest(self.domain, text + told),  # two of one text may differ in their calls and tools
+            self.domain,
+            text,
+            answer,
+            {"answer": answer, **self._item(row, where)},
+            messages=messages,
+            tools=tuple(tools),
+        )
+
+    def _text(self, row: dict, column: str, where: str) -> str:
+        if not column:
+            return ""
+        if column not in row:
+            raise _missing(column, row, where)
+        if not isinstance(row[column], str | int | float):
+            raise UsageError(
+                f"{where}: column {column!r} holds {row[column]!r:.60}, and text is read there",
+                "remove the row, or name another column: prompt_column, answer_column",
+            )
+        return str(row[column])
+
+
+def _missing(column: str, row: dict, where: str) -> UsageError:
+    names = [str(name) for name in row]
+    near = did_you_mean(column, names, "")
+    there = f"columns: {', '.join(names) or 'none'}"
+    return UsageError(f"{where}: no column {column!r}", "; ".join(filter(None, (near, there))))

@@ -1,0 +1,94 @@
+"""Prompts from a file of one's own: JSON lines or parquet, with column names as keys."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from opdctl.config.schema import REQUIRED, key
+from opdctl.config.shards import shards
+from opdctl.errors import Problem, UsageError
+from opdctl.rollout.data._tables import ColumnKeys, TableData
+from opdctl.rollout.split import Split
+
+LONGEST = 2**24  # bytes of a line
+
+
+class Jsonl(TableData):
+    """A .jsonl or .parquet file, or several shards, with column names as keys."""
+
+    revision = 2
+
+    @dataclass(kw_only=True)
+    class Config(ColumnKeys):
+        """Keys of a file domain."""
+
+        path: str = key(
+            REQUIRED,
+            "file, or a pattern such as data/train-*.parquet, whose files are read in the order of "
+            "their names; .parquet is read as parquet, anything else as JSON lines",
+        )
+
+    @staticmethod
+    def problems(config) -> list[Problem]:
+        """What the schema cannot see."""
+        if shards(config.path):
+            return []
+        hint = "a .jsonl or .parquet file"
+        if os.path.isdir(config.path):
+            hint = f"the files in it: {config.path}/*.jsonl, or kind: hf for one of save_to_disk"
+        return [Problem("path", f"no file {config.path}", hint)]
+
+    def rows(self, split: Split) -> Iterator[dict]:
+        """Rows of the files.
+
+        Raises:
+            UsageError: no such file, or a line that is not a JSON object; says which.
+        """
+        files = shards(self.config.path)
+        if not files:
+            raise UsageError(f"data.{self.domain}.path: no file {self.config.path}")
+        for path in files:
+            yield from self._rows(path)
+
+    def _rows(self, path: Path) -> Iterator[dict]:
+        if path.suffix == ".parquet":
+            yield from parquet_rows(path, self.domain)
+            return
+        hint = 'a line is one object, such as {"prompt": "1+1=", "answer": "2"}'
+        try:
+            file = open(path, "rb")  # noqa: SIM115
+        except OSError as error:
+            what = f"data.{self.domain}.path: cannot read {path}: {error.strerror}"
+            raise UsageError(what, "its owner may let you: chmod +r") from None
+        with file:
+            lines = iter(lambda: file.readline(LONGEST + 1), b"")
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                where = f"data.{self.domain}.path: {path}:{number}"
+                if len(line) > LONGEST:
+                    raise UsageError(f"{where}: a line longer than {LONGEST} bytes", hint)
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:  # not UTF-8 is one too
+                    raise UsageError(f"{where}: not JSON: {error}", hint) from None
+                if not isinstance(row, dict):
+                    raise UsageError(f"{where}: expected an object", hint)
+                yield row
+
+
+def parquet_rows(path: Path, domain: str) -> Iterator[dict]:
+    """Rows of a parquet file, a batch at a time."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        what = f"data.{domain}.path: {path} is not parquet: {error!s:.200}"
+        raise UsageError(what, "anything that is not .parquet is read as JSON lines") from None

@@ -1,0 +1,293 @@
+"""Batched sampling with a KV cache through transformers, with the sampler's own log-probs.
+
+Draw t of a sample is an inverse CDF in float64 at the sample's own counter-based number, so its
+tokens do not depend on the batch it happens to be in. The whole distribution is sampled: no
+top-k, no top-p, so the log-probs are those of what was drawn from. With a log, each token is
+logged before the next is drawn; a wave that was logged whole is not sampled again, and one that was
+cut goes on where it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from opdctl import draws
+from opdctl.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass
+class Sample:
+    """One response.
+
+    Attributes:
+        ids: its tokens, with the end token if it came to one.
+        logprobs: of each token under the distribution sampled from.
+        truncated: cut at the limit.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    truncated: bool
+
+
+class Transformers:
+    """Sampling in this process with the weights as they stand; nothing to publish."""
+
+    revision = 1
+    holds = False
+
+    def __init__(
+        self, model, wave: int, check: Callable[[], None] = lambda: None, wal=None, blend=None
+    ) -> None:
+        """``blend``: another model of the same tokens and its share in every token's draw."""
+        self.model, self.wave, self.check, self.wal = model, wave, check, wal
+        self.blend = blend
+        self.version: int | str = 0
+
+    def publish(self, version: int | str) -> None:
+        """The weights are the trainer's own; what is logged answers for this version of them."""
+        self.version = version
+
+    def rest(self) -> None:
+        """Nothing is held between rollouts."""
+
+    def generate(
+        self, prompts: list[list[int]], keys: list[int], *, temperature: float, max_tokens: int
+    ) -> list[Sample]:
+        """One sample for each prompt and key.
+
+        Args:
+            prompts: token ids; ragged.
+            keys: 64 bits each; they determine the draws.
+
+        Raises:
+            UsageError: the model cannot be sampled from step by step, padded on the left.
+            Interrupted: the stop flag was seen, at any token.
+        """
+        import numpy as np
+
+        for model in [self.model, *(self.blend or ())[:1]]:
+            if not model.sampling_checked and not reads_additive(model):
+                require_own_states(model)
+            model.sampling_checked = True
+        samples: list[Sample] = []
+        for start in range(0, len(prompts), self.wave):
+            part = slice(start, start + self.wave)
+            samples += self._wave(
+                prompts[part], np.array(keys[part], np.uint64), temperature, max_tokens
+            )
+        return samples
+
+    def _wave(self, prompts, keys_B, temperature, max_tokens) -> list[Sample]:
+        import numpy as np
+        import torch
+        from transformers.cache_utils import DynamicCache, DynamicLayer
+
+        model, device = self.model, self.model.device
+        tokens_BT = np.full((len(prompts), max_tokens), model.eos)
+        logprobs_BT = np.zeros((len(prompts), max_tokens))
+        asked = (model.name, self.version, prompts, keys_B.tolist(), temperature, max_tokens)
+        if self.blend:
+            asked += (self.blend[0].name, self.blend[1])
+        name = f"wave {draws.key(*asked):016x}"
+        logged = self._recall(name, tokens_BT, logprobs_BT)
+        ended_B = np.isin(tokens_BT[:, :logged], model.ends).any(1)
+        if logged == max_tokens or ended_B.all():
+            return cut(tokens_BT, logprobs_BT, model.ends)
+        distinct = list(dict.fromkeys(map(tuple, prompts)))
+        place = {prompt: u for u, prompt in enumerate(distinct)}
+        owner_B = torch.tensor([place[tuple(p)] for p in prompts], device=device)
+        T = max(map(len, distinct))
+        ids_UT = torch.full((len(distinct), T), model.pad, dtype=torch.long)
+        pads = [T - len(p) for p in distinct]
+        for u, prompt in enumerate(distinct):
+            ids_UT[u, pads[u] :] = torch.tensor(prompt)
+        pad_U = torch.tensor(pads, device=device)
+        seen_UT = torch.arange(T + max_tokens, device=device) >= pad_U[:, None]
+        models = [model, self.blend[0]] if self.blend else [model]
+        caches = [DynamicCache(config=m.net.config) for m in models]
+        layers = [layer for cache in caches for layer in cache.layers]
+        known = all(map(reads_additive, models))
+        known = known and all(type(layer) is DynamicLayer for layer in layers)
+        mask = additive(next(model.net.parameters()).dtype) if known else own_mask
+        inputs = {
+            "input_ids": ids_UT.to(device),
+            "attention_mask": mask(seen_UT[:, :T], T),
+            "position_ids": (torch.arange(T, device=device) - pad_U[:, None]).clamp(min=0),
+        }
+
+        def select(kept_B):
+            for cache in caches:
+                keep_rows(cache, kept_B)
+
+        alive = np.arange(len(prompts))  # rows still in the batch
+        ended_B = np.zeros(len(prompts), bool)
+        with torch.inference_mode():
+            for t in range(max_tokens):
+                self.check()
+                last = [
+                    m.backbone(**inputs, past_key_values=cache, use_cache=True)
+                    for m, cache in zip(models, caches, strict=True)
+                ]
+                last = [out.last_hidden_state[:, -1] for out in last]
+                if t == 0:  # a prompt is read once, whatever the size of its group
+                    last, seen_UT = [hidden[owner_B] for hidden in last], seen_UT[owner_B]
+                    position_B1 = inputs["position_ids"][owner_B, -1:]
+                    select(owner_B)
+                if t < logged:
+                    token_B = torch.from_numpy(tokens_BT[alive, t]).to(device)
+                else:
+                    token_B, logprob_B = draw(
+                        self._logits(last, temperature), draws.uniform(keys_B[alive], t)
+                    )
+                    tokens_BT[alive, t] = token_B.cpu().numpy()
+                    logprobs_BT[alive, t] = logprob_B.cpu().numpy()
+                    self._log(name, alive, tokens_BT[alive, t], logprobs_BT[alive, t])
+                ended_B[alive] |= np.isin(tokens_BT[alive, t], model.ends)
+                going = ~ended_B[alive]
+                if not going.any():
+                    break
+                position_B1 = position_B1 + 1
+                if going.mean() < 0.7:  # drop the rows that ended
+                    kept_B = torch.from_numpy(np.flatnonzero(going)).to(device)
+                    select(kept_B)
+                    token_B, position_B1 = token_B[kept_B], position_B1[kept_B]
+                    seen_UT, alive = seen_UT[kept_B], alive[going]
+                inputs = {
+                    "input_ids": token_B[:, None],
+                    "position_ids": position_B1,
+                    "attention_mask": mask(seen_UT[:, : T + t + 1], 1),
+                }
+        return cut(tokens_BT, logprobs_BT, model.ends)
+
+    def _logits(self, last, temperature: float):
+        """Of the model, or the log of the mixture's probabilities. Shape [B, V]."""
+        logits_BV = self.model.logits(last[0], temperature)
+        if not self.blend:
+            return logits_BV
+        other, alpha = self.blend
+        if not alpha:
+            return logits_BV
+        valid_V = self.model.valid_V  # heads of the two may be padded to different widths
+        ours_BV = logits_BV[:, :valid_V].log_softmax(-1) + math.log1p(-alpha)
+        theirs_BV = other.logits(last[1], temperature)[:, :valid_V].log_softmax(-1)
+        return ours_BV.logaddexp(theirs_BV + math.log(alpha))
+
+    def _recall(self, name: str, tokens_BT, logprobs_BT) -> int:
+        """Fill in what an earlier attempt drew; for how many tokens of a response."""
+        found = self.wal.get(name) if self.wal else []
+        for t, entry in enumerate(found):
+            tokens_BT[entry["alive"], t] = entry["tokens"]
+            logprobs_BT[entry["alive"], t] = entry["logprobs"]
+        return len(found)
+
+    def _log(self, name: str, alive, tokens_B, logprobs_B) -> None:
+        if self.wal is not None:
+            self.wal.put(name, {"alive": alive, "tokens": tokens_B, "logprobs": logprobs_B})
+
+
+def reads_additive(model) -> bool:
+    """Whether a model is what a pretrain stage makes: the architecture and attention that are known
+    to read an additive mask, and to keep nothing but keys and values."""
+    config = model.net.config
+    return config.model_type == "qwen3" and config._attn_implementation in ("eager", "sdpa")
+
+
+def require_own_states(model) -> None:
+    """What is sampled from, step by step beside a longer prompt, is what the model says of the
+    whole sequence alone. Catches states that are not kept, and padding that is not left out.
+
+    Raises:
+        UsageError: it is not; says by how much.
+    """
+    import numpy as np
+    import torch
+
+    prompts = [[i % model.valid_V for i in range(n)] for n in (3, 7)]
+    samples = Transformers(model, 2)._wave(prompts, np.array([1, 2], np.uint64), 1.0, 3)
+    gap = 0.0
+    with torch.inference_mode():
+        for prompt, sample in zip(prompts, samples, strict=True):
+            ids_1T = torch.tensor([[*prompt, *sample.ids]], device=model.device)
+            rows = model.backbone(ids_1T, use_cache=False).last_hidden_state[
+                0, len(prompt) - 1 : -1
+            ]
+            own = model.logits(rows).log_softmax(-1).gather(-1, ids_1T[0, len(prompt) :, None])
+            drawn = torch.tensor(sample.logprobs, device=own.device)
+            gap = max(gap, float((own[:, 0] - drawn).abs().max()))
+    if gap > (0.5 if next(model.net.parameters()).dtype.itemsize < 4 else 1e-3):
+        kind = model.net.config.model_type
+        raise UsageError(
+            f"{model.name}: {kind} cannot be sampled from here: its log-probs step by step are "
+            f"off by {gap:.3g} nats from those of the whole",
+            "transformers keeps its state in another way than in models with keys and values",
+        )
+
+
+def additive(dtype):
+    """Makes masks [B, 1, queries, T]: 0 where allowed, else the lowest number, which eager and sdpa
+    read alike. For what a pretrain stage makes, where every layer sees all that was before: at tiny
+    sizes transformers' own way of making it costs as much as the layers."""
+    import torch
+
+    def mask(seen_BT, queries: int):
+        allowed = seen_BT[:, None, None, :]
+        if queries > 1:
+            square_TT = torch.ones(queries, queries, dtype=torch.bool, device=seen_BT.device)
+            self_TT = torch.eye(queries, dtype=torch.bool, device=seen_BT.device)
+            allowed = (allowed & square_TT.tril()) | self_TT  # padding attends to itself
+        zeros = torch.zeros(allowed.shape, dtype=dtype, device=seen_BT.device)
+        return zeros.masked_fill(~allowed, torch.finfo(dtype).min)
+
+    return mask
+
+
+def keep_rows(cache, index_B) -> None:
+    """Take these rows of a batch, in this order, of each layer's state: keys and values, and what a
+    linear attention keeps, which transformers takes in another method."""
+    from transformers import cache_utils
+
+    linear = getattr(cache_utils, "LinearAttentionCacheLayerMixin", ())
+    for layer in cache.layers:
+        if isinstance(layer, linear):
+            linear.reorder_cache(layer, index_B)
+        if hasattr(layer, "batch_select_indices"):
+            layer.batch_select_indices(index_B)
+
+
+def own_mask(seen_BT, queries: int):
+    """What is no padding, [B, T]: the model makes the mask of each layer from it, windows and all,
+    and attentions without a mask of that kind (flash) read it."""
+    return seen_BT.long()
+
+
+def draw(logits_BV, uniform_B: np.ndarray):
+    """Inverse CDF in float64: the first id whose cumulative probability exceeds the draw.
+
+    Returns:
+        Ids [B] and their log-probs [B] in the logits' precision.
+    """
+    import torch
+
+    cdf_BV = logits_BV.double().softmax(-1).cumsum(-1)
+    point_B1 = torch.from_numpy(uniform_B).to(logits_BV.device)[:, None] * cdf_BV[:, -1:]
+    token_B = torch.searchsorted(cdf_BV, point_B1, right=True)[:, 0]
+    token_B = token_B.clamp(max=logits_BV.shape[-1] - 1)
+    logprob_B = logits_BV.gather(-1, token_B[:, None])[:, 0] - logits_BV.logsumexp(-1)
+    return token_B, logprob_B
+
+
+def cut(tokens_BT: np.ndarray, logprobs_BT: np.ndarray, ends: tuple[int, ...]) -> list[Sample]:
+    """Cut each row after the first token that ends a response; without one it is truncated."""
+    samples = []
+    for row, logprobs in zip(tokens_BT.tolist(), logprobs_BT.tolist(), strict=True):
+        end = next((i + 1 for i, token in enumerate(row) if token in ends), 0)
+        stop = end or len(row)
+        samples.append(Sample(row[:stop], logprobs[:stop], not end))
+    return samples

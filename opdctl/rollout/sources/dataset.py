@@ -1,0 +1,161 @@
+"""Demonstrations from the data itself: thinking, calls and reference answers, some corrupted.
+
+Corruption stands in for the mistakes of a real corpus. It leaves something for sampling to find
+that imitation does not: a model that learns the corpus at temperature 1 makes its mistakes too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from opdctl import draws
+from opdctl.config.schema import key
+from opdctl.errors import UsageError
+from opdctl.models.chat.conversation import spoken
+from opdctl.models.chat.retold import opening, retold
+from opdctl.rollout.prompts import PromptOrder
+from opdctl.rollout.sampling import answered
+from opdctl.types import Prompt, Rollout
+
+
+class Dataset:
+    """The reference answers of the data, a stated share of them corrupted."""
+
+    revision = 1
+    samples_from, parameters, sampled = "dataset", 0, 0
+
+    @dataclass(kw_only=True)
+    class Config:
+        """Keys of a dataset source."""
+
+        domains: dict[str, bool] = key(
+            {}, "domain: true; empty is all, or all no other source has", neutral=True
+        )
+        corrupt: float = key(0.0, "share of answers made wrong", least=0, most=1)
+        turns: Literal["all", "last"] = key(
+            "all", "of a conversation: which turns of the assistant are learnt", neutral=True
+        )
+
+    def __init__(self, config, ctx, model) -> None:
+        self.config, self.ctx, self.model, self.seed = config, ctx, model, ctx.seed
+        self.order = PromptOrder(ctx, model, config.domains)
+        self.environments = {d: ctx.environment(d) for d in self.order.pools}
+
+    def draw(self, step: int):
+        """One demonstration per prompt and sample of the step."""
+        rollouts = []
+        for group, prompt in enumerate(self.order.at(step)):
+            for sample in range(self.order.samples):
+                lead, answer = prompt.lead, prompt.answer
+                name = (self.seed, "corrupt", step, group, sample)
+                if draws.unit(*name) < self.config.corrupt:
+                    lead, answer = corrupted(prompt, self.order.pools[prompt.domain], *name)
+                if prompt.messages and prompt.messages[-1]["role"] == "assistant":
+                    rollouts.append(self._conversation(prompt, group, step))
+                    continue
+                rollout = Rollout(
+                    prompt,
+                    self.model.render(prompt),
+                    [],
+                    source="dataset",
+                    group=group,
+                    version=step,
+                )
+                for turn, call in enumerate(prompt.calls):
+                    self._write(rollout, call)
+                    environment = self.environments[prompt.domain]
+                    said = answered(rollout, turn, self.environments, self.model)
+                    if not said or rollout.before[-1] == environment.refusal:
+                        raise UsageError(
+                            f"data.{prompt.domain}.call: the environment does not answer {call!r}",
+                            "write a call as its environment reads it",
+                        )
+                if not self.ctx.data(prompt.domain).config.thinking.obeyed(lead + answer):
+                    raise UsageError(
+                        f"data.{prompt.domain}: a demonstration without the thinking it asks for",
+                        "a trace, a thought_column, or a teacher as the source",
+                    )
+                self._write(rollout, self._unprompted(prompt, lead, answer))
+                rollouts.append(rollout)
+        return rollouts
+
+    def _conversation(self, prompt: Prompt, group: int, step: int) -> Rollout:
+        """What the assistant says in a conversation; the other turns between are context."""
+        thinking = self.ctx.data(prompt.domain).config.thinking
+        if self.config.corrupt:
+            raise UsageError(
+                f"data.{prompt.domain}: a conversation has no answer that could be corrupted",
+                "sources.dataset.corrupt=0",
+            )
+        found = spoken(self.model, prompt, self.config.turns == "all")
+        first, end = found.spans[0][0], found.spans[-1][1]
+        gaps = [(a[1] - first, b[0] - first) for a, b in pairwise(found.spans)]
+        said = [self.model.decode(found.ids[a:b]) for a, b in found.spans]
+        heard = [self.model.tokenizer.decode(found.ids[first:][a:b]) for a, b in gaps]
+        before = [t for pair in zip(said, heard, strict=False) for t in pair]
+        if thinking.mode != "free" and not thinking.obeyed(said[-1]):
+            raise UsageError(
+                f"data.{prompt.domain}: a conversation without the thinking it asks for",
+                "thinking.mode=free, or conversations that show it",
+            )
+        return Rollout(
+            prompt,
+            found.ids[:first],
+            found.ids[first:end],
+            source="dataset",
+            group=group,
+            version=step,
+            text=said[-1],
+            before=tuple(before),
+            observed=tuple(gaps),
+        )
+
+    def _unprompted(self, prompt: Prompt, lead: str, answer: str) -> str:
+        """A demonstration without what the rendered prompt has of its thinking already.
+
+        Raises:
+            UsageError: the prompt ends in a closed block, and the demonstration thinks.
+        """
+        thinking = self.ctx.data(prompt.domain).config.thinking
+        text = lead + answer
+        if prompt.calls:
+            return text
+        if thinking.mode != "free":
+            after = self.model.after_prompt(prompt, lead, thinking.open, thinking.close)
+            return after + answer
+        if not text.lstrip().startswith(thinking.open.strip() or thinking.open):
+            return text
+        written = opening(self.model, self.model.render(prompt), thinking)
+        try:
+            return retold(text, "", written, thinking)
+        except UsageError as error:
+            raise UsageError(f"data.{prompt.domain}: {error.message}", error.hint) from error
+
+    def _write(self, rollout: Rollout, text: str) -> None:
+        rollout.response_ids = [*rollout.response_ids, *self.model.encode(text)]
+        rollout.text = text
+
+
+def corrupted(prompt: Prompt, pool: list[Prompt], *name: object) -> tuple[str, str]:
+    """(lead, answer) with a wrong answer that looks like one of its domain; never the right one.
+
+    Half the time another prompt's, its thinking with it; half the time one character of the answer
+    replaced by a character of another prompt's, after the right thinking.
+
+    Args:
+        pool: the domain's prompts.
+        name: what the draws are named after.
+    """
+    answer = prompt.answer
+    for trial in range(20):
+        other = pool[draws.key(*name, trial, "other") % len(pool)]
+        lead, changed = other.lead, other.answer
+        if answer and other.answer and draws.unit(*name, trial, "edit") < 0.5:
+            place = draws.key(*name, trial, "place") % len(answer)
+            character = other.answer[draws.key(*name, trial, "character") % len(other.answer)]
+            lead, changed = prompt.lead, answer[:place] + character + answer[place + 1 :]
+        if changed != answer:
+            return lead, changed
+    return prompt.lead, answer + (answer[-1:] or "0")  # a domain with one answer only

@@ -1,0 +1,36 @@
+"""On-policy rollouts: the student samples from its current weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdctl.rollout.prompts import PromptOrder
+from opdctl.rollout.sampling import sample_group
+
+
+class Student:
+    """Responses of the model being trained, at its current weights."""
+
+    revision = 1
+    samples_from = "student"
+    has_logprobs = True
+
+    @dataclass(kw_only=True)
+    class Config:
+        """No keys: what is sampled stands in ``prompts`` and ``sampling``."""
+
+    @staticmethod
+    def student_share(config) -> float:
+        """Share of the rollouts that the student samples."""
+        return 1.0
+
+    def __init__(self, config, ctx, model) -> None:
+        self.ctx, self.model = ctx, model
+        self.order = PromptOrder(ctx, model)
+        self.parameters = model.parameters
+
+    def draw(self, step: int):
+        """All rollouts of a step: ``per_step`` prompts x ``samples``."""
+        rollouts = sample_group(self.ctx, self.model, self.order.at(step), step, "student")
+        self.sampled = sum(r.forwarded for r in rollouts)
+        return rollouts

@@ -1,0 +1,206 @@
+"""Make a run directory, open one again, reuse one's finished stages. No stage is run here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from opdctl import __version__
+from opdctl.config.schema import role_of
+from opdctl.errors import UsageError
+from opdctl.recipe.recipe import Recipe, resolve
+from opdctl.recipe.yaml_lines import dump, parse
+from opdctl.run import provenance, rundir
+from opdctl.run.plan import differences, fingerprints, semantic
+from opdctl.run.rundir import RunDir, write_json, write_text
+
+MOST_SEEDS = 1000
+
+
+def new_run(recipe: Recipe, source: str, path: Path, only: tuple[str, ...] = ()) -> RunDir:
+    """Create a run directory for a recipe.
+
+    Args:
+        source: text of the recipe file, kept beside the resolved one.
+        only: the stages it was made for, if not for all.
+
+    Raises:
+        UsageError: the directory exists, or cannot be written.
+    """
+    run = rundir.begin(path)
+    write_text(run / "recipe.yaml", source)
+    write_text(run / "resolved.yaml", dump(recipe.to_dict()))
+    for stage in recipe.stages:
+        write_text(run.stage(stage) / "config.yaml", dump(semantic(recipe, stage)))
+    write_json(
+        run / "run.json",
+        {
+            "opdctl": __version__,
+            "recipe": recipe.name,
+            "size": recipe.size,
+            "seed": recipe.seed,
+            "only": list(only),
+            "created": time.time(),
+            "command": sys.argv,
+            "fingerprints": fingerprints(recipe),
+        },
+    )
+    return rundir.finish(run, path)
+
+
+def new_set(recipes: list[Recipe], source: str, path: Path, only: tuple[str, ...] = ()) -> RunDir:
+    """A directory with one run per recipe, which differ in their seeds."""
+    parent = rundir.begin(path)
+    for recipe in recipes:
+        new_run(recipe, source, parent / f"seed-{recipe.seed}", only)
+    write_json(
+        parent / "run.json",
+        {
+            "opdctl": __version__,
+            "recipe": recipes[0].name,
+            "size": recipes[0].size,
+            "seeds": [recipe.seed for recipe in recipes],
+            "created": time.time(),
+            "command": sys.argv,
+        },
+    )
+    return rundir.finish(parent, path)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """``0..2`` or ``0,3,4``.
+
+    Raises:
+        UsageError: neither.
+    """
+    try:
+        if ".." in text:
+            first, last = map(int, text.split(".."))
+            seeds = list(range(first, min(last, first + MOST_SEEDS) + 1))
+        else:
+            seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        seeds = []
+    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise UsageError(f"--seeds {text!r:.80} names no seeds", "--seeds 0..2 or --seeds 0,3,4")
+    if len(seeds) > MOST_SEEDS:
+        raise UsageError(f"--seeds {text!r:.80}: more than {MOST_SEEDS}", "--seeds 0..2")
+    return seeds
+
+
+def read_recipe(run: RunDir, overrides: tuple[str, ...] = ()) -> Recipe:
+    """The resolved recipe of a run, with overrides.
+
+    Raises:
+        UsageError: not a run directory, or its recipe cannot be read.
+        RecipeError: the overrides break it.
+    """
+    run.manifest()
+    path = run / "resolved.yaml"
+    try:
+        tree, lines, problems = parse(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    return resolve(
+        tree,
+        str(path),
+        size=str(tree.get("size", "")),
+        overrides=overrides,
+        lines=lines,
+        problems=problems,
+        written=True,
+    )
+
+
+def reopen(run: RunDir, overrides: tuple[str, ...] = ()) -> tuple[Recipe, list[str]]:
+    """The recipe to continue a run with, and what was changed about how it is carried out. Writes
+    nothing: the caller does, once it holds the run's lock.
+
+    Raises:
+        UsageError: a change that would give other results; names each key and the way out.
+    """
+    old, new = read_recipe(run), read_recipe(run, overrides)
+    changed = []
+    for stage in old.stages:
+        try:
+            text = (run.stage(stage) / "config.yaml").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read {run.stage(stage) / 'config.yaml'}: {error}") from None
+        edited = differences(parse(text, "config.yaml")[0], semantic(old, stage))
+        changed += [f"stages.{stage} (edited in resolved.yaml): {line}" for line in edited]
+    notes = []
+    for line in differences(old.to_dict(), new.to_dict()):
+        role = role_of(new, line.split(":")[0])
+        if role == "semantic":
+            changed.append(line)
+        else:
+            notes.append(line + (" (equal up to rounding)" if role == "numeric" else ""))
+    if changed:
+        listed = "\n".join(f"  - {line}" for line in dict.fromkeys(changed))
+        raise UsageError(
+            f"resume keeps results as they were; this would change the recipe:\n{listed}",
+            f"opdctl run RECIPE --from {run.path} key=value    "
+            "starts a new run that reuses the stages that stay the same",
+        )
+    return new, notes
+
+
+def reuse(run: RunDir, recipe: Recipe, old: RunDir) -> tuple[list[str], list[str]]:
+    """Copy the finished stages of another run whose fingerprints match.
+
+    Returns:
+        Their names; and of those that match but were made from files that have changed since, or
+        from such a stage.
+
+    Raises:
+        UsageError: the other is not a run directory.
+    """
+    old.manifest()
+    prints = fingerprints(recipe)
+    reused: list[str] = []
+    changed: list[str] = []
+    for stage in recipe.order():
+        record = old.record(stage)
+        if record.get("status") != "done" or record.get("fingerprint") != prints[stage]:
+            continue
+        if set(recipe.upstream(stage)) & set(changed) or _changed(old, record):
+            changed.append(stage)
+            continue
+        part = run.stage(stage).with_name(f".{stage}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        last = shutil.ignore_patterns(".lock", "stage.json")
+        shutil.copytree(old.stage(stage), part, ignore=last)
+        shutil.rmtree(run.stage(stage), ignore_errors=True)
+        part.rename(run.stage(stage))
+        write_json(run.stage(stage) / "stage.json", {**record, "reused_from": str(old.path)})
+        reused.append(stage)
+    return reused, changed
+
+
+def _changed(old: RunDir, record: dict) -> bool:
+    """Whether a model folder or data file it read has other contents now, or its own output."""
+    for seen in record.get("inputs", {}).values():
+        path = Path(seen["path"])
+        now = {"data": provenance.data(path)} if "data" in seen else provenance.model(path)
+        if old.path not in path.parents and {**seen, **now} != seen:
+            return True
+    now = provenance.model(old.output(record["name"]))
+    return now != record.get("output", now)
+
+
+def new_attempt(run: RunDir) -> Path:
+    """A log for this attempt; ``logs/latest`` points at it."""
+    folder = run / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = [p.stem[8:] for p in folder.glob("attempt-*.log")]
+    number = 1 + max((int(n) for n in numbers if n.isdigit()), default=0)
+    log = folder / f"attempt-{number:03d}.log"
+    log.touch()
+    link = folder / f".latest.{os.getpid()}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(log.name)
+    link.rename(folder / "latest")
+    return log

@@ -1,0 +1,119 @@
+"""What a run is doing, read from its directory: the JSON of ``opdctl status``. Pure."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+from opdctl.run.launch import read_recipe
+from opdctl.run.plan import Planned, needed, plan
+from opdctl.run.rundir import RunDir, held, last_step
+
+
+def status(run: RunDir) -> dict:
+    """One run, or ``{"runs": [...]}`` for a set of seeds.
+
+    Raises:
+        UsageError: not a run directory.
+    """
+    if run.is_set():
+        runs = [status(r) for r in run.runs()]
+        return {
+            "run": str(run.path),
+            "recipe": run.manifest()["recipe"],
+            "runs": runs,
+            "state": _worst([r["state"] for r in runs]),
+        }
+    manifest, recipe = run.manifest(), read_recipe(run)
+    stages = {planned.name: _stage(run, recipe, planned) for planned in plan(recipe, run)}
+    only = [s for s in manifest.get("only") or () if s in stages]
+    wanted = needed(recipe, *only) if only else set(stages)
+    state = _worst([s["status"] for name, s in stages.items() if name in wanted])
+    if held(run / ".lock"):
+        state = "running"
+    return {
+        "run": str(run.path),
+        "recipe": manifest["recipe"],
+        "size": manifest["size"],
+        "seed": manifest["seed"],
+        "state": state,
+        "stages": stages,
+    }
+
+
+def _stage(run: RunDir, recipe, planned: Planned) -> dict:
+    name = planned.name
+    record = run.record(name)
+    found = record.get("status", "pending")
+    total = recipe.total(name)
+    if found == "running" and not held(run.stage(name) / ".lock"):
+        found = "interrupted"  # killed: its lock died with it
+    elif planned.action == "rerun":
+        found = "stale"
+    metrics = run.stage(name) / "metrics.jsonl"
+    step = total if found == "done" else last_step(metrics)
+    return {
+        "kind": recipe.stages[name].kind,
+        "status": found,
+        "step": step,
+        "total": total,
+        "attempt": record.get("attempt", 0),
+        "seconds": round(record.get("seconds", 0.0), 2),
+        "loop_seconds": round(record.get("loop_seconds", 0.0), 2),
+        "fingerprint": record.get("fingerprint", planned.fingerprint),
+        "error": record.get("error", ""),
+        "warnings": list(dict.fromkeys(Tail(metrics).read())),  # a step may stand there twice
+    }
+
+
+def _worst(states: list[str]) -> str:
+    for state in ("failed", "running", "interrupted", "stale", "pending"):
+        if state in states:
+            return {"stale": "interrupted", "pending": "interrupted"}.get(state, state)
+    return "done"
+
+
+class Tail:
+    """The warnings of a metrics file: ``found``, as of the last time it was read.
+
+    Args:
+        new: only what is written from now on.
+    """
+
+    def __init__(self, path: Path, new: bool = False) -> None:
+        self.path, self.at = path, 0
+        self.found: list[str] = []
+        if new:
+            with contextlib.suppress(OSError):
+                self.at = path.stat().st_size
+
+    def read(self) -> list[str]:
+        """What came since the last time: ``step 12: watch.kl math: ...``."""
+        try:
+            with open(self.path, "rb") as file:
+                if file.seek(0, 2) < self.at:
+                    self.at = 0  # it was begun again
+                file.seek(self.at)
+                *lines, rest = file.read().split(b"\n")
+                self.at = file.tell() - len(rest)
+        except OSError:
+            return []
+        new = []
+        for line in lines:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                if b'"warnings"' in line:
+                    row = json.loads(line)
+                    new += [f"step {row['step']}: {text}" for text in row["warnings"]]
+        self.found += new
+        return new
+
+
+def last_line(path: Path) -> str:
+    """The last line of a log; empty without one."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 2000))
+            return (file.read().decode(errors="replace").splitlines() or [""])[-1]
+    except OSError:
+        return ""

@@ -1,0 +1,198 @@
+"""One optimizer step: backbone once, head and losses in chunks, gradient, clip, step.
+
+The only module that divides by a token count. Each objective has a normaliser of its own, counted
+over the whole mini-batch before any backward, so neither the micro-batch size nor another
+objective changes it. Masks enter the count; gates and ratios do not.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from opdctl.config.settings import Optim
+from opdctl.kernels.chunks import ScalarRows, rows_in
+from opdctl.kernels.select import rows_class
+from opdctl.loss.token_teacher import order_by_teacher, pairs, pooled_mean, share
+from opdctl.loss.token_view import LossTerm, weighted_sum
+from opdctl.models.hidden_layers import Layers, forward_kwargs, hidden_states
+from opdctl.models.model import Model
+from opdctl.models.packing import last_of_each, micro_batches, pack, per_sequence
+from opdctl.scoring.teacher_cache import TeacherCache
+from opdctl.types import ScoreRequest
+
+
+def lr_at(step: int, steps: int, optim: Optim) -> float:
+    """Learning rate of a step, counted from 0. A pure function: there is no scheduler state."""
+    if step < optim.warmup:
+        return optim.lr * (step + 1) / optim.warmup
+    if optim.schedule == "constant":
+        return optim.lr
+    done = (step - optim.warmup) / max(1, steps - optim.warmup)
+    if optim.schedule == "linear":
+        return optim.lr * (1 - (1 - optim.final) * done)
+    return optim.lr * (optim.final + (1 - optim.final) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def make_optimizer(model: Model, optim: Optim) -> torch.optim.AdamW:
+    """AdamW with decoupled weight decay on matrices only."""
+    named = list(model.trainable_parameters().values())
+    groups = [
+        {"params": [p for p in named if p.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in named if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
+    )
+
+
+def normalisers(term: LossTerm, sequence_N: Tensor, count: int, columns: dict) -> Tensor:
+    """Per-token factor of a term: its mask over its own count, times its factors. Shape [N].
+
+    seq_mean gives 1 / (|y| x responses), token_mean 1 / tokens; domain_mean 1 / tokens of the
+    domain, times its share of the responses: long answers of one domain do not drown another's
+    (Open-MOPD, arXiv 2608.19098, found 20 % of the prompts with .9 % of the gradient). All over
+    unmasked tokens.
+    """
+    mask_N = torch.ones(len(sequence_N), device=sequence_N.device, dtype=torch.get_default_dtype())
+    for member in term.masks:
+        mask_N = mask_N * member.mask(columns)
+    scale_N = _counted(mask_N, term.normalise, sequence_N, count, columns)
+    for member in term.factors:
+        scale_N = scale_N * member.mask(columns)
+    return scale_N
+
+
+def _counted(mask_N, normalise: str, sequence_N, count: int, columns: dict) -> Tensor:
+    if normalise == "token_mean":
+        return mask_N / mask_N.sum().clamp(min=1)
+    length_B = per_sequence(mask_N, sequence_N, count)
+    if normalise == "domain_mean":
+        domain_N = columns["domain"]
+        tokens_D = per_sequence(mask_N, domain_N, int(domain_N.max()) + 1)
+        each_N = mask_N / length_B.clamp(min=1)[sequence_N]  # adds up to one per response
+        share_D = per_sequence(each_N, domain_N, len(tokens_D)) / each_N.sum().clamp(min=1)
+        return mask_N * (share_D / tokens_D.clamp(min=1))[domain_N]
+    responses = (length_B > 0).sum().clamp(min=1)
+    return mask_N / (length_B.clamp(min=1)[sequence_N] * responses)
+
+
+def accumulate(
+    model: Model,
+    spans: list[ScoreRequest],
+    columns: dict[str, Tensor],
+    terms: list[LossTerm],
+    *,
+    temperature: float,
+    micro_batch: int,
+    chunk_mib: int,
+    kernel: str = "auto",
+    rounded: bool = False,
+    teacher_cache: TeacherCache | None = None,
+    layers: Layers | None = None,
+) -> tuple[float, dict, int]:
+    """Gradient of the loss over ``spans``, added to ``.grad``.
+
+    Args:
+        spans: their targets are supervised.
+        columns: per-token vectors, [N], in the order of the spans.
+        kernel: level of the row pass, see kernels/select.py.
+        rounded: logits rounded to bfloat16.
+        teacher_cache: teachers for the columns teacher_index and teacher_row.
+        layers: whose hidden states are compared; none of a layer before the last if not given.
+
+    Returns:
+        The loss, the per-token table of what was logged ([N] each, 0 for a token that no objective
+        gives a weight; ``masked``, where masks or factors may take it, says which), tokens
+        processed.
+    """
+    lengths = list(map(len, spans))
+    owner = torch.repeat_interleave(torch.arange(len(spans)), torch.tensor(lengths))
+    owner_N = owner.to(model.device)
+    factor = [t.coef * normalisers(t, owner_N, len(spans), columns) for t in terms]
+    weight_N = sum(f.abs() for f in factor)
+    which = {t.objective.rows for t in terms}
+    assert len(which) == 1, "objectives of one stage read the same rows"
+    head = model.lm_head(temperature, rounded)
+    options = {
+        "rows_of": ScalarRows
+        if "token" in which
+        else rows_class(kernel, model.device, head.logits_dtype),
+        "size": rows_in(chunk_mib, head, *_in_chunk(layers, terms)),
+        "teacher_cache": teacher_cache,
+    }
+    inner = ()
+    if layers is not None:
+        options["layers"], inner = layers, layers.inner
+    table: dict[str, Tensor] = {}
+    if any(t.masks or t.factors for t in terms):
+        table["masked"] = (weight_N == 0).to(torch.float32)
+    total, processed = 0.0, 0
+    teacher_NM = columns.get("teacher_index")
+    order = None
+    if teacher_NM is not None:  # sequences of one teacher together, so that its head is read once
+        order = last_of_each(teacher_NM[:, 0], torch.tensor(lengths)).tolist()
+    for group, tokens_N in micro_batches(spans, micro_batch, model.device, order):
+        packed = pack([spans[i] for i in group], model.pad, model.device, model.one_row)
+        out = model.backbone(**packed.inputs, **forward_kwargs(inner, model))
+        hidden = out.last_hidden_state.flatten(0, 1)
+        index_N = packed.prediction_N if "prediction" in which else packed.token_N
+        kept_N = weight_N[tokens_N].nonzero()[:, 0]
+        place_N = torch.zeros_like(kept_N)
+        if teacher_NM is not None:
+            kept_N, place_N = order_by_teacher(kept_N, tokens_N, columns)
+        where_N = tokens_N[kept_N]
+        cut = pairs(columns, where_N, place_N)
+        if inner:
+            options["inner_NLD"] = hidden_states(model, out, index_N[kept_N], inner)
+        del out
+        loss, found = weighted_sum(
+            hidden[index_N[kept_N]],
+            head,
+            packed.target_N[kept_N],
+            cut,
+            [(t, share(t, f[where_N], place_N)) for t, f in zip(terms, factor, strict=True)],
+            **options,
+        )
+        for name, value_N in found.items():
+            if name not in table:
+                table[name] = torch.zeros(len(owner_N), device=model.device)
+            value_N = value_N.to(table[name].dtype)
+            if teacher_NM is not None and teacher_NM.shape[1] > 1:
+                weight_P = cut["pair_weight"].to(value_N.dtype)
+                table[name] += pooled_mean(value_N, weight_P, where_N, len(owner_N))
+            else:
+                table[name][where_N] = value_N
+        loss.backward()
+        total += float(loss.detach())
+        processed += packed.positions
+    return total, table, processed
+
+
+def _in_chunk(layers: Layers | None, terms: list[LossTerm]) -> tuple[int, bool]:
+    """How many hidden states of a row are compared, and whether any logits are made."""
+    return len(layers.chosen) if layers else 0, any(t.reads_logits for t in terms)
+
+
+def step(
+    model: Model, optimizer: torch.optim.AdamW, lr: float, clip_norm: float, loss: float = 0.0
+) -> tuple[float, bool]:
+    """Clip, step, clear. Where the loss or the gradient is not finite there is no step: weights and
+    moments stay as they were.
+
+    Returns:
+        The gradient norm before clipping, and whether the step was taken.
+    """
+    parameters = [p for p in model.trainable_parameters().values() if p.grad is not None]
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf, foreach=True))
+    taken = math.isfinite(norm) and math.isfinite(loss)
+    if taken:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        if model.masters is not None:
+            model.masters.publish()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, taken
