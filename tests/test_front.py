@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 def test_version_is_printed_without_torch():
     code = (
         "import sys; sys.modules['torch'] = None; sys.argv = ['opdctl', '--version']; "
-        "from opdctl.cli import main; main()"
+        "from opdctl.cli.app import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"opdctl {__version__}\n"), done.stderr
