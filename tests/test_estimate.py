@@ -12,6 +12,7 @@ from conftest import make_model
 from opdctl.core.checkpoint import store
 from opdctl.core.models import save
 from opdctl.core.tokens import micro_batches
+from opdctl.engines.transformers import cache_name
 from opdctl.estimate.cost import cost, per_update
 from opdctl.estimate.gpus import GPUS, gpu
 from opdctl.estimate.memory import SHARE, estimate, of_engine, of_student
@@ -124,13 +125,15 @@ def test_the_cache_is_as_large_as_it_gets(tmp_path, name, kept):
     """Latent attention included: against what transformers keeps of six more tokens."""
     import torch
     from architectures import write
+    from transformers import DynamicCache
 
-    net = write(tmp_path, name)
+    net, numbers = write(tmp_path, name), []
     with torch.no_grad():
-        few, many = (
-            numbers_in(net(torch.arange(6, 6 + n)[None], use_cache=True).past_key_values)
-            for n in (6, 12)
-        )
+        for n in (6, 12):
+            cache = DynamicCache(config=net.config)
+            net(torch.arange(6, 6 + n)[None], use_cache=True, **{cache_name(net): cache})
+            numbers.append(numbers_in(cache))
+    few, many = numbers
     assert many - few == 6 * 2 * kept
     assert per_token(net.config) == 2 * kept
     shape = of_folder(tmp_path)

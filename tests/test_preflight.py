@@ -10,6 +10,7 @@ import torch
 from conftest import make_model
 from opdctl.core.context import Context
 from opdctl.core.models import load, outline, save
+from opdctl.engines.transformers import cache_name
 from opdctl.errors import UsageError
 from opdctl.launch import new_run
 from opdctl.plan import ready
@@ -238,7 +239,7 @@ def test_the_estimate_is_what_torch_holds(folder, tmp_path):
     cache = DynamicCache(config=model.net.config)
     longest = max(len(model.render(p.text)) for p in pairing.prompts("sums", 16)) + 4
     wave = torch.zeros(12, longest, dtype=torch.long)
-    model.net(wave, past_key_values=cache).logits.sum().backward()
+    model.net(wave, **{cache_name(model.net): cache}).logits.sum().backward()
     optimizer.step()
     slots = [v for state in optimizer.state.values() for k, v in state.items() if k != "step"]
     held = [p.grad for p in model.net.parameters()]

@@ -4,7 +4,9 @@ the machine stays within the limits. Each attack is run with and without namespa
 import os
 import shutil
 import socket
+import tempfile
 import time
+import venv
 
 import pytest
 from test_verifiers import one
@@ -168,6 +170,21 @@ def test_isolation_is_what_it_says(sandbox, tmp_path):
     assert sandbox.run("import os\nos.kill(os.getppid(), 9)\nos.kill(1, 9)").late is False
     assert not sandbox.run("open('/usr/opdctl-was-here', 'w')").clean
     assert not os.path.exists("/usr/opdctl-was-here")
+
+
+@pytest.mark.parametrize("name", ["venv", "link"])
+def test_python_may_lie_under_tmp_in_a_folder_with_a_blank(name):
+    """Where the sandbox has folders of its own; and behind a link."""
+    with tempfile.TemporaryDirectory(prefix="a b ", dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        venv.create(f"{folder}/venv", symlinks=True)
+        os.symlink(f"{folder}/venv", f"{folder}/link")
+        sandbox = Sandbox(LIMITS, python=f"{folder}/{name}/bin/python")
+        assert sandbox.run("import sys\nprint(sys.prefix)").output == f"{folder}/{name}\n"
+        if not sandbox.isolated:
+            pytest.skip("the kernel grants no namespaces here")
+        assert sandbox.run("open('/tmp/note', 'w').write('x')").clean
+        assert not sandbox.run(f"open({folder!r} + '/note', 'w')").clean
 
 
 def test_a_sandbox_without_room_for_python_is_refused():
