@@ -1,5 +1,7 @@
 """The sampler: batch independence, exact log-probs, stop tokens, padded vocabulary."""
 
+import warnings
+
 import numpy as np
 import torch
 
@@ -34,6 +36,13 @@ def test_tokens_do_not_depend_on_the_batch(model):
     order = np.random.default_rng(0).permutation(40)
     _, shuffled = sample(model, [texts[i] for i in order], [keys[i] for i in order])
     assert [s.ids for s in shuffled] == [together[i].ids for i in order]
+
+
+def test_transformers_warns_of_nothing_that_goes(model):
+    """A name that a later release removes is a FutureWarning of this one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        assert len(sample(model, PROMPTS, list(range(5)))[1]) == 5
 
 
 def test_logprobs_are_those_of_the_sampled_distribution(model):

@@ -23,6 +23,7 @@ from opdctl.models import tensor_file
 from opdctl.models.model import save
 from opdctl.models.packing import micro_batches
 from opdctl.recipe.recipe import load, resolve
+from opdctl.rollout.engines.transformers import cache_name
 from opdctl.types import FORWARD, TRAIN, ScoreRequest
 
 RECIPES = ("qwen3", "glm5", "mimo", "deepseek_v4", "thinking_machines", "sparse_to_dense")
@@ -125,13 +126,15 @@ def test_the_cache_is_as_large_as_it_gets(tmp_path, name, kept):
     """Latent attention included: against what transformers keeps of six more tokens."""
     import torch
     from architectures import write
+    from transformers import DynamicCache
 
-    net = write(tmp_path, name)
+    net, numbers = write(tmp_path, name), []
     with torch.no_grad():
-        few, many = (
-            numbers_in(net(torch.arange(6, 6 + n)[None], use_cache=True).past_key_values)
-            for n in (6, 12)
-        )
+        for n in (6, 12):
+            cache = DynamicCache(config=net.config)
+            net(torch.arange(6, 6 + n)[None], use_cache=True, **{cache_name(net): cache})
+            numbers.append(numbers_in(cache))
+    few, many = numbers
     assert many - few == 6 * 2 * kept
     assert per_token(net.config) == 2 * kept
     shape = of_folder(tmp_path)

@@ -92,10 +92,10 @@ def test_an_architecture_that_would_be_computed_wrongly_is_refused(
 
 
 def test_a_model_that_cannot_be_sampled_from_is_refused(tmp_path):
-    """Mamba 2 takes its state under another name: each token would be drawn from the last alone."""
-    write(tmp_path / "m", "mamba2")
+    """RWKV takes its state under another name: each token would be drawn from the last alone."""
+    write(tmp_path / "m", "rwkv")
     model = load(str(tmp_path / "m"))
-    with pytest.raises(UsageError, match="mamba2 cannot be sampled from here"):
+    with pytest.raises(UsageError, match="rwkv cannot be sampled from here"):
         Transformers(model, 8).generate([[5, 6]], [1], temperature=1.0, max_tokens=2)
 
 

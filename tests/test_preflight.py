@@ -17,6 +17,7 @@ from opdctl.config.registry import members
 from opdctl.errors import UsageError
 from opdctl.models.model import load, outline, save
 from opdctl.recipe.recipe import resolve
+from opdctl.rollout.engines.transformers import cache_name
 from opdctl.run.launch import new_run
 from opdctl.run.plan import ready
 from opdctl.run.rundir import RunDir
@@ -238,7 +239,7 @@ def test_the_estimate_is_what_torch_holds(folder, tmp_path):
     cache = DynamicCache(config=model.net.config)
     longest = max(len(model.render(p.text)) for p in pairing.prompts("sums", 16)) + 4
     wave = torch.zeros(12, longest, dtype=torch.long)
-    model.net(wave, past_key_values=cache).logits.sum().backward()
+    model.net(wave, **{cache_name(model.net): cache}).logits.sum().backward()
     optimizer.step()
     slots = [v for state in optimizer.state.values() for k, v in state.items() if k != "step"]
     held = [p.grad for p in model.net.parameters()]

@@ -49,6 +49,7 @@ class Layers:
         )
 
 
+AFTER = ("mamba", "mamba2", "falcon_mamba")  # their hidden_states begin with the first layer's
 LAST = Layers((1,), 1)  # the last layer alone, which is numbered so in a model of any depth
 
 
@@ -104,5 +105,6 @@ def hidden_states(model: Any, out: Any, rows_N: Tensor, layers: tuple[int, ...])
             f"{model.name}: {kind} of {depth} layers returns {len(found)} hidden states",
             "layers: last",
         )
-    each = [found[n] if n < depth else out.last_hidden_state for n in layers]
+    before = int(model.net.config.model_type not in AFTER)  # the embedding's
+    each = [found[n - 1 + before] if n < depth else out.last_hidden_state for n in layers]
     return torch.stack([state.flatten(0, 1)[rows_N] for state in each], 1)

@@ -9,6 +9,7 @@ cut goes on where it was.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -112,6 +113,7 @@ class Transformers:
         seen_UT = torch.arange(T + max_tokens, device=device) >= pad_U[:, None]
         models = [model, self.blend[0]] if self.blend else [model]
         caches = [DynamicCache(config=m.net.config) for m in models]
+        names = [cache_name(m.net.base_model) for m in models]
         layers = [layer for cache in caches for layer in cache.layers]
         known = all(map(reads_additive, models))
         known = known and all(type(layer) is DynamicLayer for layer in layers)
@@ -132,8 +134,8 @@ class Transformers:
             for t in range(max_tokens):
                 self.check()
                 last = [
-                    m.backbone(**inputs, past_key_values=cache, use_cache=True)
-                    for m, cache in zip(models, caches, strict=True)
+                    m.backbone(**inputs, **{name: cache}, use_cache=True)
+                    for m, name, cache in zip(models, names, caches, strict=True)
                 ]
                 last = [out.last_hidden_state[:, -1] for out in last]
                 if t == 0:  # a prompt is read once, whatever the size of its group
@@ -246,6 +248,12 @@ def additive(dtype):
         return zeros.masked_fill(~allowed, torch.finfo(dtype).min)
 
     return mask
+
+
+def cache_name(module) -> str:
+    """Return the argument in which a module of transformers takes its cache: ``cache`` since 5.24,
+    ``past_key_values`` before."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 def keep_rows(cache, index_B) -> None:
