@@ -34,7 +34,7 @@ import methods_page
 from opdctl.config.registry import member
 from opdctl.config.schema import did_you_mean
 from opdctl.errors import EXIT_USAGE, OpdctlError, RecipeError, UsageError
-from opdctl.evidence.measured import Measured, measured
+from opdctl.evidence.measured import Measured, read_measurements
 from opdctl.recipe.methods import method, methods
 from opdctl.recipe.recipe import Recipe, resolve
 from opdctl.recipe.yaml_lines import dump, parse
@@ -253,7 +253,7 @@ def read(folder: Path) -> tuple[dict, dict[str, dict[str, dict]]]:
         left = [s for s in SHARED if run.record(s).get("status") != "done"]
         if left:
             raise UsageError(f"{run.path}: {left[0]} is not done", command(folder, seeds=[seed]))
-        recipe, found = read_recipe(run), measured(run)
+        recipe, found = read_recipe(run), read_measurements(run)
         scores, prints = found.scores(), fingerprints(recipe)
         setting = {"start": {}, "teacher": {}}
         for d in DOMAINS:
