@@ -222,7 +222,7 @@ def diagnose(
     plot: Annotated[Path | None, typer.Option(help="write an HTML page with figures")] = None,
     as_json: Json = False,
 ) -> None:
-    """Will this student learn from this teacher? Measured before money is spent."""
+    """Measure, before money is spent, if a student will learn from a teacher."""
     from opdctl.cli import console
     from opdctl.cli.diagnosis_page import write
     from opdctl.cli.diagnosis_tables import show
@@ -255,7 +255,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="refresh until it ends")] = False,
     as_json: Json = False,
 ) -> None:
-    """Stages of a run: state, step, seconds."""
+    """Show the stages of a run: state, step, seconds."""
     from opdctl.cli.inspect_commands import show_status
 
     show_status(directory, watch=watch, as_json=as_json)
@@ -308,7 +308,7 @@ def show(
     name: Annotated[str, typer.Argument(help="a stage kind, a member, a method or a recipe")],
     as_json: Json = False,
 ) -> None:
-    """Every key of a stage kind, a member, a method or the runtime: type, default, meaning."""
+    """Show the keys of a stage kind, a member, a method or the runtime: type, default, meaning."""
     from opdctl.cli import console
     from opdctl.cli.catalogue import detail
 
