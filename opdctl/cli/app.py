@@ -49,7 +49,7 @@ def root(
         ),
     ] = False,
 ) -> None:
-    """Declarative multi-stage post-training recipes with on-policy distillation."""
+    """Run declarative multi-stage post-training recipes with on-policy distillation."""
 
 
 @app.command()
