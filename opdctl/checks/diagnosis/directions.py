@@ -121,7 +121,7 @@ def score_nodes(
         parts.append(NodeScores(ids_CK, *logprobs_at, steps, *beyond))
     return NodeScores(
         *(torch.cat([getattr(p, n) for p in parts]) for n in ("ids_NK", "logp_NK", "logq_NK")),
-        {name: torch.cat([p.directions[name] for p in parts]) for name in parts[0].steps},
+        {name: torch.cat([p.directions[name] for p in parts]) for name in parts[0].directions},
         *(torch.cat([getattr(p, n) for p in parts]) for n in ("rest_sign_N", "rest_square_N")),
     )
 
