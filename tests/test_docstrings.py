@@ -41,30 +41,30 @@ ARTICLES = frozenset("a an the all any both each every no one two three".split()
 VAGUE = """
 what whether who whom whose which where when why how of it its they their those these this
 that as by in at from with without for to on over under around against after before until
-beside because if so see is are was were do does has have had will would not such same else
-other others another more most least less only here there args raises
+beside because if so see is are was were does has have had will would not such same else other
+others another more most least less only here there args raises
 """
 VERBS = """
-accept accumulate act add adjust adopt advance align allocate append apply arrange ask assert
-assign attach average balance begin bind bound broadcast build call carry cast catch change
-check choose claim clamp clean clear clip close collect combine commit compare compile
+accept accumulate act add adjust adopt advance align allocate answer append apply arrange ask
+assert assign attach average balance begin bind bound broadcast build call carry cast catch
+change check choose claim clamp clean clear clip close collect combine commit compare compile
 complete compute configure confirm connect consume continue convert copy count cover create
-cut decay decide declare decode delete derive describe detach detect discard divide download
-draw drop dump emit empty encode end ensure enter escape estimate evaluate exchange exclude
-execute exit expand explain export extend extract fail fetch fill filter find finish fit
-flatten fold follow forbid force fork format free freeze gather generate get give go grow
-guard handle hash hold ignore import include index infer initialise insert install interpolate
-join judge keep kill lay leave let limit link list load locate lock log look lower make map
-mark match measure merge mix move multiply name normalise open override pack pad parse pass
-pause perform permute pick plan pool pop prepare prevent print probe process project propagate
-publish put quote raise rank read rebuild receive recompute record redirect reduce refuse
-register reject release reload remember remove rename render repeat replace report request
-require rescale reserve reset resolve restore resume retry return reuse reverse rewrite round
-run sample save say scale scan scatter score search seed select send separate serve set shift
-show shrink shut sign skip smooth solve sort speak split spread start stop store strip
-subtract sum summarize swap switch take tell terminate test tokenize touch trace track train
-transform translate trim truncate try turn undo unfreeze unite unpack unwrap update use
-validate verify visit wait wake walk warn watch weigh wrap write yield
+cut decay decide declare decode delete derive describe detach detect discard divide do
+download draw drop dump emit empty encode end ensure enter escape estimate evaluate exchange
+exclude execute exit expand explain export extend extract fail fetch fill filter find finish
+fit flatten fold follow forbid force fork format free freeze gather generate get give go group
+grow guard handle hash hold ignore import include index infer initialise insert install
+interpolate join judge keep kill lay leave let limit link list load locate lock log look lower
+make map mark match measure merge mix move multiply name normalise open order override pack
+pad parse pass pause perform permute pick plan pool pop prepare prevent print probe process
+project propagate publish put quote raise rank read rebuild receive recompute record redirect
+reduce refuse register reject release reload remember remove rename render repeat replace
+report request require rescale reserve reset resolve restore resume retry return reuse reverse
+rewrite round run sample save say scale scan scatter score search seed select send separate
+serve set shift show shrink shut sign skip smooth solve sort speak split spread start step
+stop store strip subtract sum summarize swap switch take tell terminate test tokenize touch
+trace track train transform translate trim truncate try turn undo unfreeze unite unpack unwrap
+update use validate verify visit wait wake walk warn watch weigh wrap write yield
 """
 VAGUE, VERBS = frozenset(VAGUE.split()), frozenset(VERBS.split())
 BANNED = {"found", "what", "given", "asked"}
