@@ -13,9 +13,9 @@ import transformers
 from architectures import write
 from one_step import First, opd, prompts, said
 
-from opdctl.checks.preflight._pairing import Pairing
+from opdctl.checks.preflight._checked_stage import CheckedStage
 from opdctl.checks.preflight._weights import same_weights
-from opdctl.checks.preflight.memory import holds
+from opdctl.checks.preflight.memory import stage_memory
 from opdctl.config import references
 from opdctl.config.registry import member
 from opdctl.errors import Interrupted, RecipeError, UsageError
@@ -298,7 +298,7 @@ def test_what_the_checks_make_of_adapters(on_disk, adapters, tmp_path):
     assert not same_weights(a, b) and not same_weights(a, t) and not same_weights(on_disk / "s", a)
 
     def memory(**keys):
-        return holds(Pairing(opd(on_disk, tmp_path, **keys)))
+        return stage_memory(CheckedStage(opd(on_disk, tmp_path, **keys)))
 
     one, both = {n: str(a) for n in "ab"}, {n: str(on_disk / n) for n in "ab"}
     data = dict.fromkeys("ab", prompts(on_disk))
@@ -306,7 +306,10 @@ def test_what_the_checks_make_of_adapters(on_disk, adapters, tmp_path):
     found = [memory(teachers=x, data=data).teachers for x in (one, both)]
     assert found == [merged.parameters * 4 + size, merged.parameters * 4 + 2 * size]
     ctx = opd(on_disk, tmp_path, lora={"rank": 4})
-    outlined, loaded = holds(Pairing(ctx)), holds(Pairing(ctx, ctx.student()))
+    outlined, loaded = (
+        stage_memory(CheckedStage(ctx)),
+        stage_memory(CheckedStage(ctx, ctx.student())),
+    )
     assert outlined == loaded and loaded.gradients == 4 * ctx.student().trained
     before = provenance.model(a)
     copy = tmp_path / "t"

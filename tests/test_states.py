@@ -9,7 +9,7 @@ from one_step import First, apart, opd, prompts, refused, write
 from test_update import spans_of
 
 from conftest import make_model, make_model64
-from opdctl.checks.preflight._stage import check
+from opdctl.checks.preflight._run_checks import check
 from opdctl.errors import UsageError
 from opdctl.kernels.head import Head
 from opdctl.loss.objectives.hidden import Hidden
