@@ -20,7 +20,7 @@ from opdctl.config import references
 from opdctl.config.registry import member
 from opdctl.errors import Interrupted, RecipeError, UsageError
 from opdctl.models import tensor_file
-from opdctl.models.lora import deltas, left_out, size, with_adapters
+from opdctl.models.lora import adapter_parameters, unadapted_matrices, weight_deltas, with_adapters
 from opdctl.models.model import load, outline, save
 from opdctl.recipe.recipe import resolve
 from opdctl.remote.hub import adapter_of
@@ -366,8 +366,8 @@ def test_experts_are_adapted_or_it_is_said(on_disk, tmp_path, capsys, name):
         assert sum("mlp.experts" in n for n in model.trainable_parameters()) == (
             8 if "deep" not in name else 4
         )
-        assert left_out(model, ctx.config.lora) == sorted(MIXTURES[name])
-        assert size(outline(base), ctx.config.lora) == model.trained
+        assert unadapted_matrices(model, ctx.config.lora) == sorted(MIXTURES[name])
+        assert adapter_parameters(outline(base), ctx.config.lora) == model.trained
         with torch.no_grad():
             for n, p in sorted(model.trainable_parameters().items()):
                 torch.manual_seed(len(n))
@@ -515,7 +515,7 @@ def test_an_adapter_taken_out_of_its_base_shares_none(on_disk, adapters, tmp_pat
     with pytest.raises(UsageError, match=f"was started with '{start}'.*base's weights change"):
         ctx.frozen(str(tmp_path / start))
     with pytest.raises(UsageError, match="more than pairs of A and B"):
-        deltas(str(tmp_path / start))
+        weight_deltas(str(tmp_path / start))
     expected = made.train(False)(IDS).logits
     assert torch.allclose(ctx.load(str(tmp_path / start)).own_logits(IDS), expected, atol=1e-4)
 

@@ -7,9 +7,15 @@ from transformers import GenerationConfig
 
 from conftest import ALPHABET, make_model
 from opdctl.errors import UsageError
-from opdctl.models.chat.conversation import spoken
-from opdctl.models.chat.messages import answer_of, complaint, question, tagged, text_of
-from opdctl.models.chat.retold import opening, retold
+from opdctl.models.chat.conversation import render_conversation
+from opdctl.models.chat.messages import (
+    invalid_reason,
+    last_answer,
+    question,
+    question_text,
+    with_tag,
+)
+from opdctl.models.chat.retemplated import retemplate, thought_opening
 from opdctl.models.chat.thinking import Thinking
 from opdctl.models.model import Model, different_tokens, load, outline, save
 from opdctl.rollout.engines.transformers import Transformers
@@ -78,12 +84,14 @@ def chat(template, eos="<|im_end|>", stops=(), specials=(), bos=None, seed=0):
 
 
 def asked(messages, **keys):
-    return Prompt("x", "talk", text_of(messages), answer_of(messages), {}, "", (), messages, **keys)
+    return Prompt(
+        "x", "talk", question_text(messages), last_answer(messages), {}, "", (), messages, **keys
+    )
 
 
 def supervised(model, prompt, every=True):
     """The text of each supervised span, end token included."""
-    found = spoken(model, prompt, every)
+    found = render_conversation(model, prompt, every)
     return [model.tokenizer.decode(found.ids[a:b]) for a, b in found.spans], found
 
 
@@ -233,9 +241,9 @@ def test_a_demonstration_leaves_out_the_marks_its_prompt_ends_in():
     said = opened.after_prompt(on, "<think>\nx\n</think>\n\n", think.open, think.close)
     assert said == "x\n</think>\n\n"
     asks = Thinking(mode="think", open="<think>\n", close="\n</think>\n\n")
-    assert asks.split(said + "2") == ("x", "\n\n2") and asks.obeyed(said + "2")
-    assert think.obeyed("2") and think.obeyed("<think>\n\n</think>\n\n2")
-    assert not think.obeyed(said + "2") and not asks.obeyed("<think>\n\n</think>\n\n2")
+    assert asks.split(said + "2") == ("x", "\n\n2") and asks.follows_mode(said + "2")
+    assert think.follows_mode("2") and think.follows_mode("<think>\n\n</think>\n\n2")
+    assert not think.follows_mode(said + "2") and not asks.follows_mode("<think>\n\n</think>\n\n2")
 
 
 def test_a_turn_of_an_environment_continues_from_the_end_that_was_sampled():
@@ -250,11 +258,14 @@ def test_a_turn_of_an_environment_continues_from_the_end_that_was_sampled():
 
 
 def test_which_part_of_a_conversation_asks():
-    assert question(TALK) == TALK[:4] and answer_of(TALK) == "4"
-    assert question(TALK[:6]) == TALK[:6] and answer_of(TALK[:6]) == ""
-    assert text_of(TALK[1:3]) == "1+1" and text_of(TALK[:2]) == "system: be brief\nuser: 1+1"
-    assert tagged(TALK, " /think")[3]["content"] == "2+2 /think" and TALK[3]["content"] == "2+2"
-    assert complaint(TALK) == complaint(list(TALK)) == ""
+    assert question(TALK) == TALK[:4] and last_answer(TALK) == "4"
+    assert question(TALK[:6]) == TALK[:6] and last_answer(TALK[:6]) == ""
+    assert (
+        question_text(TALK[1:3]) == "1+1"
+        and question_text(TALK[:2]) == "system: be brief\nuser: 1+1"
+    )
+    assert with_tag(TALK, " /think")[3]["content"] == "2+2 /think" and TALK[3]["content"] == "2+2"
+    assert invalid_reason(TALK) == invalid_reason(list(TALK)) == ""
     for wrong, says in (
         ("hi", "expected a list"),
         ([], "expected a list"),
@@ -262,12 +273,12 @@ def test_which_part_of_a_conversation_asks():
         ([{"role": "user", "content": 3}], "int, not text"),
         ([{"role": "assistant", "content": "x"}], "nobody asks"),
     ):
-        assert says in complaint(wrong)
+        assert says in invalid_reason(wrong)
 
 
 def test_what_is_remembered_of_prompts_does_not_grow(monkeypatch):
     """A stream brings new ones for ever: the newest are kept, by their length in all."""
-    monkeypatch.setattr("opdctl.models.chat.rendering.MOST", 200)
+    monkeypatch.setattr("opdctl.models.chat.rendering.CACHE_LIMIT", 200)
     model = chat(CHATML)
     for i in range(50):
         text = f"question {i}"
@@ -291,7 +302,7 @@ R1 = CHATML + "{% if add_generation_prompt %}<think>\n{% endif %}"
 def test_what_a_template_opens(template, off, ends):
     model = chat(template)
     prompt = Prompt("a", "d", "is <think> a word", "", {}, enable_thinking=off)
-    assert opening(model, model.render(prompt), FREE) == ends
+    assert thought_opening(model, model.render(prompt), FREE) == ends
 
 
 @pytest.mark.parametrize(
@@ -321,7 +332,7 @@ def test_what_a_template_opens(template, off, ends):
     ],
 )
 def test_marks_of_thinking_are_told_once(before, ours, text, told):
-    assert retold(text, before, ours, FREE) == told
+    assert retemplate(text, before, ours, FREE) == told
     whole = ours + told
     assert whole.count("<think>") <= 1 and whole.count("</think>") <= 1
 
@@ -329,7 +340,7 @@ def test_marks_of_thinking_are_told_once(before, ours, text, told):
 def test_thinking_that_has_no_place_is_refused():
     for before, text in (("", "<think>a</think>4"), (OPEN, "a</think>4"), (None, "a</think>4")):
         with pytest.raises(UsageError, match="closes the block of thought"):
-            retold(text, before, EMPTY, FREE)
+            retemplate(text, before, EMPTY, FREE)
     with pytest.raises(UsageError, match="cut before it said"):
-        retold("4", None, OPEN, FREE, cut=True)
-    assert retold("4", EMPTY, "", Thinking(mode="no_think")) == "<think></think>4"
+        retemplate("4", None, OPEN, FREE, cut=True)
+    assert retemplate("4", EMPTY, "", Thinking(mode="no_think")) == "<think></think>4"

@@ -16,8 +16,8 @@ from opdctl.recipe.recipe import lookup, resolve
 from opdctl.rollout.data.hf import Hf
 from opdctl.rollout.data.jsonl import Jsonl
 from opdctl.rollout.data.reasoning_gym import ReasoningGym
-from opdctl.rollout.prompts import PromptOrder, fitting
-from opdctl.rollout.split import canonical, side
+from opdctl.rollout.prompts import PromptOrder, prompts_within_limit
+from opdctl.rollout.split import canonical, split_of
 from opdctl.run import provenance
 from opdctl.types import Prompt
 from running import carry_out, one_stage, plain
@@ -52,7 +52,7 @@ def test_split_is_a_function_of_the_question():
     assert 0.2 < len(held) / (len(train) + len(held)) < 0.3
     again = ReasoningGym(data.config, "d", 99)
     assert not {canonical(p.text) for p in again.prompts("train")} & theirs
-    assert side("  A  b ", 0.5) == side("a B", 0.5)
+    assert split_of("  A  b ", 0.5) == split_of("a B", 0.5)
 
 
 def test_reasoning_gym_scores_its_own_answers_and_nothing_else():
@@ -211,14 +211,14 @@ def test_order_is_exact_over_epochs_and_shares():
 
 
 def test_corruption_is_a_stated_share_and_always_wrong():
-    from opdctl.rollout.sources.dataset import corrupted
+    from opdctl.rollout.sources.dataset import corrupt_answer
 
     pool = [Prompt("x", "d", "q", a, {}) for a in ("7", "42", "abc", "a", "10 2", "")]
     for prompt in pool:
-        wrong = {corrupted(prompt, pool, "t", i)[1] for i in range(50)}
+        wrong = {corrupt_answer(prompt, pool, "t", i)[1] for i in range(50)}
         assert prompt.answer not in wrong and len(wrong) > 3
     alone = Prompt("x", "d", "q", "1", {})
-    assert corrupted(alone, [alone], "t")[1] != "1"
+    assert corrupt_answer(alone, [alone], "t")[1] != "1"
 
 
 def sums(tmp_path, count=60, **more):
@@ -257,7 +257,7 @@ def test_a_stream_is_the_list(tmp_path, kind):
     assert [p.item for p in spooled] == [p.item for p in listed]
     assert spooled[7] == listed[7] and spooled[-1] == listed[-1]
     assert list(spooled[5:20:3]) == listed[5:20:3] and list(spooled[10:][:3]) == listed[10:13]
-    assert list(spooled.pick([4, 2])[1:]) == [listed[2]] and list(spooled[9:].pick([1])) == [
+    assert list(spooled.select([4, 2])[1:]) == [listed[2]] and list(spooled[9:].select([1])) == [
         listed[10]
     ]
     again = table(cls, path=path, eval_share=0.2, limit=30)
@@ -307,7 +307,7 @@ def test_prompts_that_are_too_long(on_disk, tmp_path, capsys):
         left = len(ctx.prompts("s", "train")) - len(pool)
         assert ctx.counts["s"]["train"]["too long"] == left > 0
         assert f"{left} too long" in capsys.readouterr().out
-        assert len(fitting(ctx, model, "s", "train", 3)) == 3
+        assert len(prompts_within_limit(ctx, model, "s", "train", 3)) == 3
     assert max(lengths[True]) == 6 and lengths[True] == lengths[False]
 
 

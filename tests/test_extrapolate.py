@@ -47,14 +47,14 @@ def verdicts(ctx, *by_candidate):
 def test_points_of_the_line(model):
     """start + c (start - previous) on attention and MLP alone; c = 0 gives back every byte."""
     line = line_of(model, BOTH, "here")
-    before, previous = bytes_of(model), line.point()
+    before, previous = bytes_of(model), line.snapshot()
     with torch.no_grad():
         for parameter in model.net.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
             parameter.view(-1)[0] = -0.0  # 0 x anything added to it is another byte
-    start, there = line.point(), bytes_of(model)
+    start, there = line.snapshot(), bytes_of(model)
     weights = {n: p.detach().clone() for n, p in model.net.named_parameters()}
-    line.go(start, previous, 4.0)
+    line.move_to(start, previous, 4.0)
     moved = bytes_of(model)
     for name, weight in weights.items():
         inside = "self_attn." in name or "mlp." in name
@@ -63,32 +63,32 @@ def test_points_of_the_line(model):
             old = torch.frombuffer(bytearray(before[name]), dtype=torch.float32).view_as(weight)
             now = dict(model.net.named_parameters())[name].detach()
             assert torch.equal(now, weight + 4.0 * (weight - old))
-    line.go(start, previous, 2.0)
-    line.go(start, previous, 4.0)
+    line.move_to(start, previous, 2.0)
+    line.move_to(start, previous, 4.0)
     assert bytes_of(model) == moved  # a point does not depend on the way to it
-    line.go(start, previous, 0)
+    line.move_to(start, previous, 0)
     assert bytes_of(model) == there
 
 
 def test_masters_move_and_the_parameters_are_their_rounding(model):
-    from opdctl.models.master_weights import Masters
+    from opdctl.models.master_weights import MasterWeights
 
     model.net.to(torch.bfloat16)
-    model.masters = Masters(model.net)
+    model.masters = MasterWeights(model.net)
     line = line_of(model, BOTH, "here")
-    previous = line.point()
+    previous = line.snapshot()
     with torch.no_grad():
         for master in model.masters.named.values():
             master.add_(1e-4)  # bfloat16 would round most of it away
     model.masters.publish()
-    start = line.point()
+    start = line.snapshot()
     assert next(iter(start.values())).dtype == torch.float32
-    line.go(start, previous, 2.0)
+    line.move_to(start, previous, 2.0)
     for name, master in model.masters.named.items():
         if name in start:
             assert torch.equal(master, start[name] + 2.0 * (start[name] - previous[name]))
         assert torch.equal(model.masters.parameters[name], master.bfloat16())
-    line.go(start, previous, 0)
+    line.move_to(start, previous, 0)
     assert all(torch.equal(model.masters.named[n], start[n]) for n in start)
 
 
@@ -144,15 +144,15 @@ def test_an_adapters_line_is_that_of_the_product(stage):
     line = line_of(model, BOTH, "here")
     names = list(model.trainable_parameters())
     for c, kept in ((4.0, True), (2.0, False), (6.0, True)):
-        before, previous = dense(model), line.point()
+        before, previous = dense(model), line.snapshot()
         factors = {n: layer for n, layer in model.net.named_modules() if hasattr(layer, "lora_A")}
         old = {
             n: [m.lora_A["default"].weight.clone(), m.lora_B["default"].weight.clone()]
             for n, m in factors.items()
         }
         shake(model, generator)
-        start, there, trained = line.point(), dense(model), bytes_of(model)
-        line.go(start, previous, c)
+        start, there, trained = line.snapshot(), dense(model), bytes_of(model)
+        line.move_to(start, previous, c)
         on_line = {n: there[n] + c * (there[n] - before[n]) for n in there}
         assert far(dense(model), on_line) < 1e-5
         naive = {}
@@ -167,7 +167,7 @@ def test_an_adapters_line_is_that_of_the_product(stage):
         if kept:
             line.keep()
         else:
-            line.go(start, previous, 0)
+            line.move_to(start, previous, 0)
             assert bytes_of(model) == trained and far(dense(model), there) == 0
     state = line.state()
     assert {len(v) for n, v in state.items() if n.endswith(".A")} == {8}  # two leaps x two x rank 2
@@ -198,9 +198,9 @@ def test_an_adapters_output_is_where_it_leapt_to(stage, on_disk, tmp_path, outpu
 
     model, generator = adapted(stage, output=output)
     line = line_of(model, [r"mlp\.down_proj", r"q_proj"], "here")
-    previous = line.point()
+    previous = line.snapshot()
     shake(model, generator)
-    line.go(line.point(), previous, 4.0)
+    line.move_to(line.snapshot(), previous, 4.0)
     line.keep()
     expected = dense(model)
     save(model, tmp_path / "out")

@@ -13,7 +13,7 @@ from architectures import SHAPES, write
 from one_step import First, apart, by_transformers, opd, said
 
 from opdctl.errors import UsageError
-from opdctl.models.logits_check import keeps_apart
+from opdctl.models.logits_check import isolates_packed_sequences
 from opdctl.models.model import load, save
 from opdctl.models.packing import pack
 from opdctl.rollout.engines.transformers import Transformers
@@ -86,7 +86,7 @@ def test_an_architecture_that_would_be_computed_wrongly_is_refused(
     """A factor that is not known here; attention in both directions."""
     write(tmp_path / "m", "granite", **change)
     if "logits_scaling" in change:
-        monkeypatch.setattr("opdctl.models.model.shaped", lambda config: (None, 1.0))
+        monkeypatch.setattr("opdctl.models.model.softcap_and_scale", lambda config: (None, 1.0))
     with pytest.raises(UsageError, match=says):
         load(str(tmp_path / "m"))
 
@@ -144,4 +144,4 @@ def test_sequences_that_would_see_each_other_are_not_packed(folder):
     with pytest.raises(UsageError, match="see each other in gpt_oss") as caught:
         load(str(folder / "seen"), packing="packed")
     assert caught.value.hint == "runtime.packing=padded"
-    assert not keeps_apart(load(str(folder / "seen")), required=False)
+    assert not isolates_packed_sequences(load(str(folder / "seen")), required=False)

@@ -79,7 +79,7 @@ def test_a_trace_ends_in_the_answer(task, every):
     for prompt in prompts:
         thought, answer = data.config.thinking.split(prompt.lead + prompt.answer)
         assert answer == prompt.answer and thought.endswith(answer) and prompt.text.endswith("=+")
-        assert data.config.thinking.obeyed(prompt.lead + answer)
+        assert data.config.thinking.follows_mode(prompt.lead + answer)
         assert data.score(prompt, prompt.lead + answer) == 1.0
         assert data.score(prompt, prompt.lead + answer + "x") == 0.0
     longest = max(len(p.lead) for p in prompts)
@@ -150,12 +150,12 @@ def test_modes_are_read():
         ("7", "", "7"),
     ):
         assert think.split(text) == (thought, answer)
-        assert think.obeyed(text) == bool(thought)
-        assert plain.obeyed(text) == (not thought)
+        assert think.follows_mode(text) == bool(thought)
+        assert plain.follows_mode(text) == (not thought)
     for cut in ("<think>7", "<think></think><think>7", "<think>a</think>7<think>"):
-        assert not think.obeyed(cut) and not plain.obeyed(cut)  # opened and not closed
+        assert not think.follows_mode(cut) and not plain.follows_mode(cut)  # opened and not closed
     free = Thinking()
-    assert free.split("<think>a</think>7") == ("", "<think>a</think>7") and free.obeyed("x")
+    assert free.split("<think>a</think>7") == ("", "<think>a</think>7") and free.follows_mode("x")
     assert free.lead("so ") == "so "
 
 

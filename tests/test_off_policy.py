@@ -13,7 +13,7 @@ from opdctl.config.registry import member
 from opdctl.loss.signals.return_to_go import ReturnToGo
 from opdctl.loss.signals.reverse_kl import ReverseKl
 from opdctl.models.model import load
-from opdctl.models.packing import future
+from opdctl.models.packing import discounted_future_sum
 from opdctl.rollout.engines import transformers as transformers_engine
 from opdctl.rollout.engines.transformers import Transformers
 from running import carry_out
@@ -38,7 +38,9 @@ def test_future_by_its_definition(discount):
         v = values[at : at + n].tolist()
         by_hand += [sum(discount ** (j - t - 1) * v[j] for j in range(t + 1, n)) for t in range(n)]
         at += n
-    assert future(values, owner, 3, discount).tolist() == pytest.approx(by_hand, abs=1e-12)
+    assert discounted_future_sum(values, owner, 3, discount).tolist() == pytest.approx(
+        by_hand, abs=1e-12
+    )
 
 
 def test_return_to_go_by_hand():
@@ -105,8 +107,8 @@ def test_a_blend_samples_the_mixture_of_probabilities(model, padded):
 
 def test_the_other_model_of_a_blend_is_looked_at_too(model, monkeypatch):
     seen = []
-    monkeypatch.setattr(transformers_engine, "reads_additive", lambda m: False)
-    monkeypatch.setattr(transformers_engine, "require_own_states", seen.append)
+    monkeypatch.setattr(transformers_engine, "reads_additive_mask", lambda m: False)
+    monkeypatch.setattr(transformers_engine, "require_stepwise_sampling", seen.append)
     other = make_model(5)
     for _ in range(2):  # once each
         blended = Transformers(model, 8, blend=(other, 0.5))
@@ -137,14 +139,14 @@ def test_a_mixture_gives_each_prompt_to_one(on_disk, tmp_path):
     source = mixture(ctx, student=0.5, teacher=0.2, dataset=0.3)
     counts = {"student": 0, "teacher": 0, "dataset": 0}
     for step in range(200):
-        found = source.places(step)
+        found = source.assignment(step)
         assert sorted(i for places in found.values() for i in places) == list(range(12))
         for name, places in found.items():
             counts[name] += len(places) / 2400
     assert counts == pytest.approx({"student": 0.5, "teacher": 0.2, "dataset": 0.3}, abs=0.03)
     fading = mixture(ctx, student=0.0, teacher=1.0, dataset=0.0, decay=0.5)
-    assert len(fading.places(0)["teacher"]) == 12
-    late = [fading.places(s)["student"] for s in range(10, 20)]
+    assert len(fading.assignment(0)["teacher"]) == 12
+    late = [fading.assignment(s)["student"] for s in range(10, 20)]
     assert sum(map(len, late)) >= 118
 
 
@@ -153,7 +155,7 @@ def test_a_mixtures_rollouts_are_of_who_wrote_them(on_disk, tmp_path):
     student = load(str(on_disk / "s"))
     student.tokenizer.chat_template = "{{ messages[0]['content'] }} "  # not the teacher's
     source = mixture(ctx, student, student=0.4, teacher=0.3, dataset=0.3)
-    rollouts, places = source.draw(0), source.places(0)
+    rollouts, places = source.draw(0), source.assignment(0)
     for name in places:
         mine = [r for r in rollouts if r.source == name]
         assert len(mine) == 2 * len(places[name]) > 0

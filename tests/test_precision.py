@@ -12,8 +12,8 @@ from conftest import make_model
 from opdctl.config.settings import Optim, Runtime
 from opdctl.errors import Interrupted, UsageError
 from opdctl.models import tensor_file
-from opdctl.models.gradient_checkpointing import recompute
-from opdctl.models.master_weights import Masters
+from opdctl.models.gradient_checkpointing import enable_checkpointing
+from opdctl.models.master_weights import MasterWeights
 from opdctl.models.model import Model, load
 from opdctl.run.rundir import read_rows
 from opdctl.train import update
@@ -37,7 +37,7 @@ def test_the_optimizer_moves_float32_copies():
     model = make_model(dtype="bfloat16")
     names = dict(model.net.named_parameters())
     plain = {n: nn.Parameter(p.detach().float()) for n, p in names.items()}
-    model.masters = Masters(model.net)
+    model.masters = MasterWeights(model.net)
     optim = Optim(lr=1e-6, weight_decay=0.1)
     ours = update.make_optimizer(model, optim)
     matrices = [p for p in plain.values() if p.ndim > 1]
@@ -120,7 +120,7 @@ def test_an_attention_that_is_not_there(on_disk, tmp_path):
 def test_activations_are_computed_again(name, tmp_path):
     """Each layer twice, to the same gradient, and only where one is needed; dropout stays off."""
     write(tmp_path, name)
-    twice = load(str(tmp_path), recomputed=True)
+    twice = load(str(tmp_path), gradient_checkpointing=True)
     once = load(str(tmp_path))
     calls = []
     for layer in (m for m in twice.net.modules() if hasattr(m, "gradient_checkpointing")):
@@ -186,4 +186,4 @@ def test_what_cannot_be_computed_again():
     with pytest.raises(UsageError, match="again"):
         net = nn.Linear(2, 2)
         net.config = make_model().net.config
-        recompute(net, "m")
+        enable_checkpointing(net, "m")

@@ -67,7 +67,7 @@ def test_a_right_solution_passes(sandbox):
     assert sandbox.run(DOUBLE, tests=TESTS).passed
     assert sandbox.run("import math, collections, json, re\n" + DOUBLE, tests=TESTS).passed
     assert sandbox.run(DOUBLE + "open('note', 'w').write('x')\n", tests=TESTS).passed
-    assert sandbox.run("print(int(input()) * 2)", given="4\n").output == "8\n"
+    assert sandbox.run("print(int(input()) * 2)", stdin="4\n").output == "8\n"
     noisy = "import os\nos.system = None\nprint('x' * 10)\n" + DOUBLE
     assert sandbox.run(noisy, tests=TESTS).passed
 

@@ -14,8 +14,14 @@ from opdctl.errors import UsageError
 from opdctl.kernels.head import Head
 from opdctl.loss.objectives.hidden import Hidden
 from opdctl.loss.weights.window import Window
-from opdctl.models.gradient_checkpointing import recompute
-from opdctl.models.hidden_layers import Layers, forward_kwargs, hidden_states, layers_of, numbers
+from opdctl.models.gradient_checkpointing import enable_checkpointing
+from opdctl.models.hidden_layers import (
+    Layers,
+    forward_kwargs,
+    hidden_states,
+    layer_numbers,
+    layers_of,
+)
 from opdctl.models.model import Model, load
 from opdctl.scoring.score import score
 from opdctl.scoring.teacher_cache import CachedTeacher, TeacherCache
@@ -29,9 +35,9 @@ OFF = {"signals": {}}
 
 def test_layers_by_name_and_by_number():
     """Numbered from 1; the embedding is none of them."""
-    assert numbers("all", 4) == (1, 2, 3, 4) and numbers("last", 4) == (4,)
-    assert numbers("even", 5) == (2, 4) and numbers("odd", 5) == (1, 3, 5)
-    assert numbers("4,2", 4) == (2, 4)
+    assert layer_numbers("all", 4) == (1, 2, 3, 4) and layer_numbers("last", 4) == (4,)
+    assert layer_numbers("even", 5) == (2, 4) and layer_numbers("odd", 5) == (1, 3, 5)
+    assert layer_numbers("4,2", 4) == (2, 4)
     model = make_model64(0, layers=3)
     assert layers_of(model, ["odd", "2"]) == Layers((1, 2, 3), 3)
     for which in ("4", "0,1"):
@@ -54,8 +60,8 @@ def test_layers_by_name_and_by_number():
 )
 def test_which_layer_of_another_depth(ours, theirs, beside):
     """Golden numbers of the proportional map, worked out by hand; the last is beside the last."""
-    layers = Layers(numbers("all", ours), ours)
-    found = dict(zip(layers.inner, layers.beside(theirs), strict=True))
+    layers = Layers(layer_numbers("all", ours), ours)
+    found = dict(zip(layers.inner, layers.counterparts(theirs), strict=True))
     assert found.items() >= beside.items() and len(found) == ours - 1
     assert all(1 <= n <= theirs for n in found.values())
 
@@ -292,8 +298,8 @@ def test_layers_that_are_computed_again_give_the_same_gradient(stage):
     keys = {**OFF, "objectives": {"hidden": {"layers": "all"}}}
     first = First(stage(**keys))
     expected = first.gradient()[1]
-    recompute(first.model.net, "it")
-    first.model.recomputed = True
+    enable_checkpointing(first.model.net, "it")
+    first.model.gradient_checkpointing = True
     assert apart(first.gradient()[1], expected) < 1e-6
 
 

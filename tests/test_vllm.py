@@ -13,8 +13,9 @@ from opdctl import draws
 from opdctl.errors import Interrupted, RecipeError, UsageError
 from opdctl.models.model import load, save
 from opdctl.recipe.recipe import resolve
+from opdctl.rollout.engines._vllm_plugins import import_vllm
 from opdctl.rollout.engines.transformers import Transformers
-from opdctl.rollout.engines.vllm import Vllm, _imported
+from opdctl.rollout.engines.vllm import Vllm
 from opdctl.run.rundir import RunDir, read_rows
 from opdctl.scoring.score import score
 from opdctl.train.wal import Wal
@@ -384,7 +385,7 @@ def test_an_output_loads_in_plain_transformers_and_in_plain_vllm(tmp_path, archi
             for p in prompts
         ]
         said.append([f.tolist() for f in found])
-    plain = _imported(cuda=False)
+    plain = import_vllm(cuda=False)
     llm = plain.LLM(
         str(ctx.folder / "output"),
         dtype="float32",

@@ -179,7 +179,7 @@ def _require_engine(recipe: Recipe) -> None:
     Raises:
         UsageError: it is not there.
     """
-    getattr(member("engines", recipe.runtime.engine), "require", lambda: None)()
+    member("engines", recipe.runtime.engine).require()
 
 
 def diagnosis_of(

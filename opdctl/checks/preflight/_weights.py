@@ -78,9 +78,9 @@ class Weights:
                 self.files |= dict.fromkeys(file.keys(), path)
         self.deltas: dict[str, Any] = {}
         if base:
-            from opdctl.models.lora import deltas
+            from opdctl.models.lora import weight_deltas
 
-            self.deltas = deltas(reference)
+            self.deltas = weight_deltas(reference)
 
     def read(self, name: str) -> Any:
         """A tensor as the model has it."""
