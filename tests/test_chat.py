@@ -83,7 +83,7 @@ def chat(template, eos="<|im_end|>", stops=(), specials=(), bos=None, seed=0):
     return Model(model.net, tokenizer, "it")
 
 
-def asked(messages, **keys):
+def prompt_of(messages, **keys):
     return Prompt(
         "x", "talk", question_text(messages), last_answer(messages), {}, "", (), messages, **keys
     )
@@ -91,8 +91,8 @@ def asked(messages, **keys):
 
 def supervised(model, prompt, every=True):
     """The text of each supervised span, end token included."""
-    found = render_conversation(model, prompt, every)
-    return [model.tokenizer.decode(found.ids[a:b]) for a, b in found.spans], found
+    rendered = render_conversation(model, prompt, every)
+    return [model.tokenizer.decode(rendered.ids[a:b]) for a, b in rendered.spans], rendered
 
 
 def test_a_response_ends_by_any_token_of_the_generation_config(tmp_path):
@@ -154,38 +154,38 @@ def test_student_and_teacher_agree_on_the_ends():
 @pytest.mark.parametrize("template", [CHATML, MARKED])
 def test_assistant_turns_are_supervised_with_their_end(template):
     model = chat(template)
-    said, found = supervised(model, asked(TALK))
+    said, rendered = supervised(model, prompt_of(TALK))
     assert said == ["2<|im_end|>", "calc<|im_end|>", "4<|im_end|>"]
     whole = model.apply(TALK)
-    assert model.tokenizer.decode(found.ids) == whole.removesuffix("\n")
-    assert found.ids[: found.spans[0][0]] == model.ids(model.apply(TALK[:2], generate=True))
-    last, found = supervised(model, asked(TALK), every=False)
-    assert last == ["4<|im_end|>"] and model.tokenizer.decode(found.ids) == whole.rstrip()
+    assert model.tokenizer.decode(rendered.ids) == whole.removesuffix("\n")
+    assert rendered.ids[: rendered.spans[0][0]] == model.ids(model.apply(TALK[:2], generate=True))
+    last, rendered = supervised(model, prompt_of(TALK), every=False)
+    assert last == ["4<|im_end|>"] and model.tokenizer.decode(rendered.ids) == whole.rstrip()
 
 
 def test_other_templates_end_their_turns_in_their_way():
     llama = chat(LLAMA, eos="<|eot|>", specials=["<|start|>", "<|end_header|>"], bos="<|begin|>")
-    said, found = supervised(llama, asked(TALK[:5]))
+    said, rendered = supervised(llama, prompt_of(TALK[:5]))
     assert said == ["2<|eot|>", "calc<|eot|>"]
-    assert found.ids.count(llama.tokenizer.bos_token_id) == 1
+    assert rendered.ids.count(llama.tokenizer.bos_token_id) == 1
     glm = chat(GLM, eos="<|endoftext|>", stops=["<|endoftext|>", "<|user|>"])
-    said, found = supervised(glm, asked(TALK[:5]))
+    said, rendered = supervised(glm, prompt_of(TALK[:5]))
     assert said == ["2<|user|>", "calc<|user|>"]
-    assert glm.tokenizer.decode(found.ids) == glm.apply(TALK[:5]) + "<|user|>"
+    assert glm.tokenizer.decode(rendered.ids) == glm.apply(TALK[:5]) + "<|user|>"
     gemma = chat(GEMMA, eos="<eos>", stops=["<eos>", "<end>"], specials=["<start>"], bos="<bos>")
-    assert supervised(gemma, asked(TALK[1:5]))[0] == ["2<end>", "calc<end>"]
+    assert supervised(gemma, prompt_of(TALK[1:5]))[0] == ["2<end>", "calc<end>"]
     with pytest.raises(UsageError, match="no system role"):
-        gemma.render(asked(TALK[:5]))
+        gemma.render(prompt_of(TALK[:5]))
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_for_all_and_not_for_the_last():
     model = chat(QWEN)
     with pytest.raises(UsageError, match="otherwise once turn 2 is over") as refused:
-        supervised(model, asked(TALK))
+        supervised(model, prompt_of(TALK))
     assert "turns=last" in refused.value.hint
-    said, found = supervised(model, asked(TALK), every=False)
+    said, rendered = supervised(model, prompt_of(TALK), every=False)
     assert said == ["<think>\n\n</think>\n\n4<|im_end|>"]
-    assert found.ids[: found.spans[0][0]] == model.ids(model.apply(TALK[:-1], generate=True))
+    assert rendered.ids[: rendered.spans[0][0]] == model.ids(model.apply(TALK[:-1], generate=True))
 
 
 def test_marks_that_cannot_be_right_are_refused():
@@ -193,22 +193,22 @@ def test_marks_that_cannot_be_right_are_refused():
         "{% generation %}", "{% generation %}<|im_start|>assistant\n"
     )
     with pytest.raises(UsageError, match="does not begin where a response does"):
-        supervised(chat(early), asked(TALK[1:3]))
+        supervised(chat(early), prompt_of(TALK[1:3]))
     some = MARKED.replace("'assistant' %}", "'assistant' and loop.last %}")
     with pytest.raises(UsageError, match="marks 1 of 3 turns"):
-        supervised(chat(some), asked(TALK))
+        supervised(chat(some), prompt_of(TALK))
     without = MARKED.replace("<|im_end|>\n{% endgeneration %}", "{% endgeneration %}<|im_end|>\n")
-    assert supervised(chat(without), asked(TALK))[0][0] == "2<|im_end|>"
+    assert supervised(chat(without), prompt_of(TALK))[0][0] == "2<|im_end|>"
     never = MARKED.replace("<|im_end|>\n{% endgeneration %}", "\n{% endgeneration %}")
     with pytest.raises(UsageError, match="ends by no token"):
-        supervised(chat(never, specials=["<|x|>"]), asked(TALK))
+        supervised(chat(never, specials=["<|x|>"]), prompt_of(TALK))
 
 
 def test_system_turn_and_thinking_reach_the_template_or_are_refused():
     model = chat(CHATML)
     shown = model.tokenizer.decode(model.render(Prompt("a", "d", "1+1", "", {}, system="be kind")))
     assert shown.startswith("<|im_start|>system\nbe kind<|im_end|>")
-    own = model.tokenizer.decode(model.render(asked(TALK[:2], system="be kind")))
+    own = model.tokenizer.decode(model.render(prompt_of(TALK[:2], system="be kind")))
     assert "be brief" in own and "be kind" not in own
     off = Prompt("b", "d", "1+1", "", {}, enable_thinking=False)
     assert model.tokenizer.decode(model.render(off)).endswith("<think>\n\n</think>\n\n")
@@ -222,7 +222,7 @@ def test_system_turn_and_thinking_reach_the_template_or_are_refused():
         with pytest.raises(UsageError, match=says):
             deaf.render(prompt)
     with pytest.raises(UsageError, match="no chat template for a conversation of system, user"):
-        chat(None).render(asked(TALK[:2]))
+        chat(None).render(prompt_of(TALK[:2]))
     twice = chat("{{ bos_token }}" + LLAMA, eos="<|eot|>", bos="<|begin|>")
     with pytest.raises(UsageError, match="twice"):
         twice.render("1+1")

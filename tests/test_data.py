@@ -40,8 +40,8 @@ def judged(data, prompt, text):
     """The verdict on one answer, by the verifier that the data names."""
     ((name, keys),) = data.config.verifier.items()
     ctx = SimpleNamespace(check=lambda: None)
-    (found,) = member("verifiers", name)(keys, ctx, "d").score([(prompt, text)])
-    return found
+    (verdict,) = member("verifiers", name)(keys, ctx, "d").score([(prompt, text)])
+    return verdict
 
 
 def test_split_is_a_function_of_the_question():
@@ -103,17 +103,17 @@ def test_jsonl_parquet_and_hf(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "hf"))
     keys = {"prompt_column": "q", "answer_column": "a", "eval_share": 0.3}
-    found = [
+    tables = [
         table(Jsonl, path=str(tmp_path / "d.jsonl"), **keys),
         table(Jsonl, path=str(tmp_path / "d.parquet"), **keys),
         table(Hf, path=str(tmp_path / "hf"), **keys),
     ]
-    prompts = [d.prompts("train") for d in found]
+    prompts = [d.prompts("train") for d in tables]
     assert prompts[0] == prompts[1] == prompts[2]
-    assert len(prompts[0]) + len(found[0].prompts("eval")) == 200
+    assert len(prompts[0]) + len(tables[0].prompts("eval")) == 200
     first = prompts[0][0]
-    assert judged(found[0], first, first.answer + " ") == 1.0
-    assert judged(found[0], first, "no") == 0.0
+    assert judged(tables[0], first, first.answer + " ") == 1.0
+    assert judged(tables[0], first, "no") == 0.0
 
 
 def test_shards_are_one_table_in_the_order_of_their_names(on_disk, tmp_path):
@@ -276,9 +276,14 @@ def test_a_stream_is_written_again_for_other_rows(tmp_path):
 def staged(on_disk, tmp_path, name, prompts=None, **data):
     path = data.pop("path", None) or sums(tmp_path)
     keys = {"kind": "jsonl", "path": path, "eval_share": 0.3, **data}
-    given = {"per_step": 7, "samples": 1, **(prompts or {})}
+    prompt_keys = {"per_step": 7, "samples": 1, **(prompts or {})}
     return one_stage(
-        tmp_path / name, {"s": keys}, kind="sft", student=str(on_disk / "s"), steps=9, prompts=given
+        tmp_path / name,
+        {"s": keys},
+        kind="sft",
+        student=str(on_disk / "s"),
+        steps=9,
+        prompts=prompt_keys,
     )
 
 
@@ -324,20 +329,20 @@ def test_a_saved_folder_with_several_splits(tmp_path):
 
 
 def test_conversations_of_one_text_with_other_calls_are_two(tmp_path):
-    def asked(name):
+    def row(name):
         call = {"role": "assistant", "tool_calls": [{"function": {"name": name}}]}
         turns = [{"role": "user", "content": "q"}, call, {"role": "tool", "content": "7"}]
         return {"turns": [*turns, {"role": "user", "content": "and now?"}], "answer": "8"}
 
     path = tmp_path / "c.jsonl"
-    path.write_text("".join(json.dumps(asked(n)) + "\n" for n in ("add", "sub", "add")))
+    path.write_text("".join(json.dumps(row(n)) + "\n" for n in ("add", "sub", "add")))
     config = Jsonl.Config(kind="jsonl", path=str(path), messages_column="turns", eval_share=0.0)
     data = Jsonl(config, "d", 0)
     assert len(data.prompts("train")) == 2 and data.counts["train"]["repeated"] == 1
 
 
 def test_a_conversations_answer_is_in_the_column_that_is_named(tmp_path):
-    """Only the default may be absent: the last turn is the answer then."""
+    """Check that only the default column may be absent: then the last turn is the answer."""
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "last"}]
     path = tmp_path / "c.jsonl"
     path.write_text(json.dumps({"turns": turns, "gold": "8", "empty": None}) + "\n")

@@ -32,10 +32,10 @@ def bytes_of(model):
 
 def verdicts(ctx, *by_candidate):
     """A verifier that passes so many of the answers of W and of each candidate, in turn."""
-    asked = iter(by_candidate)
+    counts = iter(by_candidate)
 
     def verify(rollouts):
-        count = next(asked)
+        count = next(counts)
         return [float(i < count) for i in range(len(rollouts))]
 
     ctx.verify = verify
@@ -114,7 +114,7 @@ def adapted(stage, **lora):
 
 def dense(model):
     """W + the products of all adapters that are on, by layer, in float64."""
-    found = {}
+    weights = {}
     for name, layer in model.net.named_modules():
         if hasattr(layer, "lora_A"):
             weight = layer.get_base_layer().weight.detach().double()
@@ -123,8 +123,8 @@ def dense(model):
                     parts = (layer.lora_A, layer.lora_B)
                     a, b = (part[on].weight.detach().double() for part in parts)
                     weight = weight + layer.scaling[on] * (b @ a)
-            found[name] = weight
-    return found
+            weights[name] = weight
+    return weights
 
 
 def shake(model, generator):
@@ -133,8 +133,8 @@ def shake(model, generator):
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
-def far(found, expected):
-    return max(float((found[n] - expected[n]).abs().max()) for n in expected)
+def far(weights, expected):
+    return max(float((weights[n] - expected[n]).abs().max()) for n in expected)
 
 
 def test_an_adapters_line_is_that_of_the_product(stage):
@@ -207,10 +207,12 @@ def test_an_adapters_output_is_where_it_leapt_to(stage, on_disk, tmp_path, outpu
     if output == "adapter":
         config = read_json(tmp_path / "out" / "adapter_config.json")
         assert config["r"] == config["lora_alpha"] == 6
-        found = merged(load(str(on_disk / "s")), str(tmp_path / "out"))
+        read_back = merged(load(str(on_disk / "s")), str(tmp_path / "out"))
     else:
-        found = load(str(tmp_path / "out"))
-    weights = {n: m.weight.detach().double() for n, m in found.net.named_modules() if n in expected}
+        read_back = load(str(tmp_path / "out"))
+    weights = {
+        n: m.weight.detach().double() for n, m in read_back.net.named_modules() if n in expected
+    }
     assert weights.keys() == expected.keys() and far(weights, expected) < 1e-5
 
 
@@ -229,7 +231,7 @@ class Leaping:
         self.it.start()
 
     def step(self):
-        """What an update would do."""
+        """Move the weights as an update would."""
         with torch.no_grad():
             for parameter in self.model.net.parameters():
                 parameter.add_(0.01)
@@ -255,14 +257,14 @@ CASES = {  # right answers of W and of each candidate -> which is kept, how many
 
 @pytest.mark.parametrize("case", CASES)
 def test_candidates_are_kept_while_they_are_no_worse(stage, case):
-    right, keys, kept, asked = CASES[case]
+    right, keys, kept, tried = CASES[case]
     leaping = Leaping(stage, **keys)
     before = leaping.weights()
     leaping.step()
     at, all_of_it = leaping.weights(), bytes_of(leaping.model)
     verdicts(leaping.ctx, *right)
-    found = leaping.it.act(1)
-    assert found == {"scores": pytest.approx([n / 6 for n in right[:asked]]), "accepted": kept}
+    facts = leaping.it.act(1)
+    assert facts == {"scores": pytest.approx([n / 6 for n in right[:tried]]), "accepted": kept}
     assert torch.equal(leaping.weights(), at + 2.0 * kept * (at - before) if kept else at)
     if not kept:
         assert bytes_of(leaping.model) == all_of_it
@@ -270,7 +272,7 @@ def test_candidates_are_kept_while_they_are_no_worse(stage, case):
 
 
 def test_the_next_direction_is_from_what_was_kept(stage):
-    """At 1, 2 and 4; not at 3, 5, 6, 7. A leap is no part of the direction after it."""
+    """Check leaps at 1, 2 and 4, not at 3, 5, 6, 7; a leap is no part of the next direction."""
     leaping, acted = Leaping(stage), []
     place = leaping.weights()
     for done in range(1, 9):
@@ -329,7 +331,7 @@ def test_the_set_is_fixed_in_the_stages_shares_and_its_draws_disturb_nothing(sta
 
 
 def test_what_it_samples_is_in_the_ledger(stage):
-    """Of a model that never ends a response: prompt and six tokens, for W and each candidate."""
+    """Check a model that never ends a response: prompt and six tokens, for W and each candidate."""
     with_it, without = stage(**LEAPS, steps=1), stage(**{**LEAPS, "controllers": {}}, steps=1)
     ours, theirs = (member("stages", "opd")().run(c) for c in (with_it, without))
     row = read_rows(with_it.folder / "metrics.jsonl")[0]
@@ -353,8 +355,8 @@ def test_too_few_prompts_are_refused_before_the_first_step(stage):
 
 
 def test_refused(stage, on_disk, tmp_path):
-    given = {"controllers": {"extrapolate": {"modules": ["attn["]}}}
-    problem = refused(stage, **{**LEAPS, **given})
+    pattern = {"controllers": {"extrapolate": {"modules": ["attn["]}}}
+    problem = refused(stage, **{**LEAPS, **pattern})
     assert problem.path.endswith("controllers.extrapolate.modules")
     assert "no verifier" not in problem.message and "attn[" in problem.message
     keys = {"kind": "sft", "student": str(on_disk / "s"), "controllers": {"extrapolate": {}}}
@@ -397,7 +399,7 @@ def whole(stage, **keys):
     ids=["weights", "adapter"],
 )
 def test_killed_in_validations_it_ends_with_the_same_bits(stage, keys, kills):
-    """Each time in another one, by SIGKILL, and resumed from what was logged: of 102 draws each
+    """Kill each time in another one, by SIGKILL, and resume from what was logged: of 102 draws each
     attempt makes those that are left."""
     if keys:
         pytest.importorskip("peft", reason="the extra peft")
@@ -426,9 +428,9 @@ def test_a_stop_in_a_validation_commits_the_step_without_it(stage, count):
     assert (cut.folder / "wal" / f"step-{held['step'] - 1:06d}").exists()  # what was answered
     assert len(read_rows(cut.folder / "metrics.jsonl")) == held["step"] - 1
     again = Context(cut.run, cut.recipe, "it", attempt=2)
-    found = member("stages", "opd")().run(again)
+    compute = member("stages", "opd")().run(again)
     rows = [[plain(r) for r in read_rows(c.folder / "metrics.jsonl")] for c in (plainly, again)]
     assert rows[0] == rows[1]
-    assert (found.rollout_tokens, found.flops) == (ledger.rollout_tokens, ledger.flops)
+    assert (compute.rollout_tokens, compute.flops) == (ledger.rollout_tokens, ledger.flops)
     name = "output/model.safetensors"
     assert (again.folder / name).read_bytes() == (plainly.folder / name).read_bytes()

@@ -81,28 +81,28 @@ def test_single_step_plus_return_to_go_is_the_gradient_of_the_sequence_kl():
         later = -(credit(step, own=False) * lp).sum()
         estimate = estimate + mass.detach() * (single + later)
     (expected,) = torch.autograd.grad(exact, z, retain_graph=True)
-    (found,) = torch.autograd.grad(estimate, z)
-    assert expected.norm() > 0.1 and (found - expected).abs().max() < 1e-12
+    (gradient,) = torch.autograd.grad(estimate, z)
+    assert expected.norm() > 0.1 and (gradient - expected).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("padded", [0, 7])
 def test_a_blend_samples_the_mixture_of_probabilities(model, padded):
     other, alpha, keys = make_model(5, extra_rows=padded), 0.3, list(range(40))
     prompts = [[5, 6, 7], [8, 9]] * 20
-    given = {"temperature": 0.8, "max_tokens": 5}
-    found = Transformers(model, 64, blend=(other, alpha)).generate(prompts, keys, **given)
+    sampling = {"temperature": 0.8, "max_tokens": 5}
+    samples = Transformers(model, 64, blend=(other, alpha)).generate(prompts, keys, **sampling)
     rollouts = [
         SimpleNamespace(prompt_ids=p, response_ids=s.ids)
-        for p, s in zip(prompts, found, strict=True)
+        for p, s in zip(prompts, samples, strict=True)
     ]
     p, q = (by_transformers(m, rollouts, 0.8, model.valid_V).detach() for m in (model, other))
     mixed = (alpha * q.exp() + (1 - alpha) * p.exp()).log()
-    said_by = torch.tensor([v for s in found for v in s.logprobs])
+    said_by = torch.tensor([v for s in samples for v in s.logprobs])
     assert torch.allclose(said_by, said(mixed, rollouts), atol=1e-4)
     assert not torch.allclose(said_by, said(p, rollouts), atol=1e-2)
-    alone = Transformers(model, 64).generate(prompts, keys, **given)
-    none = Transformers(model, 64, blend=(other, 0.0)).generate(prompts, keys, **given)
-    assert [s.ids for s in none] == [s.ids for s in alone] != [s.ids for s in found]
+    alone = Transformers(model, 64).generate(prompts, keys, **sampling)
+    none = Transformers(model, 64, blend=(other, 0.0)).generate(prompts, keys, **sampling)
+    assert [s.ids for s in none] == [s.ids for s in alone] != [s.ids for s in samples]
 
 
 def test_the_other_model_of_a_blend_is_looked_at_too(model, monkeypatch):
@@ -139,9 +139,9 @@ def test_a_mixture_gives_each_prompt_to_one(on_disk, tmp_path):
     source = mixture(ctx, student=0.5, teacher=0.2, dataset=0.3)
     counts = {"student": 0, "teacher": 0, "dataset": 0}
     for step in range(200):
-        found = source.assignment(step)
-        assert sorted(i for places in found.values() for i in places) == list(range(12))
-        for name, places in found.items():
+        assigned = source.assignment(step)
+        assert sorted(i for places in assigned.values() for i in places) == list(range(12))
+        for name, places in assigned.items():
             counts[name] += len(places) / 2400
     assert counts == pytest.approx({"student": 0.5, "teacher": 0.2, "dataset": 0.3}, abs=0.03)
     fading = mixture(ctx, student=0.0, teacher=1.0, dataset=0.0, decay=0.5)

@@ -21,13 +21,13 @@ TESTS = ["assert double(2) == 4", "assert double(-1) == -2"]
 def sandbox(request):
     python = "" if request.param else shutil.which("python3", path="/usr/bin") or ""
     try:
-        found = Sandbox(LIMITS, namespaces=request.param, python=python)
+        built = Sandbox(LIMITS, namespaces=request.param, python=python)
     except UsageError as error:
         pytest.skip(f"no Python here that every user can read: {error}")
-    if request.param and not found.isolated:
+    if request.param and not built.isolated:
         pytest.skip("the kernel grants no namespaces here")
-    assert found.isolated == request.param
-    return found
+    assert built.isolated == request.param
+    return built
 
 
 CHEATS = {
@@ -125,14 +125,14 @@ def test_output_and_files_and_memory_are_bounded(sandbox):
 
 def sleepers():
     """Processes here with the mark of these tests in their name or arguments."""
-    found = []
+    processes = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{name}/comm") as file:
-                found += [name] if file.read().startswith("opdctlmark") else []
+                processes += [name] if file.read().startswith("opdctlmark") else []
         except OSError:
             pass
-    return found
+    return processes
 
 
 MARK = "import ctypes, os, time\nctypes.CDLL(None).prctl(15, b'opdctlmark', 0, 0, 0)\n"
@@ -155,7 +155,7 @@ def test_no_process_is_left_behind(sandbox):
 
 
 def test_isolation_is_what_it_says(sandbox, tmp_path):
-    """What namespaces take away; under limits alone the network is there, and that is said."""
+    """Check what namespaces take away; limits alone leave the network, and say so."""
     (tmp_path / "answers").write_text("31337")
     for folder in (tmp_path, *tmp_path.parents[:3]):  # one more where tests run in parallel
         folder.chmod(0o755)
@@ -211,7 +211,7 @@ def test_code_verifier(tmp_path, tests, right, wrong):
 
 
 @pytest.mark.parametrize(
-    ("tests", "what"),
+    ("tests", "message"),
     [
         ([], "no tests"),
         ("", "tests are"),
@@ -219,6 +219,6 @@ def test_code_verifier(tmp_path, tests, right, wrong):
         (7, "no tests"),
     ],
 )
-def test_rows_without_tests_are_refused(tmp_path, tests, what):
-    with pytest.raises(UsageError, match=f"row 1: .*{what}"):
+def test_rows_without_tests_are_refused(tmp_path, tests, message):
+    with pytest.raises(UsageError, match=f"row 1: .*{message}"):
         one(tmp_path, "code", None, tests=tests)
