@@ -161,7 +161,7 @@ def record(folder: Path, chosen: list[str], seeds: list[int]) -> int:
             command = ["run", str(file), f"seed={seed}", "--out", str(home / f"run-{number:03d}")]
             command += ["--from", str(old.path)] if old else []
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        program = [sys.executable, "-c", "from opdctl.cli import main; main()", *command]
+        program = [sys.executable, "-c", "from opdctl.cli.app import main; main()", *command]
         code = subprocess.run(program, env=environment, check=False).returncode
         worst = max(worst, code)
         if code == 75:  # stopped as asked

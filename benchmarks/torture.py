@@ -36,7 +36,7 @@ WHOM = ("group", "command", "worker")
 
 def command(*arguments: object) -> list[str]:
     """The program, as a user starts it."""
-    return [sys.executable, "-c", "from opdctl.cli import main; main()", *map(str, arguments)]
+    return [sys.executable, "-c", "from opdctl.cli.app import main; main()", *map(str, arguments)]
 
 
 def markers(run: RunDir, aim: str) -> bool:

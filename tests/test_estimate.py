@@ -19,9 +19,9 @@ from opdctl.estimate.memory import SHARE, estimate, of_engine, of_student
 from opdctl.estimate.rollout import LENGTH, PROMPT, Sampled, decode_seconds, served_seconds
 from opdctl.estimate.shape import CHARACTERS, kept_of, made, of_folder
 from opdctl.estimate.work import DEMONSTRATION
+from opdctl.models import tensor_file
 from opdctl.models.model import save
 from opdctl.models.packing import micro_batches
-from opdctl.models.tensor_file import store
 from opdctl.recipe.recipe import load, resolve
 from opdctl.types import FORWARD, TRAIN, ScoreRequest
 
@@ -388,7 +388,9 @@ def write_adapter(folder, base, rank):
 
     sides = {"lora_A": (rank, 32), "lora_B": (32, rank)}
     names = [(f"{n}.{k}", size) for n in ("q_proj", "o_proj") for k, size in sides.items()]
-    store(folder / "adapter_model.safetensors", {n: torch.zeros(size) for n, size in names})
+    tensor_file.write(
+        folder / "adapter_model.safetensors", {n: torch.zeros(size) for n, size in names}
+    )
     content = {"base_model_name_or_path": str(base), "peft_type": "LORA", "r": rank}
     (folder / "adapter_config.json").write_text(json.dumps(content))
 
@@ -477,7 +479,7 @@ def test_activations_computed_again_are_counted_as_such():
 def test_the_command_says_what_it_assumed_and_needs_no_torch():
     def run(*arguments):
         code = BLOCKED + f"sys.argv = {['opdctl', *arguments]!r}"
-        code += "; from opdctl.cli import main; main()"
+        code += "; from opdctl.cli.app import main; main()"
         command = [sys.executable, "-c", code]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 

@@ -29,14 +29,14 @@ engine.draw = draw
 IN_CHECKPOINT = (
     SIGKILL
     + """
-import opdctl.train.checkpoint as checkpoint
-real, seen = checkpoint.save_file, []
+import opdctl.models.tensor_file as tensor_file
+real, seen = tensor_file.save_file, []
 def save_file(*a, **k):
     seen.append(1)
     if len(seen) == {n}:
         die()
     return real(*a, **k)
-checkpoint.save_file = save_file
+tensor_file.save_file = save_file
 """
 )
 IN_COMMIT = (

@@ -12,13 +12,13 @@ from typing import Annotated
 
 import typer
 
+from opdctl import __version__
 from opdctl.errors import EXIT_PENDING, EXIT_USAGE, OpdctlError, RecipeError
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Declarative multi-stage post-training recipes with on-policy distillation.",
 )
 
 Overrides = Annotated[
@@ -32,6 +32,24 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON and nothing else"
 From = Annotated[Path | None, typer.Option("--from", help="reuse finished stages of this run")]
 RecipeArg = Annotated[str, typer.Argument(help="a recipe file, or the name of a shipped one")]
 DirArg = Annotated[Path, typer.Argument(help="a run directory", metavar="DIR")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"opdctl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="print the version and exit"
+        ),
+    ] = False,
+) -> None:
+    """Declarative multi-stage post-training recipes with on-policy distillation."""
 
 
 @app.command()
