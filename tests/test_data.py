@@ -308,6 +308,7 @@ def test_prompts_that_are_too_long(on_disk, tmp_path, capsys):
         ctx = staged(on_disk, tmp_path, f"run{stream}", drop, stream=stream)
         model = load(ctx.path_of(ctx.config.student))
         pool = PromptOrder(ctx, model).pools["s"]
+        assert isinstance(pool, list) == (not stream)  # what is on disk stays there
         lengths[stream] = [len(model.render(p.text)) for p in pool]
         left = len(ctx.prompts("s", "train")) - len(pool)
         assert ctx.counts["s"]["train"]["too long"] == left > 0

@@ -50,7 +50,7 @@ def prompts_within_limit(ctx, model, domain: str, split: str, most: int = 0) -> 
         else:
             long += 1
     ctx.counted(domain, split, {"too long": long})
-    return pool.select(kept) if hasattr(pool, "pick") else [pool[i] for i in kept]
+    return [pool[i] for i in kept] if isinstance(pool, list) else pool.select(kept)  # on disk
 
 
 class PromptOrder:
