@@ -13,10 +13,12 @@ class Stage(ABC):
     """A kind of stage; its keys are the nested ``Config``.
 
     Attributes:
+        revision: part of every fingerprint; raise it when the mathematics changes.
         writes: the kind of model it leaves in ``output/``; "" is none.
         uses: the members it uses whatever its keys, as family/name: their revisions count.
     """
 
+    revision: ClassVar[int]
     writes: ClassVar[Literal["model", "classifier", ""]] = ""
     uses: ClassVar[tuple[str, ...]] = ()
 

@@ -14,10 +14,12 @@ class DomainData(ABC):
     """The data of a domain; built as ``DomainData(config, domain, seed)``.
 
     Attributes:
+        revision: part of every fingerprint; raise it when the mathematics changes.
         procedural: prompts are generated, and the data verifies answers itself: ``score``.
         public: rows come from outside, where they may change between two reads.
     """
 
+    revision: ClassVar[int]
     procedural: ClassVar[bool] = False
     public: bool = False
 

@@ -31,9 +31,11 @@ class Engine(ABC):
     argument, and is told by ``publish`` when the weights change.
 
     Attributes:
+        revision: part of every fingerprint; raise it when the mathematics changes.
         has_own_weights: it keeps a copy of the weights, and so is kept from step to step.
     """
 
+    revision: ClassVar[int]
     has_own_weights: ClassVar[bool] = False
 
     @staticmethod

@@ -13,6 +13,7 @@ class Source(ABC):
     """A source of rollouts; built as ``Source(config, ctx, model)`` with the stage's student.
 
     Attributes:
+        revision: part of every fingerprint; raise it when the mathematics changes.
         samples_from: the ledger's name for the sampler.
         has_logprobs: every rollout has the log-probs of its sampler.
         in_opd: an opd stage may draw from it.
@@ -22,6 +23,7 @@ class Source(ABC):
         sampled: tokens that the last ``draw`` ran through the sampler.
     """
 
+    revision: ClassVar[int]
     samples_from: ClassVar[Literal["student", "teacher", "dataset", "mixture"]]
     has_logprobs: ClassVar[bool] = False
     in_opd: ClassVar[bool] = False

@@ -17,9 +17,11 @@ class Verifier(ABC):
     """A verifier of a domain's answers; built as ``Verifier(config, ctx, domain)``.
 
     Attributes:
+        revision: part of every fingerprint; raise it when the mathematics changes.
         asks_server: it sends answers to a server; ``require_served`` checks that server.
     """
 
+    revision: ClassVar[int]
     asks_server: ClassVar[bool] = False
 
     def __init__(self, config, ctx, domain: str) -> None:
