@@ -373,13 +373,13 @@ def test_refused(stage, on_disk, tmp_path):
 IN_VALIDATION = """
 import os, signal
 import opdctl.rollout.engines.transformers as engine
-real, seen = engine.draw, []
+real, seen = engine.draw_tokens, []
 def draw(*a):
     seen.append(1)
     if len(seen) == {n}:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*a)
-engine.draw = draw
+engine.draw_tokens = draw
 """
 STEPS = {"steps": 5, "runtime": {"checkpoint_every": 3}}
 ADAPTED = {"lora": {"rank": 2, "output": "adapter"}}
