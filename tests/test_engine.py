@@ -7,7 +7,7 @@ import torch
 
 from conftest import make_model
 from opdctl import draws
-from opdctl.rollout.engines.transformers import Transformers, draw
+from opdctl.rollout.engines.transformers import Transformers, draw_tokens
 from opdctl.scoring.score import score
 from opdctl.types import ScoreRequest
 
@@ -92,7 +92,7 @@ def test_padded_rows_change_nothing():
 def test_draws_follow_the_distribution():
     logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0]]).expand(200_000, 4)
     keys = np.array([draws.key("freq", i) for i in range(200_000)], np.uint64)
-    ids, _ = draw(logits, draws.uniform(keys, 0))
+    ids, _ = draw_tokens(logits, draws.uniform(keys, 0))
     share = torch.bincount(ids, minlength=4).double() / 200_000
     expected = logits[0].double().softmax(-1)
     assert share[2] == 0

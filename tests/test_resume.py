@@ -17,13 +17,13 @@ IN_SAMPLING = (
     SIGKILL
     + """
 import opdctl.rollout.engines.transformers as engine
-real, seen = engine.draw, []
+real, seen = engine.draw_tokens, []
 def draw(*a):
     seen.append(1)
     if len(seen) == {n}:
         die()
     return real(*a)
-engine.draw = draw
+engine.draw_tokens = draw
 """
 )
 IN_CHECKPOINT = (

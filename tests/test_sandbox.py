@@ -24,13 +24,13 @@ TESTS = ["assert double(2) == 4", "assert double(-1) == -2"]
 def sandbox(request):
     python = "" if request.param else shutil.which("python3", path="/usr/bin") or ""
     try:
-        found = Sandbox(LIMITS, namespaces=request.param, python=python)
+        built = Sandbox(LIMITS, namespaces=request.param, python=python)
     except UsageError as error:
         pytest.skip(f"no Python here that every user can read: {error}")
-    if request.param and not found.isolated:
+    if request.param and not built.isolated:
         pytest.skip("the kernel grants no namespaces here")
-    assert found.isolated == request.param
-    return found
+    assert built.isolated == request.param
+    return built
 
 
 CHEATS = {
@@ -70,7 +70,7 @@ def test_a_right_solution_passes(sandbox):
     assert sandbox.run(DOUBLE, tests=TESTS).passed
     assert sandbox.run("import math, collections, json, re\n" + DOUBLE, tests=TESTS).passed
     assert sandbox.run(DOUBLE + "open('note', 'w').write('x')\n", tests=TESTS).passed
-    assert sandbox.run("print(int(input()) * 2)", given="4\n").output == "8\n"
+    assert sandbox.run("print(int(input()) * 2)", stdin="4\n").output == "8\n"
     noisy = "import os\nos.system = None\nprint('x' * 10)\n" + DOUBLE
     assert sandbox.run(noisy, tests=TESTS).passed
 
@@ -128,14 +128,14 @@ def test_output_and_files_and_memory_are_bounded(sandbox):
 
 def sleepers():
     """Processes here with the mark of these tests in their name or arguments."""
-    found = []
+    processes = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{name}/comm") as file:
-                found += [name] if file.read().startswith("opdctlmark") else []
+                processes += [name] if file.read().startswith("opdctlmark") else []
         except OSError:
             pass
-    return found
+    return processes
 
 
 MARK = "import ctypes, os, time\nctypes.CDLL(None).prctl(15, b'opdctlmark', 0, 0, 0)\n"
@@ -166,7 +166,7 @@ def open_folder():
 
 
 def test_isolation_is_what_it_says(sandbox, open_folder):
-    """What namespaces take away; under limits alone the network is there, and that is said."""
+    """Check what namespaces take away; limits alone leave the network, and say so."""
     (open_folder / "answers").write_text("31337")
     read = sandbox.run(f"print(open({str(open_folder / 'answers')!r}).read())").output
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -233,7 +233,7 @@ def test_code_verifier(tmp_path, tests, right, wrong):
 
 
 @pytest.mark.parametrize(
-    ("tests", "what"),
+    ("tests", "message"),
     [
         ([], "no tests"),
         ("", "tests are"),
@@ -241,6 +241,6 @@ def test_code_verifier(tmp_path, tests, right, wrong):
         (7, "no tests"),
     ],
 )
-def test_rows_without_tests_are_refused(tmp_path, tests, what):
-    with pytest.raises(UsageError, match=f"row 1: .*{what}"):
+def test_rows_without_tests_are_refused(tmp_path, tests, message):
+    with pytest.raises(UsageError, match=f"row 1: .*{message}"):
         one(tmp_path, "code", None, tests=tests)

@@ -114,7 +114,7 @@ def _require_engine(recipe: Recipe) -> None:
     Raises:
         UsageError: one is missing.
     """
-    getattr(member("engines", recipe.runtime.engine), "require", lambda: None)()
+    member("engines", recipe.runtime.engine).require()
 
 
 def _refuse_early(recipe: Recipe, old: RunDir | None, only: tuple[str, ...]) -> None:

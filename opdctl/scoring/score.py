@@ -111,7 +111,7 @@ def score(
         found.top_NK = weight_VD.new_zeros(shape, dtype=torch.long)
     if "top_logprob" in want:
         found.top_logprob_NK = weight_VD.new_zeros(found.top_NK.shape, dtype=head.logits_dtype)
-    inner = layers.beside(depth_of(model)) if "inner" in want else ()
+    inner = layers.counterparts(depth_of(model)) if "inner" in want else ()
     rows, logits = rows_in(chunk_mib, head), set(want) - {"hidden", "inner"}
     for group, tokens_N in micro_batches(requests, micro_batch, model.device):
         check()

@@ -125,7 +125,7 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> TrainSe
     rebuilds = bool({"hidden", "listed"} & wanted)
     if layers:
         wanted |= {"inner"} if layers.inner else set()
-        wanted |= {"hidden"} if layers.depth in layers.chosen else set()
+        wanted |= {"hidden"} if layers.depth in layers.selected else set()
     refers = {n.removeprefix("reference.") for n in needs if n.startswith("reference.")}
     reference, sources = None, getattr(config, "sources", {})
     if refers:

@@ -15,7 +15,7 @@ from opdctl.config.registry import member
 from opdctl.config.schema import to_dict
 from opdctl.config.settings import Runtime, Sampling
 from opdctl.errors import Interrupted, StageFailed
-from opdctl.models.chat.example import example, plain
+from opdctl.models.chat.example import build_example, plain_text
 from opdctl.recipe.recipe import Recipe
 from opdctl.run import provenance
 from opdctl.run.rundir import RunDir, read_json, write_json
@@ -115,9 +115,14 @@ class Context:
         """
         path = self.path_of(reference)
         base = references.base_of(path)
-        recomputed = trained and self.runtime.gradient_checkpointing
+        gradient_checkpointing = trained and self.runtime.gradient_checkpointing
         where = device or self.device
-        model = self._load(base or path, device=where, classifier=classifier, recomputed=recomputed)
+        model = self._load(
+            base or path,
+            device=where,
+            classifier=classifier,
+            gradient_checkpointing=gradient_checkpointing,
+        )
         if base:
             from opdctl.models.lora import merged
 
@@ -138,17 +143,21 @@ class Context:
         lora = getattr(self.config, "lora", None)
         if lora is None or not lora.rank:
             return self.load(self.config.student, classifier=classifier, trained=True)
-        from opdctl.models.lora import attach, go_on, left_out
+        from opdctl.models.lora import attach, continue_adapter, unadapted_matrices
 
         path = self.path_of(self.config.student)
-        base, recomputed = references.base_of(path), self.runtime.gradient_checkpointing
-        how = {"device": self.device, "classifier": classifier, "recomputed": recomputed}
+        base, gradient_checkpointing = references.base_of(path), self.runtime.gradient_checkpointing
+        how = {
+            "device": self.device,
+            "classifier": classifier,
+            "gradient_checkpointing": gradient_checkpointing,
+        }
         model = self._load(base or path, **how)
         if base:
-            go_on(model, path, lora, base)
+            continue_adapter(model, path, lora, base)
         else:
             attach(model, lora, path, draws.key(self.seed, "lora") % 2**63)
-            if missed := left_out(model, lora):
+            if missed := unadapted_matrices(model, lora):
                 print(f"[{self.name}] warning: peft adapts no {', '.join(missed)}", flush=True)
         return model
 
@@ -158,7 +167,7 @@ class Context:
 
         With ``runtime.resident_teachers`` the one that was used longest ago makes room.
         """
-        from opdctl.models.shared_base import Shared
+        from opdctl.models.shared_base import SharedBase
 
         path, most = self.path_of(reference), self.runtime.resident_teachers
         base = references.base_of(path)
@@ -166,7 +175,7 @@ class Context:
         if place not in self._models:
             while most and len(self._models) >= most:
                 self._models.pop(next(iter(self._models)))
-            self._models[place] = Shared(self._load(place, device=self.device))
+            self._models[place] = SharedBase(self._load(place, device=self.device))
             self.loads += 1
         self._models[place] = self._models.pop(place)  # the newest stands last
         return self._models[place].view(path if base else "")
@@ -192,9 +201,9 @@ class Context:
 
     def show_first(self, rollout: Rollout, tokenizer: Any, trained: bool = True) -> None:
         """Leave the stage's first prompt in ``example.json`` and, the loss in [[ ]], in the log."""
-        found = example(rollout, tokenizer, trained)
+        found = build_example(rollout, tokenizer, trained)
         write_json(self.folder / "example.json", found)
-        print(f"{self.name}: {plain(found)}", flush=True)
+        print(f"{self.name}: {plain_text(found)}", flush=True)
 
     def engine(self, model: Any, blend: tuple[Any, float] | None = None) -> Any:
         """What samples from a model: one that holds weights is kept while it can take the model's.
@@ -206,10 +215,10 @@ class Context:
         if blend:
             return member("engines", "transformers")(*given, blend)
         cls = member("engines", self.runtime.engine)
-        if not cls.holds:
+        if not cls.has_own_weights:
             return cls(*given)
         ours = self._engine
-        if ours is not None and not (ours.model is model or ours.take(model)):
+        if ours is not None and not (ours.model is model or ours.switch_model(model)):
             ours.close()
             self._engine = None
         if self._engine is None:
@@ -231,7 +240,7 @@ class Context:
 
     def obeyed(self, rollout: Rollout) -> bool:
         """Whether the response thinks where its domain asks for it, and only there."""
-        return self.data(rollout.prompt.domain).config.thinking.obeyed(rollout.text)
+        return self.data(rollout.prompt.domain).config.thinking.follows_mode(rollout.text)
 
     def verify(self, rollouts: list[Rollout]) -> list[float]:
         """1 for each whose answer the verifier of its domain passes; also set as ``right``.
@@ -262,7 +271,7 @@ class Context:
     def _verdicts(self, domain: str, rollouts: list[Rollout]) -> list[float | Exception]:
         """Of the verifier that a domain names, made once; or of its data, which brings its own."""
         data = self.data(domain)
-        if not hasattr(data.config, "verifier"):
+        if data.procedural:
             return [data.score(r.prompt, r.text) for r in rollouts]
         if domain not in self._verifiers:
             ((name, config),) = data.config.verifier.items()
@@ -299,13 +308,13 @@ class Context:
         those of tables are, where the data says so, on disk and not in memory.
         """
         data = self.data(domain)
-        if not getattr(data, "procedural", False):
+        if not data.procedural:
             if (domain, split) not in self._prompts:
                 stream = data.config.stream
                 found = data.stored(split, self.run / "cache") if stream else data.prompts(split)
                 self._prompts[domain, split] = found
                 self.counted(domain, split, data.counts[split])
-                if getattr(data, "public", False) and not stream:  # a spool is the run's own copy
+                if data.public and not stream:  # a spool is the run's own copy
                     digest = provenance.require_same_rows(
                         self.run, self.recipe, found, domain, split
                     )

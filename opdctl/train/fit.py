@@ -45,7 +45,7 @@ def states_for_fit(
     own = CachedTeacher(None, found.hidden_ND, inner_NLD=found.inner_NLD)
     numbers = [int(r.prompt.id, 16) >> 1 for r in rollouts]  # 63 bits: a signed integer holds them
     prompt_N = torch.tensor(numbers, device=model.device)[step.sequence_N]
-    places, pairs = parts.layers.places(which), []
+    places, pairs = parts.layers.state_indices(which), []
     asked_NM = step.columns["pair_weight"] != 0
     for i, held in enumerate(step.teacher_cache.held):
         at_N, place_N = (asked_NM & (step.columns["teacher_index"] == i)).nonzero(as_tuple=True)

@@ -11,7 +11,12 @@ from torch import Tensor
 from opdctl.loss.token_view import LossTerm
 from opdctl.models.hidden_layers import Layers
 from opdctl.models.model import Model
-from opdctl.models.packing import future, per_sequence, places, so_far
+from opdctl.models.packing import (
+    cumulative_sum,
+    discounted_future_sum,
+    per_sequence,
+    token_positions,
+)
 from opdctl.scoring.teacher_cache import TeacherCache
 from opdctl.types import Rollout
 
@@ -111,15 +116,15 @@ class Step:
 
     def future(self, value_N: Tensor, discount: float) -> Tensor:
         """The discounted sum of what comes after each token in its rollout. Shape [N]."""
-        return future(value_N, self.sequence_N, len(self.rollouts), discount)
+        return discounted_future_sum(value_N, self.sequence_N, len(self.rollouts), discount)
 
     def so_far(self, value_N: Tensor) -> Tensor:
         """The sum of each token's value and of those before it in its rollout. Shape [N]."""
-        return so_far(value_N, self.sequence_N, len(self.rollouts))
+        return cumulative_sum(value_N, self.sequence_N, len(self.rollouts))
 
     def places(self) -> tuple[Tensor, Tensor]:
         """Each token's place in its rollout, from 0, and that rollout's length. [N] each."""
-        return places(self.sequence_N, len(self.rollouts))
+        return token_positions(self.sequence_N, len(self.rollouts))
 
     def spread(self, value_B: list[float]) -> Tensor:
         """One number per rollout -> one per token. Shape [N]."""

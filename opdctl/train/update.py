@@ -19,7 +19,7 @@ from opdctl.loss.token_teacher import order_by_teacher, pairs, pooled_mean, shar
 from opdctl.loss.token_view import LossTerm, weighted_sum
 from opdctl.models.hidden_layers import Layers, forward_kwargs, hidden_states
 from opdctl.models.model import Model
-from opdctl.models.packing import last_of_each, micro_batches, pack, per_sequence
+from opdctl.models.packing import last_per_sequence, micro_batches, pack, per_sequence
 from opdctl.scoring.teacher_cache import TeacherCache
 from opdctl.types import ScoreRequest
 
@@ -133,7 +133,7 @@ def accumulate(
     teacher_NM = columns.get("teacher_index")
     order = None
     if teacher_NM is not None:  # sequences of one teacher together, so that its head is read once
-        order = last_of_each(teacher_NM[:, 0], torch.tensor(lengths)).tolist()
+        order = last_per_sequence(teacher_NM[:, 0], torch.tensor(lengths)).tolist()
     for group, tokens_N in micro_batches(spans, micro_batch, model.device, order):
         packed = pack([spans[i] for i in group], model.pad, model.device, model.one_row)
         out = model.backbone(**packed.inputs, **forward_kwargs(inner, model))
@@ -173,7 +173,7 @@ def accumulate(
 
 def _in_chunk(layers: Layers | None, terms: list[LossTerm]) -> tuple[int, bool]:
     """How many hidden states of a row are compared, and whether any logits are made."""
-    return len(layers.chosen) if layers else 0, any(t.reads_logits for t in terms)
+    return len(layers.selected) if layers else 0, any(t.reads_logits for t in terms)
 
 
 def step(

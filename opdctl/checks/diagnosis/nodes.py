@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from opdctl import draws
-from opdctl.rollout.sampling import continued
+from opdctl.rollout.sampling import finish_rollouts
 from opdctl.types import Rollout
 
 
@@ -102,7 +102,7 @@ def continuation_verdicts(
     size = max(1, ctx.runtime.wave)
     for start in range(0, len(begun), size):
         part = slice(start, start + size)
-        continued(ctx, model, begun[part], keys[part])
+        finish_rollouts(ctx, model, begun[part], keys[part])
         verdicts += ctx.verify(begun[part])
         progress(min(start + size, len(begun)))
     by_node, at = [], 0

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opdctl.checks.diagnosis.nodes import window
 from opdctl.intervals import newcombe, wilson
-from opdctl.models.packing import per_sequence, places
+from opdctl.models.packing import per_sequence, token_positions
 from opdctl.train.metrics import mean
 
 
@@ -59,7 +59,7 @@ def mean_and_interval(value_N: Tensor, sequence_N: Tensor) -> dict:
 
 def profile(table: dict[str, Tensor], sequence_N: Tensor, count: int) -> list[dict]:
     """Return means by position in the response, in windows that double."""
-    place_N, _ = places(sequence_N, count)
+    place_N, _ = token_positions(sequence_N, count)
     windows, first = [], 0
     while (place_N >= first).any():
         _, last = window(first)

@@ -17,7 +17,7 @@ from opdctl.config import references
 from opdctl.config.registry import member
 from opdctl.config.settings import longest_turn, routes
 from opdctl.errors import StageFailed, UsageError
-from opdctl.rollout.prompts import fitting
+from opdctl.rollout.prompts import prompts_within_limit
 from opdctl.types import Prompt, Rollout
 
 SAMPLED = 100  # prompts of a domain that are answered: .1 of accuracy is then two standard errors
@@ -81,9 +81,9 @@ class CheckedStage:
             base, trusted = references.base_of(path), self.ctx.runtime.trust_remote_code
             self._outlines[path] = outline(base or path, trusted)
             if base:
-                from opdctl.models.lora import tokenizer
+                from opdctl.models.lora import adapter_tokenizer
 
-                self._outlines[path].tokenizer = tokenizer(self._outlines[path], path)
+                self._outlines[path].tokenizer = adapter_tokenizer(self._outlines[path], path)
             self._outlines[path].name = reference
         return self._outlines[path]
 
@@ -118,7 +118,7 @@ class CheckedStage:
         """
         if domain not in self._prompts:
             kept = self.ctx.config.prompts.pool
-            pool = fitting(self.ctx, self.student, domain, "train", kept)
+            pool = prompts_within_limit(self.ctx, self.student, domain, "train", kept)
             if not pool:
                 raise UsageError(f"data.{domain} has no training prompts")
             order = draws.permutation(len(pool), self.ctx.seed, "preflight", domain)
@@ -181,12 +181,12 @@ class CheckedStage:
 
     def _texts(self, name: str) -> list[Rollout]:
         """Return a served teacher's answers, as the texts that its server writes."""
-        from opdctl.rollout.sampling import unanswered
+        from opdctl.rollout.sampling import empty_rollouts
 
         config = self.ctx.config
         prompts = [p for d in self.domains(name) for p in self.prompts(d, self.sampled)]
         api = member("teachers", "api")(self.ctx, self.student, name, config.teachers[name].address)
-        rollouts, keys = unanswered(self.ctx, self.student, prompts, 0, "teacher", 1)
+        rollouts, keys = empty_rollouts(self.ctx, self.student, prompts, 0, "teacher", 1)
         answers = api.answer(prompts, keys, self.sampling)
         for rollout, (rollout.text, rollout.truncated) in zip(rollouts, answers, strict=True):
             rollout.response_ids = self.student.encode(rollout.text)

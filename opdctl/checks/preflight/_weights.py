@@ -82,9 +82,9 @@ class StoredWeights:
                 self.files |= dict.fromkeys(file.keys(), path)
         self.deltas: dict[str, Any] = {}
         if base:
-            from opdctl.models.lora import deltas
+            from opdctl.models.lora import weight_deltas
 
-            self.deltas = deltas(reference)
+            self.deltas = weight_deltas(reference)
 
     def read(self, name: str) -> Any:
         """Return a tensor as the model has it, an adapter's change added."""

@@ -84,7 +84,7 @@ def stage_memory(stage: CheckedStage) -> Estimate:
         places[base or path] = whole + (adapter_bytes(path) if base else 0)
     prompts = [p for d in stage.route for p in stage.prompts(d, PROMPTS)]
     longest = max(len(student.render(p)) for p in prompts) + longest_turn(config)
-    own = member("engines", runtime.engine).holds  # weights, and so the caches of them
+    own = member("engines", runtime.engine).has_own_weights  # weights, and so the caches of them
     wave = min(runtime.wave, config.prompts.per_step * config.prompts.samples)
     return estimate(
         trained(stage),
@@ -107,9 +107,9 @@ def trained(stage: CheckedStage) -> tuple[int, int, int]:
     config, runtime, student = stage.ctx.config, stage.ctx.runtime, stage.student
     lora = getattr(config, "lora", None)
     if lora is not None and lora.rank:
-        from opdctl.models.lora import size
+        from opdctl.models.lora import adapter_parameters
 
-        added = student.trained if student.adapter else size(student, lora)
+        added = student.trained if student.adapter else adapter_parameters(student, lora)
         own = student.parameters - (added if student.adapter else 0)
         return student_bytes(own, runtime.dtype, adapter=added)
     masters = hasattr(config, "optim") and runtime.masters_of(config.optim.lr)

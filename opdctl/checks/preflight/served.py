@@ -55,10 +55,11 @@ def check_text_servers(ctx) -> list[Finding]:
         if references.parse(text).form == "server" and not dotted.startswith("teachers."):
             requests.append((dotted, partial(opened, f"{dotted} ({text})", text, ctx.runtime)))
     for domain in ctx.recipe.domains(ctx.name):
-        for name, keys in getattr(ctx.recipe.data[domain], "verifier", {}).items():
-            reach = getattr(member("verifiers", name), "reach", None)
-            if reach is not None:
-                requests.append((f"data.{domain}.verifier.{name}", partial(reach, keys, domain)))
+        for name, keys in ctx.recipe.data[domain].verifier.items():
+            cls = member("verifiers", name)
+            if cls.asks_server:
+                where = f"data.{domain}.verifier.{name}"
+                requests.append((where, partial(cls.require_served, keys, domain)))
     findings = []
     for where, request in requests:
         try:
