@@ -85,6 +85,7 @@ def child(name, tokens, vocab, tied, repeats):
     from opdctl.config.settings import Optim
     from opdctl.loss.token_view import LossTerm
     from opdctl.models.hidden_layers import layers_of
+    from opdctl.scoring.asks import Asks, Pass
     from opdctl.scoring.score import score
     from opdctl.scoring.teacher_cache import CachedTeacher, TeacherCache
     from opdctl.train import update
@@ -103,11 +104,12 @@ def child(name, tokens, vocab, tied, repeats):
         ids_BT = torch.randint(0, vocab, (count, prompt + length), generator=generator)
         spans = [ScoreRequest(tuple(ids), prompt) for ids in ids_BT.tolist()]
         before = time.process_time()
-        scores = score(teacher, spans, temperature=1.0, want=want, layers=layers)
+        scores = score(teacher, spans, Asks.of(*want, layers=layers))
         N, seconds = count * length, [time.process_time() - before]
         columns, taught = {"advantage": torch.randn(N, generator=generator)}, None
         if scores.hidden_ND is not None:
-            of = (scores.hidden_ND, scores.lse_N, scores.top_NK, scores.entropy_N)
+            numbers = scores.per_token
+            of = (scores.hidden_ND, numbers.get("lse"), scores.top_NK, numbers.get("entropy"))
             head = None if kind in ("hidden", "bridge") else teacher.lm_head()
             taught = TeacherCache(
                 [CachedTeacher(head, *of, None, scores.inner_NLD, "t")], torch.device("cpu")
@@ -120,11 +122,9 @@ def child(name, tokens, vocab, tied, repeats):
             spans,
             columns,
             [LossTerm(objective)],
-            temperature=1.0,
-            micro_batch=4,
-            chunk_mib=0,
-            teacher_cache=taught,
-            layers=layers,
+            Pass(micro_batch=4),
+            taught,
+            layers,
         )
         update.step(student, optimizer, 1e-5, 1.0)
         return [*seconds, time.process_time() - before]

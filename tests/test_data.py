@@ -192,7 +192,7 @@ class Fixed:
         self.seed, self.name = 3, "s"
         self.recipe = Bag(domains=lambda _: shares)
         pool = [Bag(id=i) for i in range(count)]
-        self.prompts = lambda domain, split: [(domain, p.id) for p in pool]
+        self.prompts = Bag(of=lambda domain, split: [(domain, p.id) for p in pool])
 
 
 def test_order_is_exact_over_epochs_and_shares():
@@ -293,7 +293,7 @@ def test_a_stage_on_a_stream_takes_the_same_steps(on_disk, tmp_path):
     for stream in (False, True):
         ctx = staged(on_disk, tmp_path, f"run{stream}", stream=stream)
         rows[stream] = [plain(r) for r in carry_out(ctx)]
-        assert ctx.counts["s"]["train"]["repeated"] > 0
+        assert ctx.prompts.counts["s"]["train"]["repeated"] > 0
     assert rows[True] == rows[False] and len(rows[True]) == 9
     order, other = (PromptOrder(ctx, None) for _ in range(2))
     assert [order.at(s) for s in (8, 3)] == [other.at(s) for s in (8, 3)]
@@ -306,12 +306,12 @@ def test_prompts_that_are_too_long(on_disk, tmp_path, capsys):
     for stream in (False, True):
         drop = {"max_tokens": 6, "too_long": "drop"}
         ctx = staged(on_disk, tmp_path, f"run{stream}", drop, stream=stream)
-        model = load(ctx.path_of(ctx.config.student))
+        model = load(ctx.models.path_of(ctx.config.student))
         pool = PromptOrder(ctx, model).pools["s"]
         assert isinstance(pool, list) == (not stream)  # what is on disk stays there
         lengths[stream] = [len(model.render(p.text)) for p in pool]
-        left = len(ctx.prompts("s", "train")) - len(pool)
-        assert ctx.counts["s"]["train"]["too long"] == left > 0
+        left = len(ctx.prompts.of("s", "train")) - len(pool)
+        assert ctx.prompts.counts["s"]["train"]["too long"] == left > 0
         assert f"{left} too long" in capsys.readouterr().out
         assert len(prompts_within_limit(ctx, model, "s", "train", 3)) == 3
     assert max(lengths[True]) == 6 and lengths[True] == lengths[False]

@@ -160,7 +160,7 @@ def test_success_against_enumeration(tmp_path):
     recipe = recipe_of(tmp_path, {"sums": "policy"}, "s", sampling={"max_tokens": 3})
     ctx = context(tmp_path, recipe)
     model = load(str(tmp_path / "s"))
-    prompt = ctx.prompts("sums", "train")[0]
+    prompt = ctx.prompts.of("sums", "train")[0]
     whole = Rollout(prompt, model.render(prompt), [0, 0, 0])
     one = model.ids("1")[0]
     forced = [one, model.end_of_turn, model.ids("0")[0]]

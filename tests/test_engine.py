@@ -8,6 +8,7 @@ import torch
 from conftest import make_model
 from opdctl import draws
 from opdctl.rollout.engines.transformers import Transformers, draw_tokens
+from opdctl.scoring.asks import Pass
 from opdctl.scoring.score import score
 from opdctl.types import ScoreRequest
 
@@ -54,7 +55,7 @@ def test_logprobs_are_those_of_the_sampled_distribution(model):
         requests = [
             ScoreRequest((*p, *s.ids), len(p)) for p, s in zip(prompts, samples, strict=True)
         ]
-        scored = score(model, requests, temperature=temperature).logprobs_N
+        scored = score(model, requests, run=Pass(temperature=temperature)).logprobs_N
         sampled = torch.tensor([v for s in samples for v in s.logprobs])
         assert (scored - sampled).abs().max() < 1e-5
 

@@ -38,7 +38,7 @@ def verdicts(ctx, *by_candidate):
         count = next(counts)
         return [float(i < count) for i in range(len(rollouts))]
 
-    ctx.verify = verify
+    ctx.verdicts.verify = verify
 
 
 # the line ------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def test_a_pattern_that_names_nothing_is_refused(model):
 
 def adapted(stage, **lora):
     pytest.importorskip("peft", reason="the extra peft")
-    model = stage(lora={"rank": 2, "alpha": 6, **lora}).student()
+    model = stage(lora={"rank": 2, "alpha": 6, **lora}).models.student()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.trainable_parameters().values():
@@ -184,10 +184,11 @@ def test_an_adapter_on_experts_is_refused(stage, tmp_path):
     pytest.importorskip("peft", reason="the extra peft")
     base = str(tmp_path / "moe")
     write(base, "qwen3_moe")
-    model = stage(student=base, teacher=base, lora={"rank": 2}).student()
+    model = stage(student=base, teacher=base, lora={"rank": 2}).models.student()
     with pytest.raises(UsageError, match=r"here: the adapter is on experts .*mlp\.experts"):
         line_of(model, [r"attn\."], "here")
-    model = stage(student=base, teacher=base, lora={"rank": 2, "targets": ["q_proj"]}).student()
+    lora = {"rank": 2, "targets": ["q_proj"]}
+    model = stage(student=base, teacher=base, lora=lora).models.student()
     line_of(model, [r"attn\."], "here")
 
 
@@ -225,7 +226,7 @@ class Leaping:
     def __init__(self, stage, **keys):
         keys = {"size": 6, "candidates": 3, **keys}
         self.ctx = stage(**{**LEAPS, "controllers": {"extrapolate": keys}})
-        self.model = self.ctx.student()
+        self.model = self.ctx.models.student()
         parts = on_policy(self.ctx, self.model, self.ctx.config.teachers)
         self.it = parts.controllers["extrapolate"]
         self.it.start()
@@ -292,7 +293,7 @@ def test_a_stop_gives_every_byte_back(stage):
     leaping = Leaping(stage)
     leaping.step()
     there, state = bytes_of(leaping.model), leaping.it.state()
-    leaping.ctx.verify = lambda rollouts: [1.0] * len(rollouts)
+    leaping.ctx.verdicts.verify = lambda rollouts: [1.0] * len(rollouts)
     seen = []
 
     def check():
@@ -316,8 +317,8 @@ def test_the_set_is_fixed_in_the_stages_shares_and_its_draws_disturb_nothing(sta
     keys = {**LEAPS, "data": data, "prompts": shares, "steps": 4}
     keys["teachers"] = {n: str(on_disk / "t") for n in data}
     ctx = stage(**keys)
-    it = on_policy(ctx, ctx.student(), ctx.config.teachers).controllers["extrapolate"]
-    again = on_policy(ctx, ctx.student(), ctx.config.teachers).controllers["extrapolate"]
+    it = on_policy(ctx, ctx.models.student(), ctx.config.teachers).controllers["extrapolate"]
+    again = on_policy(ctx, ctx.models.student(), ctx.config.teachers).controllers["extrapolate"]
     assert it.prompts == again.prompts and len({p.id for p in it.prompts}) == 6
     assert [p.domain for p in it.prompts] == ["a"] * 2 + ["b"] * 4
     expected = carry_out(stage(**{**keys, "controllers": {}}))
@@ -340,7 +341,7 @@ def test_what_it_samples_is_in_the_ledger(stage):
     assert row["extrapolate_accepted"] == 3
     more = ours.rollout_tokens - theirs.rollout_tokens
     assert 4 * 6 * 6 < more <= 4 * 6 * (9 + 6)
-    size = with_it.student().parameters
+    size = with_it.models.student().parameters
     assert ours.flops["rollout"] - theirs.flops["rollout"] == 2.0 * size * more
     assert ours.train_tokens == theirs.train_tokens
 

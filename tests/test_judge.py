@@ -23,16 +23,16 @@ def test_a_judge_of_this_machine(on_disk, tmp_path):
     judge = {"judge": {**SHORT, "model": str(on_disk / "t"), "sampling": sampling}}
     ctx = prepared(on_disk, tmp_path, judge)
     rollouts = answers(ctx, *(f"{i}" for i in range(40)))
-    verdicts = ctx.verify(rollouts)
-    verifier = ctx._verifiers["sums"]
+    verdicts = ctx.verdicts.verify(rollouts)
+    verifier = ctx.verdicts.by_domain["sums"]
     texts = [verifier.question(r.prompt, r.text) for r in rollouts]
     assert texts[3] == rollouts[3].prompt.text + "3="
     replies = verifier.replies([(r.prompt, t) for r, t in zip(rollouts, texts, strict=True)])
     last = [[c for c in reply if "a" <= c <= "m"][-1:] for reply in replies]
     assert verdicts == [float(c == ["a"]) for c in last] and 0 < sum(verdicts) < 40
-    assert ctx.failed["sums"] == last.count([]) > 0  # no verdict: wrong, and counted
+    assert ctx.verdicts.failed["sums"] == last.count([]) > 0  # no verdict: wrong, and counted
     again = answers(ctx, *(f"{i}" for i in range(40)))
-    assert ctx.verify(again) == verdicts
+    assert ctx.verdicts.verify(again) == verdicts
 
 
 def test_what_a_judge_is_asked_is_filled_in_once(on_disk, tmp_path):

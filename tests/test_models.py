@@ -132,7 +132,7 @@ def test_one_row_in_float64(model64):
         rows[-1].square().sum().backward()
         kept = [p.grad.flatten() for p in model64.net.parameters() if p.grad is not None]
         grads.append(torch.cat(kept))
-        logprobs_N = score(model64, spans, temperature=1.0).logprobs_N
+        logprobs_N = score(model64, spans).logprobs_N
         grads.append(logprobs_N)
     assert (rows[0] - rows[1]).abs().max() < 1e-12
     assert apart(grads[2], grads[0]) < 1e-12 and (grads[3] - grads[1]).abs().max() < 1e-12

@@ -20,6 +20,7 @@ from opdctl.rollout.data.reasoning_gym import ReasoningGym
 from opdctl.rollout.engines.transformers import Transformers
 from opdctl.rollout.environments.calculator import Calculator
 from opdctl.rollout.sampling import sample_group
+from opdctl.scoring.asks import Pass
 from opdctl.scoring.score import score
 from opdctl.train import update
 from opdctl.train.wal import Wal
@@ -225,9 +226,9 @@ class Bag:
             prompts=Names(samples=samples), sampling=Names(temperature=1.0, max_tokens=max_tokens)
         )
         self.sampling = self.config.sampling
-        self.environment = lambda domain: environment
+        self.prompts = Names(environment=lambda domain: environment)
         self.check = lambda: None
-        self.engine = lambda model, blend: Transformers(model, 64, wal=self.wal)
+        self.models = Names(engine=lambda model, blend: Transformers(model, 64, wal=self.wal))
         self.aside = tempfile.TemporaryDirectory()
         self.wal = Wal(Path(self.aside.name))
 
@@ -261,7 +262,7 @@ def test_a_call_is_answered_and_its_answer_is_context(model):
         assert model.decode(rollout.response_ids[last:]) == rollout.text
     again, _ = two_turns(model)
     assert [r.response_ids for r in again] == [r.response_ids for r in rollouts]
-    ours = score(model, [r.request for r in rollouts], temperature=1.0).logprobs_N
+    ours = score(model, [r.request for r in rollouts]).logprobs_N
     sampled = torch.tensor([v for r in rollouts for v in r.behaviour_logprobs])
     assert (ours - sampled).abs().max() < 1e-4  # the trainer sees what the sampler saw
 
@@ -277,7 +278,7 @@ def test_observed_tokens_are_never_supervised():
     try:
         model.net.zero_grad(set_to_none=True)
         term = update.LossTerm(Nll(Nll.Config()))
-        update.accumulate(model, spans, {}, [term], temperature=1.0, micro_batch=0, chunk_mib=1)
+        update.accumulate(model, spans, {}, [term], Pass(chunk_mib=1))
         ours = torch.cat([p.grad.flatten() for p in model.net.parameters()])
         model.net.zero_grad(set_to_none=True)
         total = 0.0

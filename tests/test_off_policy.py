@@ -178,8 +178,8 @@ def test_the_ledger_counts_each_sampler(on_disk, tmp_path):
     rows = carry_out(ctx)
     assert "logprob_gap" not in rows[0] and json.dumps(rows[0])
     first = First(opd(on_disk, tmp_path, **keys))
-    assert first.parts.temperature == 0.7
+    assert first.setup.temperature == 0.7
     p, q = (by_transformers(load(str(on_disk / m)), first.rollouts, 0.7).detach() for m in "st")
     table = first.gradient()[2]
     assert torch.allclose(table["divergence"], (p.exp() * (p - q)).sum(-1), atol=1e-4)
-    assert all(s.sampled > 0 for s in first.parts.source.sources)
+    assert all(s.sampled > 0 for s in first.setup.source.sources)

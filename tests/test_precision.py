@@ -101,18 +101,18 @@ def test_small_steps_in_bfloat16_are_kept_and_resumed(on_disk, tmp_path):
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 def test_the_attention_asked_for(on_disk, tmp_path, attn):
     ctx = opd(on_disk, tmp_path, runtime={"attn": attn})
-    model = ctx.student()
+    model = ctx.models.student()
     assert {m.config._attn_implementation for m in model.net.modules() if hasattr(m, "config")} == {
         attn
     }
-    assert ctx.frozen(str(on_disk / "t")).net.config._attn_implementation == attn
+    assert ctx.models.frozen(str(on_disk / "t")).net.config._attn_implementation == attn
     rows = carry_out(ctx)
     assert all(r["logprob_gap"] < 1e-5 for r in rows)
 
 
 def test_an_attention_that_is_not_there(on_disk, tmp_path):
     with pytest.raises(UsageError, match="Flash") as caught:
-        opd(on_disk, tmp_path, runtime={"attn": "flash_attention_2"}).student()
+        opd(on_disk, tmp_path, runtime={"attn": "flash_attention_2"}).models.student()
     assert "runtime.attn" in caught.value.hint
 
 

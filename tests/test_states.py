@@ -23,6 +23,7 @@ from opdctl.models.hidden_layers import (
     layers_of,
 )
 from opdctl.models.model import Model, load
+from opdctl.scoring.asks import Asks, Pass
 from opdctl.scoring.score import score
 from opdctl.scoring.teacher_cache import CachedTeacher, TeacherCache
 from opdctl.train import update
@@ -98,7 +99,7 @@ def columns_of(spans, teachers, layers, weights=(1.0, 1.0)):
     for t, teacher in enumerate(teachers):
         mine = [i for i in range(len(spans)) if i % len(teachers) == t]
         want = ("hidden", "inner") if layers.inner else ("hidden",)
-        scores = score(teacher, [spans[i] for i in mine], temperature=1.0, want=want, layers=layers)
+        scores = score(teacher, [spans[i] for i in mine], Asks.of(*want, layers=layers))
         at = torch.cat([place[i] for i in mine])
         columns["teacher_index"][at, 0] = t
         columns["teacher_row"][at, 0] = torch.arange(len(at))
@@ -126,17 +127,16 @@ def ours(model, spans, teachers, *, masks=(), micro_batch=0, rows=0, **keys):
     before = update.rows_in
     update.rows_in = (lambda *_: rows) if rows else before
     try:
-        loss, table, _ = update.accumulate(
+        result = update.accumulate(
             model,
             spans,
             columns,
             [term],
-            temperature=1.0,
-            micro_batch=micro_batch,
-            chunk_mib=0,
+            Pass(micro_batch=micro_batch),
             teacher_cache=taught,
             layers=layers,
         )
+        loss, table = result.loss, result.table
     finally:
         update.rows_in = before
     grads = {n: p.grad for n, p in model.net.named_parameters()}
@@ -253,7 +253,7 @@ def test_no_head_is_read_on_either_side(tied, tmp_path, monkeypatch):
     ctx = opd(folder, tmp_path, **RUN)
     first = First(ctx)  # sampled, and both models loaded, which compares their logits
     unread, shapes = Unread(monkeypatch), []
-    first.step = score_step(first.rollouts, first.model, first.parts, ctx, Compute())
+    first.step = score_step(first.rollouts, first.model, first.setup, ctx, Compute())
     assert first.step.teacher_cache.held[0].head is None
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t) or t, lambda t: t)
     with hooks:

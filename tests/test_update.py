@@ -17,6 +17,7 @@ from opdctl.models.packing import (
     pack,
     per_sequence,
 )
+from opdctl.scoring.asks import Pass
 from opdctl.scoring.score import score
 from opdctl.train import update
 from opdctl.types import ScoreRequest
@@ -40,17 +41,17 @@ def spans_of(seed=0, count=9, vocab=30):
 
 
 def logprobs(model, requests, **options):
-    return score(model, requests, **options).logprobs_N
+    return score(model, requests, run=Pass(**options)).logprobs_N
 
 
 def tokens_in(spans):
     return sum(len(ids) - start for ids, start in spans)
 
 
-def gradient(model, spans, columns, terms, **options):
+def gradient(model, spans, columns, terms, teacher_cache=None, **options):
     model.net.zero_grad(set_to_none=True)
-    options = {"temperature": 1.0, "micro_batch": 0, "chunk_mib": 256, **options}
-    loss, _, _ = update.accumulate(model, spans, columns, terms, **options)
+    run = Pass(**{"chunk_mib": 256, **options})
+    loss = update.accumulate(model, spans, columns, terms, run, teacher_cache).loss
     return loss, torch.cat([p.grad.flatten() for p in model.net.parameters()])
 
 
@@ -210,9 +211,7 @@ def test_gates_zero_outside_and_keep_the_count(model64):
     ratio = (live - columns["behaviour"]).exp()
     inside = (ratio >= 0.5) & (ratio <= 2.0)
     assert not inside[3] and inside.sum() > 20
-    _, table, _ = update.accumulate(
-        model64, spans, columns, [term], temperature=1.0, micro_batch=0, chunk_mib=256
-    )
+    table = update.accumulate(model64, spans, columns, [term], Pass(chunk_mib=256)).table
     assert torch.equal(table["gate_open"].bool(), inside)
     assert torch.allclose(table["ratio"], ratio, atol=1e-12)
     _, gated = gradient(model64, spans, columns, [term])

@@ -141,7 +141,7 @@ NEVER = "def odd(prompt, response, answer, row):\n    raise KeyError('grade')\n"
 
 
 def answers(ctx, *texts):
-    (prompt, *_) = ctx.prompts("sums", "train")
+    (prompt, *_) = ctx.prompts.of("sums", "train")
     return [Rollout(prompt, [1], [2], text=t) for t in texts]
 
 
@@ -149,8 +149,9 @@ def test_what_a_verifier_raises_is_wrong_counted_and_said_once(on_disk, tmp_path
     (tmp_path / "checks.py").write_text(ODD)
     ctx = prepared(on_disk, tmp_path, {"python": {"call": f"{tmp_path}/checks.py:odd"}})
     rollouts = answers(ctx, "a", "aa", "b", "bb")
-    assert ctx.verify(rollouts) == [1.0, 0.0, 1.0, 0.0] and ctx.failed == {"sums": 2}
-    assert ctx.verify(rollouts) == [1.0, 0.0, 1.0, 0.0] and ctx.failed == {"sums": 2}  # once each
+    for _ in range(2):  # each is asked once
+        assert ctx.verdicts.verify(rollouts) == [1.0, 0.0, 1.0, 0.0]
+        assert ctx.verdicts.failed == {"sums": 2}
     said = capsys.readouterr().out
     assert said.count("ZeroDivisionError") == 1 and "data.sums" in said
 
@@ -158,9 +159,9 @@ def test_what_a_verifier_raises_is_wrong_counted_and_said_once(on_disk, tmp_path
 def test_a_verifier_that_always_raises_fails_the_stage(on_disk, tmp_path):
     (tmp_path / "checks.py").write_text(NEVER)
     ctx = prepared(on_disk, tmp_path, {"python": {"call": f"{tmp_path}/checks.py:odd"}})
-    assert ctx.verify(answers(ctx, *"abcdefgh")) == [0.0] * 8
+    assert ctx.verdicts.verify(answers(ctx, *"abcdefgh")) == [0.0] * 8
     with pytest.raises(StageFailed, match="each of 32 answers, lastly: KeyError: 'grade'"):
-        ctx.verify(answers(ctx, *("x" * 24)))
+        ctx.verdicts.verify(answers(ctx, *("x" * 24)))
 
 
 def test_metrics_count_what_a_verifier_raised(on_disk, tmp_path):
@@ -172,7 +173,7 @@ def test_metrics_count_what_a_verifier_raised(on_disk, tmp_path):
     objective = {"objectives": {"policy_gradient": {}}, "minibatches": 1}
     ctx = prepared(on_disk, tmp_path, {"python": call}, **objective)
     rows = carry_out(ctx)
-    assert sum(r.get("verifier_errors", 0) for r in rows) == ctx.failed["sums"]
+    assert sum(r.get("verifier_errors", 0) for r in rows) == ctx.verdicts.failed["sums"]
     assert {r["step"] for r in rows} == {1, 2}
 
 

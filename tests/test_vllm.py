@@ -17,6 +17,7 @@ from opdctl.rollout.engines._vllm_plugins import import_vllm
 from opdctl.rollout.engines.transformers import Transformers
 from opdctl.rollout.engines.vllm import Vllm
 from opdctl.run.rundir import RunDir, read_rows
+from opdctl.scoring.asks import Pass
 from opdctl.scoring.score import score
 from opdctl.train.wal import Wal
 from opdctl.types import ScoreRequest
@@ -76,7 +77,7 @@ def ask(engine, model, temperature=1.0, keys=None, max_tokens=8, times=6):
 def gap(model, prompts, samples, temperature=1.0):
     """The largest distance between the sampler's log-probs and the trainer's."""
     spans = [ScoreRequest((*p, *s.ids), len(p)) for p, s in zip(prompts, samples, strict=True)]
-    ours = score(model, spans, temperature=temperature).logprobs_N
+    ours = score(model, spans, run=Pass(temperature=temperature)).logprobs_N
     theirs = torch.tensor([v for s in samples for v in s.logprobs])
     return float((ours - theirs).abs().max())
 
@@ -304,7 +305,7 @@ def test_experts_sample_in_turns(tmp_path, monkeypatch):
     assert len({id(engine) for engine, _, _ in seen}) == 1
     assert max(gap for _, _, gap in seen) < 1e-4
     other = load(wide)
-    engine = ctx.engine(other)
+    engine = ctx.models.engine(other)
     try:
         assert engine is not seen[0][0]
         engine.publish(0)
@@ -337,15 +338,15 @@ def test_candidates_are_published_and_the_limit_moves(tmp_path):
         },
         runtime={"engine": "vllm", "log_accuracy": False},
     )
-    real, gaps = ctx.verify, []
+    real, gaps = ctx.verdicts.verify, []
 
     def verify(rollouts):  # asked in validations alone, on the candidate as it stands
-        scores = score(ctx._engine.model, [r.request for r in rollouts], temperature=1.0)
+        scores = score(ctx.models._engine.model, [r.request for r in rollouts])
         drawn = torch.tensor([v for r in rollouts for v in r.behaviour_logprobs])
         gaps.append(float((scores.logprobs_N - drawn).abs().max()))
         return real(rollouts)
 
-    ctx.verify = verify
+    ctx.verdicts.verify = verify
     rows = carry_out(ctx)
     assert [r.get("extrapolate_accepted") for r in rows] == [2, 2, None, 2]  # all are wrong alike
     assert len(gaps) == 9 and max(gaps) < 1e-4

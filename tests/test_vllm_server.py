@@ -82,7 +82,7 @@ def test_scores_are_those_of_the_weights(folder, server, tmp_path):
     found = member("teachers", "server")(ctx, student, "big", server.url).score(
         requests, 1.0, ("logprobs",)
     )
-    expected = score(teacher, requests, temperature=1.0).logprobs_N
+    expected = score(teacher, requests).logprobs_N
     assert len(found.logprobs_N) == sum(map(len, requests))
     assert (found.logprobs_N - expected).abs().max() < 1e-4
     too_long = ScoreRequest((1,) * 200, 3)
@@ -124,7 +124,7 @@ def test_its_top_k_trains_as_that_of_its_weights(folder, server, tmp_path, name)
     assert all((table[n] - their_table[n]).abs().max() < 1e-3 for n in logged)
     assert "teacher_entropy" in table and "teacher_entropy" not in their_table
     if name == "eopd":
-        assert torch.allclose(*(f.columns["teacher_listed_entropy"] for f in (here, there)))
+        assert torch.allclose(*(f.columns["teacher_topk_list_entropy"] for f in (here, there)))
         gate_N = here.columns["factor.divergence.eopd"]
         assert (
             0 < gate_N.float().mean() < 1
@@ -138,8 +138,8 @@ def test_the_most_probable_token_guards_an_extrapolation(folder, server, tmp_pat
         First(context(folder, tmp_path / str(i), model, **keys))
         for i, model in enumerate((str(folder / "t"), server.url))
     )
-    assert (here.columns["modal_id"] == there.columns["modal_id"]).all()
-    for column in ("teacher_modal", "advantage"):
+    assert (here.columns["teacher_top1_id"] == there.columns["teacher_top1_id"]).all()
+    for column in ("teacher_top1", "advantage"):
         assert (here.columns[column] - there.columns[column]).abs().max() < 1e-3
 
 
@@ -163,9 +163,9 @@ def test_other_weights_under_the_same_name_are_noticed(folder, server, tmp_path)
     found = provenance.inputs(ctx.run, ctx.recipe, "it")
     values = [float(v) for v in found[key]["probe"].split()]
     requests = [ScoreRequest(tuple(provenance.PROBE), 1)]
-    exact = score(load(str(folder / "t")), requests, temperature=1.0).logprobs_N
+    exact = score(load(str(folder / "t")), requests).logprobs_N
     assert (torch.tensor(values) - exact).abs().max() < 1e-3  # three digits are kept
-    other = score(load(str(folder / "s")), requests, temperature=1.0).logprobs_N
+    other = score(load(str(folder / "s")), requests).logprobs_N
 
     def seen(logprobs):
         said = {**found[key], "probe": " ".join(f"{v:.3f}" for v in logprobs)}

@@ -17,6 +17,7 @@ from opdctl.train.wal import Wal
 from running import assert_same, worker
 
 COUNT = """
+import opdctl.train.loop  # it holds the function itself: the policy's own pass is not counted
 import opdctl.scoring.score as scoring
 import opdctl.rollout.engines.transformers as engine
 draw, asked = engine.draw_tokens, scoring.score

@@ -18,6 +18,7 @@ from opdctl.kernels.chunks import Chunk, chunked_sum
 from opdctl.kernels.head import Head
 from opdctl.kernels.topk import overlap_numbers, union
 from opdctl.models.hidden_layers import LAST, Layers
+from opdctl.scoring.columns import POLICY, TEACHER_INDEX, TEACHER_ROW
 from opdctl.scoring.overlap import top_of
 from opdctl.scoring.teacher_cache import TeacherCache
 
@@ -151,12 +152,12 @@ class TokenView:
 
         With one update per rollout that is the policy being trained, and no pass is spent on it.
         """
-        return self.columns["policy"] if "policy" in self.columns else self.logprob_C.detach()
+        return self.columns[POLICY] if POLICY in self.columns else self.logprob_C.detach()
 
     @property
     def _asked(self) -> tuple[Tensor, Tensor]:
         """Which teacher of each token, and which of its rows."""
-        return self.columns["teacher_index"], self.columns["teacher_row"]
+        return self.columns[TEACHER_INDEX], self.columns[TEACHER_ROW]
 
     def divergence(self, direction: str, beta: float, overlap: bool = True) -> Tensor:
         """Divergence to the token's own teacher over the whole vocabulary, [C], never negative.

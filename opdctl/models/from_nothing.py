@@ -53,9 +53,9 @@ def new_model(ctx) -> Model:
         "".join((p.text, p.lead, p.answer, *p.calls))
         for domain in ctx.recipe.data
         for split in ("train", "eval")
-        for p in ctx.prompts(domain, split)
+        for p in ctx.prompts.of(domain, split)
     ]
-    environments = filter(None, map(ctx.environment, ctx.recipe.data))
+    environments = filter(None, map(ctx.prompts.environment, ctx.recipe.data))
     texts += [environment.alphabet for environment in environments]
     tokenizer = new_tokenizer(["".join(sorted(set("".join(texts))))])
     shape = ctx.config.model

@@ -88,8 +88,8 @@ def _attempt(ctx: Context, start: float) -> int:
     code, problem = _run_recorded(ctx, record, path)
     if code == EXIT_USAGE and not (ctx.folder / "metrics.jsonl").exists():
         record["inputs"] = before.get("inputs", {})  # nothing was made from what was refused
-    if ctx.counts:
-        record["data"] = ctx.counts
+    if ctx.prompts.counts:
+        record["data"] = ctx.prompts.counts
     if problem:
         record |= {"status": "failed", "error": problem}
         with contextlib.suppress(OSError):  # a log on a full disk

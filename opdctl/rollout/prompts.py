@@ -30,7 +30,7 @@ def prompts_within_limit(ctx, model, domain: str, split: str, most: int = 0) -> 
         UsageError: a prompt is too long, and the stage's keys do not drop such prompts.
         Interrupted: a stop was asked for.
     """
-    keys, pool = ctx.config.prompts, ctx.prompts(domain, split)
+    keys, pool = ctx.config.prompts, ctx.prompts.of(domain, split)
     if not keys.max_tokens:
         return pool[: most or None]
     kept, long = array("Q"), 0
@@ -49,7 +49,7 @@ def prompts_within_limit(ctx, model, domain: str, split: str, most: int = 0) -> 
             )
         else:
             long += 1
-    ctx.counted(domain, split, {"too long": long})
+    ctx.prompts.counted(domain, split, {"too long": long})
     return [pool[i] for i in kept] if isinstance(pool, list) else pool.select(kept)  # on disk
 
 

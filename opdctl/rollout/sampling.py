@@ -45,7 +45,7 @@ def sample_group(
     """
     rollouts, keys = empty_rollouts(ctx, model, prompts, step, source, samples, purpose)
     ctx.wal.at(step)
-    engine = ctx.engine(model, blend)
+    engine = ctx.models.engine(model, blend)
     engine.publish(version or step)
     _sample_turns(ctx, engine, model, rollouts, keys, sampling or ctx.sampling)
     engine.release()
@@ -66,7 +66,7 @@ def finish_rollouts(ctx, model, rollouts: list[Rollout], keys: list[int]) -> Non
     """
     ctx.wal.at(0)
     sampling = replace(ctx.config.sampling, max_tokens=longest_turn(ctx.config))
-    engine = ctx.engine(model)
+    engine = ctx.models.engine(model)
     engine.publish(0)
     waiting: dict[int, list[int]] = {}
     for i, rollout in enumerate(rollouts):
@@ -87,7 +87,7 @@ def _sample_turns(
     ctx, engine, model, rollouts, keys: list[int], sampling, begun: bool = False
 ) -> None:
     """Sample turn by turn to the end; with ``begun`` the first turn is there already."""
-    environments = {d: ctx.environment(d) for d in {r.prompt.domain for r in rollouts}}
+    environments = {d: ctx.prompts.environment(d) for d in {r.prompt.domain for r in rollouts}}
     going, turn = list(range(len(rollouts))), 0
     while going:
         if turn or not begun:

@@ -22,6 +22,7 @@ from torch import Tensor
 from opdctl.kernels.head import Head
 from opdctl.kernels.topk import divergence_on, log_outside
 from opdctl.models import tensor_file
+from opdctl.scoring.columns import PAIR_WEIGHT, TEACHER_INDEX, TEACHER_ROW
 
 TAIL_LEAST = 1e-6  # of a mass of 1; what a list in fp32 cannot tell from 0
 
@@ -212,9 +213,7 @@ def reverse_kl(
             teachers it is their weighted mean.
         top: on the student's ``top`` most probable ids, both renormalised; 0 is on all.
     """
-    index_NM, row_NM, weight_NM = (
-        columns[k] for k in ("teacher_index", "teacher_row", "pair_weight")
-    )
+    index_NM, row_NM, weight_NM = (columns[k] for k in (TEACHER_INDEX, TEACHER_ROW, PAIR_WEIGHT))
     value_NM = torch.zeros_like(weight_NM)
     for place in range(index_NM.shape[1]):
         index_N, row_N = index_NM[:, place], row_NM[:, place]

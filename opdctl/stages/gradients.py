@@ -83,7 +83,7 @@ class Gradients(Stage):
         from opdctl.train.gradients import measure
 
         config = ctx.config
-        model = ctx.student()
+        model = ctx.models.student()
         return measure(ctx, model, on_policy(ctx, model, config.teachers))
 
 

@@ -73,13 +73,13 @@ class Merge(Stage):
         from opdctl.types import Compute
 
         config = ctx.config
-        student = ctx.load(config.student, device="cpu")
+        student = ctx.models.load(config.student, device="cpu")
         own = student.net.state_dict()
         total = sum(m.weight for m in config.models.values())
         merged = {n: w.double().clone() for n, w in own.items() if w.is_floating_point()}
         for name, ingredient in config.models.items():
             ctx.check()
-            model = ctx.load(ingredient.model, device="cpu")
+            model = ctx.models.load(ingredient.model, device="cpu")
             where = f"stages.{ctx.name}.models.{name}"
             require_same_tokens(student, model, where)
             factor = ingredient.weight * (config.scale if config.method != "average" else 1 / total)

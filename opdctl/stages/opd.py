@@ -108,7 +108,7 @@ class Opd(Stage):
         from opdctl.train.assemble import on_policy
         from opdctl.train.loop import train
 
-        model = ctx.aligned(ctx.student())
+        model = ctx.models.aligned(ctx.models.student())
         return train(ctx, model, lambda ctx, model: on_policy(ctx, model, ctx.config.teachers))
 
 

@@ -62,4 +62,4 @@ class Orm(Stage):
                 rewards=[reward_of(ctx, "verifier")],
             )
 
-        return train(ctx, ctx.student(classifier=True), setup)
+        return train(ctx, ctx.models.student(classifier=True), setup)

@@ -236,5 +236,5 @@ class Rl(Stage):
         from opdctl.train.assemble import on_policy
         from opdctl.train.loop import train
 
-        model = ctx.student()
+        model = ctx.models.student()
         return train(ctx, model, lambda ctx, model: on_policy(ctx, model, {}))

@@ -127,7 +127,7 @@ class Sft(Stage):
         from opdctl.train.loop import train
 
         config = ctx.config
-        model = ctx.student()
+        model = ctx.models.student()
         return train(
             ctx,
             model,

@@ -74,7 +74,7 @@ def evaluate(ctx: Context) -> Compute:
         Interrupted: a stop was asked for; finished domains are kept.
     """
     config, compute = ctx.config, Compute()
-    model = ctx.frozen(config.student)
+    model = ctx.models.frozen(config.student)
     metrics = Metrics(ctx.folder, ctx.attempt)
     records = []
     name = config.student.removeprefix("stage:")
@@ -110,10 +110,10 @@ def _domain(ctx: Context, model, name: str, domain: str) -> dict:
     if domain == next(iter(ctx.recipe.domains(ctx.name))):
         ctx.show_first(rollouts[0], model.tokenizer, trained=False)
     right, obeyed = [0] * len(prompts), [0] * len(prompts)
-    for rollout, verdict in zip(rollouts, ctx.verify(rollouts), strict=True):
+    for rollout, verdict in zip(rollouts, ctx.verdicts.verify(rollouts), strict=True):
         right[rollout.group] += int(verdict == 1.0)
-        obeyed[rollout.group] += int(ctx.obeyed(rollout))
+        obeyed[rollout.group] += int(ctx.verdicts.obeyed(rollout))
     lengths = [r.length for r in rollouts]
     summary = record(name, domain, config.prompts.samples, right, lengths, obeyed)
-    failed = {"verifier_errors": ctx.failed[domain]} if ctx.failed[domain] else {}
+    failed = {"verifier_errors": ctx.verdicts.failed[domain]} if ctx.verdicts.failed[domain] else {}
     return {**summary, **failed, "processed": sum(r.forwarded for r in rollouts)}

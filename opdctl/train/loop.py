@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from opdctl import draws
 from opdctl.errors import Interrupted, StageFailed
 from opdctl.kernels.select import rows_class
@@ -25,26 +23,30 @@ from opdctl.models.master_weights import MasterWeights
 from opdctl.models.model import Model
 from opdctl.run.rundir import finite
 from opdctl.scoring import overlap
+from opdctl.scoring.asks import Pass
+from opdctl.scoring.columns import DOMAIN, TEACHER_INDEX
 from opdctl.train import checkpoint, update
 from opdctl.train.context import Clock, Context
 from opdctl.train.fit import states_for_fit
-from opdctl.train.metrics import Metrics, Watch, by_domain, mean, means
+from opdctl.train.metrics import Metrics, Watch
 from opdctl.train.score_step import score_step, set_advantage, set_weights
 from opdctl.train.step import Step, TrainSetup
+from opdctl.train.step_metrics import step_metrics
+from opdctl.train.update import UpdateResult
 from opdctl.types import FORWARD, Compute, Rollout
 
 
-def train(ctx: Context, model: Model, parts_of: Callable[[Context, Model], TrainSetup]) -> Compute:
+def train(ctx: Context, model: Model, setup_of: Callable[[Context, Model], TrainSetup]) -> Compute:
     """Run the loop to its end and commit the stage's ``output/``.
 
     Args:
         model: the weights to start from; a checkpoint of this stage replaces them.
-        parts_of: builds the loop's parts around the model.
+        setup_of: builds the loop's setup around the model.
 
     Raises:
         Interrupted: a stop was asked for; a checkpoint is committed.
     """
-    compute = Loop(ctx, model, parts_of(ctx, model)).run()
+    compute = Loop(ctx, model, setup_of(ctx, model)).run()
     checkpoint.commit(ctx.folder, model)
     return compute
 
@@ -64,8 +66,9 @@ def count_rollouts(source: Any, compute: Compute) -> None:
 class Loop:
     """Runs ``config.steps`` steps of a stage, from its newest checkpoint."""
 
-    def __init__(self, ctx: Context, model: Model, parts: TrainSetup) -> None:
-        self.ctx, self.model, self.parts = ctx, model, parts
+    def __init__(self, ctx: Context, model: Model, setup: TrainSetup) -> None:
+        self.ctx, self.model, self.setup = ctx, model, setup
+        self.pass_ = Pass.of(ctx, setup.temperature)
         self.steps, self.optim = ctx.config.steps, ctx.config.optim
         narrow = any(
             p.dtype.itemsize < 4 for p in model.trainable_parameters().values()
@@ -77,8 +80,8 @@ class Loop:
         self.compute, self.watch = Compute(), Watch(ctx.config.watch, ctx.name)
         self.checkpoints = ctx.folder / "checkpoints"
         self.row: dict = {}  # of a step whose controllers have not acted yet
-        self.overlap_k = overlap.top_of(model.lm_head()) if parts.teachers else 0
-        held = max((getattr(t.objective, "compares", 0) for t in parts.terms), default=0)
+        self.overlap_k = overlap.top_of(model.lm_head()) if setup.teachers else 0
+        held = max((getattr(t.objective, "compares", 0) for t in setup.terms), default=0)
         self.apart = held < self.overlap_k  # nothing in the update logs the overlap
 
     def run(self) -> Compute:
@@ -146,13 +149,13 @@ class Loop:
 
     def _with(self, method: str) -> list:
         """The controllers that have a method."""
-        return [c for c in self.parts.controllers.values() if hasattr(c, method)]
+        return [c for c in self.setup.controllers.values() if hasattr(c, method)]
 
     def _members(self) -> dict[str, Any]:
         """Signals, controllers and objectives that remember something between steps."""
-        named = {n: s for n, (_, s) in self.parts.signals.items()}
-        named |= {f"controllers.{n}": c for n, c in self.parts.controllers.items()}
-        own = (term.objective for term in self.parts.terms)
+        named = {n: s for n, (_, s) in self.setup.signals.items()}
+        named |= {f"controllers.{n}": c for n, c in self.setup.controllers.items()}
+        own = (term.objective for term in self.setup.terms)
         named |= {f"objectives.{type(o).__name__}": o for o in own}
         return {n: m for n, m in named.items() if hasattr(m, "state")}
 
@@ -181,7 +184,7 @@ class Loop:
     def _act(self, done: int, clock: Clock) -> dict:
         """What the controllers do to the weights of this step's end, and what that cost."""
         values = {}
-        for name, controller in self.parts.controllers.items():
+        for name, controller in self.setup.controllers.items():
             if hasattr(controller, "act"):
                 values |= {f"{name}_{k}": v for k, v in controller.act(done + 1).items()}
                 found = controller.sampled
@@ -193,49 +196,64 @@ class Loop:
     def _step(self, done: int, clock: Clock) -> dict:
         values = {} if done else self._fit()
         self.ctx.wal.at(done)
-        failed = self.ctx.failed.total()
-        rollouts = [r for r in self.parts.source.draw(done) if r.response_ids]
+        failed = self.ctx.verdicts.failed.total()
+        rollouts = [r for r in self.setup.source.draw(done) if r.response_ids]
         for rollout in rollouts:
             assert 0 <= done - rollout.version <= 0, "rollouts are of the current weights"
-        count_rollouts(self.parts.source, self.compute)
+        count_rollouts(self.setup.source, self.compute)
         clock.lap("rollout")
         if not rollouts:
             return {"rollouts": 0, "tokens": 0}  # the source refused all of its samples
         if not done:
             self.ctx.show_first(rollouts[0], self.model.tokenizer)
-        if self.parts.minibatches > 1:
+        if self.setup.minibatches > 1:
             rollouts = self._shuffled(rollouts, done)
-        before = self.ctx.loads
-        step = score_step(rollouts, self.model, self.parts, self.ctx, self.compute)
-        values |= set_advantage(step, self.parts.signals) | set_weights(step, self.parts.terms)
-        for name, controller in self.parts.controllers.items():
+        before = self.ctx.models.loads
+        step = score_step(rollouts, self.model, self.setup, self.ctx, self.compute)
+        values |= set_advantage(step, self.setup.signals) | set_weights(step, self.setup.terms)
+        for name, controller in self.setup.controllers.items():
             if hasattr(controller, "read"):
                 values |= {f"{name}_{k}": v for k, v in controller.read(step).items()}
-        seen = {}
-        if self.apart and self._due(done + 1, self.ctx.runtime.log_overlap_every):
-            seen = overlap.logged(self.ctx, self.model, self.parts, rollouts)
+        seen = self._overlap(step, done)
         clock.lap("score")
         if step.teacher_cache is not None:
             step.teacher_cache.loads = 0  # those of the update alone
-        values = {**seen, **self._train(step, done), **values}
+        updates = self._update(step, done)
+        verdicts = None
+        if self.setup.source.samples_from == "student" and self.ctx.runtime.log_accuracy:
+            verdicts = self.ctx.verdicts.verify(rollouts)
+        values = {
+            **seen,
+            **step_metrics(step, updates, self.setup, self.kernel, verdicts),
+            **values,
+        }
         if "overlap" in values:
             values["overlap_k"] = self.overlap_k
         if step.teacher_cache is not None:
             values |= {
                 "head_loads": step.teacher_cache.loads,
                 "heads": step.teacher_cache.most,
-                "teacher_loads": self.ctx.loads - before,
+                "teacher_loads": self.ctx.models.loads - before,
             }
-        if self.ctx.failed.total() > failed:
-            values["verifier_errors"] = self.ctx.failed.total() - failed
+        if self.ctx.verdicts.failed.total() > failed:
+            values["verifier_errors"] = self.ctx.verdicts.failed.total() - failed
         clock.lap("train")
         self._log_rollouts(done + 1, step)
         return values
 
+    def _overlap(self, step: Step, done: int) -> dict[str, float]:
+        """Return how student and teachers overlap, where a pass of its own is due to measure it."""
+        due = self._due(done + 1, self.ctx.runtime.log_overlap_every)
+        if not (self.apart and due):
+            return {}
+        most = self.ctx.runtime.log_rollouts
+        pairs = (step.teacher_requests, step.rollouts)
+        return overlap.logged(self.model, self.setup.teachers, *pairs, self.pass_, most)
+
     def _fit(self) -> dict[str, float]:
         """What objectives have of their own and is made before the first step."""
         values = {}
-        for objective in (t.objective for t in self.parts.terms if hasattr(t.objective, "fit")):
+        for objective in (t.objective for t in self.setup.terms if hasattr(t.objective, "fit")):
             values |= objective.fit(self._pairs(objective.which))
         return values
 
@@ -247,102 +265,39 @@ class Loop:
             step -= 1
             self.ctx.check()
             self.ctx.wal.at(step)
-            rollouts = [r for r in self.parts.source.draw(step) if r.response_ids]
-            count_rollouts(self.parts.source, self.compute)
+            rollouts = [r for r in self.setup.source.draw(step) if r.response_ids]
+            count_rollouts(self.setup.source, self.compute)
             if not rollouts:
                 raise StageFailed("nothing to fit on", "the source refused all of its samples")
-            yield states_for_fit(rollouts, self.model, self.parts, self.ctx, self.compute, which)
+            yield states_for_fit(rollouts, self.model, self.setup, self.ctx, self.compute, which)
 
-    def _train(self, step: Step, done: int) -> dict:
-        rollouts, model = step.rollouts, self.model
-        spans = [r.request for r in rollouts]
-        lengths = [r.length for r in rollouts]
-        runtime = self.ctx.runtime
+    def _update(self, step: Step, done: int) -> list[UpdateResult]:
+        """Move the weights: one result for each optimizer step."""
+        spans, lengths = [r.request for r in step.rollouts], [r.length for r in step.rollouts]
+        setup, results = self.setup, []
         lr = update.lr_at(done, self.steps, self.optim)
-        losses, norms, logged, asked, skipped = [], [], {}, 0, 0
         self.ctx.check()
-        for _ in range(self.parts.updates):
-            for sequences, part in packing.minibatch_slices(lengths, self.parts.minibatches):
-                cut = {k: v[part] for k, v in step.columns.items()}
-                if step.teacher_cache is not None:
-                    asked += len(cut["teacher_index"].unique())
-                loss, table, processed = update.accumulate(
-                    model,
+        for _ in range(setup.updates):
+            for sequences, tokens in packing.minibatch_slices(lengths, setup.minibatches):
+                columns = {k: v[tokens] for k, v in step.columns.items()}
+                result = update.accumulate(
+                    self.model,
                     spans[sequences],
-                    cut,
-                    self.parts.terms,
-                    temperature=self.parts.temperature,
-                    micro_batch=runtime.micro_batch,
-                    chunk_mib=runtime.chunk_mib,
-                    kernel=runtime.kernel,
-                    rounded=runtime.rounded_logits,
-                    teacher_cache=step.teacher_cache,
-                    layers=self.parts.layers,
+                    columns,
+                    setup.terms,
+                    self.pass_,
+                    step.teacher_cache,
+                    setup.teacher_asks.layers,
                 )
-                clip = self.optim.clip_norm
-                norm, taken = update.step(model, self.optimizer, lr, clip, loss)
-                norms.append(norm)
-                losses.append(loss)
-                skipped += not taken
-                for name, vector_N in table.items():
-                    logged.setdefault(name, []).append(vector_N)
-                self.compute.train_tokens += processed
-                self.compute.flops["train"] += model.flops * processed
-        values = {
-            "loss": mean(losses),
-            "grad_norm": mean(norms),
-            "lr": lr,
-            "kernel": self.kernel,
-            "rollouts": len(rollouts),
-            "tokens": sum(lengths),
-            "length": mean(lengths),
-            "truncated": mean(float(r.truncated) for r in rollouts),
-        }
-        if skipped:
-            values["skipped"] = skipped
-        if step.teacher_cache is not None:
-            values["teachers"] = asked  # of each mini-batch, together
-        if self.parts.rewards:
-            values["reward"] = mean(r.reward for r in rollouts)
-            values["reward_by_domain"] = by_domain(rollouts, [r.reward for r in rollouts])
-        if self.parts.source.samples_from == "student" and runtime.log_accuracy:
-            values["accuracy"] = by_domain(rollouts, self.ctx.verify(rollouts))
-        logged = {name: torch.cat(parts) for name, parts in logged.items()}
-        kept_N = logged["masked"] == 0 if "masked" in logged else None
-        own_N = step.spread([r.source == "student" for r in rollouts]).bool()
-        own_N = own_N.repeat(self.parts.updates)
-        own = {name: logged.pop(name) for name in overlap.NAMES if name in logged}
-        values |= means(logged, kept_N) | means(own, own_N if kept_N is None else own_N & kept_N)
-        values |= self._sampler(step, logged)
-        if "divergence" in logged and self.parts.updates == 1:
-            kept_N = torch.ones_like(step.sequence_N) if kept_N is None else kept_N
-            sums_B, kept_B = (
-                packing.per_sequence(value_N, step.sequence_N, len(rollouts)).tolist()
-                for value_N in (logged["divergence"], kept_N.to(logged["divergence"].dtype))
-            )
-            each = [(r, s / n) for r, s, n in zip(rollouts, sums_B, kept_B, strict=True) if n]
-            values["divergence_by_domain"] = by_domain([r for r, _ in each], [v for _, v in each])
-        return values
-
-    def _sampler(self, step: Step, logged: dict) -> dict[str, float]:
-        """What the sampler's own log-probs say: ``surprise``, an unbiased estimate of the entropy
-        of what was sampled from, and how far the trainer's are from them, on average."""
-        if "behaviour" not in step.columns:
-            return {}
-        behaviour_N = step.columns["behaviour"]
-        values = {"surprise": -float(behaviour_N.mean())}
-        ours_N = step.columns.get("policy")
-        mixed = self.parts.source.samples_from != "student"
-        if mixed or self.parts.temperature != self.parts.sampled_at:
-            return values  # the two sides are not the same distribution
-        if ours_N is None and self.parts.updates * self.parts.minibatches == 1:
-            ours_N = logged.get("student_logprob")  # the weights that sampled
-        if ours_N is not None:
-            gap_N = (ours_N - behaviour_N).abs()
-            if "masked" in logged:
-                gap_N = gap_N[logged["masked"][: len(gap_N)] == 0]  # the same in each update
-            values["logprob_gap"] = float(gap_N.sum()) / max(1, len(gap_N))
-        return values
+                if step.teacher_cache is not None:
+                    result.teachers = len(columns[TEACHER_INDEX].unique())
+                result.lr, clip = lr, self.optim.clip_norm
+                moved = update.step(self.model, self.optimizer, lr, clip, result.loss)
+                result.norm, result.taken = moved
+                results.append(result)
+                self.compute.train_tokens += result.processed
+                self.compute.flops["train"] += self.model.flops * result.processed
+        return results
 
     def _shuffled(self, rollouts: list[Rollout], done: int) -> list[Rollout]:
         """Groups in an order of the step's own, so that no minibatch is of one domain alone."""
@@ -359,7 +314,7 @@ class Loop:
         if not self._due(done, self.ctx.runtime.log_rollouts_every):
             return
         lengths = [r.length for r in step.rollouts]
-        flat = {k: v for k, v in step.columns.items() if v.ndim == 1 and k != "domain"}
+        flat = {k: v for k, v in step.columns.items() if v.ndim == 1 and k != DOMAIN}
         vectors = {k: packing.lists_per_sequence(v, lengths) for k, v in flat.items()}
         folder = self.ctx.folder / "rollouts"
         folder.mkdir(exist_ok=True)

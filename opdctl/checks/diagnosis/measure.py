@@ -104,7 +104,7 @@ def _measure_teachers(
     distinct = [n for n in names if n in stage.served or n in stage.differing]
     if distinct:
         progress(f"the student answers {effort.prompts} prompts of {', '.join(stage.route)}")
-        ctx.verify(stage.rollouts)
+        ctx.verdicts.verify(stage.rollouts)
     for name in names:
         same = name not in distinct
         entry = {"model": ctx.config.teachers[name].model, "domains": stage.domains(name)}
@@ -137,7 +137,7 @@ def _measure_teacher(
 def _measure_local(reference: str, ctx, rollouts, effort: Effort, entry: dict, progress) -> None:
     """Fill in the entry of a teacher whose weights can be read here."""
     progress("agreement on the student's answers")
-    models = [ctx.start(), ctx.frozen(reference)]
+    models = [ctx.models.start(), ctx.models.frozen(reference)]
     requests = [r.request for r in rollouts]
     table, sides = compared(ctx, *models, requests, ctx.config.sampling.temperature)
     top = top_of(sides[0][1])

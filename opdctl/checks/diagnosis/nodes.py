@@ -103,7 +103,7 @@ def continuation_verdicts(
     for start in range(0, len(begun), size):
         part = slice(start, start + size)
         finish_rollouts(ctx, model, begun[part], keys[part])
-        verdicts += ctx.verify(begun[part])
+        verdicts += ctx.verdicts.verify(begun[part])
         progress(min(start + size, len(begun)))
     by_node, at = [], 0
     for ids in forced:

@@ -29,6 +29,7 @@ from opdctl.kernels.chunks import rows_in
 from opdctl.kernels.head import Head
 from opdctl.kernels.topk import overlap_numbers
 from opdctl.remote.endpoint import START, NoAnswer
+from opdctl.scoring.asks import LOGPROBS, Asks, Pass
 from opdctl.scoring.overlap import top_of
 from opdctl.scoring.score import score
 from opdctl.types import ScoreRequest
@@ -68,7 +69,7 @@ def ask_servers(stage: CheckedStage, progress: Callable[[str], None]) -> None:
     """
     for name in stage.served:
         progress(f"asking teacher {name} ({stage.ctx.config.teachers[name].address})")
-        stage.server(name, top_of(stage.ctx.start().lm_head(1.0)))
+        stage.server(name, top_of(stage.ctx.models.start().lm_head(1.0)))
     for finding in check_text_servers(stage.ctx):
         if finding.severity == "error":
             raise StageFailed(finding.what, finding.do)
@@ -113,13 +114,13 @@ def measure_served(
     entry["missing"] = dict.fromkeys(ABSENT, LOGITS)
     progress("log-probs of the student's answers")
     ctx, teacher = stage.ctx, stage.server(name)
-    student = ctx.start()
+    student = ctx.models.start()
     head = student.lm_head(1.0)
     top = top_of(head)
     requests = [r.request for r in rollouts]
-    settings = {"temperature": 1.0, "micro_batch": ctx.runtime.micro_batch, "check": ctx.check}
-    ours = score(student, requests, want=("logprobs", "hidden"), **settings)
-    theirs = teacher.score(requests, 1.0, ("logprobs", "listed"), top)
+    run = Pass.of(ctx, 1.0)
+    ours = score(student, requests, Asks.of("logprobs", "hidden"), run)
+    theirs = teacher.score(requests, Asks.of("logprobs", "topk_list", top=top), run)
     sequence_N = rollout_of_token(rollouts, theirs.logprobs_N.device)
     size = rows_in(ctx.runtime.chunk_mib, head)
     lists = (theirs.top_NK, theirs.top_logprob_NK)
@@ -137,7 +138,7 @@ def measure_served(
             rollout = rollouts[node.rollout]
             prefix = (*rollout.prompt_ids, *rollout.response_ids[: node.depth])
             candidates += [ScoreRequest((*prefix, i), len(prefix)) for i in ids]
-        logq_N = teacher.score(candidates, 1.0, ("logprobs",)).logprobs_N
+        logq_N = teacher.score(candidates, LOGPROBS, run).logprobs_N
         return directions.score_candidates(
             ids_NK, logp_NK.double(), logq_N.view(ids_NK.shape).double()
         )

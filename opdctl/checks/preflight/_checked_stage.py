@@ -66,7 +66,7 @@ class CheckedStage:
     @cached_property
     def student(self) -> Any:
         """The outline of the student, or its model where that is loaded already."""
-        return self._student or self.ctx.aligned(self.outline_of(self.ctx.config.student))
+        return self._student or self.ctx.models.aligned(self.outline_of(self.ctx.config.student))
 
     def outline(self, name: str) -> Any:
         """Return the outline of a teacher in ``teachers``."""
@@ -76,7 +76,7 @@ class CheckedStage:
         """Return the outline of any model: tokenizer and shapes, no weights."""
         from opdctl.models.model import outline
 
-        path = self.ctx.path_of(reference)
+        path = self.ctx.models.path_of(reference)
         if path not in self._outlines:
             base, trusted = references.base_of(path), self.ctx.runtime.trust_remote_code
             self._outlines[path] = outline(base or path, trusted)
@@ -98,7 +98,8 @@ class CheckedStage:
     def same(self, name: str) -> bool:
         """Return True where a teacher's weights on disk are the student's."""
         if name not in self._same:
-            places = [self.ctx.path_of(r) for r in (self.ctx.config.student, self.teachers[name])]
+            both = (self.ctx.config.student, self.teachers[name])
+            places = [self.ctx.models.path_of(reference) for reference in both]
             self._same[name] = len(set(places)) == 1 or same_weights(*places)
         return self._same[name]
 
@@ -128,7 +129,7 @@ class CheckedStage:
     @cached_property
     def rollouts(self) -> list[Rollout]:
         """The student's answers before the first step, one for each prompt."""
-        return self._sample(self.ctx.start(), list(self.route), "student")
+        return self._sample(self.ctx.models.start(), list(self.route), "student")
 
     def answers(self, name: str) -> list[Rollout]:
         """Return a teacher's own answers to the prompts of its domains, in the order of
@@ -136,7 +137,7 @@ class CheckedStage:
         if name not in self._answers and name in self.served:
             self._answers[name] = self._texts(name)
         elif name not in self._answers:
-            model = self.ctx.frozen(self.teachers[name])
+            model = self.ctx.models.frozen(self.teachers[name])
             self._answers[name] = self._sample(model, self.domains(name), "teacher")
         return self._answers[name]
 
@@ -153,17 +154,18 @@ class CheckedStage:
         if isinstance(self._servers.get(name), (StageFailed, UsageError)):
             raise self._servers[name]
         if name not in self._servers:
-            from opdctl.train.assemble import asked_for, terms_of
+            from opdctl.scoring.asks import Asks
+            from opdctl.train.assemble import asks_of_objectives
 
             ctx = self.ctx
-            needs, k = asked_for(terms_of(ctx.config.objectives), {})
-            wants = [n.removeprefix("teacher.") for n in needs if n.startswith("teacher.")]
-            wants, k = (["listed"], top) if top else (wants, k)
-            student, address = ctx.frozen(ctx.config.student), ctx.config.teachers[name].address
+            asks = asks_of_objectives(ctx.config)
+            if top:
+                asks = Asks.of("topk_list", top=top)
+            student = ctx.models.frozen(ctx.config.student)
+            address = ctx.config.teachers[name].address
+            server = member("teachers", "server")
             try:
-                self._servers[name] = member("teachers", "server")(
-                    ctx, student, name, address, wants, k
-                )
+                self._servers[name] = server(ctx, student, name, address, asks)
             except (StageFailed, UsageError) as error:
                 self._servers[name] = error
                 raise

@@ -33,7 +33,7 @@ class Gain:
             self._finding(stage, name, domain)
             for name in (*stage.differing, *stage.answering)
             for domain in stage.domains(name)
-            if name in stage.teachers or not stage.ctx.environment(domain)
+            if name in stage.teachers or not stage.ctx.prompts.environment(domain)
         ]
 
     def _finding(self, stage: CheckedStage, name: str, domain: str) -> Finding:
@@ -63,7 +63,7 @@ def paired_accuracy(stage: CheckedStage, name: str, domain: str) -> dict:
     from opdctl.train.evaluation import half_width
 
     student, teacher = (
-        stage.ctx.verify([r for r in rollouts if r.prompt.domain == domain])
+        stage.ctx.verdicts.verify([r for r in rollouts if r.prompt.domain == domain])
         for rollouts in (stage.rollouts, stage.answers(name))
     )
     right = list(zip(student, teacher, strict=True))

@@ -71,12 +71,12 @@ def stage_memory(stage: CheckedStage) -> Estimate:
     config, runtime, student = stage.ctx.config, stage.ctx.runtime, stage.student
     each = BYTES[runtime.dtype]
     ctx = stage.ctx
-    held = {ctx.path_of(r): stage.outline(n) for n, r in stage.teachers.items()}
+    held = {ctx.models.path_of(r): stage.outline(n) for n, r in stage.teachers.items()}
     if stage.policy:
-        held[ctx.path_of(config.student)] = student
+        held[ctx.models.path_of(config.student)] = student
     for dotted, judge in ctx.recipe.references(ctx.name):
         if dotted.startswith("data."):  # of a verifier
-            held[ctx.path_of(judge)] = stage.outline_of(judge)
+            held[ctx.models.path_of(judge)] = stage.outline_of(judge)
     places: dict[str, int] = {}
     for path, model in held.items():  # the outline of an adapter is that of its base
         base = references.base_of(path)

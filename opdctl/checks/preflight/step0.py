@@ -110,15 +110,17 @@ def served_divergence(
         StageFailed: the server does not answer, or its lists cannot be used.
     """
     from opdctl.kernels.topk import overlap_ratio
+    from opdctl.scoring.asks import Asks, Pass
     from opdctl.scoring.overlap import top_of
     from opdctl.scoring.score import score
 
     ctx = stage.ctx
-    model = ctx.frozen(ctx.config.student)
+    model = ctx.models.frozen(ctx.config.student)
     k = top_of(model.lm_head())
-    how = {"temperature": 1.0, "micro_batch": ctx.runtime.micro_batch, "check": ctx.check}
-    ours = score(model, requests, want=("logprobs", "topk"), top=k, **how)
-    theirs = stage.server(name).score(requests, 1.0, ("listed" if lists else "logprobs",), k)
+    run = Pass.of(ctx, 1.0)
+    ours = score(model, requests, Asks.of("logprobs", "topk", top=k), run)
+    asks = Asks.of("topk_list" if lists else "logprobs", top=k)
+    theirs = stage.server(name).score(requests, asks, run)
     gap_N = ours.logprobs_N - theirs.logprobs_N
     overlap = float(overlap_ratio(ours.top_NK, theirs.top_NK).mean()) if lists else 1.0
     error = float(gap_N.std()) / math.sqrt(len(gap_N)) if len(gap_N) > 1 else math.inf
@@ -132,7 +134,7 @@ def divergence_and_overlap(
     from opdctl.scoring.overlap import compared, top_of
 
     ctx = stage.ctx
-    models = [ctx.start(), ctx.frozen(stage.teachers[name])]
+    models = [ctx.models.start(), ctx.models.frozen(stage.teachers[name])]
     numbers, _ = compared(ctx, *models, requests, ctx.config.sampling.temperature)
     means = (float(numbers[column].mean()) for column in ("reverse", "overlap"))
     return *means, top_of(models[0].lm_head())

@@ -33,7 +33,7 @@ class Template:
         count = 0
         for domain in stage.domains(name):
             shown = [("prompt", p.text, "", p) for p in stage.prompts(domain, RENDERED)]
-            environment = stage.ctx.environment(domain)
+            environment = stage.ctx.prompts.environment(domain)
             if environment:
                 role = environment.role
                 shown.append((f"{role} turn", environment.refusal, role, shown[0][3]))

@@ -26,6 +26,7 @@ from opdctl.config.schema import key
 from opdctl.config.settings import ObjectiveConfig
 from opdctl.errors import StageFailed
 from opdctl.loss.objectives._layers import OnLayers, text_of
+from opdctl.scoring.columns import PAIR_WEIGHT
 
 HELD_OUT = 10  # every so many distinct prompts of a teacher one is held out, wherever it comes
 RIDGES = (1e-8, 1e-6, 1e-4, 1e-2, 1.0)
@@ -129,7 +130,7 @@ class Bridge(OnLayers):
             a_CLR, b_CLR = (torch.nn.functional.normalize(h, dim=-1) for h in (a_CLR, b_CLR))
         value_C = (a_CLR - b_CLR).square().mean((-1, -2))
         view.log("bridge_distance", value_C)
-        return value_C * view["pair_weight"]
+        return value_C * view[PAIR_WEIGHT]
 
 
 def bridge(ours_ND, theirs_NE, held_N, rank: int) -> tuple:

@@ -22,6 +22,7 @@ from typing import Literal
 from opdctl.config.schema import key
 from opdctl.config.settings import ON_TOP, ObjectiveConfig
 from opdctl.errors import Problem
+from opdctl.scoring.columns import PAIR_WEIGHT
 
 
 class Divergence:
@@ -101,4 +102,4 @@ class Divergence:
             how = (config.form, config.direction, config.beta, top.tails)
             value_C = divergence_on(top.logp_CK, top.logq_CK, top.keep_CK, *how)
             view.log("divergence", value_C)
-        return value_C * view["pair_weight"]
+        return value_C * view[PAIR_WEIGHT]

@@ -23,6 +23,7 @@ from opdctl.config.schema import key
 from opdctl.config.settings import ObjectiveConfig
 from opdctl.errors import StageFailed
 from opdctl.loss.objectives._layers import OnLayers, text_of
+from opdctl.scoring.columns import PAIR_WEIGHT
 
 WIDER = "opdctl stage opd --method oprd_bridge takes teachers of other widths"
 
@@ -72,4 +73,4 @@ class Hidden(OnLayers):
         wide = torch.promote_types(ours_CLD.dtype, torch.float32)
         value_C = (ours_CLD.to(wide) - theirs_CLD.to(wide)).square().mean((-1, -2))
         view.log("hidden_distance", value_C)
-        return value_C * view["pair_weight"]
+        return value_C * view[PAIR_WEIGHT]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.config.settings import ObjectiveConfig
+from opdctl.scoring.columns import ADVANTAGE
 
 
 class PolicyGradient:
@@ -42,7 +43,7 @@ class PolicyGradient:
 
         view.log("entropy", view.entropy_C)
         view.log("student_logprob", view.logprob_C)
-        advantage_C = view["advantage"]
+        advantage_C = view[ADVANTAGE]
         if self.config.advantage_clip:
             bound = self.config.advantage_clip
             view.log("advantage_clipped", (advantage_C.abs() > bound).float())

@@ -19,6 +19,7 @@ from typing import Literal
 from opdctl.config.schema import key
 from opdctl.config.settings import ObjectiveConfig
 from opdctl.errors import Problem
+from opdctl.scoring.columns import TEACHER, TEACHER_WEIGHT
 
 GRADIENT = {"k2": "reverse", "k3": "forward"}  # what differentiating each one gives
 
@@ -71,10 +72,10 @@ class SampledKl:
 
     def loss(self, view):
         """Shape [C]."""
-        u_C = view["teacher"] - view.logprob_C
+        u_C = view[TEACHER] - view.logprob_C
         value_C = 0.5 * u_C**2 if self.config.estimator == "k2" else u_C.exp() - 1 - u_C
         view.log("sampled_kl", value_C)
         view.log("entropy", view.entropy_C)
         view.log("student_logprob", view.logprob_C)
-        view.log("teacher_logprob", view["teacher"])
-        return value_C * view["teacher_weight"]
+        view.log("teacher_logprob", view[TEACHER])
+        return value_C * view[TEACHER_WEIGHT]

@@ -13,6 +13,7 @@ from typing import Literal
 
 from opdctl.config.schema import key
 from opdctl.config.settings import ON_TOP, ObjectiveConfig
+from opdctl.scoring.columns import PAIR_WEIGHT
 
 
 class TopkPg:
@@ -62,4 +63,4 @@ class TopkPg:
         advantage_CK = top.logq_CK - old_CK
         view.log("topk_advantage", (weight_CK * advantage_CK).sum(-1))
         ratio_CK = (top.logp_CK - old_CK).exp()
-        return -(weight_CK * advantage_CK * ratio_CK).sum(-1) * view["pair_weight"]
+        return -(weight_CK * advantage_CK * ratio_CK).sum(-1) * view[PAIR_WEIGHT]

@@ -15,6 +15,7 @@ from typing import Literal
 from opdctl.config.schema import key
 from opdctl.config.settings import ON_TOP, ObjectiveConfig
 from opdctl.errors import Problem
+from opdctl.scoring.columns import PAIR_WEIGHT
 
 
 class TopkTail:
@@ -67,4 +68,4 @@ class TopkTail:
         tail_C = (view.logprob_C - logprob_C).exp() * (logprob_C - top.teacher_C)
         value_C = head_C + torch.where(top.holds_C, 0.0, tail_C)
         view.log("divergence_estimate", value_C)
-        return value_C * view["pair_weight"]
+        return value_C * view[PAIR_WEIGHT]

@@ -21,6 +21,14 @@ from typing import Literal
 from opdctl.config.schema import key
 from opdctl.config.settings import SignalConfig
 from opdctl.errors import Problem
+from opdctl.scoring.columns import (
+    POLICY,
+    REFERENCE,
+    REFERENCE_TOP1,
+    TEACHER,
+    TEACHER_TOP1,
+    TEACHER_WEIGHT,
+)
 
 
 class Extrapolation:
@@ -48,7 +56,8 @@ class Extrapolation:
     @staticmethod
     def needs_for(config) -> tuple[str, ...]:
         """What the guard needs."""
-        neutral, reference = ("teacher.modal",), ("teacher.modal", "reference.modal")
+        neutral = ("teacher.top1",)
+        reference = (*neutral, "teacher.top1_id", "reference.top1")
         return {"none": (), "neutral": neutral, "reference": reference}[config.guard]
 
     @staticmethod
@@ -110,9 +119,9 @@ class Extrapolation:
         if self.config.format_drop:
             self._look(step.rollouts)
         lam_N = self.strength(columns)
-        gain_N = columns["teacher"] - columns["reference"]
-        credit_N = columns["teacher"] - columns["policy"] + (lam_N - 1) * gain_N
-        return credit_N * columns["teacher_weight"]
+        gain_N = columns[TEACHER] - columns[REFERENCE]
+        credit_N = columns[TEACHER] - columns[POLICY] + (lam_N - 1) * gain_N
+        return credit_N * columns[TEACHER_WEIGHT]
 
     def strength(self, columns):
         """lambda of each token, [N]."""
@@ -122,14 +131,14 @@ class Extrapolation:
         lam = config.lam
         if lam > 1:
             lam = 1 + (lam - 1) * self._state["share"]
-        lam_N = torch.full_like(columns["teacher"], lam)
+        lam_N = torch.full_like(columns[TEACHER], lam)
         if config.guard != "none":
             from opdctl.loss.signals._cliff import threshold
 
-            logb_N = columns["reference_modal"] if config.guard == "reference" else None
-            modal_N = columns["teacher_modal"]
-            edge_N = threshold(modal_N, logb_N, config.guard_clip) - config.guard_margin
-            sure_N = modal_N.exp() > config.guard_above
+            logb_N = columns[REFERENCE_TOP1] if config.guard == "reference" else None
+            top1_N = columns[TEACHER_TOP1]
+            edge_N = threshold(top1_N, logb_N, config.guard_clip) - config.guard_margin
+            sure_N = top1_N.exp() > config.guard_above
             cap_N = torch.where(sure_N, edge_N.clamp(min=1.0), torch.inf).to(lam_N.dtype)
             self.logged["capped"] = float((cap_N < lam_N).double().mean())
             lam_N = lam_N.minimum(cap_N)
@@ -138,7 +147,7 @@ class Extrapolation:
 
     def _look(self, rollouts) -> None:
         """Compare the share of well-formed responses with the first step's; lower lambda."""
-        formed = [not r.truncated and self.ctx.obeyed(r) for r in rollouts]
+        formed = [not r.truncated and self.ctx.verdicts.obeyed(r) for r in rollouts]
         share, state = sum(formed) / len(formed), self._state
         if state["first"] < 0:
             state["first"] = share

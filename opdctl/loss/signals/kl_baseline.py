@@ -15,6 +15,7 @@ from typing import Literal
 from opdctl.config.schema import key
 from opdctl.config.settings import SignalConfig
 from opdctl.errors import Problem
+from opdctl.scoring.columns import POLICY_KL, TEACHER_WEIGHT
 
 
 class KlBaseline:
@@ -46,4 +47,4 @@ class KlBaseline:
 
     def credit(self, step):
         """Shape [N]; never negative."""
-        return step.columns["policy_kl"] * step.columns["teacher_weight"]
+        return step.columns[POLICY_KL] * step.columns[TEACHER_WEIGHT]

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from opdctl.config.schema import key
 from opdctl.config.settings import SignalConfig
 from opdctl.errors import Problem
+from opdctl.scoring.columns import POLICY, TEACHER, TEACHER_WEIGHT
 
 
 class ReturnToGo:
@@ -58,10 +59,10 @@ class ReturnToGo:
     def credit(self, step):
         """Shape [N]."""
         config = self.config
-        ratio_N = step.columns["teacher"] - step.columns["policy"]
+        ratio_N = step.columns[TEACHER] - step.columns[POLICY]
         if config.clip:
             ratio_N = ratio_N.clamp(-config.clip, config.clip)
-        ratio_N = ratio_N * step.columns["teacher_weight"]
+        ratio_N = ratio_N * step.columns[TEACHER_WEIGHT]
         found_N = step.future(ratio_N, config.discount)
         if config.own:
             found_N = ratio_N + config.discount * found_N

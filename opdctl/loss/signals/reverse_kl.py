@@ -15,6 +15,7 @@ from typing import Literal
 from opdctl.config.schema import key
 from opdctl.config.settings import SignalConfig
 from opdctl.errors import Problem
+from opdctl.scoring.columns import POLICY, TEACHER, TEACHER_WEIGHT
 
 
 class ReverseKl:
@@ -57,9 +58,9 @@ class ReverseKl:
 
     def credit(self, step):
         """Shape [N]; zero where teacher and student agree."""
-        credit_N = step.columns["teacher"] - step.columns["policy"]
+        credit_N = step.columns[TEACHER] - step.columns[POLICY]
         if self.config.floor:
             credit_N = credit_N.clamp(min=math.log(self.config.floor) / (1 - self.config.floor))
         if self.config.clip:
             credit_N = credit_N.clamp(-self.config.clip, self.config.clip)
-        return credit_N * step.columns["teacher_weight"]
+        return credit_N * step.columns[TEACHER_WEIGHT]

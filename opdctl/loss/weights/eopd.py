@@ -18,6 +18,7 @@ from typing import Literal
 
 from opdctl.config.schema import key
 from opdctl.errors import Problem
+from opdctl.scoring.columns import TEACHER_ENTROPY, TEACHER_LIST_ENTROPY
 
 
 class Eopd:
@@ -39,8 +40,9 @@ class Eopd:
 
     @staticmethod
     def needs_for(config) -> tuple[str, ...]:
-        """Whose entropy."""
-        return ("teacher.entropy",) if config.over == "vocabulary" else ("teacher.listed_entropy",)
+        """Return the need of the entropy it compares."""
+        listed = config.over == "listed"
+        return ("teacher.topk_list_entropy" if listed else "teacher.entropy",)
 
     @staticmethod
     def problems(config, stage) -> list[Problem]:
@@ -56,5 +58,5 @@ class Eopd:
 
     def factor(self, step):
         """Shape [N]; of pooled teachers the mean entropy decides."""
-        listed = "listed_" if self.config.over == "listed" else ""
-        return step.columns[f"teacher_{listed}entropy"] > self.config.tau
+        listed = self.config.over == "listed"
+        return step.columns[TEACHER_LIST_ENTROPY if listed else TEACHER_ENTROPY] > self.config.tau

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.errors import Problem
+from opdctl.scoring.columns import BEHAVIOUR
 
 
 class IsGate:
@@ -38,7 +39,7 @@ class IsGate:
 
     def gate(self, view):
         """Shape [C], no gradient."""
-        ratio_C = (view.logprob_C.detach() - view["behaviour"]).exp()
+        ratio_C = (view.logprob_C.detach() - view[BEHAVIOUR]).exp()
         inside_C = (ratio_C >= self.config.low) & (ratio_C <= self.config.high)
         view.log("ratio", ratio_C)
         view.log("gate_open", inside_C.float())

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from opdctl.config.schema import key
+from opdctl.scoring.columns import RIGHT
 
 
 class OutcomeGate:
@@ -37,4 +38,4 @@ class OutcomeGate:
 
     def mask(self, step):
         """Shape [N]."""
-        return step.columns["right"] == (self.config.on == "right")
+        return step.columns[RIGHT] == (self.config.on == "right")

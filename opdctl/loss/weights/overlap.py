@@ -20,6 +20,7 @@ from typing import Literal
 
 from opdctl.config.schema import key
 from opdctl.errors import Problem
+from opdctl.scoring.columns import DECAY, DRIFT_OVERLAP, TEACHER_MASS_ABOVE
 
 
 class Overlap:
@@ -45,7 +46,7 @@ class Overlap:
     def needs_for(config) -> tuple[str, ...]:
         """What it needs with these keys."""
         if config.by == "nucleus":
-            return ("teacher.above",)
+            return ("teacher.mass_above",)
         return ("teacher.topk", "policy.overlap")
 
     @staticmethod
@@ -77,15 +78,15 @@ class Overlap:
     def bad(self, step):
         """Where the teacher is no guide, [N], boolean; of pooled teachers the mean decides."""
         if self.config.by == "nucleus":
-            return step.columns["teacher_above"] >= self.config.top_p
-        return step.columns["drift_overlap"] < self.config.tau
+            return step.columns[TEACHER_MASS_ABOVE] >= self.config.top_p
+        return step.columns[DRIFT_OVERLAP] < self.config.tau
 
     def factor(self, step):
         """Shape [N]; leaves the decay in the column ``decay``."""
         bad_N = self.bad(step).double()
         self.logged = {"drift_bad": float(bad_N.mean())}
         if self.config.by == "overlap":
-            self.logged["drift_overlap"] = float(step.columns["drift_overlap"].mean())
+            self.logged["drift_overlap"] = float(step.columns[DRIFT_OVERLAP].mean())
         decay_N = (1 - self.config.drop * step.so_far(bad_N)).clamp(0, 1)
-        step.columns["decay"] = decay_N
+        step.columns[DECAY] = decay_N
         return decay_N + self.config.base

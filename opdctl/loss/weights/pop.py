@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import key
+from opdctl.scoring.columns import BEHAVIOUR, POLICY
 
 
 class Pop:
@@ -29,7 +30,7 @@ class Pop:
 
     def gate(self, view):
         """Shape [C], no gradient."""
-        ratio_C = (view["policy"] - view["behaviour"]).exp()
+        ratio_C = (view[POLICY] - view[BEHAVIOUR]).exp()
         inside_C = (ratio_C >= 1 / self.config.beta) & (ratio_C <= self.config.beta)
         view.log("mismatch", ratio_C)
         view.log("gate_open", inside_C.float())

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.errors import Problem
+from opdctl.scoring.columns import POLICY, POLICY_ENTROPY, TEACHER
 
 
 class Reopold:
@@ -49,5 +50,5 @@ class Reopold:
         """Shape [N]."""
         if step.done < self.config.until * step.steps:
             floor = math.log(self.config.floor) / (1 - self.config.floor)
-            return step.columns["teacher"] - step.columns["policy"] >= floor
-        return step.largest(step.columns["policy_entropy"], self.config.keep)
+            return step.columns[TEACHER] - step.columns[POLICY] >= floor
+        return step.largest(step.columns[POLICY_ENTROPY], self.config.keep)

@@ -18,6 +18,7 @@ from typing import Literal
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.errors import Problem
+from opdctl.scoring.columns import POLICY, RIGHT, TEACHER
 
 
 class Scope:
@@ -56,12 +57,12 @@ class Scope:
 
     def mask(self, step):
         """Shape [N]: 1 on the path."""
-        return step.columns["right"] == (self.config.path == "right")
+        return step.columns[RIGHT] == (self.config.path == "right")
 
     def factor(self, step):
         """Shape [N]; the mean over a group's rollouts on the path is 1."""
         right = self.config.path == "right"
-        nll_B = -step.mean(step.columns["policy" if right else "teacher"])
+        nll_B = -step.mean(step.columns[POLICY if right else TEACHER])
         up = right and self.config.sign == "formula"
         score_B = (nll_B if up else -nll_B) / self.config.tau
         groups: dict[int, list[int]] = {}

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.errors import Problem
+from opdctl.scoring.columns import POLICY_ENTROPY, POLICY_KL
 
 
 class Tip:
@@ -48,7 +49,7 @@ class Tip:
 
     def score(self, step):
         """h + d - h d of every token, [N], from 0 to 1."""
-        entropy_N, kl_N = (step.columns[c].double() for c in ("policy_entropy", "policy_kl"))
+        entropy_N, kl_N = (step.columns[c].double() for c in (POLICY_ENTROPY, POLICY_KL))
         ranked_N = entropy_N.sort().values  # torch.quantile takes 16 million numbers at most
         threshold = ranked_N[round((1 - self.config.cut) * (len(ranked_N) - 1))]
         h_N, d_N = scaled(entropy_N.clamp(max=threshold)), scaled(kl_N)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import key
+from opdctl.scoring.columns import BEHAVIOUR
 
 
 class Truncated:
@@ -30,7 +31,7 @@ class Truncated:
 
     def gate(self, view):
         """Shape [C], no gradient."""
-        ratio_C = (view.old_C - view["behaviour"]).exp()
+        ratio_C = (view.old_C - view[BEHAVIOUR]).exp()
         view.log("mismatch", ratio_C)
         view.log("gate_open", (ratio_C <= self.config.cap).float())
         return ratio_C.clamp(max=self.config.cap)

@@ -10,7 +10,7 @@ class Model:
 
     def __init__(self, ctx, reference: str) -> None:
         self.ctx = ctx
-        self.model = ctx.load(reference, classifier=True)
+        self.model = ctx.models.load(reference, classifier=True)
         self.model.net.requires_grad_(False)
         self.parameters = self.model.parameters
 

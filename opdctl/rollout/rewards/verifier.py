@@ -14,5 +14,5 @@ class Verifier:
 
     def score(self, rollouts) -> None:
         """Set ``reward`` of every rollout to the verifier's verdict."""
-        for rollout, verdict in zip(rollouts, self.ctx.verify(rollouts), strict=True):
+        for rollout, verdict in zip(rollouts, self.ctx.verdicts.verify(rollouts), strict=True):
             rollout.reward = verdict

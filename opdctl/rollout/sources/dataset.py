@@ -42,7 +42,7 @@ class Dataset(Source):
     def __init__(self, config, ctx, model) -> None:
         self.config, self.ctx, self.model, self.seed = config, ctx, model, ctx.seed
         self.order = PromptOrder(ctx, model, config.domains)
-        self.environments = {d: ctx.environment(d) for d in self.order.pools}
+        self.environments = {d: ctx.prompts.environment(d) for d in self.order.pools}
 
     def draw(self, step: int):
         """Return one demonstration per prompt and sample of the step."""
@@ -73,7 +73,9 @@ class Dataset(Source):
                             f"data.{prompt.domain}.call: the environment does not answer {call!r}",
                             "write a call as its environment reads it",
                         )
-                if not self.ctx.data(prompt.domain).config.thinking.follows_mode(lead + answer):
+                if not self.ctx.prompts.data(prompt.domain).config.thinking.follows_mode(
+                    lead + answer
+                ):
                     raise UsageError(
                         f"data.{prompt.domain}: a demonstration without the thinking it asks for",
                         "a trace, a thought_column, or a teacher as the source",
@@ -84,7 +86,7 @@ class Dataset(Source):
 
     def _conversation(self, prompt: Prompt, group: int, step: int) -> Rollout:
         """Return a conversation as a rollout of the assistant's turns; others are context."""
-        thinking = self.ctx.data(prompt.domain).config.thinking
+        thinking = self.ctx.prompts.data(prompt.domain).config.thinking
         if self.config.corrupt:
             raise UsageError(
                 f"data.{prompt.domain}: a conversation has no answer that could be corrupted",
@@ -119,7 +121,7 @@ class Dataset(Source):
         Raises:
             UsageError: the prompt ends in a closed block, and the demonstration thinks.
         """
-        thinking = self.ctx.data(prompt.domain).config.thinking
+        thinking = self.ctx.prompts.data(prompt.domain).config.thinking
         text = lead + answer
         if prompt.calls:
             return text

@@ -130,7 +130,7 @@ class TeacherSamples(Source):
             by_teacher.setdefault(self.routes[prompt.domain][0], []).append(prompt)
         rollouts, flops = [], 0.0
         for name, prompts in by_teacher.items():
-            teacher = self.ctx.frozen(self.ctx.config.teachers[name].model)
+            teacher = self.ctx.models.frozen(self.ctx.config.teachers[name].model)
             samples = sample_group(self.ctx, teacher, prompts, step, "teacher")
             first = 1 + max((r.group for r in rollouts), default=-1)
             for rollout in samples:

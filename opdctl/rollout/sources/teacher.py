@@ -64,7 +64,7 @@ class Teacher(Source):
         self.sampled = sum(r.forwarded for r in rollouts)
         self.parameters = flops / max(1, self.sampled)  # of the mean expert, by tokens
         if self.config.keep == "verified":
-            for rollout, right in zip(rollouts, self.ctx.verify(rollouts), strict=True):
+            for rollout, right in zip(rollouts, self.ctx.verdicts.verify(rollouts), strict=True):
                 rollout.reward = right
             rollouts = [r for r in rollouts if r.reward == 1.0]
         for rollout in rollouts:
@@ -81,7 +81,7 @@ class Teacher(Source):
         """
         sampling = self.config.sampling
         if references.parse(expert).form != "server":
-            model = self.ctx.frozen(expert)
+            model = self.ctx.models.frozen(expert)
             rollouts = sample_group(self.ctx, model, prompts, step, "teacher", sampling=sampling)
             return rollouts, model.parameters, [self._openings(model, r) for r in rollouts]
         if expert not in self._apis:
@@ -95,7 +95,7 @@ class Teacher(Source):
         return rollouts, 0, [[None]] * len(rollouts)
 
     def _marks(self, rollout):
-        return self.ctx.data(rollout.prompt.domain).config.thinking
+        return self.ctx.prompts.data(rollout.prompt.domain).config.thinking
 
     def _openings(self, model, rollout) -> list[str]:
         """Return the thought opening that the template wrote before each turn of a response."""
@@ -112,7 +112,8 @@ class Teacher(Source):
             UsageError: the student's template has no place for the teacher's thought.
         """
         student, marks = self.student, self._marks(rollout)
-        environment = self.ctx.environment(rollout.prompt.domain) if rollout.before else None
+        domain = rollout.prompt.domain
+        environment = self.ctx.prompts.environment(domain) if rollout.before else None
         context = student.render(rollout.prompt)  # the ids before a turn
         rollout.prompt_ids, rollout.observed = context, ()
         response, turns, replies = [], [*rollout.before[::2], rollout.text], rollout.before[1::2]
@@ -123,7 +124,6 @@ class Teacher(Source):
                     text, before[turn], thought_opening(student, context, marks), marks, cut
                 )
             except UsageError as error:
-                domain = rollout.prompt.domain
                 raise UsageError(f"data.{domain}: {error.message}", error.hint) from error
             turns[turn] = text
             ids = student.encode(text)

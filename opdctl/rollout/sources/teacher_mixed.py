@@ -67,7 +67,7 @@ class TeacherMixed(Source):
             by_teacher.setdefault(self.routes[prompt.domain][0], []).append(prompt)
         rollouts, flops = [], 0.0
         for name, prompts in by_teacher.items():
-            teacher = self.ctx.frozen(self.ctx.config.teachers[name].model)
+            teacher = self.ctx.models.frozen(self.ctx.config.teachers[name].model)
             blend = (teacher, self.config.alpha)
             samples = sample_group(self.ctx, self.model, prompts, step, "mixture", blend=blend)
             first = 1 + max((r.group for r in rollouts), default=-1)

@@ -35,7 +35,7 @@ class Judge(JudgeVerifier):
         from opdctl import draws
         from opdctl.config.registry import member
 
-        model, sampling = self.ctx.frozen(self.config.model), self.config.sampling
+        model, sampling = self.ctx.models.frozen(self.config.model), self.config.sampling
         engine = member("engines", "transformers")(model, self.ctx.runtime.wave, self.ctx.check)
         drawn = engine.generate(
             [model.render(question) for _, question in questions],

@@ -22,10 +22,11 @@ from contextlib import closing
 from opdctl import draws
 from opdctl.errors import StageFailed, UsageError
 from opdctl.remote.endpoint import opened, reading
+from opdctl.scoring.asks import LOGPROBS, Asks
+from opdctl.scoring.quantities import SERVED
 from opdctl.types import ScoreRequest
 
 CHUNK = 1024  # ids of the vocabulary in one question
-LISTS = ("listed", "listed_entropy")
 NEVER = -9999.0  # what vLLM writes for minus infinity
 RAW = "start it with --logprobs-mode raw_logprobs, and in a precision that is finite"
 ROUNDED = 1e-4  # the log of 1 in a low precision may come out this far above 0
@@ -36,17 +37,14 @@ class Server:
 
     revision = 1
     keeps = True
-    provides = ("teacher.logprobs", "teacher.listed", "teacher.listed_entropy", "teacher.modal")
+    provides = SERVED
     stored = None  # it gives no hidden rows, so it needs no head
 
-    def __init__(
-        self, ctx, student, name: str, reference: str, wants=("logprobs",), top: int = 0
-    ) -> None:
+    def __init__(self, ctx, student, name: str, reference: str, asks: Asks = LOGPROBS) -> None:
         """Compare its vocabulary with the student's and score a known sequence.
 
         Args:
-            wants: what it will be asked for.
-            top: k of the lists.
+            asks: what it will be asked.
 
         Raises:
             StageFailed: it does not answer.
@@ -60,18 +58,14 @@ class Server:
         self.endpoint, served = opened(self.who, reference, runtime, ctx.check, elsewhere)
         self.served, self.longest = served["id"], served.get("max_model_len")
         self._compare_tokens()
-        self._probe(self._most(wants, top))
+        self._probe(self._list_size(asks))
 
-    def _most(self, wants, top: int) -> int:
-        """How many of the most probable tokens answer what is wanted."""
-        return min(top if set(LISTS) & set(wants) else int("modal" in wants), self.student.valid_V)
+    def _list_size(self, asks: Asks) -> int:
+        """Return how many of the most probable tokens answer what is asked."""
+        return min(asks.list_size, self.student.valid_V)
 
-    def score(self, requests, temperature: float, want, top: int = 16):
-        """Scores of every target token, in the order of the requests.
-
-        Args:
-            want: any of logprobs, listed and listed_entropy (the ``top`` most probable ids with
-                their log-probs), modal.
+    def score(self, requests, asks, run):
+        """Return scores of every target token, in the order of the requests.
 
         Raises:
             StageFailed: it died, hung, answered short, or for other tokens. What it answered
@@ -82,7 +76,8 @@ class Server:
 
         from opdctl.scoring.score import Scores
 
-        assert temperature == 1.0 and {f"teacher.{w}" for w in want} <= set(self.provides)
+        assert run.temperature == 1.0
+        assert {f"teacher.{name}" for name in asks.quantities} <= set(self.provides)
         for request in requests:
             if self.longest and len(request.ids) >= self.longest:
                 raise StageFailed(
@@ -90,7 +85,7 @@ class Server:
                     f"{len(request.ids)}",
                     "start it with a larger --max-model-len, or a smaller sampling.max_tokens",
                 )
-        k = self._most(want, top)
+        k = self._list_size(asks)
         keys = [f"teacher {self.name} {draws.key(k, r):016x}" for r in requests]
         asked = dict(zip(keys, requests, strict=True))  # the same answer twice is asked for once
         found = {key: logged[0] for key in asked if (logged := self.ctx.wal.get(key))}
@@ -113,10 +108,10 @@ class Server:
             self.student.device, self.student.logits_dtype
         )
         ids_NK = torch.from_numpy(whole["ids"]).to(self.student.device)
-        scores = Scores(values_NJ[:, 0])
+        scores = Scores({"logprobs": values_NJ[:, 0]})
         if k:
             scores.top_NK, scores.top_logprob_NK = ids_NK, values_NJ[:, 1:]
-            scores.modal_N, scores.modal_id_N = values_NJ[:, 1], ids_NK[:, 0]
+            scores.read_list(asks)
         return scores
 
     def _read(self, row: list, request, k: int) -> dict:

@@ -169,4 +169,4 @@ class Extrapolate:
             version=f"{done} extrapolated {k}",
         )
         self.sampled += sum(r.forwarded for r in rollouts)
-        return self.ctx.verify(rollouts)
+        return self.ctx.verdicts.verify(rollouts)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.errors import Problem
+from opdctl.scoring.columns import DECAY
 
 EFFECTIVE = 1e-8  # a decay that is above 0, whatever the rounding
 
@@ -80,11 +81,11 @@ class Length:
 
     def effective(self, step) -> list[float]:
         """Tokens of each rollout before its decay is 0."""
-        if "decay" not in step.columns:
+        if DECAY not in step.columns:
             return [float(r.length) for r in step.rollouts]
         from opdctl.models.packing import per_sequence
 
-        kept_N = (step.columns["decay"] > EFFECTIVE).double()
+        kept_N = (step.columns[DECAY] > EFFECTIVE).double()
         return per_sequence(kept_N, step.sequence_N, len(step.rollouts)).tolist()
 
     def follow(self, lengths: list[float]) -> float:
