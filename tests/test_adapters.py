@@ -13,14 +13,14 @@ import transformers
 from architectures import write
 from one_step import First, opd, prompts, said
 
-from opdctl.checks.preflight._pairing import Pairing
+from opdctl.checks.preflight._checked_stage import CheckedStage
 from opdctl.checks.preflight._weights import same_weights
-from opdctl.checks.preflight.memory import holds
+from opdctl.checks.preflight.memory import stage_memory
 from opdctl.config import references
 from opdctl.config.registry import member
 from opdctl.errors import Interrupted, RecipeError, UsageError
 from opdctl.models import tensor_file
-from opdctl.models.lora import deltas, left_out, size, with_adapters
+from opdctl.models.lora import adapter_parameters, unadapted_matrices, weight_deltas, with_adapters
 from opdctl.models.model import load, outline, save
 from opdctl.recipe.recipe import resolve
 from opdctl.remote.hub import adapter_of
@@ -93,7 +93,7 @@ def test_teachers_share_a_base(on_disk, adapters, tmp_path):
 
 @pytest.mark.parametrize("output", ["merged", "adapter"])
 def test_a_students_adapter(on_disk, tmp_path, output):
-    """Only it moves; the output loads in plain transformers or peft, and as a reference here."""
+    """Check that only the adapter moves; the output loads in transformers, peft and here."""
     keys = KEYS | {"lora": {"rank": 4, "output": output}, "steps": 3}
     ctx = opd(on_disk, tmp_path, **keys)
     model = ctx.models.student()
@@ -158,8 +158,8 @@ def test_an_adapter_is_float32_on_a_bfloat16_base(on_disk, adapters, tmp_path):
     rows = carry_out(ctx)
     assert all(r["logprob_gap"] < 0.05 and r["loss"] > 0.1 for r in rows)
     start = tensor_file.read(on_disk / "a" / "adapter_model.safetensors")
-    found = tensor_file.read(ctx.folder / "output" / "adapter_model.safetensors")
-    steps = torch.cat([(found[n] - w).abs().flatten() for n, w in start.items()])
+    trained = tensor_file.read(ctx.folder / "output" / "adapter_model.safetensors")
+    steps = torch.cat([(trained[n] - w).abs().flatten() for n, w in start.items()])
     assert (steps > 0).float().mean() > 0.9 and steps.max() < 1e-5
 
 
@@ -185,13 +185,13 @@ def test_adapters_are_merged_as_their_products(on_disk, adapters, tmp_path, scal
     those of the factors."""
     paths = {n: str(on_disk / n) for n in "ab"}
     keys = {"method": "task_arithmetic", "scale": scale} if scale else {}
-    given = {"kind": "merge", "student": str(on_disk / "t"), "models": paths, **keys}
-    ctx = one_stage(tmp_path / "run", {}, **given)
+    stage = {"kind": "merge", "student": str(on_disk / "t"), "models": paths, **keys}
+    ctx = one_stage(tmp_path / "run", {}, **stage)
     carry_out(ctx)
-    found = load(str(ctx.folder / "output")).net.state_dict()
+    weights = load(str(ctx.folder / "output")).net.state_dict()
     base = load(str(on_disk / "t")).net.state_dict()
     factor = scale or 0.5
-    for name, weight in found.items():
+    for name, weight in weights.items():
         deltas = [adapters[n][name].double() - base[name].double() for n in "ab"]
         expected = base[name].double() + factor * sum(deltas)
         assert torch.allclose(weight.double(), expected, atol=1e-6), name
@@ -199,13 +199,13 @@ def test_adapters_are_merged_as_their_products(on_disk, adapters, tmp_path, scal
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_outcome_model_by_an_adapter(on_disk, adapters, tmp_path, dtype):
-    """On its backbone, with the score trained whole; written merged, started from an adapter."""
+    """Check an adapter on the backbone with a full score: written merged, started from one."""
     a, s = str(on_disk / "a"), str(on_disk / "s")
     keys = {"kind": "orm", "policy": s, "steps": 4, "optim": {"lr": 1e-2 if "3" in dtype else 1e-6}}
     keys |= {"prompts": {"per_step": 4, "samples": 4}, "sampling": {"max_tokens": 2}}
     data = {"sums": prompts(on_disk) | {"verifier": {"regex": {"pattern": "[0-9]"}}}}
-    given = {"runtime": {"dtype": dtype}, "lora": {"rank": 4}, **keys}
-    ctx = one_stage(tmp_path / "orm", data, student=s, **given)
+    keys_of_stage = {"runtime": {"dtype": dtype}, "lora": {"rank": 4}, **keys}
+    ctx = one_stage(tmp_path / "orm", data, student=s, **keys_of_stage)
     moved = ctx.models.student(classifier=True).trainable_parameters()
     score = {"score.weight", "score.bias"}
     assert len(moved) > 10 and {n for n in moved if "lora_" not in n} == score
@@ -220,18 +220,20 @@ def test_an_outcome_model_by_an_adapter(on_disk, adapters, tmp_path, dtype):
         moved = {n for n, w in net.state_dict().items() if not torch.equal(w, start[n])}
         assert moved == {n for n in start if "_proj" in n} | score
         for lora in ({}, {"rank": 3, "alpha": 8}):  # an adapter of a language model is a start
-            again = one_stage(tmp_path / f"a{len(lora)}", data, student=a, **given | {"lora": lora})
-            found = again.models.student(classifier=True).backbone(IDS).last_hidden_state
+            again = one_stage(
+                tmp_path / f"a{len(lora)}", data, student=a, **keys_of_stage | {"lora": lora}
+            )
+            hidden = again.student(classifier=True).backbone(IDS).last_hidden_state
             own = dense(on_disk, adapters["a"]).model(IDS).last_hidden_state
-            assert torch.allclose(found, own, atol=1e-5)
+            assert torch.allclose(hidden, own, atol=1e-5)
             carry_out(again)
     adapter_only = {"rank": 4, "output": "adapter"}
     with pytest.raises(RecipeError, match="its score is trained whole"):
-        one_stage(tmp_path / "no", data, student=s, **given | {"lora": adapter_only})
+        one_stage(tmp_path / "no", data, student=s, **keys_of_stage | {"lora": adapter_only})
 
 
 def test_gradients_of_an_adapter(on_disk, adapters, tmp_path):
-    """Those of the factors alone, from one that has been trained."""
+    """Check the gradients of the factors alone, from a trained adapter."""
     keys = {"kind": "gradients", "student": str(on_disk / "a"), "batches": 2}
     keys |= {"prompts": {"per_step": 4}, "sampling": {"max_tokens": 4}}
     keys |= {"lora": {"rank": 3, "alpha": 8}, "teachers": {"sums": str(on_disk / "b")}}
@@ -298,15 +300,18 @@ def test_what_the_checks_make_of_adapters(on_disk, adapters, tmp_path):
     assert not same_weights(a, b) and not same_weights(a, t) and not same_weights(on_disk / "s", a)
 
     def memory(**keys):
-        return holds(Pairing(opd(on_disk, tmp_path, **keys)))
+        return stage_memory(CheckedStage(opd(on_disk, tmp_path, **keys)))
 
     one, both = {n: str(a) for n in "ab"}, {n: str(on_disk / n) for n in "ab"}
     data = dict.fromkeys("ab", prompts(on_disk))
     size = sum(4 * w.numel() for w in weights.values())
-    found = [memory(teachers=x, data=data).teachers for x in (one, both)]
-    assert found == [merged.parameters * 4 + size, merged.parameters * 4 + 2 * size]
+    estimates = [memory(teachers=x, data=data).teachers for x in (one, both)]
+    assert estimates == [merged.parameters * 4 + size, merged.parameters * 4 + 2 * size]
     ctx = opd(on_disk, tmp_path, lora={"rank": 4})
-    outlined, loaded = holds(Pairing(ctx)), holds(Pairing(ctx, ctx.models.student()))
+    outlined, loaded = (
+        stage_memory(CheckedStage(ctx)),
+        stage_memory(CheckedStage(ctx, ctx.models.student())),
+    )
     assert outlined == loaded and loaded.gradients == 4 * ctx.models.student().trained
     before = provenance.model(a)
     copy = tmp_path / "t"
@@ -356,7 +361,7 @@ MIXTURES = {  # what peft leaves out
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_experts_are_adapted_or_it_is_said(on_disk, tmp_path, capsys, name):
-    """Of a mixture: moved, written, read by plain peft, switched on one base, merged."""
+    """Check experts of a mixture: moved, written, read by plain peft, switched, merged."""
     base = str(tmp_path / name)
     write(base, name)
     keys, outs = {"student": base, "teacher": base}, {}
@@ -366,19 +371,19 @@ def test_experts_are_adapted_or_it_is_said(on_disk, tmp_path, capsys, name):
         assert sum("mlp.experts" in n for n in model.trainable_parameters()) == (
             8 if "deep" not in name else 4
         )
-        assert left_out(model, ctx.config.lora) == sorted(MIXTURES[name])
-        assert size(outline(base), ctx.config.lora) == model.trained
+        assert unadapted_matrices(model, ctx.config.lora) == sorted(MIXTURES[name])
+        assert adapter_parameters(outline(base), ctx.config.lora) == model.trained
         with torch.no_grad():
             for n, p in sorted(model.trainable_parameters().items()):
                 torch.manual_seed(len(n))
                 p.normal_(0, 0.1)
         ctx.folder.mkdir(parents=True, exist_ok=True)
-        given = with_adapters(model)
+        dense = with_adapters(model)
         checkpoint.commit(ctx.folder, model)
         if output == "merged":
             weights = model.net.state_dict()
-            assert given.keys() == weights.keys()
-            assert all(torch.allclose(given[n], weights[n], atol=1e-6) for n in given)
+            assert dense.keys() == weights.keys()
+            assert all(torch.allclose(dense[n], weights[n], atol=1e-6) for n in dense)
         outs[output] = str(ctx.folder / "output")
     printed = capsys.readouterr().out
     assert ("adapts no" in printed) == bool(MIXTURES[name])
@@ -398,7 +403,7 @@ def test_experts_are_adapted_or_it_is_said(on_disk, tmp_path, capsys, name):
     for place in (*expected, *expected):
         assert torch.allclose(ctx.models.frozen(place).own_logits(IDS), expected[place], atol=1e-4)
         switched = with_adapters(ctx.models.frozen(place))
-        same = all(torch.allclose(switched[n], given[n], atol=1e-6) for n in given)
+        same = all(torch.allclose(switched[n], dense[n], atol=1e-6) for n in dense)
         assert same == (place == outs["adapter"])
     assert ctx.models.loads == 1
     for place in outs.values():
@@ -414,7 +419,7 @@ def cached(hub, name, folder, commit, ref):
 
 
 def test_models_and_adapters_by_public_names(on_disk, adapters, tmp_path, monkeypatch):
-    """From a cache without a network; revisions are told apart; an adapter finds its base there."""
+    """Check a cache without a network: revisions differ, and an adapter finds its base there."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     adapter_of.cache_clear()
     named = changed(on_disk / "a", tmp_path / "named", base_model_name_or_path="org/base")
@@ -515,7 +520,7 @@ def test_an_adapter_taken_out_of_its_base_shares_none(on_disk, adapters, tmp_pat
     with pytest.raises(UsageError, match=f"was started with '{start}'.*base's weights change"):
         ctx.models.frozen(str(tmp_path / start))
     with pytest.raises(UsageError, match="more than pairs of A and B"):
-        deltas(str(tmp_path / start))
+        weight_deltas(str(tmp_path / start))
     expected = made.train(False)(IDS).logits
     logits = ctx.models.load(str(tmp_path / start)).own_logits(IDS)
     assert torch.allclose(logits, expected, atol=1e-4)

@@ -8,7 +8,7 @@ import torch
 from one_step import First, by_transformers
 from test_weights import step_of, weight
 
-from opdctl.checks.preflight._pairing import Pairing
+from opdctl.checks.preflight._checked_stage import CheckedStage
 from opdctl.config.registry import member
 from opdctl.config.settings import longest_turn
 from opdctl.errors import Interrupted, RecipeError
@@ -231,7 +231,7 @@ def test_a_limit_that_narrows_is_no_collapse_and_one_that_widens_cuts_by_intent(
 def test_what_looks_ahead_looks_at_the_largest_limit(stage):
     ctx = stage(**PRUNED)
     assert longest_turn(ctx.config) == 6
-    assert max(r.length for r in Pairing(ctx).rollouts) == 6
+    assert max(r.length for r in CheckedStage(ctx).rollouts) == 6
     assert ctx.sampling.max_tokens == 3
 
 

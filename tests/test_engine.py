@@ -1,11 +1,13 @@
 """The sampler: batch independence, exact log-probs, stop tokens, padded vocabulary."""
 
+import warnings
+
 import numpy as np
 import torch
 
 from conftest import make_model
 from opdctl import draws
-from opdctl.rollout.engines.transformers import Transformers, draw
+from opdctl.rollout.engines.transformers import Transformers, draw_tokens
 from opdctl.scoring.asks import Pass
 from opdctl.scoring.score import score
 from opdctl.types import ScoreRequest
@@ -35,6 +37,13 @@ def test_tokens_do_not_depend_on_the_batch(model):
     order = np.random.default_rng(0).permutation(40)
     _, shuffled = sample(model, [texts[i] for i in order], [keys[i] for i in order])
     assert [s.ids for s in shuffled] == [together[i].ids for i in order]
+
+
+def test_transformers_warns_of_nothing_that_goes(model):
+    """A name that a later release removes is a FutureWarning of this one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        assert len(sample(model, PROMPTS, list(range(5)))[1]) == 5
 
 
 def test_logprobs_are_those_of_the_sampled_distribution(model):
@@ -84,7 +93,7 @@ def test_padded_rows_change_nothing():
 def test_draws_follow_the_distribution():
     logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0]]).expand(200_000, 4)
     keys = np.array([draws.key("freq", i) for i in range(200_000)], np.uint64)
-    ids, _ = draw(logits, draws.uniform(keys, 0))
+    ids, _ = draw_tokens(logits, draws.uniform(keys, 0))
     share = torch.bincount(ids, minlength=4).double() / 200_000
     expected = logits[0].double().softmax(-1)
     assert share[2] == 0

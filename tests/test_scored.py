@@ -11,7 +11,7 @@ from conftest import make_model64
 from opdctl.config.registry import member
 from opdctl.config.settings import Runtime
 from opdctl.kernels.reference import divergence
-from opdctl.models.packing import parts
+from opdctl.models.packing import minibatch_slices
 from opdctl.scoring.asks import Asks, Pass
 from opdctl.scoring.score import score
 from opdctl.train import update
@@ -54,7 +54,7 @@ def step_of(student, teachers, route, **keys):
 def trained(student, spans, step, minibatches=1):
     """Gradients of each minibatch, as the loop takes them."""
     lengths, found = [len(ids) - start for ids, start in spans], []
-    for sequences, part in parts(lengths, minibatches):
+    for sequences, part in minibatch_slices(lengths, minibatches):
         student.net.zero_grad(set_to_none=True)
         update.accumulate(
             student,

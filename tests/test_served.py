@@ -18,7 +18,7 @@ from one_step import First, prompts
 from serving import listening
 
 from conftest import make_model
-from opdctl.checks.preflight._stage import check
+from opdctl.checks.preflight._run_checks import check
 from opdctl.config.registry import member
 from opdctl.config.settings import Sampling
 from opdctl.errors import EXIT_INTERRUPTED, Interrupted, RecipeError, StageFailed, UsageError

@@ -91,8 +91,8 @@ def test_math(tmp_path):
     data, prompt = one(tmp_path, {"math": {"timeout": 5.0}}, "\\frac{1}{2}")
     ctx = type("C", (), {"check": lambda self: None})()
     verifier = data.verifier(data.keys, ctx, "d")
-    found = verifier.score([(prompt, t) for t in ("so it is $0.5$", "$2$", "", "\\boxed{1/2}")])
-    assert found == [1.0, 0.0, 0.0, 1.0]
+    verdicts = verifier.score([(prompt, t) for t in ("so it is $0.5$", "$2$", "", "\\boxed{1/2}")])
+    assert verdicts == [1.0, 0.0, 0.0, 1.0]
     process = verifier.child.process
     bomb = Prompt("b", "d", "q", "$7$", {})
     start = time.monotonic()
@@ -122,18 +122,18 @@ def test_python(tmp_path):
     assert isinstance(judged(data, prompt, "oops"), LookupError)
     with pytest.raises(UsageError, match=r"row 1: no column 'grade'\n.*columns: prompt, answer"):
         one(tmp_path, {"python": call})
-    for path, what in (("opdctl.nowhere:f", "No module"), ("math:pi", "no function")):
+    for path, message in (("opdctl.nowhere:f", "No module"), ("math:pi", "no function")):
         data, prompt = one(tmp_path, {"python": {"call": path}})
-        with pytest.raises(UsageError, match=what):
+        with pytest.raises(UsageError, match=message):
             judged(data, prompt, "a")
 
 
 def prepared(on_disk, tmp_path, verifier, kind="rl", **keys):
     data = {"kind": "jsonl", "path": str(on_disk / "sums.jsonl"), "eval_share": 0}
     data |= {"verifier": verifier}
-    given = {"kind": kind, "student": str(on_disk / "s"), "steps": 2}
-    given |= {"prompts": {"per_step": 4, "samples": 2}, "sampling": {"max_tokens": 4}}
-    return one_stage(tmp_path / "run", {"sums": data}, **given | keys)
+    stage = {"kind": kind, "student": str(on_disk / "s"), "steps": 2}
+    stage |= {"prompts": {"per_step": 4, "samples": 2}, "sampling": {"max_tokens": 4}}
+    return one_stage(tmp_path / "run", {"sums": data}, **stage | keys)
 
 
 ODD = "def odd(prompt, response, answer, row):\n    return 1 / (len(response) % 2)\n"
@@ -187,6 +187,6 @@ def test_a_recipe_with_a_wrong_verifier_is_refused(on_disk, tmp_path):
         r"names no function": {"python": {"call": "os.path"}},
         r"schema: not a JSON schema": {"json_schema": {"schema": {"type": 7}}},
     }
-    for what, verifier in wrong.items():
-        with pytest.raises(RecipeError, match=what):
+    for message, verifier in wrong.items():
+        with pytest.raises(RecipeError, match=message):
             prepared(on_disk, tmp_path / os.urandom(4).hex(), verifier)

@@ -13,8 +13,9 @@ from opdctl import draws
 from opdctl.errors import Interrupted, RecipeError, UsageError
 from opdctl.models.model import load, save
 from opdctl.recipe.recipe import resolve
+from opdctl.rollout.engines._vllm_plugins import import_vllm
 from opdctl.rollout.engines.transformers import Transformers
-from opdctl.rollout.engines.vllm import Vllm, _imported
+from opdctl.rollout.engines.vllm import Vllm
 from opdctl.run.rundir import RunDir, read_rows
 from opdctl.scoring.asks import Pass
 from opdctl.scoring.score import score
@@ -340,9 +341,9 @@ def test_candidates_are_published_and_the_limit_moves(tmp_path):
     real, gaps = ctx.verdicts.verify, []
 
     def verify(rollouts):  # asked in validations alone, on the candidate as it stands
-        found = score(ctx.models._engine.model, [r.request for r in rollouts])
+        scores = score(ctx.models._engine.model, [r.request for r in rollouts])
         drawn = torch.tensor([v for r in rollouts for v in r.behaviour_logprobs])
-        gaps.append(float((found.logprobs_N - drawn).abs().max()))
+        gaps.append(float((scores.logprobs_N - drawn).abs().max()))
         return real(rollouts)
 
     ctx.verdicts.verify = verify
@@ -380,12 +381,12 @@ def test_an_output_loads_in_plain_transformers_and_in_plain_vllm(tmp_path, archi
             tokenizer.apply_chat_template(t, add_generation_prompt=True, return_dict=False)
             for t in talks
         ]
-        found = [
+        responses = [
             net.generate(torch.tensor([p]), do_sample=False, max_new_tokens=12)[0, len(p) :]
             for p in prompts
         ]
-        said.append([f.tolist() for f in found])
-    plain = _imported(cuda=False)
+        said.append([f.tolist() for f in responses])
+    plain = import_vllm(cuda=False)
     llm = plain.LLM(
         str(ctx.folder / "output"),
         dtype="float32",
@@ -460,8 +461,8 @@ def test_an_objective_that_takes_the_sampler_for_the_trainer_is_noted():
         objectives = {"policy_gradient": {"weights": weights}, "divergence": {"coef": 0}}
         opd = {"kind": "opd", "student": "a/b", "teachers": {"sums": "c/d"}}
         opd |= {"signals": {"reverse_kl": {}}, "objectives": objectives}
-        found = resolve(tree(stages={"opd": opd}), "x").notes()
-        return [n.path for n in found if "nothing corrects for it" in n.message]
+        notes = resolve(tree(stages={"opd": opd}), "x").notes()
+        return [n.path for n in notes if "nothing corrects for it" in n.message]
 
     assert noted() == ["stages.opd.objectives.policy_gradient.weights"]
     assert noted(truncated={}) == [] and noted(is_gate={}) == []

@@ -12,9 +12,9 @@ from serving import served_by_vllm
 from test_vllm import folder_of, needs_vllm
 
 from conftest import ALPHABET, make_model
-from opdctl.checks.preflight._pairing import Pairing
-from opdctl.checks.preflight._stage import check
-from opdctl.checks.preflight.step0 import compare, estimated
+from opdctl.checks.preflight._checked_stage import CheckedStage
+from opdctl.checks.preflight._run_checks import check
+from opdctl.checks.preflight.step0 import divergence_and_overlap, served_divergence
 from opdctl.config.registry import member
 from opdctl.config.settings import Runtime
 from opdctl.errors import StageFailed, UsageError
@@ -189,14 +189,14 @@ def test_everything_is_looked_at_before_a_run(folder, server, tmp_path):
     assert by_check["served"].severity == "ok" and "reads 128 tokens" in by_check["served"].what
     assert "teacher 0.00, student 0.00" in by_check["gain"].what
     name = ctx.config.student
-    pairing = Pairing(ctx)
-    requests = [r.request for r in pairing.rollouts]
-    kl, error, overlap, k = estimated(pairing, "teacher", requests)
-    pairing.teachers["folder"] = str(folder / "t")
-    exact, their_overlap, same_k = compare(pairing, "folder", requests)
+    checked = CheckedStage(ctx)
+    requests = [r.request for r in checked.rollouts]
+    kl, error, overlap, k = served_divergence(checked, "teacher", requests)
+    checked.teachers["folder"] = str(folder / "t")
+    exact, their_overlap, same_k = divergence_and_overlap(checked, "folder", requests)
     assert k == same_k and abs(overlap - their_overlap) < 1e-6
     assert abs(kl - exact) < 4 * error and f"KL {kl:.4g}" in by_check["step0"].what
-    alone = estimated(pairing, "teacher", requests, lists=False)
+    alone = served_divergence(checked, "teacher", requests, lists=False)
     assert alone[0] == pytest.approx(kl, abs=1e-5) and alone[2] == 1.0
     wrong = check(context(folder, tmp_path / "wrong", f"{server.url}#small"), deep=True)
     assert {(f.check, f.severity) for f in wrong if f.teacher} == {("served", "error")}

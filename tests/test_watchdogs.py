@@ -312,12 +312,12 @@ def test_killed_and_resumed_it_says_the_same_and_gives_the_same_bits(base, tmp_p
 
 LIE = """
 import opdctl.rollout.sampling as sampling
-real = sampling._turn
+real = sampling._sample_turn
 def turn(engine, model, rollouts, *rest):
     real(engine, model, rollouts, *rest)
     for r in rollouts:
         r.behaviour_logprobs = [v - 1 for v in r.behaviour_logprobs]
-sampling._turn = turn
+sampling._sample_turn = turn
 """
 
 

@@ -122,7 +122,7 @@ class TokenView:
     def states(self, which: str) -> Tensor:
         """Return the policy's hidden states on layers named as in a need, [C, L, D]."""
         each = list(self.chunk.inner_CLD.unbind(1)) if self.layers.inner else []
-        places = self.layers.places(which)
+        places = self.layers.state_indices(which)
         if len(each) in places:
             each.append(self.chunk.hidden_CD)
         return torch.stack([each[p] for p in places], 1)
@@ -130,7 +130,7 @@ class TokenView:
     def teacher_states(self, which: str) -> list[tuple[slice, str, Tensor]]:
         """Return those of the tokens' own teachers, on the layers that belong to the policy's: for
         each run of tokens of one teacher the slice, its name and [run, L, its width]."""
-        return list(self.teacher_cache.states(*self._asked, self.layers.places(which)))
+        return list(self.teacher_cache.states(*self._asked, self.layers.state_indices(which)))
 
     @cached_property
     def logprob_C(self) -> Tensor:

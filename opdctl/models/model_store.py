@@ -69,17 +69,17 @@ class ModelStore:
         lora = getattr(self.ctx.config, "lora", None)
         if lora is None or not lora.rank:
             return self.load(self.ctx.config.student, classifier=classifier, trained=True)
-        from opdctl.models.lora import attach, go_on, left_out
+        from opdctl.models.lora import attach, continue_adapter, unadapted_matrices
 
         path = self.path_of(self.ctx.config.student)
         base, recomputed = references.base_of(path), self.ctx.runtime.gradient_checkpointing
         how = {"device": self.ctx.device, "classifier": classifier, "recomputed": recomputed}
         model = self._load(base or path, **how)
         if base:
-            go_on(model, path, lora, base)
+            continue_adapter(model, path, lora, base)
         else:
             attach(model, lora, path, draws.key(self.ctx.seed, "lora") % 2**63)
-            if missed := left_out(model, lora):
+            if missed := unadapted_matrices(model, lora):
                 print(f"[{self.ctx.name}] warning: peft adapts no {', '.join(missed)}", flush=True)
         return model
 
@@ -89,7 +89,7 @@ class ModelStore:
 
         With ``runtime.resident_teachers`` the one that was used longest ago makes room.
         """
-        from opdctl.models.shared_base import Shared
+        from opdctl.models.shared_base import SharedBase
 
         path, most = self.path_of(reference), self.ctx.runtime.resident_teachers
         base = references.base_of(path)
@@ -97,7 +97,7 @@ class ModelStore:
         if place not in self._frozen:
             while most and len(self._frozen) >= most:
                 self._frozen.pop(next(iter(self._frozen)))
-            self._frozen[place] = Shared(self._load(place, device=self.ctx.device))
+            self._frozen[place] = SharedBase(self._load(place, device=self.ctx.device))
             self.loads += 1
         self._frozen[place] = self._frozen.pop(place)  # the newest stands last
         return self._frozen[place].view(path if base else "")

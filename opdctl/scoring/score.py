@@ -75,7 +75,7 @@ def score(
     count = sum(map(len, requests))
     head = model.lm_head(run.temperature, run.rounded)
     scores = _allocated(head, count, asks, other_ids_N)
-    inner = asks.layers.beside(depth_of(model)) if INNER in asks else ()
+    inner = asks.layers.counterparts(depth_of(model)) if INNER in asks else ()
     reads_logits = other_ids_N is not None or bool(asks.quantities - {HIDDEN, INNER})
     rows = rows_in(run.chunk_mib, head)
     for group, tokens_N in micro_batches(requests, run.micro_batch, model.device):

@@ -123,7 +123,7 @@ def teacher_asks(model: Any, needs: set[str], top: int) -> Asks:
     head = bool({HIDDEN, TOPK_LIST} & names)  # logits are rebuilt
     if layers:
         names |= {INNER} if layers.inner else set()
-        names |= {HIDDEN} if layers.depth in layers.chosen else set()
+        names |= {HIDDEN} if layers.depth in layers.selected else set()
     return Asks(frozenset(names), top, layers, head)
 
 

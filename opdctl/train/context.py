@@ -11,7 +11,7 @@ from typing import Any
 from opdctl import draws
 from opdctl.config.settings import Runtime, Sampling
 from opdctl.errors import Interrupted
-from opdctl.models.chat.example import example, plain
+from opdctl.models.chat.example import build_example, plain_text
 from opdctl.models.model_store import ModelStore
 from opdctl.recipe.recipe import Recipe
 from opdctl.rollout.prompt_store import PromptStore
@@ -80,9 +80,9 @@ class Context:
 
     def show_first(self, rollout: Rollout, tokenizer: Any, trained: bool = True) -> None:
         """Leave the stage's first prompt in ``example.json`` and, the loss in [[ ]], in the log."""
-        first = example(rollout, tokenizer, trained)
+        first = build_example(rollout, tokenizer, trained)
         write_json(self.folder / "example.json", first)
-        print(f"{self.name}: {plain(first)}", flush=True)
+        print(f"{self.name}: {plain_text(first)}", flush=True)
 
 
 class Clock:

@@ -6,7 +6,7 @@ import math
 
 from opdctl.errors import UsageError
 from opdctl.intervals import wilson
-from opdctl.rollout.prompts import fitting
+from opdctl.rollout.prompts import prompts_within_limit
 from opdctl.rollout.sampling import sample_group
 from opdctl.run.rundir import read_json, write_json
 from opdctl.train.context import Clock, Context
@@ -104,7 +104,7 @@ def evaluate(ctx: Context) -> Compute:
 
 def _domain(ctx: Context, model, name: str, domain: str) -> dict:
     config = ctx.config
-    prompts = fitting(ctx, model, domain, "eval", config.prompts.limit)
+    prompts = prompts_within_limit(ctx, model, domain, "eval", config.prompts.limit)
     if not prompts:
         raise UsageError(f"data.{domain} holds out no prompts", "raise eval_share")
     rollouts = sample_group(ctx, model, prompts, 0, "student")

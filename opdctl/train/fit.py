@@ -43,7 +43,7 @@ def states_for_fit(
     own = CachedTeacher(None, scores.hidden_ND, inner_NLD=scores.inner_NLD)
     numbers = [int(r.prompt.id, 16) >> 1 for r in rollouts]  # 63 bits: a signed integer holds them
     prompt_N = torch.tensor(numbers, device=model.device)[step.sequence_N]
-    places, pairs = layers.places(which), []
+    places, pairs = layers.state_indices(which), []
     taught_NM = step.columns[PAIR_WEIGHT] != 0
     for i, held in enumerate(step.teacher_cache.held):
         at_N, place_N = (taught_NM & (step.columns[TEACHER_INDEX] == i)).nonzero(as_tuple=True)

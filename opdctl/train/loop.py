@@ -20,7 +20,7 @@ from opdctl import draws
 from opdctl.errors import Interrupted, StageFailed
 from opdctl.kernels.select import rows_class
 from opdctl.models import packing
-from opdctl.models.master_weights import Masters
+from opdctl.models.master_weights import MasterWeights
 from opdctl.models.model import Model
 from opdctl.run.rundir import finite
 from opdctl.scoring import overlap
@@ -54,7 +54,7 @@ def train(ctx: Context, model: Model, setup_of: Callable[[Context, Model], Train
 
 def count_rollouts(source: Any, compute: Compute) -> None:
     """Add to the ledger everything a source sampled last, what it then refused included."""
-    for part in getattr(source, "sources", [source]):
+    for part in source.sources:
         flops = FORWARD * part.parameters * part.sampled
         if part.samples_from == "teacher":
             compute.teacher_sampled_tokens += part.sampled
@@ -75,7 +75,7 @@ class Loop:
             p.dtype.itemsize < 4 for p in model.trainable_parameters().values()
         )  # no adapter is
         if narrow and ctx.runtime.masters_of(self.optim.lr):
-            model.masters = Masters(model.net)
+            model.masters = MasterWeights(model.net)
             print(f"{ctx.name}: the optimizer moves float32 copies of the parameters", flush=True)
         self.optimizer = update.make_optimizer(model, self.optim)
         self.compute, self.watch = Compute(), Watch(ctx.config.watch, ctx.name)
@@ -279,7 +279,7 @@ class Loop:
         lr = update.lr_at(done, self.steps, self.optim)
         self.ctx.check()
         for _ in range(setup.updates):
-            for sequences, tokens in packing.parts(lengths, setup.minibatches):
+            for sequences, tokens in packing.minibatch_slices(lengths, setup.minibatches):
                 columns = {k: v[tokens] for k, v in step.columns.items()}
                 result = update.accumulate(
                     self.model,
@@ -316,7 +316,7 @@ class Loop:
             return
         lengths = [r.length for r in step.rollouts]
         flat = {k: v for k, v in step.columns.items() if v.ndim == 1 and k != DOMAIN}
-        vectors = {k: packing.split(v, lengths) for k, v in flat.items()}
+        vectors = {k: packing.lists_per_sequence(v, lengths) for k, v in flat.items()}
         folder = self.ctx.folder / "rollouts"
         folder.mkdir(exist_ok=True)
         with open(folder / f"step-{done:06d}.jsonl", "w", encoding="utf-8") as file:

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from opdctl.loss.token_view import LossTerm
 from opdctl.models.model import Model
-from opdctl.models.packing import future, per_sequence, places, so_far
+from opdctl.models.packing import (
+    cumulative_sum,
+    discounted_future_sum,
+    per_sequence,
+    token_positions,
+)
 from opdctl.scoring.ask_teachers import TeacherRequests
 from opdctl.scoring.asks import LOGPROBS, NOTHING, Asks
 from opdctl.scoring.teacher_cache import TeacherCache
@@ -106,15 +111,15 @@ class Step:
 
     def future(self, value_N: Tensor, discount: float) -> Tensor:
         """Return the discounted sum of what comes after each token in its rollout. Shape [N]."""
-        return future(value_N, self.sequence_N, len(self.rollouts), discount)
+        return discounted_future_sum(value_N, self.sequence_N, len(self.rollouts), discount)
 
     def so_far(self, value_N: Tensor) -> Tensor:
         """Return the sum of each token's value and of those before it in its rollout. Shape [N]."""
-        return so_far(value_N, self.sequence_N, len(self.rollouts))
+        return cumulative_sum(value_N, self.sequence_N, len(self.rollouts))
 
     def places(self) -> tuple[Tensor, Tensor]:
         """Return each token's place in its rollout, from 0, and that rollout's length. [N] each."""
-        return places(self.sequence_N, len(self.rollouts))
+        return token_positions(self.sequence_N, len(self.rollouts))
 
     def spread(self, value_B: list[float]) -> Tensor:
         """Return one number per token from one per rollout. Shape [N]."""

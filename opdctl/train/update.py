@@ -25,7 +25,7 @@ from opdctl.loss.token_teacher import (
 from opdctl.loss.token_view import LossTerm, weighted_sum
 from opdctl.models.hidden_layers import Layers, forward_kwargs, hidden_states
 from opdctl.models.model import Model
-from opdctl.models.packing import last_of_each, micro_batches, pack, per_sequence
+from opdctl.models.packing import last_per_sequence, micro_batches, pack, per_sequence
 from opdctl.scoring.asks import Pass
 from opdctl.scoring.columns import DOMAIN, PAIR_WEIGHT, TEACHER_INDEX
 from opdctl.scoring.teacher_cache import TeacherCache
@@ -142,7 +142,7 @@ def accumulate(
     teacher_NM = columns.get(TEACHER_INDEX)
     pooled, order = teacher_NM is not None and teacher_NM.shape[1] > 1, None
     if teacher_NM is not None:  # sequences of one teacher together, so that its head is read once
-        order = last_of_each(teacher_NM[:, 0], lengths).tolist()
+        order = last_per_sequence(teacher_NM[:, 0], lengths).tolist()
     for group, tokens_N in micro_batches(spans, run.micro_batch, model.device, order):
         packed = pack([spans[i] for i in group], model.pad, model.device, model.one_row)
         out = model.backbone(**packed.inputs, **forward_kwargs(inner, model))
@@ -216,7 +216,7 @@ def _scatter(
 
 def _in_chunk(layers: Layers | None, terms: list[LossTerm]) -> tuple[int, bool]:
     """Return how many hidden states of a row are compared, and whether any logits are made."""
-    return len(layers.chosen) if layers else 0, any(t.reads_logits for t in terms)
+    return len(layers.selected) if layers else 0, any(t.reads_logits for t in terms)
 
 
 def step(

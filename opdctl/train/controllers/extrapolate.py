@@ -88,7 +88,7 @@ class Extrapolate:
     def start(self) -> None:
         """Keep the weights before the first step, from which the first direction is measured."""
         self._begin()
-        self.previous = self.line.point()
+        self.previous = self.line.snapshot()
 
     def _begin(self) -> None:
         from opdctl.models.extrapolation import line_of
@@ -122,11 +122,11 @@ class Extrapolate:
         self.sampled = 0
         if done & (done - 1):
             return {}
-        start, best, scores, kept = self.line.point(), [], [], 0
+        start, best, scores, kept = self.line.snapshot(), [], [], 0
         verdicts: set[float] = set()
         try:
             for k in range(self.config.candidates + 1):
-                self.line.go(start, self.previous, self.config.stride * k)
+                self.line.move_to(start, self.previous, self.config.stride * k)
                 right = self._score(done, k)
                 scores.append(sum(right) / len(right))
                 verdicts.update(right)
@@ -134,11 +134,11 @@ class Extrapolate:
                     break
                 best, kept = right, k
         except BaseException:
-            self.line.go(start, self.previous, 0)
+            self.line.move_to(start, self.previous, 0)
             raise
-        self.line.go(start, self.previous, self.config.stride * kept)
+        self.line.move_to(start, self.previous, self.config.stride * kept)
         self.line.keep()
-        self.previous = self.line.point()
+        self.previous = self.line.snapshot()
         blind = len(verdicts) == 1
         if blind and kept:
             verdict = (
