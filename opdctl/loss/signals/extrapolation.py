@@ -82,7 +82,7 @@ class Extrapolation:
 
     @staticmethod
     def notes(config) -> list[Problem]:
-        """Note keys that do nothing here."""
+        """Return notes on keys that do nothing here."""
         problems, own = [], {f.name: f.default for f in fields(config)}
         if config.lam == 1.0:
             message = "at lambda 1 the reference cancels, and is paid for"

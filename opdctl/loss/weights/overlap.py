@@ -59,7 +59,7 @@ class Overlap:
 
     @staticmethod
     def notes(config) -> list[Problem]:
-        """Keys of the other test, and a test that no token fails."""
+        """Return notes on keys of the other test, and on a test that no token fails."""
         plain, problems = Overlap.Config(), []
         for name in ("k", "tau") if config.by == "nucleus" else ("top_p",):
             if getattr(config, name) != getattr(plain, name):

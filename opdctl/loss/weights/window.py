@@ -1,4 +1,4 @@
-"""Only the first or the last so many tokens of each response count.
+"""A window: the first or the last so many tokens of each response count, the others do not.
 
 OPRD (arXiv 2606.06021) takes the last 2000 positions: on their own prefix student and teacher agree
 already (cosine of the first positions .97 and above, of the last 50 .92). A mask: tokens outside

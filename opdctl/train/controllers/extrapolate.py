@@ -30,7 +30,7 @@ from opdctl.rollout.sampling import sample_group
 
 
 class Extrapolate:
-    """At steps 2^n leaps ahead along the last direction, as far as a verifier agrees (EffOPD)."""
+    """Leaps ahead along the last direction at steps 2^n, as far as a verifier agrees (EffOPD)."""
 
     revision = 1
     needs = ("verdict",)
@@ -113,8 +113,8 @@ class Extrapolate:
         self.line.load(part("line."))
 
     def act(self, done: int) -> dict:
-        """Leap where ``done`` is a power of two; scores of all candidates and the one kept, 0 is
-        none.
+        """Move ahead where ``done`` is a power of two; return the scores of all candidates and the
+        one kept, 0 being none.
 
         Raises:
             Interrupted: a stop was asked for; the weights are as they were.
