@@ -59,7 +59,7 @@ class Divergence:
 
     @staticmethod
     def notes(config) -> list[Problem]:
-        """Return notes on keys that do nothing here, and what the form for comparison does not see."""
+        """Return notes on keys that do nothing here, and on the blind form for comparison."""
         problems = []
         if config.direction != "jsd" and config.beta != 0.5:
             problems.append(Problem("beta", "only a jsd has a beta", "direction=jsd"))
