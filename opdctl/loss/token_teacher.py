@@ -1,4 +1,4 @@
-"""Tokens and their teachers as pairs, ordered by teacher.
+"""The pairs of a token and a teacher of it, ordered by teacher.
 
 A routed token has one teacher and is one pair. Where teachers are pooled a token is a pair with
 each of them: its divergence is their weighted sum, everything else about it counts once.

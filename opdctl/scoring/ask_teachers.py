@@ -20,7 +20,7 @@ from opdctl import draws
 from opdctl.errors import StageFailed
 from opdctl.kernels.topk import overlap_ratio
 from opdctl.scoring import columns
-from opdctl.scoring.asks import Asks, Pass
+from opdctl.scoring.asks import LOGPROBS, Asks, Pass
 from opdctl.scoring.columns import column_of
 from opdctl.scoring.quantities import TOPK_LIST, Quantity
 from opdctl.scoring.score import Scores
@@ -48,7 +48,7 @@ class TeacherRequests:
 
 @dataclass
 class TeacherScores:
-    """What a step's teachers said.
+    """The answer of a step's teachers.
 
     Attributes:
         columns: per token of the rollouts, [N], or [N, M] where they say which teacher.
@@ -70,7 +70,7 @@ class TeacherScores:
 
 
 class _Table:
-    """Per-token numbers of all teachers, [N, M], in the order of the rollouts' tokens."""
+    """The per-token numbers of all teachers, [N, M], in the order of the rollouts' tokens."""
 
     def __init__(self, requests_by_teacher: dict[str, TeacherRequests], like: Tensor) -> None:
         lengths, self.M = {}, 1
@@ -180,7 +180,6 @@ def score_by_reference(
     requests: list[ScoreRequest],
     names: list[str],
     reference: Any,
-    asks: Asks,
     run: Pass,
     log: Any,
     *,
@@ -197,7 +196,7 @@ def score_by_reference(
     Raises:
         StageFailed: it answered short or with something that is not finite.
     """
-    question = ("/reference", reference, requests, asks)  # no teacher's name
+    question = ("/reference", reference, requests, LOGPROBS)  # no teacher's name
     scores, parameters = _ask(*question, run, log, like.device, top1_id_N)
     check_scores("reference", scores, TeacherRequests(requests=requests, names=names))
     answer = TeacherScores({columns.REFERENCE: scores.logprobs_N})
@@ -264,18 +263,43 @@ def _ask(
     return scores, teacher.parameters
 
 
-def check_scores(name: str, scores: Scores, asked: TeacherRequests) -> None:
+def require_same_targets(
+    by_teacher: dict[str, TeacherRequests], requests: list[ScoreRequest]
+) -> None:
+    """Check that teachers which are shown other ids than the student still score its tokens.
+
+    Args:
+        requests: the student's own, of the step's rollouts in their order.
+
+    Raises:
+        StageFailed: a teacher would score other tokens.
+    """
+    for name, mine in by_teacher.items():
+        for rollout, request, label in zip(mine.rollouts, mine.requests, mine.names, strict=True):
+            if request is not requests[rollout] and targets(request) != targets(requests[rollout]):
+                raise StageFailed(
+                    f"teacher {name} is asked for other tokens than those of {label}",
+                    "what it is shown may differ before the response and between its turns",
+                )
+
+
+def targets(request: ScoreRequest) -> list[int]:
+    """Return the ids that a request scores."""
+    return [request.ids[place] for place in request.targets]
+
+
+def check_scores(name: str, scores: Scores, mine: TeacherRequests) -> None:
     """Check the length and the finiteness of a teacher's scores.
 
     Raises:
         StageFailed: it answered short or with something that is not finite; names the rollout.
     """
-    ends = list(accumulate(map(len, asked.requests)))
+    ends = list(accumulate(map(len, mine.requests)))
     for value_N in scores.parts():
         if len(value_N) != ends[-1]:
             raise StageFailed(
                 f"teacher {name} scored {len(value_N)} of {ends[-1]} tokens, "
-                f"from {asked.names[0]} on",
+                f"from {mine.names[0]} on",
                 "it must score every token of a response it is sent",
             )
         bad_N = ~torch.isfinite(value_N.view(ends[-1], -1)).all(1)
@@ -283,6 +307,6 @@ def check_scores(name: str, scores: Scores, asked: TeacherRequests) -> None:
             first = int(bad_N.nonzero()[0, 0])
             owner = next(i for i, end in enumerate(ends) if first < end)
             raise StageFailed(
-                f"teacher {name} gave a score that is not finite in {asked.names[owner]}",
+                f"teacher {name} gave a score that is not finite in {mine.names[owner]}",
                 "its weights or its precision: try runtime.dtype=float32",
             )

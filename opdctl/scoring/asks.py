@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Asks:
-    """What is asked of a model about each target token.
+    """The numbers and rows that are asked of a model about each target token.
 
     Attributes:
         quantities: names of ``QUANTITIES``, and of what is more than a number: hidden, inner,
@@ -48,12 +48,12 @@ class Asks:
 
     @property
     def logprobs_alone(self) -> bool:
-        """True where an answer is small enough to be logged."""
+        """The mark of an answer that is small enough to be logged."""
         return self.quantities == {"logprobs"}
 
     @property
     def list_size(self) -> int:
-        """Entries of a list that answer it; 0 where none is needed."""
+        """The entries of a list that answer it; 0 where none is needed."""
         sizes = [q.list_size or self.top for q in self.numbers if q.of_list]
         return max([*sizes, *([self.top] if TOPK_LIST in self else [])], default=0)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Quantity:
-    """One number per token.
+    """A number per token.
 
     Attributes:
         need: its name, as in ``teacher.NEED``.

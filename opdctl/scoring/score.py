@@ -1,5 +1,5 @@
-"""What a model says of given tokens: one code path for the policy before its update and every
-teacher, so a teacher that equals the student gives exactly zero signal in the same packing.
+"""The one pass of a model over tokens: of the policy before its update and of every teacher, so a
+teacher that equals the student gives exactly zero signal in the same packing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Scores:
         return self.per_token["logprobs"]
 
     def parts(self) -> list[Tensor]:
-        """All that is there, each with one row per token."""
+        """Return all that is there, each with one row per token."""
         rows = (self.hidden_ND, self.inner_NLD, self.top_logprob_NK, self.other_N)
         return [part for part in (*rows, *self.per_token.values()) if part is not None]
 

@@ -54,7 +54,7 @@ def source_of(ctx: Context, model: Any, sources: dict[str, Any]) -> Any:
 
 
 class Together:
-    """Several sources of one stage, each with domains of its own; a dataset samples nothing."""
+    """The several sources of one stage, each with domains of its own; a dataset samples nothing."""
 
     def __init__(self, sources: list[Any]) -> None:
         self.sources = sources

@@ -23,7 +23,7 @@ from opdctl.types import Rollout
 
 @dataclass
 class Context:
-    """One attempt at one stage. Its models, prompts and verdicts are objects of their own.
+    """An attempt at one stage. Its models, prompts and verdicts are objects of their own.
 
     Attributes:
         stop: set by a signal; looked at inside sampling, scoring and updates.
@@ -69,7 +69,8 @@ class Context:
 
     @property
     def seed(self) -> int:
-        """H(run seed, stage name), or the seed group's: paired arms share prompts and draws."""
+        """The seed H(run seed, stage name), or the seed group's: paired arms share prompts and
+        draws."""
         return draws.key(self.recipe.seed, getattr(self.config, "seed_group", "") or self.name)
 
     def check(self) -> None:

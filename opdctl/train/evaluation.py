@@ -15,14 +15,15 @@ from opdctl.types import FORWARD, Compute
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """1 - C(n - right, k) / C(n, k): unbiased for the chance that one of k samples is right."""
+    """Return 1 - C(n - right, k) / C(n, k): unbiased for the chance that one of k samples is
+    right."""
     if n - right < k:
         return 1.0
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def half_width(values: list[float]) -> float:
-    """1.96 standard errors of the mean of independent values; 0 for fewer than two."""
+    """Return 1.96 standard errors of the mean of independent values; 0 for fewer than two."""
     n = len(values)
     if n < 2:
         return 0.0
@@ -39,7 +40,7 @@ def record(
     lengths: list[int],
     obeyed: list[int],
 ) -> dict:
-    """One line of results.json.
+    """Return one line of results.json.
 
     Args:
         right: correct samples of each prompt.
@@ -81,19 +82,19 @@ def evaluate(ctx: Context) -> Compute:
     for done, domain in enumerate(ctx.recipe.domains(ctx.name), 1):
         clock = Clock()
         kept = ctx.folder / "parts" / f"{domain}.json"
-        found = read_json(kept)
-        if not found:
-            found = _domain(ctx, model, name, domain)
-            write_json(kept, found)
-        compute.rollout_tokens += found["processed"]
-        compute.flops["rollout"] += FORWARD * model.parameters * found.pop("processed")
-        records.append(found)
+        summary = read_json(kept)
+        if not summary:
+            summary = _domain(ctx, model, name, domain)
+            write_json(kept, summary)
+        compute.rollout_tokens += summary["processed"]
+        compute.flops["rollout"] += FORWARD * model.parameters * summary.pop("processed")
+        records.append(summary)
         clock.lap("rollout")
         compute.seconds["rollout"] += clock.seconds["rollout"]
         ctx.loop_seconds += clock.seconds["rollout"]
         metrics.row(
             done,
-            {"domain": domain, "accuracy": found["accuracy"], "length": found["mean_tokens"]},
+            {"domain": domain, "accuracy": summary["accuracy"], "length": summary["mean_tokens"]},
             clock.seconds,
         )
     metrics.close()

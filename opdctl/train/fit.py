@@ -1,4 +1,5 @@
-"""Hidden states of both sides, for an objective that is fitted to them before the first step."""
+"""The hidden states of both sides, for an objective that is fitted to them before the first
+step."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ def states_for_fit(
     compute: Compute,
     which: str,
 ) -> list[tuple[str, Tensor, Tensor, Tensor]]:
-    """Hidden states of both sides at the same tokens, for an objective that is fitted to them.
+    """Return hidden states of both sides at the same tokens, for an objective fitted to them.
 
     Args:
         which: layers, as in the objective's needs.

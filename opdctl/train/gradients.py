@@ -32,7 +32,7 @@ SUM = "their sum"
 
 @dataclass
 class Sums:
-    """Over the batches done: of gradients (flat, float64), of their squared norms, the ledger.
+    """The sums over the batches done: gradients (flat, float64), their squared norms, the ledger.
 
     Attributes:
         gap: of rebuilt logits, of the first batch.
@@ -72,7 +72,7 @@ def measure(ctx: Context, model: Model, setup: TrainSetup) -> Compute:
 
 
 def _batch(ctx: Context, model: Model, setup: TrainSetup, so_far: Sums, metrics: Metrics) -> None:
-    """One more batch; ``so_far`` changes when all of its gradients are there."""
+    """Take one more batch; ``so_far`` changes when all of its gradients are there."""
     clock, compute, gap = Clock(), copy.deepcopy(so_far.compute), so_far.gap
     rollouts = [r for r in setup.source.draw(so_far.done) if r.response_ids]
     if not so_far.done:
@@ -105,7 +105,7 @@ def _batch(ctx: Context, model: Model, setup: TrainSetup, so_far: Sums, metrics:
 
 
 def _restored(ctx: Context, model: Model) -> Sums:
-    """From the newest checkpoint, or of nothing."""
+    """Return the sums of the newest checkpoint, or of nothing."""
     names = [n for n, o in ctx.config.objectives.items() if o.coef]
     names += [SUM] if ctx.config.together else []
     sizes = dict.fromkeys(names, model.trained)
@@ -114,14 +114,14 @@ def _restored(ctx: Context, model: Model) -> Sums:
         if {n: s.numel() for n, s in sums.items()} != sizes:
             raise ValueError("its sums are of another model, or of other objectives")
 
-    found = checkpoint.read(ctx.folder / "checkpoints", ("sums",), check)
-    if found is None:
+    saved = checkpoint.read(ctx.folder / "checkpoints", ("sums",), check)
+    if saved is None:
         zeros = {
             n: torch.zeros(size, dtype=torch.float64, device=model.device)
             for n, size in sizes.items()
         }
         return Sums(0, zeros, dict.fromkeys(names, 0.0), Compute())
-    (sums,), state = found
+    (sums,), state = saved
     # memory of a file begins anywhere, and where a vector begins decides how its products round
     sums = {n: sums[n].to(model.device, copy=True) for n in names}
     return Sums(state["step"], sums, state["squares"], Compute(**state["compute"]), state["gap"])
@@ -156,7 +156,7 @@ def _gradient(ctx, model, setup, step, term) -> tuple[torch.Tensor, int]:
 
 
 def summary(sums: dict, squares: dict[str, float], n: int) -> dict[str, float]:
-    """Facts by name, from sums of gradients and of their squared norms over n batches."""
+    """Return facts by name, from sums of gradients and of their squared norms over n batches."""
     facts = {}
     for name, sum_P in sums.items():
         spread = squares[name] - float(sum_P @ sum_P) / n
@@ -170,7 +170,7 @@ def summary(sums: dict, squares: dict[str, float], n: int) -> dict[str, float]:
 
 @torch.no_grad()
 def rebuilt(ctx: Context, step: Step, setup: TrainSetup, compute: Compute) -> float:
-    """Largest difference between a teacher's own logits and those of its cached hidden rows.
+    """Return the largest gap of a teacher's own logits and those of its cached hidden rows.
 
     Over the first few rollouts of each teacher; the logits at temperature 1, as the head gives
     them, in the widest type of the two.

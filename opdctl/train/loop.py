@@ -1,10 +1,11 @@
 """The one loop: draw, reward, score, advantage, update; a line of metrics; a checkpoint.
 
-Every stage that trains is a declaration of what goes into it. It knows no member by name and
-never pads, shifts, masks or normalises: tokens.py and update.py do. Within a step the weights
-change only in the update, so a stop before it commits the state of the step's start. What acts on
-the weights after it (controllers) gives them back if it is cut: that stop commits the step without
-them, with its row of metrics, and the controllers act when the stage goes on.
+Every stage that trains is a declaration of what goes into it. The loop knows no member by name and
+never pads, shifts, masks or normalises: packing.py and update.py do. Within a step the weights
+change only in the update, so a stop before it commits the state of the step's start. A controller
+that changes weights after the update must restore them if interrupted; the step is then
+checkpointed without its change, with its row of metrics, and the controllers act when the stage
+goes on.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def count_rollouts(source: Any, compute: Compute) -> None:
 
 
 class Loop:
-    """Runs ``config.steps`` steps of a stage, from its newest checkpoint."""
+    """The loop over ``config.steps`` steps of a stage, from its newest checkpoint."""
 
     def __init__(self, ctx: Context, model: Model, setup: TrainSetup) -> None:
         self.ctx, self.model, self.setup = ctx, model, setup
@@ -138,7 +139,7 @@ class Loop:
         return self.compute
 
     def _whole(self, part: Callable[[int, Clock], dict], done: int, clock: Clock) -> dict:
-        """What a part of a step returns. Cut, it is taken again: ledger and members go back."""
+        """Run a part of a step. Cut, it is taken again: ledger and members go back."""
         before, members = copy.deepcopy(self.compute), self._states()
         try:
             return part(done, clock)
@@ -148,11 +149,11 @@ class Loop:
             raise
 
     def _with(self, method: str) -> list:
-        """The controllers that have a method."""
+        """Return the controllers that have a method."""
         return [c for c in self.setup.controllers.values() if hasattr(c, method)]
 
     def _members(self) -> dict[str, Any]:
-        """Signals, controllers and objectives that remember something between steps."""
+        """Return signals, controllers and objectives that remember something between steps."""
         named = {n: s for n, (_, s) in self.setup.signals.items()}
         named |= {f"controllers.{n}": c for n, c in self.setup.controllers.items()}
         own = (term.objective for term in self.setup.terms)
@@ -182,14 +183,14 @@ class Loop:
         self.ctx.wal.drop(done)
 
     def _act(self, done: int, clock: Clock) -> dict:
-        """What the controllers do to the weights of this step's end, and what that cost."""
+        """Let the controllers act on the weights of this step's end; return what to log of it."""
         values = {}
         for name, controller in self.setup.controllers.items():
             if hasattr(controller, "act"):
                 values |= {f"{name}_{k}": v for k, v in controller.act(done + 1).items()}
-                found = controller.sampled
-                self.compute.rollout_tokens += found
-                self.compute.flops["rollout"] += FORWARD * self.model.parameters * found
+                sampled = controller.sampled
+                self.compute.rollout_tokens += sampled
+                self.compute.flops["rollout"] += FORWARD * self.model.parameters * sampled
                 clock.lap("rollout")
         return values
 
@@ -251,15 +252,15 @@ class Loop:
         return overlap.logged(self.model, self.setup.teachers, *pairs, self.pass_, most)
 
     def _fit(self) -> dict[str, float]:
-        """What objectives have of their own and is made before the first step."""
+        """Fit the objectives that are fitted before the first step; return what to log of it."""
         values = {}
         for objective in (t.objective for t in self.setup.terms if hasattr(t.objective, "fit")):
             values |= objective.fit(self._pairs(objective.which))
         return values
 
     def _pairs(self, which: str) -> Iterator[list]:
-        """Hidden states of both sides, a step's rollouts of the start at a time. Such steps have
-        numbers below 0, so that no draw of theirs is one of training."""
+        """Yield hidden states of both sides, a step's rollouts of the start at a time. Such steps
+        have numbers below 0, so that no draw of theirs is one of training."""
         step = 0
         while True:
             step -= 1
@@ -300,14 +301,14 @@ class Loop:
         return results
 
     def _shuffled(self, rollouts: list[Rollout], done: int) -> list[Rollout]:
-        """Groups in an order of the step's own, so that no minibatch is of one domain alone."""
+        """Return the groups in an order of the step's own, so that minibatches mix domains."""
         groups = list(dict.fromkeys(r.group for r in rollouts))
         order = draws.permutation(len(groups), self.ctx.seed, "minibatches", done)
         place = {groups[g]: i for i, g in enumerate(order)}
         return sorted(rollouts, key=lambda r: place[r.group])
 
     def _due(self, done: int, every: int) -> bool:
-        """Whether something is logged in a step: in each so many, the first and the last."""
+        """Return True where a step is logged: each so many, the first and the last."""
         return bool(every) and (done % every == 0 or done in (1, self.steps))
 
     def _log_rollouts(self, done: int, step: Step) -> None:

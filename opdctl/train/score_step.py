@@ -20,10 +20,11 @@ from opdctl.models.packing import per_sequence
 from opdctl.scoring.ask_teachers import (
     TeacherRequests,
     TeacherScores,
+    require_same_targets,
     score_by_reference,
     score_by_teachers,
 )
-from opdctl.scoring.asks import LOGPROBS, Pass
+from opdctl.scoring.asks import Pass
 from opdctl.scoring.columns import (
     ADVANTAGE,
     BEHAVIOUR,
@@ -68,9 +69,16 @@ def score_step(
     like = torch.empty(0, dtype=model.logits_dtype, device=model.device)
     if setup.teachers:
         step.teacher_requests = requests_by_teacher(rollouts, requests, setup)
-        ours_NK = policy.top_NK if policy is not None else None
-        asked = (step.teacher_requests, setup.teachers, setup.teacher_asks)
-        answer = score_by_teachers(*asked, run, ctx.wal, like=like, ours_NK=ours_NK)
+        require_same_targets(step.teacher_requests, requests)
+        answer = score_by_teachers(
+            step.teacher_requests,
+            setup.teachers,
+            setup.teacher_asks,
+            run,
+            ctx.wal,
+            like=like,
+            ours_NK=policy.top_NK if policy is not None else None,
+        )
         step.columns |= answer.columns
         step.teacher_cache = answer.cache
         _count(compute, answer)
@@ -78,8 +86,15 @@ def score_step(
             rollout.teacher = "+".join(setup.route[rollout.prompt.domain])
     if setup.reference_asks:
         top1 = step.columns[TEACHER_TOP1_ID] if "top1" in setup.reference_asks else None
-        asked = (requests, [r.name for r in rollouts], setup.reference, LOGPROBS)
-        answer = score_by_reference(*asked, run, ctx.wal, like=like, top1_id_N=top1)
+        answer = score_by_reference(
+            requests,
+            [r.name for r in rollouts],
+            setup.reference,
+            run,
+            ctx.wal,
+            like=like,
+            top1_id_N=top1,
+        )
         step.columns |= answer.columns
         _count(compute, answer)
     if setup.policy_kl_top is not None:

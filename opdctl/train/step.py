@@ -97,30 +97,31 @@ class Step:
         return self.rollouts[0].version
 
     def mean(self, value_N: Tensor) -> Tensor:
-        """Mean over the tokens of each rollout. Shape [B]."""
+        """Return the mean over the tokens of each rollout. Shape [B]."""
         sums_B = per_sequence(value_N, self.sequence_N, len(self.rollouts))
         return sums_B / torch.tensor([r.length for r in self.rollouts], device=sums_B.device)
 
     def largest(self, value_N: Tensor, share: float) -> Tensor:
-        """True for the largest ``share`` of all tokens, one at least; of equals the first. [N]."""
+        """Return True for the largest ``share`` of tokens, one at least; of equals the first.
+        [N]."""
         count = max(1, round(share * len(value_N)))
         kept_N = torch.zeros(len(value_N), dtype=torch.bool, device=value_N.device)
         kept_N[value_N.argsort(descending=True, stable=True)[:count]] = True
         return kept_N
 
     def future(self, value_N: Tensor, discount: float) -> Tensor:
-        """The discounted sum of what comes after each token in its rollout. Shape [N]."""
+        """Return the discounted sum of what comes after each token in its rollout. Shape [N]."""
         return discounted_future_sum(value_N, self.sequence_N, len(self.rollouts), discount)
 
     def so_far(self, value_N: Tensor) -> Tensor:
-        """The sum of each token's value and of those before it in its rollout. Shape [N]."""
+        """Return the sum of each token's value and of those before it in its rollout. Shape [N]."""
         return cumulative_sum(value_N, self.sequence_N, len(self.rollouts))
 
     def places(self) -> tuple[Tensor, Tensor]:
-        """Each token's place in its rollout, from 0, and that rollout's length. [N] each."""
+        """Return each token's place in its rollout, from 0, and that rollout's length. [N] each."""
         return token_positions(self.sequence_N, len(self.rollouts))
 
     def spread(self, value_B: list[float]) -> Tensor:
-        """One number per rollout -> one per token. Shape [N]."""
+        """Return one number per token from one per rollout. Shape [N]."""
         like = torch.tensor(value_B, dtype=torch.get_default_dtype())
         return like.to(self.sequence_N.device)[self.sequence_N]

@@ -33,7 +33,7 @@ from opdctl.types import ScoreRequest
 
 
 def lr_at(step: int, steps: int, optim: Optim) -> float:
-    """Learning rate of a step, counted from 0. A pure function: there is no scheduler state."""
+    """Return the learning rate of a step, counted from 0; a pure function without state."""
     if step < optim.warmup:
         return optim.lr * (step + 1) / optim.warmup
     if optim.schedule == "constant":
@@ -45,7 +45,7 @@ def lr_at(step: int, steps: int, optim: Optim) -> float:
 
 
 def make_optimizer(model: Model, optim: Optim) -> torch.optim.AdamW:
-    """AdamW with decoupled weight decay on matrices only."""
+    """Return AdamW with decoupled weight decay on matrices only."""
     named = list(model.trainable_parameters().values())
     groups = [
         {"params": [p for p in named if p.ndim >= 2], "weight_decay": optim.weight_decay},
@@ -57,7 +57,7 @@ def make_optimizer(model: Model, optim: Optim) -> torch.optim.AdamW:
 
 
 def normalisers(term: LossTerm, sequence_N: Tensor, count: int, columns: dict) -> Tensor:
-    """Per-token factor of a term: its mask over its own count, times its factors. Shape [N].
+    """Return the per-token factor of a term: its mask over its count, times its factors. [N].
 
     seq_mean gives 1 / (|y| x responses), token_mean 1 / tokens; domain_mean 1 / tokens of the
     domain, times its share of the responses: long answers of one domain do not drown another's
@@ -89,7 +89,7 @@ def _counted(mask_N, normalise: str, sequence_N, count: int, columns: dict) -> T
 
 @dataclass
 class UpdateResult:
-    """One optimizer step: what ``accumulate`` made, and what the loop then did with the gradient.
+    """The result of one optimizer step: what ``accumulate`` made and what the loop did with it.
 
     Attributes:
         loss: its value.
@@ -157,15 +157,12 @@ def accumulate(
         if inner:
             options["inner_NLD"] = hidden_states(model, out, index_N[kept_N], inner)
         del out
-        weights = [
-            once_per_token(term, factor_N[where_N], place_N)
-            for term, factor_N in zip(terms, factors, strict=True)
-        ]
+        pairs = zip(terms, factors, strict=True)
         loss, logged = weighted_sum(
             hidden[index_N[kept_N]],
             target_N=packed.target_N[kept_N],
             columns=cut,
-            terms=list(zip(terms, weights, strict=True)),
+            terms=[(t, once_per_token(t, f_N[where_N], place_N)) for t, f_N in pairs],
             **options,
         )
         pair_weight_P = cut[PAIR_WEIGHT] if pooled else None
@@ -218,7 +215,7 @@ def _scatter(
 
 
 def _in_chunk(layers: Layers | None, terms: list[LossTerm]) -> tuple[int, bool]:
-    """How many hidden states of a row are compared, and whether any logits are made."""
+    """Return how many hidden states of a row are compared, and whether any logits are made."""
     return len(layers.selected) if layers else 0, any(t.reads_logits for t in terms)
 
 

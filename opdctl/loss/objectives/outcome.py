@@ -27,7 +27,7 @@ class Outcome:
         self.config = config
 
     def loss(self, view):
-        """Shape [C]."""
+        """Return the loss of each token. Shape [C]."""
         import torch
 
         right_C = view[REWARD]

@@ -24,7 +24,7 @@ class PolicyGradient:
 
     @dataclass(kw_only=True)
     class Config(ObjectiveConfig):
-        """Keys of policy_gradient."""
+        """The keys of policy_gradient."""
 
         clip_low: float = key(
             0.0, "the ratio is cut below 1 - clip_low; both 0: no clip", least=0, most=1
@@ -38,7 +38,7 @@ class PolicyGradient:
         self.config = config
 
     def loss(self, view):
-        """Shape [C]."""
+        """Return the loss of each token. Shape [C]."""
         import torch
 
         view.log("entropy", view.entropy_C)

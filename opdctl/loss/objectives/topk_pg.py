@@ -25,7 +25,7 @@ class TopkPg:
 
     @dataclass(kw_only=True)
     class Config(ObjectiveConfig):
-        """Keys of topk_pg."""
+        """The keys of topk_pg."""
 
         support: Literal["topk_student", "topk_teacher", "topk_union"] = key(
             "topk_student", "whose k most probable ids"
@@ -37,12 +37,12 @@ class TopkPg:
 
     @staticmethod
     def needs_for(config) -> tuple[str, ...]:
-        """What its support asks of a teacher."""
+        """Return what its support asks of a teacher."""
         return ON_TOP[config.support]
 
     @staticmethod
     def kl_direction(config) -> str:
-        """Direction of the KL to the teacher whose gradient it has."""
+        """Return the direction of the KL to the teacher whose gradient it has."""
         return "reverse"
 
     def __init__(self, config) -> None:
@@ -50,7 +50,8 @@ class TopkPg:
         self.compares = config.k  # of as many ids it can log the overlap
 
     def loss(self, view):
-        """Shape [C]; its value is the weighted log-ratio at p = p_old."""
+        """Return the loss of each token. Shape [C]; its value is the weighted log-ratio at p =
+        p_old."""
         import torch
 
         top = view.topk(self.config.support, self.config.k)

@@ -28,7 +28,7 @@ class TopkTail:
 
     @dataclass(kw_only=True)
     class Config(ObjectiveConfig):
-        """Keys of topk_tail."""
+        """The keys of topk_tail."""
 
         support: Literal["topk_student", "topk_teacher", "topk_union"] = key(
             "topk_student", "whose k most probable ids"
@@ -40,17 +40,17 @@ class TopkTail:
         """The sampled part holds for rollouts of the policy as it is."""
         if stage.updates_per_rollout * stage.minibatches == 1:
             return []
-        what = "after the first update the rollouts are no longer the policy's own"
-        return [Problem("", what, "updates_per_rollout=1 and minibatches=1, or divergence")]
+        message = "after the first update the rollouts are no longer the policy's own"
+        return [Problem("", message, "updates_per_rollout=1 and minibatches=1, or divergence")]
 
     @staticmethod
     def needs_for(config) -> tuple[str, ...]:
-        """What its support asks of a teacher."""
+        """Return what its support asks of a teacher."""
         return ON_TOP[config.support]
 
     @staticmethod
     def kl_direction(config) -> str:
-        """Direction of the KL to the teacher whose gradient it has."""
+        """Return the direction of the KL to the teacher whose gradient it has."""
         return "reverse"
 
     def __init__(self, config) -> None:
@@ -58,7 +58,8 @@ class TopkTail:
         self.compares = config.k  # of as many ids it can log the overlap
 
     def loss(self, view):
-        """Shape [C]; its value is an unbiased estimate of the divergence and may be negative."""
+        """Return the loss of each token. Shape [C]; its value is an unbiased estimate of the
+        divergence and may be negative."""
         import torch
 
         top = view.topk(self.config.support, self.config.k)

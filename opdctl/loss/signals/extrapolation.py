@@ -39,7 +39,7 @@ class Extrapolation:
 
     @dataclass(kw_only=True)
     class Config(SignalConfig):
-        """Keys of extrapolation."""
+        """The keys of extrapolation."""
 
         lam: float = key(1.25, "lambda: 1 is plain reverse_kl, above it extrapolates", least=0.0)
         guard: Literal["none", "neutral", "reference"] = key(
@@ -55,7 +55,7 @@ class Extrapolation:
 
     @staticmethod
     def needs_for(config) -> tuple[str, ...]:
-        """What the guard needs."""
+        """Return what the guard needs."""
         neutral = ("teacher.top1",)
         reference = (*neutral, "teacher.top1_id", "reference.top1")
         return {"none": (), "neutral": neutral, "reference": reference}[config.guard]
@@ -64,39 +64,41 @@ class Extrapolation:
     def problems(config, stage) -> list[Problem]:
         """A reference that is the teacher; a cap that pooled teachers do not have, or for another
         clip than the one that acts."""
-        found = []
+        problems = []
         if stage.teachers and {t.model for t in stage.teachers.values()} == {stage.reference}:
-            what = f"the reference is the teacher, {stage.reference}: there is no gain to scale"
+            message = f"the reference is the teacher, {stage.reference}: there is no gain to scale"
             hint = "reference: its model before it was trained, or the student's start"
-            found.append(Problem("", what, hint))
+            problems.append(Problem("", message, hint))
         if config.guard != "none" and stage.pooled:
-            what = "pooled teachers have no one most probable token"
-            found.append(Problem("guard", what, "pooled=false, or guard=none"))
+            message = "pooled teachers have no one most probable token"
+            problems.append(Problem("guard", message, "pooled=false, or guard=none"))
         for name, objective in stage.objectives.items():
             weight = objective.weights.get("truncated")
             if config.guard != "none" and weight and weight.cap != config.guard_clip:
-                what = f"the cap of lambda is for a clip of {config.guard_clip:g}, "
-                what += f"objectives.{name} clips at {weight.cap:g}"
-                found.append(Problem("guard_clip", what, f"guard_clip={weight.cap:g}"))
-        return found
+                message = f"the cap of lambda is for a clip of {config.guard_clip:g}, "
+                message += f"objectives.{name} clips at {weight.cap:g}"
+                problems.append(Problem("guard_clip", message, f"guard_clip={weight.cap:g}"))
+        return problems
 
     @staticmethod
     def notes(config) -> list[Problem]:
-        """Keys that do nothing here."""
-        found, own = [], {f.name: f.default for f in fields(config)}
+        """Return notes on keys that do nothing here."""
+        problems, own = [], {f.name: f.default for f in fields(config)}
         if config.lam == 1.0:
-            what = "at lambda 1 the reference cancels, and is paid for"
-            found.append(Problem("lam", what, "lam=1.25, or signals: {reverse_kl: {}}"))
+            message = "at lambda 1 the reference cancels, and is paid for"
+            problems.append(Problem("lam", message, "lam=1.25, or signals: {reverse_kl: {}}"))
         for name in ("guard_clip", "guard_margin", "guard_above"):
             if config.guard == "none" and getattr(config, name) != own[name]:
-                found.append(Problem(name, "there is no guard", "guard=neutral"))
+                problems.append(Problem(name, "there is no guard", "guard=neutral"))
         if not config.format_drop and config.format_steps != own["format_steps"]:
-            found.append(Problem("format_steps", "nothing watches the format", "format_drop=0.1"))
-        return found
+            problems.append(
+                Problem("format_steps", "nothing watches the format", "format_drop=0.1")
+            )
+        return problems
 
     @staticmethod
     def kl_direction(config) -> str:
-        """Direction of the KL to the teacher whose gradient it has."""
+        """Return the direction of the KL to the teacher whose gradient it has."""
         return "reverse"
 
     def __init__(self, config, ctx) -> None:
@@ -106,7 +108,7 @@ class Extrapolation:
         self.logged: dict[str, float] = {}
 
     def state(self) -> dict:
-        """What a checkpoint keeps."""
+        """Return what a checkpoint keeps."""
         return dict(self._state)
 
     def load(self, state: dict) -> None:
@@ -114,7 +116,7 @@ class Extrapolation:
         self._state = dict(state)
 
     def credit(self, step):
-        """Shape [N]."""
+        """Return the credit of each token. Shape [N]."""
         columns = step.columns
         if self.config.format_drop:
             self._look(step.rollouts)
@@ -124,7 +126,7 @@ class Extrapolation:
         return credit_N * columns[TEACHER_WEIGHT]
 
     def strength(self, columns):
-        """lambda of each token, [N]."""
+        """Return lambda of each token, [N]."""
         import torch
 
         config = self.config

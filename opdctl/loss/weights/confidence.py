@@ -26,7 +26,7 @@ class Confidence:
         self.config = config
 
     def factor(self, step):
-        """Shape [N], from 0 to 1."""
+        """Return the factor of each token. Shape [N], from 0 to 1."""
         import math
 
         return 1 - step.columns[TEACHER_ENTROPY] / math.log(step.model.lm_head().valid_V)

@@ -21,7 +21,7 @@ class Pop:
 
     @dataclass(kw_only=True)
     class Config:
-        """Keys of pop."""
+        """The keys of pop."""
 
         beta: float = key(2.0, "the interval is [1/beta, beta]", least=1.0)
 
@@ -29,7 +29,7 @@ class Pop:
         self.config = config
 
     def gate(self, view):
-        """Shape [C], no gradient."""
+        """Return the gate of each token. Shape [C], no gradient."""
         ratio_C = (view[POLICY] - view[BEHAVIOUR]).exp()
         inside_C = (ratio_C >= 1 / self.config.beta) & (ratio_C <= self.config.beta)
         view.log("mismatch", ratio_C)

@@ -22,7 +22,7 @@ class Truncated:
 
     @dataclass(kw_only=True)
     class Config:
-        """Keys of truncated."""
+        """The keys of truncated."""
 
         cap: float = key(5.0, "largest weight", least=1e-3)
 
@@ -30,7 +30,7 @@ class Truncated:
         self.config = config
 
     def gate(self, view):
-        """Shape [C], no gradient."""
+        """Return the gate of each token. Shape [C], no gradient."""
         ratio_C = (view.old_C - view[BEHAVIOUR]).exp()
         view.log("mismatch", ratio_C)
         view.log("gate_open", (ratio_C <= self.config.cap).float())

@@ -87,23 +87,23 @@ class Server:
                 )
         k = self._list_size(asks)
         keys = [f"teacher {self.name} {draws.key(k, r):016x}" for r in requests]
-        asked = dict(zip(keys, requests, strict=True))  # the same answer twice is asked for once
-        found = {key: logged[0] for key in asked if (logged := self.ctx.wal.get(key))}
-        todo = sorted((q for q in asked if q not in found), key=lambda q: len(asked[q].ids))
+        by_key = dict(zip(keys, requests, strict=True))  # the same answer twice is asked for once
+        answered = {key: logged[0] for key in by_key if (logged := self.ctx.wal.get(key))}
+        todo = sorted((q for q in by_key if q not in answered), key=lambda q: len(by_key[q].ids))
         parts = [todo[i : i + self.batch] for i in range(0, len(todo), self.batch)]
-        bodies = [self._question([list(asked[q].ids) for q in part], k) for part in parts]
+        bodies = [self._question([list(by_key[q].ids) for q in part], k) for part in parts]
         with closing(self.endpoint.each("/v1/completions", bodies, self.ctx.check)) as answers:
             for at, answer in answers:
                 with reading(self.who):
                     rows = self._rows(answer, len(parts[at]))
                     pairs = zip(parts[at], rows, strict=True)
-                    read = {q: self._read(row, asked[q], k) for q, row in pairs}
-                found |= read
+                    read = {q: self._read(row, by_key[q], k) for q, row in pairs}
+                answered |= read
                 for q in read:
-                    self._require_logprobs(found[q]["logprobs"])
-                    if np.isfinite(found[q]["logprobs"]).all():
-                        self.ctx.wal.put(q, found[q])
-        whole = {n: np.concatenate([found[q][n] for q in keys]) for n in ("logprobs", "ids")}
+                    self._require_logprobs(answered[q]["logprobs"])
+                    if np.isfinite(answered[q]["logprobs"]).all():
+                        self.ctx.wal.put(q, answered[q])
+        whole = {n: np.concatenate([answered[q][n] for q in keys]) for n in ("logprobs", "ids")}
         values_NJ = torch.from_numpy(whole["logprobs"]).to(
             self.student.device, self.student.logits_dtype
         )
@@ -115,7 +115,7 @@ class Server:
         return scores
 
     def _read(self, row: list, request, k: int) -> dict:
-        """Log-probs of a sequence's targets, [n, 1 + k], that of the target first, and the ids of
+        """Return log-probs of the targets, [n, 1 + k], that of the target first, and the ids of
         the k most probable, [n, k], in descending order."""
         import numpy as np
 
@@ -142,7 +142,7 @@ class Server:
         return {"logprobs": values, "ids": ids}
 
     def _require_logprobs(self, values_NJ) -> None:
-        """What can be log-probs; one that is NaN is told later, with its rollout.
+        """Check that they can be log-probs; one that is NaN is told later, with its rollout.
 
         Raises:
             StageFailed: one is above 0, or stands for none.
@@ -162,7 +162,7 @@ class Server:
         }
 
     def _rows(self, answer: dict, count: int) -> list[list]:
-        """``prompt_logprobs`` of each sequence, in their order."""
+        """Return ``prompt_logprobs`` of each sequence, in their order."""
         choices = sorted(answer.get("choices") or [], key=lambda c: c.get("index", 0))
         if len(choices) != count:
             raise StageFailed(f"{self.who} answered {len(choices)} of {count} sequences")
@@ -175,7 +175,7 @@ class Server:
         return rows
 
     def _require_whole(self, row: list, ids) -> None:
-        """An entry for each id that was sent, but for the first, which nothing predicts.
+        """Check that there is an entry for each id but the first, which nothing predicts.
 
         Raises:
             StageFailed: fewer, or of other ids.
@@ -190,7 +190,7 @@ class Server:
                 )
 
     def _compare_tokens(self) -> None:
-        """Every id the student has must be the same text there.
+        """Check that every id of the student's is the same text there.
 
         Raises:
             UsageError: one is not; says which.
@@ -214,7 +214,8 @@ class Server:
             )
 
     def _texts(self, parts: list[list[int]]) -> list[str]:
-        """What the server makes of ids; an id it does not have is an error, and reported as one."""
+        """Return the server's texts of ids; an id it does not have is an error, and reported as
+        one."""
         bodies = [{"model": self.served, "tokens": part} for part in parts]
         answers = self.endpoint.all("/detokenize", bodies, self.ctx.check)
         with reading(self.who):
@@ -250,10 +251,10 @@ class Server:
 
 
 def logprob(entry: dict) -> float:
-    """Of one token; a null is NaN."""
+    """Return the log-prob of one token; a null is NaN."""
     return math.nan if entry.get("logprob") is None else float(entry["logprob"])
 
 
 def rank(entry: dict):
-    """Order of an entry's tokens: the most probable first, of equals the smaller id."""
+    """Return the order of an entry's tokens: the most probable first, of equals the smaller id."""
     return lambda token: (-logprob(entry[token]), int(token))

@@ -29,7 +29,7 @@ class Length:
 
     @dataclass(kw_only=True)
     class Config:
-        """Keys of length."""
+        """The keys of length."""
 
         least: int = key(1024, "smallest limit, tokens", least=1)
         most: int = key(12288, "largest limit, tokens", least=1)
@@ -41,19 +41,20 @@ class Length:
     @staticmethod
     def problems(config, stage) -> list[Problem]:
         """A start outside the window, and costs that are counted by the start."""
-        found, start = [], stage.sampling.max_tokens
+        problems, start = [], stage.sampling.max_tokens
         if config.least > config.most:
-            what = f"least is {config.least}, most {config.most}"
-            found.append(Problem("least", what, f"least={config.most}"))
+            message = f"least is {config.least}, most {config.most}"
+            problems.append(Problem("least", message, f"least={config.most}"))
         elif not config.least <= start <= config.most:
-            what = f"the stage begins with sampling.max_tokens={start}, outside {config.least} to "
+            message = f"the stage begins with sampling.max_tokens={start}, outside "
+            message += f"{config.least} to {config.most}"
             hint = f"sampling.max_tokens={config.least}, or least and most around {start}"
-            found.append(Problem("", f"{what}{config.most}", hint))
+            problems.append(Problem("", message, hint))
         outcome = stage.signals.get("outcome")
         if outcome and outcome.coef and outcome.length_penalty:
-            what = "moves the limit by which signals.outcome.length_penalty is counted"
-            found.append(Problem("", what, "signals.outcome.length_penalty=0"))
-        return found
+            message = "moves the limit by which signals.outcome.length_penalty is counted"
+            problems.append(Problem("", message, "signals.outcome.length_penalty=0"))
+        return problems
 
     def __init__(self, config, ctx, model) -> None:
         self.config, self.ctx = config, ctx
@@ -80,7 +81,7 @@ class Length:
         return {"limit": limit, "most": self.config.most, "hits": hits, "effective": mean}
 
     def effective(self, step) -> list[float]:
-        """Tokens of each rollout before its decay is 0."""
+        """Return the tokens of each rollout before its decay is 0."""
         if DECAY not in step.columns:
             return [float(r.length) for r in step.rollouts]
         from opdctl.models.packing import per_sequence

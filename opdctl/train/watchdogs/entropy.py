@@ -22,7 +22,7 @@ class Entropy:
 
     @dataclass(kw_only=True)
     class Config(WatchdogConfig):
-        """Keys of entropy."""
+        """The keys of entropy."""
 
         steps: int = key(10, "steps in a row before it acts", role="operational", least=1)
         least: float = key(
