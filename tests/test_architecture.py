@@ -72,6 +72,7 @@ RANKS = {
     "errors": 0,
     "draws": 0,  # numpy only: what is random is a hash of its name
     "intervals": 0,
+    "protocols": 0,
     "config": 1,
     "kernels": 1,
     "recipe": 2,
@@ -90,7 +91,18 @@ RANKS = {
     "cli": 10,
     "__main__": 10,
 }
-LIGHT = {"types", "errors", "config", "recipe", "estimate", "remote", "run", "process", "cli"}
+LIGHT = {
+    "types",
+    "errors",
+    "protocols",
+    "config",
+    "recipe",
+    "estimate",
+    "remote",
+    "run",
+    "process",
+    "cli",
+}
 LIMITED = ("train", "scoring", "loss")  # wings whose functions fit a screen
 FUNCTION_LINES = 60
 

@@ -77,7 +77,7 @@ def member(family: str, name: str) -> type:
 
 def needs_of(cls: type, config: object) -> tuple[str, ...]:
     """What a member needs with these keys: its ``needs``, and what ``also(config)`` adds."""
-    return (*cls.needs, *(cls.needs_for(config) if hasattr(cls, "needs_for") else ()))
+    return (*cls.needs, *cls.needs_for(config))
 
 
 def parse_need(need: str) -> tuple[str, str]:

@@ -148,7 +148,7 @@ def _unequal_widths(config, recipe, stage) -> list[Problem]:
 
     problems = _excess_ranks_and_layers(config, recipe, stage)
     for name, objective in config.objectives.items():
-        hint = getattr(member("objectives", name), "same_width", "")
+        hint = member("objectives", name).same_width
         for teacher, keys in config.teachers.items() if objective.coef and hint else ():
             ours, theirs = width(config.student), width(keys.model)
             if ours and theirs and ours != theirs:

@@ -11,6 +11,7 @@ from opdctl.config.registry import member, parse_need
 from opdctl.config.settings import Teacher, routes
 from opdctl.loss.token_view import LossTerm, PerStep
 from opdctl.models.hidden_layers import layers_of
+from opdctl.protocols import Gates, Masks, Scales
 from opdctl.scoring.asks import Asks
 from opdctl.scoring.quantities import HIDDEN, INNER, TOPK, TOPK_LIST
 from opdctl.train.context import Context
@@ -23,15 +24,17 @@ def terms_of(objectives: dict[str, Any]) -> list[LossTerm]:
     terms = []
     for name, config in objectives.items():
         weights = {w: member("weights", w)(c) for w, c in config.weights.items()}
-        masks, factors = (
-            [
-                PerStep(f"{kind}.{name}.{w}", getattr(m, kind))
-                for w, m in weights.items()
-                if hasattr(m, kind)
-            ]
-            for kind in ("mask", "factor")
-        )
-        gates = [w for w in weights.values() if hasattr(w, "gate")]
+        masks = [
+            PerStep(f"mask.{name}.{w}", weight.mask)
+            for w, weight in weights.items()
+            if isinstance(weight, Masks)
+        ]
+        factors = [
+            PerStep(f"factor.{name}.{w}", weight.factor)
+            for w, weight in weights.items()
+            if isinstance(weight, Scales)
+        ]
+        gates = [weight for weight in weights.values() if isinstance(weight, Gates)]
         objective = member("objectives", name)(config)
         needs = {n for w in weights.values() for n in w.needs}
         term = LossTerm(objective, config.coef, config.normalise, masks, gates, factors, needs)
