@@ -30,6 +30,26 @@ Overrides = Annotated[
 Size = Annotated[str, typer.Option(help="tiny (default), small or lab", metavar="SIZE")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
 From = Annotated[Path | None, typer.Option("--from", help="reuse finished stages of this run")]
+
+
+def _trust(trusted: bool) -> None:
+    from opdctl.recipe.own_members import trust_all
+
+    trust_all(trusted)
+
+
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-members",
+        envvar="OPDCTL_TRUST_MEMBERS",
+        callback=_trust,
+        help="import the code in the recipe's own `members:`",
+    ),
+]
+Members = Annotated[
+    Path | None, typer.Option(help="a folder of members of your own too; imports its code")
+]
 RecipeArg = Annotated[str, typer.Argument(help="a recipe file, or the name of a shipped one")]
 DirArg = Annotated[Path, typer.Argument(help="a run directory", metavar="DIR")]
 
@@ -121,6 +141,7 @@ def plan(
     ] = "",
     exit_code: Annotated[bool, typer.Option("--exit-code", help="3 if work is pending")] = False,
     as_json: Json = False,
+    trust_members: Trust = False,
 ) -> None:
     """Say what would run, and why; for a GPU, what it would hold and take. Nothing is loaded."""
     from opdctl.cli import console
@@ -155,6 +176,7 @@ def validate(
         typer.Option("--deep", help="look at students and teachers that are there already"),
     ] = False,
     as_json: Json = False,
+    trust_members: Trust = False,
 ) -> None:
     """Say whether a recipe is well formed and possible; every problem at once."""
     from opdctl.cli import console
@@ -221,6 +243,7 @@ def diagnose(
     samples: Annotated[int, typer.Option(help="continuations of each", min=2)] = 8,
     plot: Annotated[Path | None, typer.Option(help="write an HTML page with figures")] = None,
     as_json: Json = False,
+    trust_members: Trust = False,
 ) -> None:
     """Will this student learn from this teacher? Measured before money is spent."""
     from opdctl.cli import console
@@ -254,6 +277,7 @@ def status(
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="refresh until it ends")] = False,
     as_json: Json = False,
+    trust_members: Trust = False,
 ) -> None:
     """Stages of a run: state, step, seconds."""
     from opdctl.cli.commands import show_status
@@ -262,7 +286,7 @@ def status(
 
 
 @app.command()
-def claims(directory: DirArg, as_json: Json = False) -> None:
+def claims(directory: DirArg, as_json: Json = False, trust_members: Trust = False) -> None:
     """Judge the claims of the recipe's report on what the run measured."""
     from opdctl.cli import console
     from opdctl.evidence.judge import judge
@@ -276,7 +300,7 @@ def claims(directory: DirArg, as_json: Json = False) -> None:
 
 
 @app.command()
-def report(directory: DirArg) -> None:
+def report(directory: DirArg, trust_members: Trust = False) -> None:
     """Write DIR/report.html: stages, learning curves, claims. One file, no network."""
     from opdctl.cli.report import write
     from opdctl.run.rundir import RunDir
@@ -291,11 +315,14 @@ def ls(
         typer.Argument(help="recipes, stages, methods, claims, runs, a family", metavar="[WHAT]"),
     ] = "",
     as_json: Json = False,
+    members: Members = None,
 ) -> None:
     """List what there is."""
     from opdctl.cli import console
     from opdctl.cli.catalogue import listing
+    from opdctl.config.registry import use_members
 
+    use_members(members)
     rows = listing(what)
     if as_json:
         console.emit_json(rows)
@@ -307,11 +334,14 @@ def ls(
 def show(
     name: Annotated[str, typer.Argument(help="a stage kind, a member, a method or a recipe")],
     as_json: Json = False,
+    members: Members = None,
 ) -> None:
     """Every key of a stage kind, a member, a method or the runtime: type, default, meaning."""
     from opdctl.cli import console
     from opdctl.cli.catalogue import detail
+    from opdctl.config.registry import use_members
 
+    use_members(members)
     found = detail(name)
     if as_json:
         console.emit_json(found)
@@ -335,6 +365,21 @@ def cp(
     from opdctl.cli.catalogue import copy
 
     print(copy(name, dest))
+
+
+@app.command()
+def new(
+    family: Annotated[str, typer.Argument(help="signal, objective, weight, verifier, data, ...")],
+    name: Annotated[str, typer.Argument(help="small letters, digits and _")],
+    folder: Annotated[Path, typer.Option("--in", help="the folder of members")] = Path(
+        "my_members"
+    ),
+) -> None:
+    """Begin a member of your own: a file that works, and its test."""
+    from opdctl.cli.new import new_member
+
+    for line in new_member(family, name, folder):
+        print(line)
 
 
 def main() -> None:

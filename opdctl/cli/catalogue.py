@@ -43,12 +43,15 @@ def listing(what: str) -> list[dict[str, str]]:
             for p in sorted(Path("runs").glob("*/run.json"))
         ]
     if what in registry.FAMILIES:
-        return [
-            {"name": n, "about": registry.first_line(registry.member(what, n))}
-            for n in registry.members(what)
-        ]
+        return [{"name": n, "about": _about(what, n)} for n in registry.members(what)]
     known = ["recipes", "methods", "runs", *registry.FAMILIES]
     raise UsageError(f"nothing called {what!r} to list", did_you_mean(what, known, "one of"))
+
+
+def _about(family: str, name: str) -> str:
+    """The first line of a member's docstring; of one's own with its file."""
+    line, file = registry.first_line(registry.member(family, name)), registry.file_of(family, name)
+    return f"{line} ({file})" if file else line
 
 
 def _run_line(folder: Path) -> str:
@@ -82,6 +85,8 @@ def detail(name: str) -> dict:
             cls = registry.member(family, member)
             about.append(f"{family}/{member}: {(cls.__doc__ or '').strip()}")
             about.append((sys.modules[cls.__module__].__doc__ or "").strip())
+            if file := registry.file_of(family, member):
+                about.append(f"one's own: {file}")
             prefix = "" if alone else f"{family}/{member}: "
             if hasattr(cls, "Config"):
                 keys += describe(cls.Config, lookup, prefix)

@@ -80,6 +80,8 @@ class Opd:
         """
         local = member("teachers", "local").provides
         provided = set(local) if config.teachers else set()
+        for own in (n for t in config.teachers.values() for n in t.scored_by):
+            provided &= set(member("teachers", own).provides)
         if config.reference:
             provided |= {n.replace("teacher.", "reference.") for n in local}
         found = needs_domains(recipe, stage) + member_problems(config, provided)
@@ -197,6 +199,12 @@ def _addresses(config) -> list[Problem]:
         elif teacher.at and (_form(teacher.at) != "server" or "#" in teacher.at):
             what = f"{teacher.at!r} is no address; the model's name stands in model"
             found.append(Problem(path, what, f"{path}=http://host:8000"))
+        path = f"teachers.{name}.scored_by"
+        if len(teacher.scored_by) > 1:
+            found.append(Problem(path, f"{list(teacher.scored_by)} given", "one at most"))
+        elif teacher.scored_by and _form(teacher.model) == "server":
+            what = f"{teacher.model} is behind a server, which opdctl asks itself"
+            found.append(Problem(path, what, "leave it out, or a folder as the model"))
     return found
 
 

@@ -95,6 +95,8 @@ def reward_of(ctx: Context, reference: str) -> Any:
 def teacher_of(ctx: Context, model: Any, name: str, teacher: Teacher, wanted: set, top: int) -> Any:
     """The member of ``teachers/`` for what a reference names; a server is asked whether it gives
     what is wanted."""
+    for own, keys in teacher.scored_by.items():
+        return member("teachers", own)(keys, ctx, model, name, teacher.model)
     if references.parse(teacher.model).form != "server":
         return member("teachers", "local")(ctx, model, name, teacher.model)
     return member("teachers", "server")(ctx, model, name, teacher.address, sorted(wanted), top)
