@@ -30,20 +30,12 @@ Overrides = Annotated[
 Size = Annotated[str, typer.Option(help="tiny (default), small or lab", metavar="SIZE")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
 From = Annotated[Path | None, typer.Option("--from", help="reuse finished stages of this run")]
-
-
-def _trust(trusted: bool) -> None:
-    from opdctl.recipe.own_members import trust_all
-
-    trust_all(trusted)
-
-
 Trust = Annotated[
     bool,
     typer.Option(
         "--trust-members",
         envvar="OPDCTL_TRUST_MEMBERS",
-        callback=_trust,
+        callback=lambda trusted: _trust(trusted),
         help="import the code in the recipe's own `members:`",
     ),
 ]
@@ -320,10 +312,8 @@ def ls(
     """List what there is."""
     from opdctl.cli import console
     from opdctl.cli.catalogue import listing
-    from opdctl.config.registry import use_members
 
-    use_members(members)
-    rows = listing(what)
+    rows = listing(what, members)
     if as_json:
         console.emit_json(rows)
     else:
@@ -339,10 +329,8 @@ def show(
     """Every key of a stage kind, a member, a method or the runtime: type, default, meaning."""
     from opdctl.cli import console
     from opdctl.cli.catalogue import detail
-    from opdctl.config.registry import use_members
 
-    use_members(members)
-    found = detail(name)
+    found = detail(name, members)
     if as_json:
         console.emit_json(found)
         return
@@ -390,6 +378,12 @@ def main() -> None:
         _fail(str(error), error.exit_code)
     except (OSError, UnicodeDecodeError) as error:
         _fail(f"{type(error).__name__}: {error}", EXIT_USAGE)
+
+
+def _trust(trusted: bool) -> None:
+    from opdctl.recipe.own_members import trust_all
+
+    trust_all(trusted)
 
 
 def _fail(message: str, code: int) -> None:

@@ -16,12 +16,16 @@ from opdctl.recipe.yaml_lines import parse
 from opdctl.run.rundir import RunDir, read_json
 
 
-def listing(what: str) -> list[dict[str, str]]:
+def listing(what: str, folder: Path | None = None) -> list[dict[str, str]]:
     """``name, about`` of what is asked for; without a word, what can be asked for.
+
+    Args:
+        folder: of members of one's own, which are listed too; their code runs.
 
     Raises:
         UsageError: no such list.
     """
+    registry.use_members(folder)
     if not what:
         kinds = {
             "recipes": "pipelines that come with opdctl",
@@ -61,13 +65,17 @@ def _run_line(folder: Path) -> str:
     return f"{manifest.get('recipe')} {manifest.get('size')}: {done}"
 
 
-def detail(name: str) -> dict:
+def detail(name: str, folder: Path | None = None) -> dict:
     """``about``, ``keys`` and ``text`` of anything that has a name. Of a method, ``also`` is about
     members of its name, whose keys follow its own, behind ``FAMILY/NAME: ``.
+
+    Args:
+        folder: of members of one's own, which are shown too; their code runs.
 
     Raises:
         UsageError: nothing has this name.
     """
+    registry.use_members(folder)
     wanted = name.lower()
     found = [(f, wanted) for f in registry.FAMILIES if wanted in registry.members(f)]
     if "/" in name:

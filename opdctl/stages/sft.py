@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.references import parse
+from opdctl.config.registry import member, needs_of, shipped
 from opdctl.config.schema import REQUIRED, key, references
 from opdctl.config.settings import Lora, TrainConfig
 from opdctl.errors import Problem
@@ -38,6 +39,12 @@ def needs_domains(recipe, stage) -> list[Problem]:
             )
         ]
     return []
+
+
+def _of_texts(name: str, config) -> bool:
+    """Return whether an objective asks for nothing but the text: nll, and those of one's own."""
+    own = name not in shipped("objectives")
+    return name == "nll" or (own and not needs_of(member("objectives", name), config))
 
 
 def _coverage(config, domains) -> list[Problem]:
@@ -105,7 +112,7 @@ class Sft:
         found = needs_domains(recipe, stage)
         found += _coverage(config, recipe.domains(stage))
         for name, objective in config.objectives.items():
-            if name != "nll" or objective.weights:
+            if objective.weights or not _of_texts(name, objective):
                 found.append(
                     Problem(
                         f"objectives.{name}",
