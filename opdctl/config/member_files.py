@@ -31,14 +31,14 @@ GROUP = "opdctl.members"
 
 # Family -> what its members have, and what their Config has. ``a|b`` is one of both.
 CONTRACTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "data": (("prompts",), ("kind", "own_problems")),
-    "verifiers": (("needs_answer", "score"), ()),
+    "data": (("problems", "procedural", "prompts"), ("kind", "common_problems")),
+    "verifiers": (("problems", "needs_answer", "score"), ()),
     "environments": (("alphabet", "refusal", "reply"), ("open", "close")),
     "teachers": (("keeps", "provides", "score"), ()),
     "signals": (("needs", "credit"), ("coef",)),
     "objectives": (("needs", "rows", "loss"), ("coef", "normalise", "weights")),
     "weights": (("needs", "mask|factor|gate"), ()),
-    "claims": (("statement", "source", "reported", "threshold", "parts"), ()),
+    "claims": (("statement", "source", "reported", "threshold", "conditions"), ()),
 }
 
 

@@ -75,7 +75,7 @@ def revisions(recipe: Recipe, stage: str) -> dict[str, int]:
         kind = recipe.data[domain].kind
         found[f"data/{kind}"] = member("data", kind).revision
         for family, key in (("environments", "environment"), ("verifiers", "verifier")):
-            for name in getattr(recipe.data[domain], key, {}):
+            for name in getattr(recipe.data[domain], key):
                 found[f"{family}/{name}"] = member(family, name).revision
 
     def walk(node: Any) -> None:
@@ -188,8 +188,8 @@ def ready(
 
 def _asks_servers(recipe: Recipe, stage: str) -> bool:
     """Whether texts of a stage come from a model behind a server, or are judged by one."""
-    verifiers = [n for d in recipe.domains(stage) for n in getattr(recipe.data[d], "verifier", {})]
-    return any(hasattr(member("verifiers", name), "reach") for name in verifiers) or any(
+    verifiers = [n for d in recipe.domains(stage) for n in recipe.data[d].verifier]
+    return any(member("verifiers", name).asks_server for name in verifiers) or any(
         references.parse(text).form == "server" for _, text in recipe.references(stage)
     )
 

@@ -11,6 +11,6 @@ def test_the_number_that_decides():
     use_members(Path(__file__).parents[1])
     cls = member("claims", "skeleton")
     roles = cls.Config(better="stage:opd", worse="stage:sft", domain="math")
-    (part,), _ = cls.parts(roles, [])
-    assert part.value({("opd", "math"): 0.7, ("sft", "math"): 0.4}) == pytest.approx(0.3)
-    assert part.least == 0.0
+    (condition,), _ = cls.conditions(roles, [])
+    assert condition.value({("opd", "math"): 0.7, ("sft", "math"): 0.4}) == pytest.approx(0.3)
+    assert condition.least == 0.0

@@ -3,12 +3,12 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-
 from opdctl.config.registry import member, use_members
 
 
 def test_the_loss_and_its_gradient():
+    import torch
+
     use_members(Path(__file__).parents[1])
     cls = member("objectives", "skeleton")
     logprob_C = torch.tensor([-1.0, -3.0], requires_grad=True)

@@ -4,12 +4,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from opdctl.config.registry import member, use_members
 
 
 def test_no_score_is_below_the_floor():
+    import torch
+
     use_members(Path(__file__).parents[1])
     cls = member("teachers", "skeleton")
     ctx = SimpleNamespace(name="opd", folder=Path())

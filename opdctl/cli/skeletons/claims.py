@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
-from opdctl.evidence.verdict import Part, gain
+from opdctl.evidence.verdict import Condition, gain
 
 
 class Skeleton:
@@ -30,11 +30,11 @@ class Skeleton:
         domain: str = key(REQUIRED, "where", domains=True)
 
     @staticmethod
-    def parts(roles, found) -> tuple[list[Part], str]:
+    def conditions(roles, runs) -> tuple[list[Condition], str]:
         """Return the numbers that decide, each with its threshold, and a note.
 
         Args:
-            found: what was measured, a run each.
+            runs: the measurements of each run.
         """
         value = gain(roles.better, roles.worse, roles.domain)
-        return [Part(f"gain in {roles.domain}", value, least=0.0)], ""
+        return [Condition(f"gain in {roles.domain}", value, least=0.0)], ""

@@ -9,15 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import key
-from opdctl.rollout.split import DomainKeys, Split, digest, distinct
+from opdctl.rollout.data._domain_data import DomainData
+from opdctl.rollout.split import DomainKeys, Split, distinct_prompts, question_id
 from opdctl.types import Prompt
 
 
-class Skeleton:
+class Skeleton(DomainData):
     """Sums of two numbers."""
 
     revision = 1
-    procedural = True  # made and not read: prompts are kept with the run
+    procedural = True  # prompts are generated, and answers verified by score
 
     @dataclass(kw_only=True)
     class Config(DomainKeys):
@@ -33,11 +34,11 @@ class Skeleton:
         """Return the distinct prompts of one side of the split."""
         numbers = range(self.config.largest + 1)
         questions = (self._prompt(a, b) for a in numbers for b in numbers)
-        return distinct(questions, split, self.config)
+        return distinct_prompts(questions, split, self.config)
 
     def _prompt(self, a: int, b: int) -> Prompt:
         text = f"{a}+{b}="
-        return Prompt(digest(self.domain, text), self.domain, text, str(a + b), {})
+        return Prompt(question_id(self.domain, text), self.domain, text, str(a + b), {})
 
     def score(self, prompt: Prompt, text: str) -> float:
         """Return 1 if the answer, without its thinking, is right, else 0."""

@@ -32,10 +32,10 @@ class Skeleton(Local):
         super().__init__(ctx, student, name, reference)
         self.config = config
 
-    def score(self, requests, temperature: float, want, top: int = 16):
+    def score(self, requests, asks, run, other_ids_N=None):
         """Return the scores of every target token, in the order of the requests."""
-        scores = super().score(requests, temperature, want, top)
-        scores.logprobs_N = self.mixed(scores.logprobs_N, self.student.valid_V)
+        scores = super().score(requests, asks, run, other_ids_N)
+        scores.per_token["logprobs"] = self.mixed(scores.logprobs_N, self.student.valid_V)
         return scores
 
     def mixed(self, logprobs_N, size: int):

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import key
-from opdctl.rollout.verifiers._answers import OneByOne
+from opdctl.rollout.verifiers._verifier import SingleAnswerVerifier
 
 
-class Skeleton(OneByOne):
+class Skeleton(SingleAnswerVerifier):
     """The answer ends in the reference answer."""
 
     revision = 1
@@ -23,7 +23,7 @@ class Skeleton(OneByOne):
 
         ignore_case: bool = key(False, "A and a are one")
 
-    def right(self, prompt, answer: str) -> float:
+    def grade(self, prompt, answer: str) -> float:
         """Return 1 if the answer passes, 0 if not. What it raises counts as wrong."""
         texts = [answer.strip(), prompt.answer.strip()]
         if self.config.ignore_case:
