@@ -112,6 +112,8 @@ def reward_of(ctx: Context, reference: str) -> Any:
 def teacher_of(ctx: Context, model: Any, name: str, teacher: Teacher, asks: Asks) -> Any:
     """Return the member of ``teachers/`` for what a reference names; a server is tried on what it
     will be asked."""
+    for own, keys in teacher.scored_by.items():
+        return member("teachers", own)(keys, ctx, model, name, teacher.model)
     if references.parse(teacher.model).form != "server":
         return member("teachers", "local")(ctx, model, name, teacher.model)
     return member("teachers", "server")(ctx, model, name, teacher.address, asks)
