@@ -11,6 +11,7 @@ Shapes: N tokens of a step, C of a chunk, B rollouts, K ids. No torch is importe
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
@@ -120,6 +121,7 @@ class Signal(Composed, Protocol):
 
     def __init__(self, config: Any, ctx: Any) -> None: ...
 
+    @abstractmethod
     def credit(self, step: StepView) -> Tensor:
         """Return one number per token of the step. Shape [N]."""
         ...
@@ -189,6 +191,7 @@ class Objective(Composed, Protocol):
 
     def __init__(self, config: Any) -> None: ...
 
+    @abstractmethod
     def loss(self, view: Any) -> Tensor:
         """Return the loss of each token of a chunk, differentiable. Shape [C]."""
         ...
@@ -281,6 +284,7 @@ class Watchdog(Member, Protocol):
 
     def __init__(self, config: Any) -> None: ...
 
+    @abstractmethod
     def look(self, values: dict[str, Any], first: dict[str, Any]) -> dict[str, str]:
         """Return what is wrong with a row, by place, beside the first row's numbers."""
         ...
@@ -291,6 +295,7 @@ class Environment(Member, Protocol):
 
     def __init__(self, config: Any) -> None: ...
 
+    @abstractmethod
     def reply(self, text: str) -> str | None:
         """Return the answer to a turn that makes a call; None where it makes none."""
         ...
@@ -305,6 +310,7 @@ class Reward(Protocol):
 
     parameters: float
 
+    @abstractmethod
     def score(self, rollouts: list[Rollout]) -> None:
         """Set ``reward`` of every rollout."""
         ...
@@ -335,6 +341,7 @@ class Check(Member, Protocol):
     samples: ClassVar[bool]
     why: ClassVar[str]
 
-    def look(self, pairing: Any) -> list[Finding]:
-        """Return what it sees, one finding a teacher or one for the stage."""
+    @abstractmethod
+    def findings(self, stage: Any) -> list[Finding]:
+        """Return the findings about a checked stage, one a teacher or one in all."""
         ...

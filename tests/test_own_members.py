@@ -190,17 +190,18 @@ FIRST = "from dataclasses import dataclass"
 BROKEN = {
     "raises": (FIRST, "import math; math.sqrt(-1)", ":9: ValueError: math domain error"),
     "ends": (FIRST, "raise SystemExit('bye')", ":9: SystemExit: bye"),
-    "syntax": ("class Approval", "class Approval(", ":15: SyntaxError"),
+    "syntax": ("class Approval(", "class Approval((", ":16: SyntaxError"),
     "class": ("class Approval", "class Approved", ":1: no class Approval"),
     "config": (
         "class Config(SignalConfig)",
         "class Keys(SignalConfig)",
-        ":15: Approval has no nest",
+        ":16: Approval has no nest",
     ),
-    "keys": ("Config(SignalConfig)", "Config", ":15: Approval.Config has no coef"),
-    "docstring": ('"""log T - log S', '0\n    """log T - log S', ":15: Approval has no docstring"),
-    "revision": ("    revision = 1\n", "", ":15: Approval has no revision"),
-    "method": ("def credit", "def loss", ":15: Approval has no credit"),
+    "keys": ("Config(SignalConfig)", "Config", ":16: Approval.Config has no coef"),
+    "docstring": ('"""log T - log S', '0\n    """log T - log S', ":16: Approval has no docstring"),
+    "revision": ("    revision = 1\n", "", ":16: Approval has no revision"),
+    "base": ("Approval(Signal)", "Approval", ":16: Approval does not inherit from Signal"),
+    "method": ("def credit", "def loss", ":16: Approval has no credit"),
 }
 
 
@@ -209,7 +210,7 @@ def test_an_error_in_a_member_names_its_file_and_line(own, case):
     signal = own / "my_members" / "signals" / "approval.py"
     text = signal.read_text()
     first = text.index("class Approval")
-    assert text[:first].count("\n") + 1 == 15
+    assert text[:first].count("\n") + 1 == 16
     old, new, message = BROKEN[case]
     edit(signal, old, new)
     code, _, err = command("validate", own / "own.yaml", "--trust-members")

@@ -25,6 +25,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec, spec_from_file_location
 from pathlib import Path
 
+from opdctl import protocols
 from opdctl.errors import UsageError
 
 GROUP = "opdctl.members"
@@ -39,6 +40,14 @@ CONTRACTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "objectives": (("needs", "rows", "loss"), ("coef", "normalise", "weights")),
     "weights": (("needs", "mask|factor|gate"), ()),
     "claims": (("statement", "source", "reported", "threshold", "conditions"), ()),
+}
+
+# Family -> the protocol whose declared hooks its members inherit.
+BASES: dict[str, type] = {
+    "environments": protocols.Environment,
+    "signals": protocols.Signal,
+    "objectives": protocols.Objective,
+    "weights": protocols.Weight,
 }
 
 
@@ -175,9 +184,14 @@ def require_contract(names: dict, family: str, name: str, path: Path) -> None:
     if not (isinstance(config, type) and dataclasses.is_dataclass(config)):
         hint = "@dataclass(kw_only=True) class Config inside it, whose fields are its keys"
         raise UsageError(f"{place} has no nested dataclass Config", hint)
+    base = BASES.get(family)
+    if base is not None and base not in cls.__mro__:
+        hint = f"class {wanted}({base.__name__}):, from opdctl.protocols import {base.__name__}"
+        raise UsageError(f"{place} does not inherit from {base.__name__}", hint)
     of_class, of_config = CONTRACTS[family]
     for words in of_class:
-        if not any(hasattr(cls, word) for word in words.split("|")):
+        missing = getattr(cls, "__abstractmethods__", frozenset())
+        if not any(hasattr(cls, word) and word not in missing for word in words.split("|")):
             message = f"{place} has no {words.replace('|', ', ')}"
             raise UsageError(message, f"every member of {family} has: `opdctl new {family} NAME`")
     fields = {f.name for f in dataclasses.fields(config)}

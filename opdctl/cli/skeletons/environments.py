@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from opdctl.config.schema import key
+from opdctl.protocols import Environment
 
 
-class Skeleton:
+class Skeleton(Environment):
     """Answers a call with the number of characters in it."""
 
     revision = 1

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.config.settings import ObjectiveConfig
+from opdctl.protocols import Objective
 
 
-class Skeleton:
+class Skeleton(Objective):
     """-log p of the token that stands there, to a power."""
 
     revision = 1

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.config.settings import SignalConfig
+from opdctl.protocols import Signal
 
 
-class Skeleton:
+class Skeleton(Signal):
     """log T - log S of the sampled token, within a limit."""
 
     revision = 1

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import key
+from opdctl.protocols import Weight
 
 
-class Skeleton:
+class Skeleton(Weight):
     """min(q / p, 1) of the sampled token, to a power."""
 
     revision = 1
