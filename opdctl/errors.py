@@ -79,6 +79,10 @@ class Problem:
         return f"{line}\n      {self.hint}" if self.hint else line
 
 
+class Note(Problem):
+    """One thing to say of a recipe that is read all the same."""
+
+
 class RecipeError(UsageError):
     """Every problem of a recipe, reported at once: the first in words, all as ``problems``."""
 

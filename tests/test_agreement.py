@@ -153,7 +153,7 @@ def test_it_is_of_the_students_own_texts(stage, objective):
 def test_what_the_sampler_says_is_compared_on_the_tokens_that_learn(stage):
     """Two updates log every token twice, and the sampler's log-probs are there once."""
     masked = {"policy_gradient": {"weights": {"special_tokens": {}}}}
-    row = carry_out(stage(steps=1, updates_per_rollout=2, objectives=masked))[0]
+    row = carry_out(stage(steps=1, epochs=2, objectives=masked))[0]
     assert 0 < row["masked"] < 1 and 0 < row["logprob_gap"] < 1e-5
 
 

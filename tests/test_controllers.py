@@ -216,7 +216,7 @@ def test_a_stop_anywhere_keeps_the_window(stage, count):
 
 
 def test_a_limit_that_narrows_is_no_collapse_and_one_that_widens_cuts_by_intent(stage):
-    watch = Watch(stage(**PRUNED).config.watch, "it")
+    watch = Watch(stage(**PRUNED).config.watchdogs, "it")
     row = {"rollouts": 4, "tokens": 40, "length": 40.0, "truncated": 0.0, "length_most": 60}
     dog = watch.dogs["length"]
     assert not dog.look({**row, "length": 9.0, "length_limit": 12}, row)

@@ -337,7 +337,7 @@ def test_tokens_of_each_kind_by_hand():
     told = 2 * short * (FORWARD * (3 * 30 + 1 * 10) + 4 * learns)
     assert experts.flops == pytest.approx(told), "an expert writes what is of its domain"
     opd = {"kind": "opd", "steps": 2, "sampling": sampling, "teachers": {"a": "o/t", "b": "o/s"}}
-    once, twice = flops(**opd), flops(**opd, updates_per_rollout=2)
+    once, twice = flops(**opd), flops(**opd, epochs=2)
     tokens = 2 * 4 * short
     scores = FORWARD * (0.75 * 30 + 0.25 * 10)
     assert once.flops == pytest.approx(tokens * (FORWARD * 10 + scores + learns))

@@ -70,7 +70,9 @@ JUNK = st.recursive(
 )  # fmt: skip
 NAMES = st.one_of(
     TEXT, HOSTILE,
-    st.sampled_from(["kind", "matrix", "when", "steps", "teachers", "sizes", "watch", "student"]),
+    st.sampled_from(
+        ["kind", "matrix", "when", "steps", "teachers", "sizes", "watchdogs", "student"]
+    ),
 )  # fmt: skip
 
 

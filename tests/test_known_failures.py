@@ -132,7 +132,7 @@ def test_a_rank_without_tokens(stage):
 
 def test_ragged_batches_give_nan(stage):
     """TRL #5594: padding reached the loss. Ours neither samples nor scores by its neighbours."""
-    together, single = (First(stage(runtime={"wave": w})) for w in (12, 1))
+    together, single = (First(stage(runtime={"rollout_batch": w})) for w in (12, 1))
     assert together.spans == single.spans and len({len(s.ids) for s in single.spans}) > 2
     alone = [score(single.model, [s]).logprobs_N for s in single.spans]
     assert (together.columns["policy"] - torch.cat(alone)).abs().max() < 1e-4

@@ -193,8 +193,8 @@ def test_bf16_parameters_round_the_steps_away(stage):
     copies; without them it is refused, and noted above 1e-5. See test_precision.py."""
     runtime = {"dtype": "bfloat16"}
     for lr in (1e-6, 1e-5):
-        problem = refused(stage, runtime=runtime | {"masters": "none"}, optim={"lr": lr})
-        hint = "runtime.masters=float32, or runtime.dtype=float32"
+        problem = refused(stage, runtime=runtime | {"master_weights": "none"}, optim={"lr": lr})
+        hint = "runtime.master_weights=float32, or runtime.dtype=float32"
         assert problem.path == "runtime.dtype" and problem.hint == hint
         assert f"it ({lr:g})" in problem.message
         assert not stage(runtime=runtime, optim={"lr": lr}).recipe.notes()
@@ -202,7 +202,7 @@ def test_bf16_parameters_round_the_steps_away(stage):
     assert note.path == "runtime.dtype" and "it (2e-05)" in note.message
     assert not stage(optim={"lr": 1e-6}).recipe.notes()
     adapter = {"lora": {"rank": 2}, "optim": {"lr": 1e-6}}  # in float32, whatever its base is
-    assert not stage(runtime=runtime | {"masters": "none"}, **adapter).recipe.notes()
+    assert not stage(runtime=runtime | {"master_weights": "none"}, **adapter).recipe.notes()
 
 
 @pytest.mark.parametrize("name", sorted(shipped()))

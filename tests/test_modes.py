@@ -221,7 +221,7 @@ class Bag:
     def __init__(self, environment, samples, max_tokens):
         from types import SimpleNamespace as Names
 
-        self.seed, self.runtime = 3, Names(wave=64)
+        self.seed, self.runtime = 3, Names(rollout_batch=64)
         self.config = Names(
             prompts=Names(samples=samples), sampling=Names(temperature=1.0, max_tokens=max_tokens)
         )

@@ -23,7 +23,9 @@ from running import carry_out, one_stage
 
 def test_when_copies_are_kept():
     kept = {
-        (dtype, how): [Runtime(dtype=dtype, masters=how).masters_of(lr) for lr in (1e-5, 2e-5)]
+        (dtype, how): [
+            Runtime(dtype=dtype, master_weights=how).masters_of(lr) for lr in (1e-5, 2e-5)
+        ]
         for dtype in ("bfloat16", "float32")
         for how in ("auto", "float32", "none")
     }

@@ -225,7 +225,7 @@ def test_memory(folder, tmp_path):
     long = {"max_tokens": 10**9}
     bad, _ = found(tmp_path / "b", folder, {"sums": f"{folder}/teacher"}, sampling=long)
     assert bad.keys() == {"memory"} and bad["memory"].severity == "warning"
-    assert "runtime.wave" in bad["memory"].do
+    assert "runtime.rollout_batch" in bad["memory"].do
 
 
 def test_the_estimate_is_what_torch_holds(folder, tmp_path):

@@ -270,7 +270,7 @@ def test_resume_refuses_semantic_changes(demo_run, tmp_path):
     refused = inside("resume", run, "stages.mopd.optim.lr=0.5")
     assert refused.returncode == 2 and "--from" in refused.stderr
     assert "stages.mopd.optim.lr: 0.001 -> 0.5" in refused.stderr
-    named = inside("resume", run, "claims.M1=null", "runtime.wave=7")
+    named = inside("resume", run, "claims.M1=null", "runtime.rollout_batch=7")
     assert named.returncode == 2 and "claims.M1" in named.stderr
     assert (run / "resolved.yaml").read_text() == before
     allowed = inside("resume", run, "runtime.checkpoint_every=3")

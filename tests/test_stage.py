@@ -249,7 +249,9 @@ def test_keys_are_found_without_reading_code(tmp_path, monkeypatch, desk):
     grpo = {r["key"]: r["default"] for r in json.loads(run("show", "grpo", "--json"))["keys"]}
     assert grpo["prompts.samples"] == "8" and "clip_high" in grpo["objectives"]
     assert grpo["steps"] == "100", "what a method leaves is shown with its default"
-    assert "direction" in run("show", "divergence") and "runtime.wave" in run("show", "runtime")
+    assert "direction" in run("show", "divergence") and "runtime.rollout_batch" in run(
+        "show", "runtime"
+    )
     mine = tmp_path / "mine.yaml"
     run("cp", "grpo", mine)
     mine.write_text(mine.read_text().replace("samples: 8", "samples: 6"))

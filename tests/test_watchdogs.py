@@ -111,13 +111,17 @@ def test_each_speaks_of_what_is_wrong_and_of_nothing_else(name, values, said):
 
 def test_every_member_is_on_by_default_and_a_named_one_leaves_the_others():
     assert set(WATCHDOGS) == set(members("watchdogs"))
-    watch = recipe_with("stages.sft.watch.kl.most=3").stages["sft"].watch
+    watch = recipe_with("stages.sft.watchdogs.kl.most=3").stages["sft"].watchdogs
     assert list(watch) == list(WATCHDOGS)
     assert (watch["kl"].most, watch["kl"].action, watch["non_finite"].action) == (3, "warn", "stop")
 
 
 def watch_of(**keys):
-    watch = recipe_with(*(f"stages.sft.watch.{k}={v}" for k, v in keys.items())).stages["sft"].watch
+    watch = (
+        recipe_with(*(f"stages.sft.watchdogs.{k}={v}" for k, v in keys.items()))
+        .stages["sft"]
+        .watchdogs
+    )
     return Watch(watch, "sft")
 
 
@@ -129,7 +133,7 @@ def test_it_waits_speaks_and_speaks_again_when_the_streak_has_doubled():
         spoke += [step] if warnings else []
     assert spoke == [5, 8, 14]  # 3, 6 and 12 in a row from step 3 on
     warnings, _ = watch_of(**{"kl.steps": 1}).look(1, {**ROW, "kl": {"a": 9.0, "b": 8.0}})
-    assert [w.split(":")[0] for w in warnings] == ["watch.kl a", "watch.kl b"]
+    assert [w.split(":")[0] for w in warnings] == ["watchdogs.kl a", "watchdogs.kl b"]
 
 
 def test_a_streak_is_of_one_domain():
@@ -137,7 +141,7 @@ def test_a_streak_is_of_one_domain():
     for step in range(1, 9):
         assert watch.look(step, {**ROW, "reward_by_domain": {"ab"[step % 2]: 1.0}}) == ([], None)
     warnings, _ = watch.look(9, {**ROW, "reward_by_domain": {"a": 1.0}})
-    assert warnings == ["watch.reward a: every reward is 1, 2 steps in a row"]
+    assert warnings == ["watchdogs.reward a: every reward is 1, 2 steps in a row"]
 
 
 def test_stop_names_the_number_the_threshold_and_the_key():
@@ -146,8 +150,8 @@ def test_stop_names_the_number_the_threshold_and_the_key():
     assert watch.look(1, bad) == ([], None)
     warnings, stop = watch.look(2, bad)
     assert warnings and stop.exit_code == 1
-    assert "step 2: watch.kl math: 9 nats a token" in stop.message and "above 5" in stop.message
-    assert "stages.sft.watch.kl.action=warn" in stop.hint
+    assert "step 2: watchdogs.kl math: 9 nats a token" in stop.message and "above 5" in stop.message
+    assert "stages.sft.watchdogs.kl.action=warn" in stop.hint
 
 
 def test_what_it_remembers_survives_a_checkpoint():
@@ -226,13 +230,13 @@ def test_a_learning_rate_that_ruins_the_weights_stops_the_stage(base, tmp_path):
     assert [r.get("skipped") for r in found] == [None, 1, 1, 1]  # three in a row, never a step
     assert [len(r.get("warnings", [])) for r in found] == [0, 1, 1, 1]
     error = run.record("sft")["error"]
-    assert "watch.non_finite: loss nan" in error and "3 steps in a row" in error
-    assert "stages.sft.watch.non_finite.action=warn" in error
-    assert done.stdout.count("sft: step 2: warning: watch.non_finite") == 1
+    assert "watchdogs.non_finite: loss nan" in error and "3 steps in a row" in error
+    assert "stages.sft.watchdogs.non_finite.action=warn" in error
+    assert done.stdout.count("sft: step 2: warning: watchdogs.non_finite") == 1
     seen = status(run)["stages"]["sft"]
     assert seen["status"] == "failed" and len(seen["warnings"]) == 3
-    recipe, notes = reopen(run, ("stages.sft.watch.non_finite.action=warn",))
-    assert notes == ["stages.sft.watch.non_finite.action: 'stop' -> 'warn'"]
+    recipe, notes = reopen(run, ("stages.sft.watchdogs.non_finite.action=warn",))
+    assert notes == ["stages.sft.watchdogs.non_finite.action: 'stop' -> 'warn'"]
     write_text(run / "resolved.yaml", dump(recipe.to_dict()))
     assert worker(run.path, "sft").returncode == 0
     assert [r["step"] for r in rows(run, "sft")] == [1, 2, 3, 4, 5, 6]
@@ -258,7 +262,9 @@ def test_a_bad_batch_costs_one_step(base, tmp_path):
     assert [r.get("skipped") for r in found] == [None, 1, None, None, 1, None]
     assert [r["loss"] is None for r in found] == [False, True, False, False, True, False]
     table = status_table(status(run))
-    assert any("2 warnings, the last in step 5: watch.non_finite" in str(c) for c in cells(table))
+    assert any(
+        "2 warnings, the last in step 5: watchdogs.non_finite" in str(c) for c in cells(table)
+    )
 
 
 def cells(table):
@@ -267,17 +273,17 @@ def cells(table):
 
 def far(base, *more):
     folder = base.path.parent / "far"
-    return f"stages.opd.teachers.math={folder}", "stages.opd.watch.kl.steps=2", *more
+    return f"stages.opd.teachers.math={folder}", "stages.opd.watchdogs.kl.steps=2", *more
 
 
 @pytest.mark.parametrize("objective", ["", "sampled_kl", "divergence"])
 def test_a_teacher_far_away(base, tmp_path, objective):
     more = [f"stages.opd.objectives={{{objective}: {{}}}}", "stages.opd.signals={}"]
     more = more if objective else []
-    keys = far(base, "stages.opd.watch.kl.action=stop", *more)
+    keys = far(base, "stages.opd.watchdogs.kl.action=stop", *more)
     run, done = stage(base, tmp_path, "opd", *keys)
     assert done.returncode == 1
-    assert "step 2: watch.kl" in run.record("opd")["error"]
+    assert "step 2: watchdogs.kl" in run.record("opd")["error"]
     assert "above 5" in run.record("opd")["error"]
     found = rows(run, "opd")
     assert [len(r.get("warnings", [])) > 0 for r in found] == [False, True]
@@ -299,7 +305,7 @@ engine.Transformers.generate = generate
 
 def test_killed_and_resumed_it_says_the_same_and_gives_the_same_bits(base, tmp_path):
     signals = "stages.opd.signals={reverse_kl: {}, outcome: {baseline: none}}"
-    keys = far(base, "stages.opd.watch.reward.steps=2", signals)
+    keys = far(base, "stages.opd.watchdogs.reward.steps=2", signals)
     whole, done = stage(base, tmp_path / "whole", "opd", *keys)
     assert done.returncode == 0
     assert [len(r.get("warnings", [])) for r in rows(whole, "opd")] == [0, 2, 0, 2, 0]
@@ -323,14 +329,15 @@ sampling._sample_turn = turn
 
 def test_rewards_that_are_all_zero_and_a_broken_sampler(base, tmp_path):
     run, done = stage(
-        base, tmp_path, "rl", "stages.rl.watch.reward.steps=3", "stages.rl.watch.mismatch.steps=4",
-        "stages.rl.watch.length.steps=2", "stages.rl.watch.length.cut=0.5", patch=LIE,
+        base, tmp_path, "rl", "stages.rl.watchdogs.reward.steps=3",
+        "stages.rl.watchdogs.mismatch.steps=4", "stages.rl.watchdogs.length.steps=2",
+        "stages.rl.watchdogs.length.cut=0.5", patch=LIE,
     )  # fmt: skip
     assert done.returncode == 0
     said = status(run)["stages"]["rl"]["warnings"]
-    assert "step 3: watch.reward math: every reward is 0, 3 steps in a row" in said
-    assert any(w.startswith("step 4: watch.mismatch: 1 nats a token apart") for w in said)
-    assert any(w.startswith("step 2: watch.length limit:") for w in said)
+    assert "step 3: watchdogs.reward math: every reward is 0, 3 steps in a row" in said
+    assert any(w.startswith("step 4: watchdogs.mismatch: 1 nats a token apart") for w in said)
+    assert any(w.startswith("step 2: watchdogs.length limit:") for w in said)
 
 
 def test_sampled_nll_is_what_the_samples_say(base, tmp_path):
@@ -347,7 +354,7 @@ def test_a_source_that_refuses_everything(base, tmp_path):
     run, done = stage(base, tmp_path, "taught")
     assert done.returncode == 1
     assert [r["rollouts"] for r in rows(run, "taught")] == [0] * 4
-    assert "step 3: warning: watch.empty: 0 rollouts with 0 tokens" in done.stdout
+    assert "step 3: warning: watchdogs.empty: 0 rollouts with 0 tokens" in done.stdout
 
 
 # recipes and what a person sees ------------------------------------------------------------------
@@ -356,35 +363,35 @@ def test_a_source_that_refuses_everything(base, tmp_path):
 def test_watching_is_no_part_of_a_fingerprint(base):
     plain, other = (
         recipe_with(),
-        recipe_with("stages.opd.watch.kl={most: 1, action: stop, steps: 9}"),
+        recipe_with("stages.opd.watchdogs.kl={most: 1, action: stop, steps: 9}"),
     )
     assert plain.to_dict() != other.to_dict()
     assert fingerprints(plain) == fingerprints(other)
     assert "watch" not in semantic(plain, "opd")["stage"]
     assert not [name for name in revisions(plain, "opd") if name.startswith("watchdogs")]
     with pytest.raises(UsageError, match=r"optim\.lr"):
-        reopen(base, ("stages.opd.watch.kl.most=1", "stages.opd.optim.lr=0.5"))
-    with pytest.raises(UsageError, match=r"stages\.opd\.watch\.kl\.least"):
-        recipe_with("stages.opd.watch.kl.least=1")
+        reopen(base, ("stages.opd.watchdogs.kl.most=1", "stages.opd.optim.lr=0.5"))
+    with pytest.raises(UsageError, match=r"stages\.opd\.watchdogs\.kl\.least"):
+        recipe_with("stages.opd.watchdogs.kl.least=1")
     with pytest.raises(UsageError, match="no member 'kll'"):
-        load("mimo", overrides=("stages.sft.watch.kll.most=1",))
+        load("mimo", overrides=("stages.sft.watchdogs.kll.most=1",))
 
 
 def test_a_warning_is_shown_once_when_it_comes(base, tmp_path, capsys):
     run = RunDir(base.path)
     recipe = recipe_with()
     metrics = run.stage("sft") / "metrics.jsonl"
-    metrics.write_text('{"step": 1, "warnings": ["watch.kl a: old"]}\n')
+    metrics.write_text('{"step": 1, "warnings": ["watchdogs.kl a: old"]}\n')
     job = Job.of(run, recipe)
     job.status["sft"] = "running"
     with Progress([job]) as progress:
         progress([job])
         with metrics.open("a") as file:
-            file.write('{"step": 2, "warnings": ["watch.kl a: new"]}\n{"step": 3, "warn')
+            file.write('{"step": 2, "warnings": ["watchdogs.kl a: new"]}\n{"step": 3, "warn')
         progress.drawn = 0.0
         progress([job])
         job.status["sft"] = "done"
         progress([job])
     shown = capsys.readouterr().err
     metrics.unlink()
-    assert shown.count("sft: warning: step 2: watch.kl a: new") == 1 and "old" not in shown
+    assert shown.count("sft: warning: step 2: watchdogs.kl a: new") == 1 and "old" not in shown

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, Literal
 
-from opdctl.errors import Problem
+from opdctl.errors import Note, Problem
 
 REQUIRED = dataclasses.MISSING
 Lookup = Callable[[str, str], type]  # (family, member name) -> its Config
@@ -38,6 +38,7 @@ def key(
     keep: bool = False,
     least: float | None = None,
     most: float | None = None,
+    was: str = "",
 ):
     """A field of a Config.
 
@@ -52,6 +53,8 @@ def key(
             of fingerprints, so that finished runs stay as they are.
         keep: members of the default stay where others are given; with ``family``.
         least, most: bounds of a number, inclusive.
+        was: the key's name before it was renamed: still read, and the name that fingerprints hash,
+            so that finished runs stay finished. Of both names in one mapping the later one counts.
     """
     metadata = {
         "doc": doc,
@@ -63,6 +66,7 @@ def key(
         "keep": keep,
         "least": least,
         "most": most,
+        "was": was,
     }
     if isinstance(default, dict | list) or (
         dataclasses.is_dataclass(default) and not isinstance(default, type)
@@ -107,8 +111,7 @@ def build(
     hints = _hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     values = {}
-    for name, value in raw.items():
-        where = f"{path}.{name}" if path else str(name)
+    for name, where, value in _renamed(raw, fields, path, problems):
         if name not in fields:
             hint = getattr(cls, "absent", {}).get(name) or did_you_mean(str(name), fields)
             problems.append(Problem(where, "unknown key", hint))
@@ -130,10 +133,11 @@ def build(
             values[name] = build(type(below), value, where, problems, lookup, below)
         else:
             values[name] = _value(hints[name], value, where, problems, lookup, f.metadata)
+    read = {f.name for f in fields.values() if f.name in raw or f.metadata.get("was") in raw}
     for name, f in fields.items():
-        if name not in raw and base is not None:
+        if name not in read and base is not None:
             values[name] = getattr(base, name)
-        if name in raw or name in values:
+        if name in read or name in values:
             continue
         if f.metadata.get("family") and f.default_factory is not REQUIRED:
             where = f"{path}.{name}" if path else name
@@ -147,6 +151,30 @@ def build(
         )
         values[name] = None
     return cls(**values)
+
+
+def _renamed(
+    raw: dict, fields: dict[str, dataclasses.Field], path: str, problems: list[Problem]
+) -> list[tuple[str, str, Any]]:
+    """Return name, dotted key as written, and value of each key, old names replaced by new ones;
+    a note is left among the problems. What stands later is laid over what stands before."""
+    new_names = {f.metadata["was"]: f.name for f in fields.values() if f.metadata.get("was")}
+    entries: dict[Any, tuple[str, Any]] = {}
+    for written, value in raw.items():
+        where = f"{path}.{written}" if path else str(written)
+        name = new_names.get(written, written)
+        if name != written:
+            problems.append(Note(where, f"is called {name} now"))
+        if name in entries:
+            value = _laid_over(entries[name][1], value)
+        entries[name] = (where, value)
+    return [(name, where, value) for name, (where, value) in entries.items()]
+
+
+def _laid_over(below: Any, above: Any) -> Any:
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {k: _laid_over(below.get(k), v) for k, v in above.items()}
 
 
 def _value(hint, value, path, problems, lookup, meta):
@@ -267,7 +295,7 @@ def with_role(config: Any, role: str) -> Any:
         if f.metadata.get("neutral") and value == _default(f):
             continue
         if f.metadata.get("role", "semantic") == role or dataclasses.is_dataclass(value):
-            kept[f.name] = with_role(value, role)
+            kept[f.metadata.get("was") or f.name] = with_role(value, role)
     return kept
 
 

@@ -192,12 +192,13 @@ class TrainConfig(StageConfig):
     prompts: Prompts = key(Prompts(), "which prompts")
     optim: Optim = key(Optim(), "optimizer")
     seed_group: str = key("", "stages with one name here share prompts and draws (paired arms)")
-    watch: dict = key(
+    watchdogs: dict = key(
         {name: {} for name in WATCHDOGS},
         "eyes on every step; those not named stay as they are",
         role="operational",
         family="watchdogs",
         keep=True,
+        was="watch",
     )
 
 
@@ -211,11 +212,12 @@ class Runtime:
     )
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto takes CUDA if there", role="numeric")
     dtype: Literal["float32", "bfloat16", "float64"] = key("float32", "parameters and activations")
-    masters: Literal["auto", "float32", "none"] = key(
+    master_weights: Literal["auto", "float32", "none"] = key(
         "auto",
         "copies of bfloat16 parameters that the optimizer moves; auto: float32 where a stage's lr "
         "is at most 1e-5, whose steps bfloat16 rounds away",
         neutral=True,
+        was="masters",
     )
     attn: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = key(
         "auto", "attention, by transformers' name; auto is its choice", role="numeric"
@@ -239,7 +241,7 @@ class Runtime:
     engine_share: str = key(
         "/dev/shm", "folder that vllm_server sees too: weights go through it", role="operational"
     )
-    wave: int = key(512, "responses sampled at once", role="numeric", least=1)
+    rollout_batch: int = key(512, "responses sampled at once", role="numeric", least=1, was="wave")
     micro_batch: int = key(
         0, "sequences per pass of an update; 0 is as many as are alike", role="numeric", least=0
     )
@@ -284,5 +286,7 @@ class Runtime:
 
     def masters_of(self, lr: float) -> bool:
         """Whether a stage of this learning rate keeps fp32 copies of its parameters."""
-        wanted = self.masters == "float32" or (self.masters == "auto" and lr <= ROUNDED_AWAY)
+        wanted = self.master_weights == "float32" or (
+            self.master_weights == "auto" and lr <= ROUNDED_AWAY
+        )
         return self.dtype == "bfloat16" and wanted

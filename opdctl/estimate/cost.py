@@ -35,7 +35,7 @@ COMPUTE = 0.4  # of the peak of multiplications: prompts, scoring, training
 SERVER = 0.9  # of its own GPU that a vllm server takes, vllm's default for some time
 ASSUMED = (
     "parameters, gradients and two moments of AdamW in runtime.dtype; in float32 for copies of "
-    "bfloat16 parameters (runtime.masters) and adapters on every linear layer; keys and "
+    "bfloat16 parameters (runtime.master_weights) and adapters on every linear layer; keys and "
     "values of a wave of "
     "responses of the full sampling.max_tokens (of the most that a controller may make of it); "
     "activations of a micro-batch (runtime.micro_batch=0: of all sequences of an optimizer step, "
@@ -118,7 +118,7 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
     adapter = 0.0 if merged or not start else adapter_parameters(held[start], rank)
     student = replace(held[start], adapter=adapter).whole if start else pretrain_shape(config.model)
     work = stage_work(config, recipe.domains(stage), student, shapes)
-    wave, longest = _wave(work, runtime.wave)
+    wave, longest = _wave(work, runtime.rollout_batch)
     apart, share = runtime.engine == "vllm_server", engine_bytes(runtime, gpu.memory)
     learns = work.trained > 0
     beside = [t for k, t in every if k not in ("student", "template")]
@@ -180,10 +180,12 @@ def _flops_and_seconds(
 def _sampling(s: Responses, runtime: Any, each: int, gpu: Gpu, peak: float) -> float:
     """Return the seconds of the run's engine; a server has a GPU of the same kind to itself."""
     if runtime.engine == "vllm_server":
-        return served_seconds(s, min(runtime.wave, AT_ONCE), each, gpu, peak, SERVER * gpu.memory)
+        return served_seconds(
+            s, min(runtime.rollout_batch, AT_ONCE), each, gpu, peak, SERVER * gpu.memory
+        )
     if share := engine_bytes(runtime, gpu.memory):
-        return served_seconds(s, runtime.wave, each, gpu, peak, share)
-    return decode_seconds(s, runtime.wave, each, gpu, peak)
+        return served_seconds(s, runtime.rollout_batch, each, gpu, peak, share)
+    return decode_seconds(s, runtime.rollout_batch, each, gpu, peak)
 
 
 def update_flops(each: float, adapter: float | None) -> float:

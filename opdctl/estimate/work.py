@@ -60,7 +60,7 @@ def stage_work(config: Any, domains: dict[str, float], student: Shape, shapes: d
     if kind == "orm":
         return Work(samples, trained=tokens, longest=longest_turn(config))
     scored = _scored(config, domains, tokens, shapes)
-    passes = getattr(config, "updates_per_rollout", 1)
+    passes = getattr(config, "epochs", 1)
     if passes * getattr(config, "minibatches", 1) > 1:
         scored.append((student, tokens))  # the log-probs before the first update
     if kind == "gradients":

@@ -129,7 +129,7 @@ class ModelStore:
         Args:
             blend: another model and its share in every token; by the transformers engine alone.
         """
-        common = (model, self.ctx.runtime.wave, self.ctx.check, self.ctx.wal)
+        common = (model, self.ctx.runtime.rollout_batch, self.ctx.check, self.ctx.wal)
         if blend:
             return member("engines", "transformers")(*common, blend)
         cls = member("engines", self.ctx.runtime.engine)

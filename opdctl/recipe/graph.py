@@ -75,7 +75,9 @@ def rounding(recipe: Any, lost: bool) -> list[Problem]:
         return []
     what = "rounds most of a step away" if lost else "rounds small steps away"
     what = f"a parameter in bfloat16 {what}, with the optim.lr of {', '.join(named)}"
-    return [Problem("runtime.dtype", what, "runtime.masters=float32, or runtime.dtype=float32")]
+    return [
+        Problem("runtime.dtype", what, "runtime.master_weights=float32, or runtime.dtype=float32")
+    ]
 
 
 def _adapters(recipe: Any) -> list[Problem]:

@@ -21,7 +21,7 @@ from opdctl.config.schema import build, did_you_mean, to_dict
 from opdctl.config.schema import references as refs_of
 from opdctl.config.settings import Runtime, StageConfig
 from opdctl.config.shapes import Shape
-from opdctl.errors import OpdctlError, Problem, RecipeError, UsageError
+from opdctl.errors import Note, OpdctlError, Problem, RecipeError, UsageError
 from opdctl.recipe import graph
 from opdctl.recipe.own_members import use_members_of
 from opdctl.recipe.resolution import (
@@ -55,11 +55,13 @@ class Recipe:
     claims: dict[str, Any] = field(default_factory=dict)
     runtime: Runtime = field(default_factory=Runtime)
     members: str = field(default="", metadata={"role": "operational"})  # its files are hashed
+    renamed: list[Note] = field(default_factory=list)  # keys that were written by their old names
 
     def to_dict(self) -> dict:
         """What ``resolved.yaml`` holds; reading it back gives the same recipe."""
-        content = to_dict(self)
-        return content if self.members else {k: v for k, v in content.items() if k != "members"}
+        content = to_dict(replace(self, renamed=[]))
+        left_out = ("renamed",) if self.members else ("renamed", "members")
+        return {k: v for k, v in content.items() if k not in left_out}
 
     def domains(self, stage: str) -> dict[str, float]:
         """``{domain: share}`` of a stage; shares sum to 1."""
@@ -76,7 +78,7 @@ class Recipe:
 
     def notes(self) -> list[Problem]:
         """What is allowed and has less effect than it seems, or none."""
-        found = graph.rounding(self, lost=False)
+        found = self.renamed + graph.rounding(self, lost=False)
         engine = registry.member("engines", self.runtime.engine)
         found += engine.notes(self)
         for stage, config in self.stages.items():
@@ -223,10 +225,13 @@ def resolve(
     if wrong:  # every member of its own would be called unknown too
         raise RecipeError([where.place(p) for p in (*problems, wrong)], label)
     recipe = _build(tree, problems)
+    problems = [p for p in problems if not isinstance(p, Note)]
     if recipe and not problems:
         problems += graph.check(recipe, folders=not written)
     if problems:
         raise RecipeError([where.place(p) for p in problems], label)
+    if written:
+        recipe.renamed = []  # it was the program that wrote them
     return recipe
 
 
@@ -281,7 +286,8 @@ def _build(tree: dict, problems: list[Problem]) -> Recipe | None:
     values["claims"] = built
     values["members"] = tree.get("members") or ""
     values["runtime"] = build(Runtime, values["runtime"], "runtime", problems, lookup)
-    return None if problems else Recipe(**values)
+    notes = [p for p in problems if isinstance(p, Note)]
+    return Recipe(**values, renamed=notes) if len(notes) == len(problems) else None
 
 
 def _kinds(family: str, entries: dict, problems: list[Problem]) -> dict:

@@ -89,7 +89,7 @@ class Tail:
                 self.at = path.stat().st_size
 
     def read(self) -> list[str]:
-        """What came since the last time: ``step 12: watch.kl math: ...``."""
+        """What came since the last time: ``step 12: watchdogs.kl math: ...``."""
         try:
             with open(self.path, "rb") as file:
                 if file.seek(0, 2) < self.at:

@@ -26,7 +26,7 @@ class OnPolicyConfig(TrainConfig):
     student: str = key(REQUIRED, "where it starts", ref=True)
     lora: Lora = key(Lora(), "an adapter in place of the weights", neutral=True)
     sampling: Sampling = key(Sampling(), "how the student samples")
-    updates_per_rollout: int = key(1, "passes over a step's rollouts", least=1)
+    epochs: int = key(1, "passes over a step's rollouts", least=1, was="updates_per_rollout")
     minibatches: int = key(1, "optimizer steps in a pass", least=1)
     controllers: dict = key(
         {},
@@ -185,7 +185,7 @@ def ineffective_keys(config) -> list[Problem]:
         problems += [replace(n, path=f"{path}.{n.path}") for n in notes]
     for name, objective in config.objectives.items():
         clip = getattr(objective, "clip_low", 0) or getattr(objective, "clip_high", 0)
-        if clip and config.updates_per_rollout * config.minibatches == 1:
+        if clip and config.epochs * config.minibatches == 1:
             problems.append(
                 Problem(
                     f"objectives.{name}.clip_high",

@@ -172,7 +172,7 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> TrainSe
             asks = asks.rebuilding()  # entropy has a column too
         route = routes(ctx.recipe.domains(ctx.name), teachers)
         ctx.inspect(model)
-    updates = getattr(config, "updates_per_rollout", 1)  # gradients of one step are not applied
+    updates = getattr(config, "epochs", 1)  # gradients of one step are not applied
     minibatches = getattr(config, "minibatches", 1)
     return TrainSetup(
         source=source_of(ctx, model, sources)

@@ -79,7 +79,7 @@ class Loop:
             model.masters = MasterWeights(model.net)
             print(f"{ctx.name}: the optimizer moves float32 copies of the parameters", flush=True)
         self.optimizer = update.make_optimizer(model, self.optim)
-        self.compute, self.watch = Compute(), Watch(ctx.config.watch, ctx.name)
+        self.compute, self.watch = Compute(), Watch(ctx.config.watchdogs, ctx.name)
         self.checkpoints = ctx.folder / "checkpoints"
         self.row: dict = {}  # of a step whose controllers have not acted yet
         self.overlap_k = overlap.top_of(model.lm_head()) if setup.teachers else 0

@@ -82,14 +82,14 @@ class Watch:
                 place = f"{name} {subject}".strip()
                 row = self.state["row"][place] = before.get(place, 0) + 1
                 steps = "" if row == 1 else f", {row} steps in a row"
-                said = f"watch.{place}: {text}{steps}"
+                said = f"watchdogs.{place}: {text}{steps}"
                 last = config.action == "stop" and row >= config.steps
                 start = 1 if dog.at_once else config.steps
                 if last or (row % start == 0 and (row // start).bit_count() == 1):
                     warnings.append(said)
                     print(f"{self.stage}: step {step}: warning: {said}", flush=True)
                 if last and stop is None:
-                    key = f"stages.{self.stage}.watch.{name}.action=warn"
+                    key = f"stages.{self.stage}.watchdogs.{name}.action=warn"
                     stop = StageFailed(f"step {step}: {said}", f"{dog.hint}; {key} goes on")
         return warnings, stop
 

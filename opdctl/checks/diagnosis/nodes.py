@@ -99,7 +99,7 @@ def continuation_verdicts(
                 begun.append(new)
                 keys.append(draws.key(ctx.seed, "continue", rollout.prompt.id, node.depth, sample))
     verdicts: list[float] = []
-    size = max(1, ctx.runtime.wave)
+    size = max(1, ctx.runtime.rollout_batch)
     for start in range(0, len(begun), size):
         part = slice(start, start + size)
         finish_rollouts(ctx, model, begun[part], keys[part])

@@ -61,7 +61,7 @@ class Memory(Check):
             return [Finding("error", message, do)]
         if held.peak > 0.9 * there:
             cache = held.cache > held.gradients + held.chunk
-            smaller = "engine_args.gpu_memory_utilization" if vllm else "wave"
+            smaller = "engine_args.gpu_memory_utilization" if vllm else "rollout_batch"
             do = f"a smaller runtime.{smaller if cache else 'chunk_mib'}"
             return [Finding("warning", message, f"{do}, or runtime.resident_teachers=1")]
         return [Finding("ok", message)]
@@ -86,7 +86,7 @@ def stage_memory(stage: CheckedStage) -> Estimate:
     prompts = [p for d in stage.route for p in stage.prompts(d, PROMPTS)]
     longest = max(len(student.render(p)) for p in prompts) + longest_turn(config)
     own = member("engines", runtime.engine).has_own_weights  # weights, and so the caches of them
-    wave = min(runtime.wave, config.prompts.per_step * config.prompts.samples)
+    wave = min(runtime.rollout_batch, config.prompts.per_step * config.prompts.samples)
     return estimate(
         trained(stage),
         list(places.values()),

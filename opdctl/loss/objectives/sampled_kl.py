@@ -53,12 +53,12 @@ class SampledKl(Objective):
         if config.estimator == "k3" and getattr(stage, "pooled", False):
             message = "k3 of a weighted mean of teachers is not the weighted mean of theirs"
             problems.append(Problem("estimator", message, "pooled=false, or estimator=k2"))
-        if stage.updates_per_rollout * stage.minibatches > 1:
+        if stage.epochs * stage.minibatches > 1:
             problems.append(
                 Problem(
                     "",
                     "after the first update the rollouts are no longer the policy's own",
-                    "updates_per_rollout=1 and minibatches=1, or policy_gradient with reverse_kl",
+                    "epochs=1 and minibatches=1, or policy_gradient with reverse_kl",
                 )
             )
         return problems

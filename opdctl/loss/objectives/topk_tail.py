@@ -39,10 +39,10 @@ class TopkTail(Objective):
     @staticmethod
     def problems(config, stage) -> list[Problem]:
         """The sampled part holds for rollouts of the policy as it is."""
-        if stage.updates_per_rollout * stage.minibatches == 1:
+        if stage.epochs * stage.minibatches == 1:
             return []
         message = "after the first update the rollouts are no longer the policy's own"
-        return [Problem("", message, "updates_per_rollout=1 and minibatches=1, or divergence")]
+        return [Problem("", message, "epochs=1 and minibatches=1, or divergence")]
 
     @staticmethod
     def needs_for(config) -> tuple[str, ...]:

@@ -36,7 +36,9 @@ class Judge(JudgeVerifier):
         from opdctl.config.registry import member
 
         model, sampling = self.ctx.models.frozen(self.config.model), self.config.sampling
-        engine = member("engines", "transformers")(model, self.ctx.runtime.wave, self.ctx.check)
+        engine = member("engines", "transformers")(
+            model, self.ctx.runtime.rollout_batch, self.ctx.check
+        )
         drawn = engine.generate(
             [model.render(question) for _, question in questions],
             [draws.key(self.ctx.seed, "judge", prompt.id, text) for prompt, text in questions],
