@@ -30,8 +30,8 @@ from opdctl.checks.preflight._stage import check, lines, refuse
 from opdctl.config.registry import member
 from opdctl.errors import EXIT_FAILED, EXIT_USAGE, Interrupted, OpdctlError, UsageError
 from opdctl.run import provenance
+from opdctl.run.fingerprint import fingerprints, is_stale, revisions, semantic
 from opdctl.run.launch import read_recipe
-from opdctl.run.plan import fingerprints, revisions, semantic
 from opdctl.run.rundir import RunDir, clear_stage, drop_checkpoints, lock, write_json
 from opdctl.train.context import Context
 from opdctl.train.wal import Wal
@@ -72,7 +72,7 @@ def unwritten(folder: Path, error: Exception) -> str:
 def _attempt(ctx: Context, start: float) -> int:
     before = ctx.run.record(ctx.name)
     fingerprint = fingerprints(ctx.recipe)[ctx.name]
-    if before and before.get("fingerprint") != fingerprint:
+    if is_stale(before, fingerprint):
         clear_stage(ctx.folder)  # made from other inputs: nothing of it may be used
         before = {}
     ctx.attempt = before.get("attempt", 0) + 1
