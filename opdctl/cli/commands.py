@@ -18,7 +18,8 @@ from opdctl.errors import UsageError
 from opdctl.estimate import gpus
 from opdctl.estimate.cost import Costs, costs
 from opdctl.process.runner import Job, Outcome, carry_out, diagnose, examine
-from opdctl.recipe.recipe import Recipe, find, load, read, resolve
+from opdctl.recipe.recipe import Recipe, load, resolve
+from opdctl.recipe.source import Source, read_source
 from opdctl.recipe.yaml_lines import dump
 from opdctl.run import launch as run_launch
 from opdctl.run import provenance
@@ -60,7 +61,7 @@ def run_recipe(
         return 0
     _require_engine(recipe)
     _refuse_early(recipe, shown)
-    source = read(find(name))
+    source = read_source(name)
     path = out or Path("runs") / new_name(recipe.name)
     if not seeds:
         return _start(recipe, source, path, old, only, planned)
@@ -271,7 +272,7 @@ def _notes(recipe: Recipe) -> None:
 
 def _start(
     recipe: Recipe,
-    source: str,
+    source: Source | str,
     path: Path,
     old: RunDir | None,
     only: tuple[str, ...],

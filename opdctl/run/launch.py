@@ -15,6 +15,7 @@ from opdctl import __version__
 from opdctl.config.schema import role_of
 from opdctl.errors import UsageError
 from opdctl.recipe.recipe import Recipe, resolve
+from opdctl.recipe.source import Source
 from opdctl.recipe.yaml_lines import dump, parse
 from opdctl.run import rundir
 from opdctl.run.fingerprint import differences, fingerprints, semantic
@@ -24,18 +25,19 @@ from opdctl.run.rundir import RunDir, write_json, write_text
 MOST_SEEDS = 1000
 
 
-def new_run(recipe: Recipe, source: str, path: Path, only: tuple[str, ...] = ()) -> RunDir:
+def new_run(recipe: Recipe, source: Source | str, path: Path, only: tuple[str, ...] = ()) -> RunDir:
     """Create a run directory for a recipe.
 
     Args:
-        source: text of the recipe file, kept beside the resolved one.
+        source: the recipe as written, kept beside the resolved one: its text, or its files.
         only: the stages it was made for, if not for all.
 
     Raises:
         UsageError: the directory exists, or cannot be written.
     """
     run = rundir.begin(path)
-    write_text(run / "recipe.yaml", source)
+    text, digests = (source, {}) if isinstance(source, str) else (source.text, source.digests)
+    write_text(run / "recipe.yaml", text)
     write_text(run / "resolved.yaml", dump(recipe.to_dict()))
     for stage in recipe.stages:
         write_text(run.stage(stage) / "config.yaml", dump(semantic(recipe, stage)))
@@ -49,13 +51,16 @@ def new_run(recipe: Recipe, source: str, path: Path, only: tuple[str, ...] = ())
             "only": list(only),
             "created": time.time(),
             "command": sys.argv,
+            "files": digests,
             "fingerprints": fingerprints(recipe),
         },
     )
     return rundir.finish(run, path)
 
 
-def new_set(recipes: list[Recipe], source: str, path: Path, only: tuple[str, ...] = ()) -> RunDir:
+def new_set(
+    recipes: list[Recipe], source: Source | str, path: Path, only: tuple[str, ...] = ()
+) -> RunDir:
     """Create a directory with one run per recipe, which differ in their seeds."""
     parent = rundir.begin(path)
     for recipe in recipes:
