@@ -263,3 +263,8 @@ def test_a_base_is_no_override_and_no_key_of_a_resolved_recipe(folder):
     tree, lines, _ = parse(OVER, "above.yaml")
     with pytest.raises(RecipeError, match="base: unknown key"):
         resolve(tree, "above.yaml", lines=lines)
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_a_shipped_recipe_can_be_read_in_one_sitting(name):
+    assert read_source(name).text.count("\n") <= 250

@@ -1,7 +1,5 @@
-"""From a recipe's tree to the tree of one run: size overlay, overrides, interpolation, matrix.
+"""The way from a recipe's tree to that of one run: overrides, options, interpolation, matrix.
 
-sizes:   {small: {...}}                   laid over everything else; null removes an entry,
-                                          an entry with a kind replaces the one of its name
 a.b=c                                     overrides, before and after the matrix is expanded
 when:    baselines                        a stage or claim that is there if that option is true;
                                           baselines=true is short for options.baselines=true
@@ -10,7 +8,7 @@ matrix:  {domain: [math, code]}           one entry into many: a stage rl_{domai
                                           keys of its own: {effort} is high, {effort.tokens} is 8
 ${a.b}                            the value of another key of the recipe, alone or inside a text
 
-OmegaConf merges and resolves, after it is known that nothing outside the recipe is named (no
+OmegaConf resolves, after it is known that nothing outside the recipe is named (no
 environment variable, no resolver) and that what ${...} and matrices unfold to is bounded.
 """
 
