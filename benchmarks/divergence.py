@@ -27,7 +27,7 @@ NOISE = 0.05  # teacher = student's hidden states + this share of noise: late in
 
 
 def inputs(tokens, hidden, vocab, dtype, near, device, teacher_hidden=None):
-    """Hidden states and heads of a student and a teacher, and a mask over half of the tokens."""
+    """Draw hidden states and heads of a student and a teacher, and a mask over half the tokens."""
     import torch
 
     g = torch.Generator().manual_seed(0)
@@ -46,8 +46,8 @@ def inputs(tokens, hidden, vocab, dtype, near, device, teacher_hidden=None):
         student, head, teacher, teacher_head = (
             t.to(getattr(torch, kind)) for t in (student, head, teacher, teacher_head)
         )
-    found = [t.to(device) for t in (student, head, teacher, teacher_head)]
-    return [found[0].requires_grad_(), found[1].requires_grad_(), *found[2:], mask.to(device)]
+    tensors = [t.to(device) for t in (student, head, teacher, teacher_head)]
+    return [tensors[0].requires_grad_(), tensors[1].requires_grad_(), *tensors[2:], mask.to(device)]
 
 
 def ours(beta, chunk_mib=0, kernel="auto", teachers=1, overlap=False):
@@ -92,7 +92,7 @@ def ours(beta, chunk_mib=0, kernel="auto", teachers=1, overlap=False):
 
 
 def dense(beta, compact=False):
-    """Logits in full, upcast after the product; of the masked tokens too unless compacted."""
+    """Compute all logits, upcast after the product; of masked tokens too unless compacted."""
     import torch
 
     from opdctl.kernels.reference import endpoint
@@ -117,7 +117,7 @@ def dense(beta, compact=False):
 
 
 def trl(beta, compact=False):
-    """As its trainer calls it: masked tokens are dropped on Triton devices only."""
+    """Call TRL's loss as its trainer does: masked tokens are dropped on Triton devices only."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     def loss(student, head, teacher, teacher_head, mask):
@@ -185,13 +185,13 @@ LOSSES = {
 
 
 def resident(field):
-    """A field of /proc/self/status, MiB."""
+    """Return a field of /proc/self/status in MiB."""
     text = Path("/proc/self/status").read_text()
     return int(text.split(f"{field}:")[1].split()[0]) / 1024
 
 
 def measure(case):
-    """What a child process does: one loss, one case."""
+    """Measure one loss in one case, in a child process."""
     import torch
 
     torch.set_num_threads(1)
@@ -199,7 +199,7 @@ def measure(case):
     loss_of = LOSSES[case["loss"]](case["beta"], **case.get("options", {}))
     data = inputs(*(case[k] for k in ("tokens", "hidden", "vocab", "dtype", "near")), device)
     leaves = [t for t in data if t.requires_grad]
-    seconds, found = [], {}
+    seconds, result = [], {}
     for repeat in range(case["repeats"] + 1):
         for leaf in leaves:
             leaf.grad = None
@@ -211,22 +211,22 @@ def measure(case):
         spent = time.process_time() - start
         if repeat:
             seconds.append(spent)
-        found["peak_mib"] = resident("VmHWM") - before
-    found["seconds"] = statistics.median(seconds) if seconds else spent
-    found["value"] = float(value.detach())
+        result["peak_mib"] = resident("VmHWM") - before
+    result["seconds"] = statistics.median(seconds) if seconds else spent
+    result["value"] = float(value.detach())
     if case.get("exact"):
         exact = [t.detach().double().requires_grad_(t.requires_grad) for t in data[:4]]
         reference = dense64(case["beta"])(*exact, data[4])
         reference.backward()
-        found["value_error"] = abs(float(value) - float(reference)) / abs(float(reference))
+        result["value_error"] = abs(float(value) - float(reference)) / abs(float(reference))
         for name, leaf, true in zip(("hidden", "head"), leaves, exact, strict=False):
             gap = leaf.grad.double() - true.grad
-            found[f"{name}_error"] = float(gap.norm() / true.grad.norm())
-    return found
+            result[f"{name}_error"] = float(gap.norm() / true.grad.norm())
+    return result
 
 
 def dense64(beta):
-    """float64 throughout, by the definition."""
+    """Compute the loss by its definition, in float64."""
     from opdctl.kernels.reference import divergence
 
     def loss(student, head, teacher, teacher_head, mask):
@@ -299,14 +299,14 @@ def main():
 
 
 def teachers():
-    """The same tokens from one, four and twelve teachers, in turns: medians over seven rounds."""
-    found = {count: [] for count in (1, 4, 12)}
+    """Measure the same tokens from one, four and twelve teachers: medians over seven rounds."""
+    rounds_by_count = {count: [] for count in (1, 4, 12)}
     for _ in range(7):
-        for count, rounds in found.items():
+        for count, rounds in rounds_by_count.items():
             case = dict(SHAPES["teachers"], loss="ours", beta=1.0, device="cpu")
             rounds.append(child({**case, "options": {"teachers": count}}))
     rows = []
-    for count, rounds in found.items():
+    for count, rounds in rounds_by_count.items():
         row = {k: statistics.median(r[k] for r in rounds) for k in rounds[0]}
         rows.append({"kind": "teachers", "loss": f"ours x{count}", "beta": 1.0, **row})
     return rows

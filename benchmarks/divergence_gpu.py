@@ -25,7 +25,7 @@ MEMORY_GB = {(4096, 4096): 5.4}  # 4 otherwise
 
 
 def clock(work, device, repeats):
-    """Median milliseconds of ``work``, and the most memory it took beyond what was there, GB."""
+    """Return the median milliseconds of ``work``, and its peak memory above the start, in GB."""
     for _ in range(3):
         work()
     taken = []
@@ -44,7 +44,7 @@ def clock(work, device, repeats):
 
 
 def ceilings(device, size):
-    """TFLOP/s of a bf16 product and TB/s of a copy (read and write counted)."""
+    """Return the TFLOP/s of a bf16 product and the TB/s of a copy (read and write counted)."""
     a = torch.randn(size, size, device=device).bfloat16()
     milliseconds, _ = clock(lambda: a @ a, device, 20)
     b = torch.randn(size * size, device=device)
@@ -54,7 +54,7 @@ def ceilings(device, size):
 
 
 def run(name, tokens, widths, vocab, device, repeats):
-    """One loss at one shape; None if it does not fit."""
+    """Measure one loss at one shape; None if it does not fit."""
     student, teacher = widths
     data = inputs(tokens, student, vocab, "bfloat16", False, device, teacher)
     data[4] = torch.ones(tokens, dtype=torch.bool, device=device)
@@ -90,10 +90,10 @@ def main():
     for tokens, widths in shapes:
         floor = 2 * tokens * args.vocab * (3 * widths[0] + widths[1]) / tflops / 1e9
         for name in args.losses.split(",") if tokens == args.tokens else ["ours"]:
-            found = run(name, tokens, widths, args.vocab, device, args.repeats)
+            clocked = run(name, tokens, widths, args.vocab, device, args.repeats)
             row = {"loss": name, "tokens": tokens, "widths": widths, "floor_ms": floor}
-            if found:
-                row |= {"ms": found[0], "of_floor": found[0] / floor, "memory_gb": found[1]}
+            if clocked:
+                row |= {"ms": clocked[0], "of_floor": clocked[0] / floor, "memory_gb": clocked[1]}
             rows.append(row)
             say(line(row, args))
     if args.json:
@@ -101,7 +101,7 @@ def main():
 
 
 def line(row, args):
-    """One row, with its target where it has one."""
+    """Return one row, with its target where it has one."""
     head = f"{row['loss']:6} {row['tokens']:6} tokens {row['widths'][0]}/{row['widths'][1]}"
     if "ms" not in row:
         return f"{head}  does not fit"

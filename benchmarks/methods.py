@@ -1,4 +1,4 @@
-"""Every distillation method against plain OPD: same start, teachers, prompts, draws, steps.
+"""Compare every distillation method with plain OPD: same start, teachers, prompts, draws, steps.
 
     python benchmarks/methods.py record DIR [--methods a,b] [--seeds 0..4]
     python benchmarks/methods.py page DIR
@@ -34,7 +34,7 @@ import methods_page
 from opdctl.config.registry import member
 from opdctl.config.schema import did_you_mean
 from opdctl.errors import EXIT_USAGE, OpdctlError, RecipeError, UsageError
-from opdctl.evidence.measured import Measured, measured
+from opdctl.evidence.measured import Measured, read_measurements
 from opdctl.recipe.methods import method, methods
 from opdctl.recipe.recipe import Recipe, resolve
 from opdctl.recipe.yaml_lines import dump, parse
@@ -69,7 +69,7 @@ TINY: dict[str, dict] = {
 
 
 def evaluation(model: str) -> dict:
-    """A stage that evaluates another's output."""
+    """Return a stage that evaluates another's output."""
     prompts = {"limit": 600, "samples": 4}
     return {
         "kind": "evaluate",
@@ -80,7 +80,7 @@ def evaluation(model: str) -> dict:
 
 
 def laid_over(below: dict, above: dict) -> dict:
-    """A tree with some of its keys replaced, at any depth."""
+    """Return a tree with some of its keys replaced, at any depth."""
     both = {
         k: v for k, v in below.items() if isinstance(v, dict) and isinstance(above.get(k), dict)
     }
@@ -88,7 +88,7 @@ def laid_over(below: dict, above: dict) -> dict:
 
 
 def composed(name: str) -> dict:
-    """The opd stage of a method at this size."""
+    """Return the opd stage of a method at this size."""
     entry = {k: v for k, v in method(name).items() if k != "about"} | {"kind": "opd"}
     entry = laid_over(entry, TINY.get(name, {}))
     return entry | {
@@ -103,8 +103,8 @@ def composed(name: str) -> dict:
 
 
 def variance(entry: dict) -> tuple[dict, list[str]]:
-    """The gradients stage of an opd stage, and keys of the method that it has no place for: those
-    act between steps, and nothing is trained."""
+    """Return the gradients stage of an opd stage, and the keys of the method that it cannot have:
+    they act between steps, and it trains nothing."""
     known = member("stages", "gradients").Config.__dataclass_fields__
     stage = {k: v for k, v in entry.items() if k in known}
     stage |= {"kind": "gradients", "seed_group": "variance", "batches": BATCHES, "together": True}
@@ -112,7 +112,7 @@ def variance(entry: dict) -> tuple[dict, list[str]]:
 
 
 def tree(chosen: Iterable[str]) -> tuple[dict, dict[str, str]]:
-    """The recipe of some methods, and what is refused: {stage: reason}."""
+    """Return the recipe of some methods, and the refused stages: {stage: reason}."""
     whole = parse((HERE / "methods.yaml").read_text(encoding="utf-8"), "methods.yaml")[0]
     shared, stages, refused = dict(whole["stages"]), whole["stages"], {}
     for arm in chosen:
@@ -130,18 +130,18 @@ def tree(chosen: Iterable[str]) -> tuple[dict, dict[str, str]]:
 
 
 def distilling() -> list[str]:
-    """The methods that an opd stage runs."""
+    """Return the methods that an opd stage runs."""
     return [name for name in methods() if method(name).get("kind") == "opd"]
 
 
 def newest(home: Path) -> RunDir | None:
-    """The run of a seed that has everything recorded so far."""
-    found = sorted(p.parent for p in home.glob("run-*/run.json"))
-    return RunDir(found[-1]) if found else None
+    """Return the newest run of a seed, which has everything recorded so far."""
+    folders = sorted(p.parent for p in home.glob("run-*/run.json"))
+    return RunDir(folders[-1]) if folders else None
 
 
 def record(folder: Path, chosen: list[str], seeds: list[int]) -> int:
-    """Run what is missing, seed by seed. Returns the worst exit code."""
+    """Run the missing stages, seed by seed. Return the worst exit code."""
     worst = 0
     for seed in seeds:
         home = folder / f"seed-{seed}"
@@ -161,7 +161,7 @@ def record(folder: Path, chosen: list[str], seeds: list[int]) -> int:
             command = ["run", str(file), f"seed={seed}", "--out", str(home / f"run-{number:03d}")]
             command += ["--from", str(old.path)] if old else []
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        program = [sys.executable, "-c", "from opdctl.cli import main; main()", *command]
+        program = [sys.executable, "-c", "from opdctl.cli.app import main; main()", *command]
         code = subprocess.run(program, env=environment, check=False).returncode
         worst = max(worst, code)
         if code == 75:  # stopped as asked
@@ -170,7 +170,7 @@ def record(folder: Path, chosen: list[str], seeds: list[int]) -> int:
 
 
 def recovery(accuracy: dict[str, float], setting: dict) -> float:
-    """Mean over domains of (after - before) / (teacher - before)."""
+    """Return the mean over domains of (after - before) / (teacher - before)."""
     before, teacher = setting["start"], setting["teacher"]
     if any(teacher[d] <= before[d] for d in DOMAINS):
         raise UsageError("a teacher is no better than the start: there is nothing to recover")
@@ -179,8 +179,8 @@ def recovery(accuracy: dict[str, float], setting: dict) -> float:
 
 
 def arrival(rows: list[dict], setting: dict) -> tuple[int, float] | None:
-    """Step and CPU seconds at which the mean recovery of the last WINDOW steps' own rollouts is at
-    LEVEL; None if it never is."""
+    """Return the step and CPU seconds at which the mean recovery of the last WINDOW steps' own
+    rollouts reaches LEVEL; None if it never does."""
     curve = [recovery(row["accuracy"], setting) for row in rows]
     for last in range(WINDOW, len(curve) + 1):
         if sum(curve[last - WINDOW : last]) / WINDOW >= LEVEL:
@@ -189,13 +189,15 @@ def arrival(rows: list[dict], setting: dict) -> tuple[int, float] | None:
 
 
 def seconds(rows: list[dict]) -> float:
-    """CPU seconds of the stage's processes up to the last of these steps, their start included."""
+    """Return the CPU seconds of the stage's processes up to the last of these steps, their start
+    included."""
     of_attempt = {row["attempt"]: row["cpu_seconds"] for row in rows}
     return round(sum(of_attempt.values()), 2)
 
 
-def one(run: RunDir, recipe: Recipe, found: Measured, name: str, setting: dict) -> dict | None:
-    """What one seed measured of one method; None while a stage of it is to be run."""
+def one(run: RunDir, recipe: Recipe, measured: Measured, name: str, setting: dict) -> dict | None:
+    """Return the measurements of one method on one seed; None while one of its stages is not
+    finished."""
     stages = [s for s in (name, f"eval_{name}", v_name(name)) if s in recipe.stages]
     states = {s: run.record(s).get("status") for s in stages}
     for stage in stages[:2]:
@@ -203,7 +205,7 @@ def one(run: RunDir, recipe: Recipe, found: Measured, name: str, setting: dict) 
             return {"failed": run.record(stage).get("error", "no reason was logged")}
     if any(state not in ("done", "failed") for state in states.values()):
         return None
-    rows, scores, prints = found.rows[name], found.scores(), fingerprints(recipe)
+    rows, scores, prints = measured.rows[name], measured.scores(), fingerprints(recipe)
     accuracy = {d: round(float(scores[name, d]), 4) for d in DOMAINS}
     spent = run.record(name)["compute"]
     content = {
@@ -219,7 +221,7 @@ def one(run: RunDir, recipe: Recipe, found: Measured, name: str, setting: dict) 
     if all(set(row.get("accuracy", ())) == set(DOMAINS) for row in rows):
         came = arrival(rows, setting)
         content["arrival"] = {"step": came and came[0], "cpu_seconds": came and came[1]}
-    facts = {k: v for (s, k), v in found.facts.items() if s == v_name(name)}
+    facts = {k: v for (s, k), v in measured.facts.items() if s == v_name(name)}
     if "variance of their sum" in facts:
         content["gradient"] = {
             "variance": float(f"{facts['variance of their sum']:.5g}"),
@@ -230,15 +232,15 @@ def one(run: RunDir, recipe: Recipe, found: Measured, name: str, setting: dict) 
 
 
 def v_name(name: str) -> str:
-    """The stage that measures a method's variance."""
+    """Return the name of the stage that measures a method's variance."""
     return f"variance_{name}"
 
 
 def read(folder: Path) -> tuple[dict, dict[str, dict[str, dict]]]:
-    """What a folder measured: its setting, and each method by seed.
+    """Read the measurements of a folder: its setting, and each method by seed.
 
     Raises:
-        UsageError: it has no runs, or what all methods start from is not finished on a seed.
+        UsageError: it has no runs, or a stage that all methods share is not finished on a seed.
     """
     homes = {int(p.name[5:]): p for p in folder.glob("seed-*") if p.name[5:].isdigit()}
     runs = {str(seed): run for seed, home in sorted(homes.items()) if (run := newest(home))}
@@ -253,8 +255,8 @@ def read(folder: Path) -> tuple[dict, dict[str, dict[str, dict]]]:
         left = [s for s in SHARED if run.record(s).get("status") != "done"]
         if left:
             raise UsageError(f"{run.path}: {left[0]} is not done", command(folder, seeds=[seed]))
-        recipe, found = read_recipe(run), measured(run)
-        scores, prints = found.scores(), fingerprints(recipe)
+        recipe, measured = read_recipe(run), read_measurements(run)
+        scores, prints = measured.scores(), fingerprints(recipe)
         setting = {"start": {}, "teacher": {}}
         for d in DOMAINS:
             setting["start"][d] = round(float(scores["start", d]), 4)
@@ -262,30 +264,29 @@ def read(folder: Path) -> tuple[dict, dict[str, dict[str, dict]]]:
         settings[seed] = {**setting, "fingerprints": {s: prints[s] for s in SHARED}}
         whole["versions"] = run.record("start")["versions"]
         for name in (n for n in distilling() if n in recipe.stages):
-            seeds, content = each.setdefault(name, {}), one(run, recipe, found, name, setting)
+            seeds, content = each.setdefault(name, {}), one(run, recipe, measured, name, setting)
             if content:
                 seeds[seed] = content
     return whole, each
 
 
 def command(folder: Path, chosen: Iterable[str] = (), seeds: Iterable[str] = ()) -> str:
-    """The ``record`` that measures what is missing."""
+    """Return the ``record`` command that measures what is missing."""
     words = f"python benchmarks/methods.py record {folder}"
     words += f" --methods {','.join(chosen)}" if {*chosen} not in (set(), {*distilling()}) else ""
     return words + (f" --seeds {','.join(seeds)}" if seeds else "")
 
 
 def refuse_loss(folder: Path, new: dict, each: dict, stay: dict) -> None:
-    """Nothing recorded is lost, or stands beside what has another start; every method has every
-    seed.
+    """Refuse a folder that would lose recorded seeds, mix two settings, or lack a method's seed.
 
     Args:
-        new: the setting that the folder measured.
-        each: what it measured of each method, by seed.
-        stay: what is recorded of the methods that it lacks, by seed.
+        new: the setting of the folder.
+        each: its measurements of each method, by seed.
+        stay: the recorded measurements of the methods that it lacks, by seed.
 
     Raises:
-        UsageError: one of them is not so; says what to record.
+        UsageError: one of the three; the message says what to record.
     """
     old = read_json(DOCS / "methods" / "_setting.json") or {"seeds": {}}
     anew = f"; to begin anew, remove the .json files of {DOCS / 'methods'}"
@@ -306,7 +307,7 @@ def refuse_loss(folder: Path, new: dict, each: dict, stay: dict) -> None:
 
 
 def collect(folder: Path) -> None:
-    """Read what was measured into docs/methods/; all of it is read before anything is written.
+    """Read the measurements into docs/methods/; all are read before anything is written.
 
     Raises:
         UsageError: see ``read`` and ``refuse_loss``.
@@ -334,12 +335,12 @@ def collect(folder: Path) -> None:
 
 
 def write(path: Path, content: dict) -> None:
-    """Small JSON, as it is committed."""
+    """Write small JSON, as it is committed."""
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     first = commands.add_parser("record", help="run what is missing")
@@ -372,17 +373,17 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """See the module."""
-    given = arguments()
+    """Record or write the page, as the command line says. Return the exit code."""
+    options = arguments()
     try:
-        if given.command == "record":
-            chosen = given.methods.split(",")
+        if options.command == "record":
+            chosen = options.methods.split(",")
             for unknown in (m for m in chosen if m not in distilling()):
                 hint = did_you_mean(unknown, distilling(), "one of")
                 raise UsageError(f"--methods: no distilling method {unknown!r}", hint)
-            return record(given.folder, chosen, parse_seeds(given.seeds))
-        if given.folder:
-            collect(given.folder)
+            return record(options.folder, chosen, parse_seeds(options.seeds))
+        if options.folder:
+            collect(options.folder)
         (DOCS / "methods.md").write_text(methods_page.page(DOCS / "methods"), encoding="utf-8")
     except OpdctlError as error:
         print("error: " + "; ".join(filter(None, (error.message, error.hint))), file=sys.stderr)

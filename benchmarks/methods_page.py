@@ -1,8 +1,8 @@
-"""docs/methods/*.json -> docs/methods.md: what each method did, and what of its paper shows here.
+"""Turn docs/methods/*.json into docs/methods.md, with the papers' headlines that show here.
 
-A difference or ratio is taken seed by seed, and its 95 % interval is Student's t over seeds. What a
-paper reports *shows* here if the whole interval lies on its side of no difference, is *reversed* if
-it lies on the other, else it is *not shown*. Run by ``benchmarks/methods.py page``.
+A difference or ratio is taken seed by seed, and its 95 % interval is Student's t over seeds. A
+headline *shows* here if the whole interval lies on its side of no difference, is *reversed* if it
+lies on the other, else it is *not shown*. Run by ``benchmarks/methods.py page``.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ MEASURES = {  # what is compared: how it is called, whether by ratio
 
 @dataclass
 class Headline:
-    """What a paper reports, and what of it is compared here.
+    """The headline of a paper, and the measure that is compared here.
 
     Attributes:
         measure: one of MEASURES; empty where nothing here can show it.
         against: the method it is compared with.
-        more: whether the paper's method has more of it.
+        more: True where the paper's method has more of the measure.
     """
 
     paper: str
@@ -77,18 +77,18 @@ HEADLINES = {
 
 
 def page(folder: Path) -> str:
-    """The page, in Markdown, from the JSON files of a folder."""
+    """Return the page, in Markdown, from the JSON files of a folder."""
     setting = json.loads((folder / "_setting.json").read_text(encoding="utf-8"))
     paths = sorted(p for p in folder.glob("*.json") if not p.name.startswith("_"))
-    found = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in paths}
-    out = [*_intro(setting, found), *_table(found), *_headlines(found), *_notes(found)]
+    methods = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in paths}
+    out = [*_intro(setting, methods), *_table(methods), *_headlines(methods), *_notes(methods)]
     own = folder / "notes.md"
     out += [own.read_text(encoding="utf-8").rstrip()] if own.is_file() else []
     return "\n".join(out).rstrip() + "\n"
 
 
 def values(content: dict, measure: str) -> dict[str, float | None]:
-    """A measure by seed; None where it never came, left out where it was not measured."""
+    """Return a measure by seed; None where it was never reached, left out where not measured."""
     out: dict[str, float | None] = {}
     for seed, one in content["seeds"].items():
         if measure in ("step", "cpu") and "arrival" in one:
@@ -101,21 +101,24 @@ def values(content: dict, measure: str) -> dict[str, float | None]:
 
 
 def noise(gradient: dict) -> float | None:
-    """Trace variance of one batch's gradient over the squared norm of its mean; None if the mean
-    is not told from noise. The norm of an average over n batches has variance / n in it."""
+    """Return the trace variance of one batch's gradient over the squared norm of its mean.
+
+    The norm of an average over n batches has variance / n in it, which is subtracted; None where
+    nothing is left.
+    """
     signal = gradient["norm"] ** 2 - gradient["variance"] / gradient["batches"]
     return gradient["variance"] / signal if signal > 0 else None
 
 
 def interval(each: list[float]) -> tuple[float, float, float]:
-    """Mean and 95 % interval; of one value the value."""
+    """Return the mean and its 95 % interval; of one value the value three times."""
     mean = statistics.fmean(each)
     half = t_half_width(each) if len(each) > 1 else 0.0
     return mean, mean - half, mean + half
 
 
 def against(ours: dict, theirs: dict, ratio: bool) -> list[float] | None:
-    """Differences or ratios, seed by seed; None where a seed of either has no number."""
+    """Return differences or ratios, seed by seed; None where a seed of either has no number."""
     seeds = [s for s in ours if s in theirs]
     pairs = [(ours[s], theirs[s]) for s in seeds]
     if not pairs or any(a is None or b is None for a, b in pairs):
@@ -124,7 +127,7 @@ def against(ours: dict, theirs: dict, ratio: bool) -> list[float] | None:
 
 
 def verdict(low: float, high: float, line: Headline, several: bool) -> str:
-    """Which side of no difference the interval lies on. See the module."""
+    """Return the verdict on a headline from its interval; the module has the rule."""
     none = 1.0 if MEASURES[line.measure][1] else 0.0
     if not several or low <= none <= high:
         return "not shown"
@@ -149,7 +152,8 @@ def _shown(each: list[float] | None) -> str:
 
 
 def _came(each: dict[str, float | None]) -> str:
-    """Median over seeds, never being the largest, and on how many of them."""
+    """Format the median over seeds, never being the largest, and the number of seeds that got
+    there."""
     if not each:
         return "not measured"
     middle = statistics.median_low([float("inf") if v is None else v for v in each.values()])
@@ -157,10 +161,10 @@ def _came(each: dict[str, float | None]) -> str:
     return f"{'never' if middle == float('inf') else f'{middle:.3g}'} ({count}/{len(each)})"
 
 
-def _mean(content: dict, what: str, *more: str) -> str:
+def _mean(content: dict, field: str, *more: str) -> str:
     each = []
     for one in content["seeds"].values():
-        value = one.get(what)
+        value = one.get(field)
         for key in more:
             value = value and value[key]
         if value is not None:
@@ -168,17 +172,17 @@ def _mean(content: dict, what: str, *more: str) -> str:
     return f"{statistics.fmean(each):.0f}" if each else ""
 
 
-def _intro(setting: dict, found: dict) -> list[str]:
+def _intro(setting: dict, methods: dict) -> list[str]:
     seeds = ", ".join(setting["seeds"])
     versions = ", ".join(f"{k} {v}" for k, v in setting["versions"].items() if k in VERSIONS)
     rows = setting["seeds"].values()
     domains = list(next(iter(rows))["start"])
     names = {"start": "start", "teacher": "its domain's teacher"}
-    how = (
+    source_text = (
         "Generated by `python benchmarks/methods.py page` from `docs/methods/*.json`; measured by "
         f"`python benchmarks/methods.py record DIR` on seeds {seeds} ({versions})."
     )
-    what = (
+    setting_text = (
         "Every method that an opd stage runs, from one start, with one set of RL-made teachers and "
         f"the same prompts, draws, steps and learning rate: {setting['steps']} steps of "
         f"{setting['rollouts']} rollouts, a model of 0.1 M parameters, answers of three to five "
@@ -190,8 +194,8 @@ def _intro(setting: dict, found: dict) -> list[str]:
     out = [
         "# Methods, side by side",
         "",
-        *_paragraph(how),
-        *_paragraph(what),
+        *_paragraph(source_text),
+        *_paragraph(setting_text),
         "| accuracy on held-out prompts | " + " | ".join(domains) + " |",
         "|---" * (1 + len(domains)) + "|",
     ]
@@ -201,7 +205,7 @@ def _intro(setting: dict, found: dict) -> list[str]:
     return [*out, ""]
 
 
-def _table(found: dict) -> list[str]:
+def _table(methods: dict) -> list[str]:
     heads = (
         "method",
         "recovery",
@@ -216,7 +220,7 @@ def _table(found: dict) -> list[str]:
         "MiB",
         "gradient noise",
     )
-    what = (
+    legend = (
         "*recovery*: (after - before) / (teacher - before) on held-out prompts, mean of the "
         f"domains. The plain forms are `{SAMPLED}` (the sampled token) and `{FULL}` (the whole "
         "vocabulary). *to .9*: until the last five steps' own rollouts recovered .9, median over "
@@ -227,19 +231,19 @@ def _table(found: dict) -> list[str]:
         "norm of its mean."
     )
     out = [
-        *_paragraph(what),
+        *_paragraph(legend),
         f"| {' | '.join(heads)} |",
         "|---" * len(heads) + "|",
     ]
-    middle = {n: interval(r)[0] if (r := _recoveries(c)) else -1.0 for n, c in found.items()}
-    for name in sorted(found, key=lambda n: -middle[n]):
-        content = found[name]
+    middle = {n: interval(r)[0] if (r := _recoveries(c)) else -1.0 for n, c in methods.items()}
+    for name in sorted(methods, key=lambda n: -middle[n]):
+        content = methods[name]
         plain = name in (SAMPLED, FULL)
         noises = values(content, "noise")
         cells = [
             f"**{name}**" if plain else name,
             _shown(_recoveries(content)),
-            *(_minus(found, name, other) for other in (SAMPLED, FULL)),
+            *(_minus(methods, name, other) for other in (SAMPLED, FULL)),
             _came(values(content, "step")),
             _came(values(content, "cpu")),
             _mean(content, "cpu_seconds"),
@@ -256,14 +260,14 @@ def _recoveries(content: dict) -> list[float]:
     return [one["recovery"] for one in content["seeds"].values() if "recovery" in one]
 
 
-def _minus(found: dict, name: str, other: str) -> str:
-    if name == other or other not in found:
+def _minus(methods: dict, name: str, other: str) -> str:
+    if name == other or other not in methods:
         return ""
-    pair = (values(found[n], "recovery") for n in (name, other))
+    pair = (values(methods[n], "recovery") for n in (name, other))
     return _shown(against(*pair, ratio=False))
 
 
-def _headlines(found: dict) -> list[str]:
+def _headlines(methods: dict) -> list[str]:
     out = [
         "## What the papers report, and what shows here",
         "",
@@ -275,13 +279,13 @@ def _headlines(found: dict) -> list[str]:
         "| method | the paper's headline | compared here | measured | |",
         "|---|---|---|---|---|",
     ]
-    for name in found:
+    for name in methods:
         line = HEADLINES.get(name, Headline("not noted"))
-        what, measured, word = "nothing", "", "not compared"
-        if line.measure and line.against in found:
+        comparison, measured, word = "nothing", "", "not compared"
+        if line.measure and line.against in methods:
             label, ratio = MEASURES[line.measure]
-            what = f"{label}, {'ratio to' if ratio else 'minus'} {line.against}"
-            ours, theirs = (values(found[n], line.measure) for n in (name, line.against))
+            comparison = f"{label}, {'ratio to' if ratio else 'minus'} {line.against}"
+            ours, theirs = (values(methods[n], line.measure) for n in (name, line.against))
             each = against(ours, theirs, ratio)
             if each:
                 _, low, high = interval(each)
@@ -291,13 +295,13 @@ def _headlines(found: dict) -> list[str]:
                 word = "not shown: not on every seed"
             else:
                 word = "not measured"
-        out.append(f"| {name} | {line.paper} | {what} | {measured} | {word} |")
+        out.append(f"| {name} | {line.paper} | {comparison} | {measured} | {word} |")
     return [*out, ""]
 
 
-def _notes(found: dict) -> list[str]:
+def _notes(methods: dict) -> list[str]:
     out = []
-    for name, content in found.items():
+    for name, content in methods.items():
         if content["tiny"]:
             out.append(f"- `{name}` differs here: {json.dumps(content['tiny'])}.")
         if content["not_in_variance"]:

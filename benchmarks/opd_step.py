@@ -67,7 +67,7 @@ def now():
 
 
 def ours(folder, marks):
-    """First divergence and tokens of each step of an opd stage."""
+    """Run an opd stage; return its first divergence and the tokens of each step."""
     from opdctl.process import worker
     from opdctl.recipe.recipe import resolve
     from opdctl.run.launch import new_run
@@ -100,7 +100,7 @@ def ours(folder, marks):
 
 
 def trl(folder, marks):
-    """First divergence and tokens of each step of a DistillationTrainer."""
+    """Run a DistillationTrainer; return its first divergence and the tokens of each step."""
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 
@@ -133,7 +133,7 @@ def trl(folder, marks):
 
 
 def measure(side, folder):
-    """What a child process does: some steps of one side."""
+    """Measure some steps of one side, in a child process."""
     import torch
 
     torch.set_num_threads(1)
@@ -142,11 +142,11 @@ def measure(side, folder):
     assert tokens == [BATCH * NEW_TOKENS] * (STEPS + 1), tokens
     step = np.diff(marks["step"], axis=0)[WARM:]
     rollout, score = (np.array(marks[phase])[WARM:STEPS] for phase in ("rollout", "score"))
-    found = {"divergence": divergence, "fastest": step[:, 0].min()}
+    result = {"divergence": divergence, "fastest": step[:, 0].min()}
     for i, clock in enumerate(("cpu", "wall")):
         medians = np.median([step, rollout, score, step - rollout - score], axis=1)[:, i]
-        found[clock] = dict(zip(PHASES, medians, strict=True))
-    return {"side": side, **found}
+        result[clock] = dict(zip(PHASES, medians, strict=True))
+    return {"side": side, **result}
 
 
 def child(side, folder):
@@ -187,10 +187,10 @@ def main():
     for size in args.only.split(","):
         with tempfile.TemporaryDirectory() as folder:
             kind = {"size": size, "parameters": prepare(Path(folder), SHAPES[size])}
-            found = [kind | child(side, folder) for _ in range(args.rounds) for side in SIDES]
-        rows += found
+            measured = [kind | child(side, folder) for _ in range(args.rounds) for side in SIDES]
+        rows += measured
         if not args.json:
-            show(found)
+            show(measured)
     if args.json:
         print(json.dumps(rows))
 

@@ -34,7 +34,7 @@ LOSSES = {
 
 
 def model_of(seed, vocab, tied):
-    """A random model whose tokenizer has ``vocab`` tokens."""
+    """Make a random model whose tokenizer has ``vocab`` tokens."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -58,19 +58,34 @@ def model_of(seed, vocab, tied):
 
 
 def resident(field):
-    """MiB of this process, by a field of /proc/self/status."""
+    """Return a field of /proc/self/status in MiB."""
     text = Path("/proc/self/status").read_text()
     return int(text.split(f"{field}:")[1].split()[0]) / 1024
 
 
-def child(name, tokens, vocab, tied, repeats):
-    """Measure one loss; prints JSON."""
+def objective_of(name):
+    """Make the objective of a loss; a bridge gets random maps."""
     import torch
 
     from opdctl.config.registry import member
+
+    kind, keys, _ = LOSSES[name]
+    cls = member("objectives", kind)
+    objective = cls(cls.Config(**keys))
+    if kind == "bridge":
+        shapes = ((4, 8, 256), (4, 8, 256), (4, 256))
+        objective.maps["t"] = tuple(torch.randn(*shape) for shape in shapes)
+    return objective
+
+
+def child(name, tokens, vocab, tied, repeats):
+    """Measure one loss and print the result as JSON."""
+    import torch
+
     from opdctl.config.settings import Optim
     from opdctl.loss.token_view import LossTerm
     from opdctl.models.hidden_layers import layers_of
+    from opdctl.scoring.asks import Asks, Pass
     from opdctl.scoring.score import score
     from opdctl.scoring.teacher_cache import CachedTeacher, TeacherCache
     from opdctl.train import update
@@ -78,14 +93,10 @@ def child(name, tokens, vocab, tied, repeats):
 
     torch.set_num_threads(1)
     kind, keys, want = LOSSES[name]
-    cls = member("objectives", kind)
-    objective = cls(cls.Config(**keys))
     student, teacher = (model_of(seed, vocab, tied) for seed in (0, 1))
     teacher.net.requires_grad_(False)
     layers = layers_of(student, ["last" if keys.get("layers") == "last" else "all"])
-    if kind == "bridge":
-        shapes = ((4, 8, 256), (4, 8, 256), (4, 256))
-        objective.maps["t"] = tuple(torch.randn(*shape) for shape in shapes)
+    objective = objective_of(name)
     optimizer = update.make_optimizer(student, Optim(lr=1e-5))
     prompt, generator = 32, torch.Generator().manual_seed(0)
 
@@ -93,14 +104,15 @@ def child(name, tokens, vocab, tied, repeats):
         ids_BT = torch.randint(0, vocab, (count, prompt + length), generator=generator)
         spans = [ScoreRequest(tuple(ids), prompt) for ids in ids_BT.tolist()]
         before = time.process_time()
-        found = score(teacher, spans, temperature=1.0, want=want, layers=layers)
+        scores = score(teacher, spans, Asks.of(*want, layers=layers))
         N, seconds = count * length, [time.process_time() - before]
         columns, taught = {"advantage": torch.randn(N, generator=generator)}, None
-        if found.hidden_ND is not None:
-            of = (found.hidden_ND, found.lse_N, found.top_NK, found.entropy_N)
+        if scores.hidden_ND is not None:
+            numbers = scores.per_token
+            of = (scores.hidden_ND, numbers.get("lse"), scores.top_NK, numbers.get("entropy"))
             head = None if kind in ("hidden", "bridge") else teacher.lm_head()
             taught = TeacherCache(
-                [CachedTeacher(head, *of, None, found.inner_NLD, "t")], torch.device("cpu")
+                [CachedTeacher(head, *of, None, scores.inner_NLD, "t")], torch.device("cpu")
             )
             columns["teacher_index"] = torch.zeros(N, 1, dtype=torch.long)
             columns |= {"teacher_row": torch.arange(N)[:, None], "pair_weight": torch.ones(N, 1)}
@@ -110,11 +122,9 @@ def child(name, tokens, vocab, tied, repeats):
             spans,
             columns,
             [LossTerm(objective)],
-            temperature=1.0,
-            micro_batch=4,
-            chunk_mib=0,
-            teacher_cache=taught,
-            layers=layers,
+            Pass(micro_batch=4),
+            taught,
+            layers,
         )
         update.step(student, optimizer, 1e-5, 1.0)
         return [*seconds, time.process_time() - before]
@@ -129,17 +139,17 @@ def child(name, tokens, vocab, tied, repeats):
 
 
 def main():
-    """Every loss, as a table."""
+    """Measure every loss, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=32768)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--untied", action="store_true")
     parser.add_argument("--child", choices=LOSSES, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    size = (given.tokens, given.vocab, not given.untied, given.repeats)
-    if given.child:
-        child(given.child, *size)
+    options = parser.parse_args()
+    size = (options.tokens, options.vocab, not options.untied, options.repeats)
+    if options.child:
+        child(options.child, *size)
         return
     print("| loss | teacher | update | held before | peak beyond it |\n|---|---|---|---|---|")
     for name in LOSSES:

@@ -35,12 +35,12 @@ WHOM = ("group", "command", "worker")
 
 
 def command(*arguments: object) -> list[str]:
-    """The program, as a user starts it."""
-    return [sys.executable, "-c", "from opdctl.cli import main; main()", *map(str, arguments)]
+    """Return the command line of the program, as a user starts it."""
+    return [sys.executable, "-c", "from opdctl.cli.app import main; main()", *map(str, arguments)]
 
 
 def markers(run: RunDir, aim: str) -> bool:
-    """Whether what is aimed at is happening now, judged by what is on disk."""
+    """Return True while the aim is happening, judged by the files on disk."""
     for folder in run.path.glob("stages/*"):
         if aim == "checkpoint" and any(folder.glob("checkpoints/.step-*.part")):
             return True
@@ -54,7 +54,7 @@ def markers(run: RunDir, aim: str) -> bool:
 
 
 def phase(run: RunDir) -> str:
-    """What the kill hit, judged by what it left."""
+    """Return the phase that the kill hit, judged by the files it left."""
     for aim in ("export", "checkpoint", "sampling"):
         if markers(run, aim):
             return aim
@@ -62,13 +62,13 @@ def phase(run: RunDir) -> str:
 
 
 def running(run: RunDir) -> list[str]:
-    """Stages that have begun and not ended."""
+    """Return the stages that have begun and not ended."""
     stages = [folder.name for folder in run.path.glob("stages/*")]
     return [s for s in stages if run.record(s).get("status") == "running"]
 
 
 def workers(run: RunDir) -> list[int]:
-    """Processes that hold the lock of a running stage: a lock let go names one that has ended."""
+    """Return the ids of the processes that hold the lock of a running stage."""
     locks = [run.stage(s) / ".lock" for s in running(run)]
     words = [lock.read_text().split() for lock in locks if held(lock)]
     return [int(w[1]) for w in words if w]
@@ -105,22 +105,22 @@ def settle(run: RunDir) -> None:
 
 
 def content(run: RunDir) -> dict[str, object]:
-    """Everything that must be the same, by name."""
-    found: dict[str, object] = {}
+    """Return everything that must be the same, by name."""
+    files: dict[str, object] = {}
     for folder in sorted(run.path.glob("stages/*")):
         for path in sorted(folder.glob("output/*")):
-            found[f"{folder.name}/output/{path.name}"] = path.read_bytes()
+            files[f"{folder.name}/output/{path.name}"] = path.read_bytes()
         for name in ("results.json", "facts.json"):
             if (folder / name).is_file():
-                found[f"{folder.name}/{name}"] = (folder / name).read_bytes()
+                files[f"{folder.name}/{name}"] = (folder / name).read_bytes()
         rows = read_rows(folder / "metrics.jsonl")
         plain = [{k: v for k, v in row.items() if k not in VOLATILE} for row in rows]
-        found[f"{folder.name}/metrics"] = json.dumps(plain)
+        files[f"{folder.name}/metrics"] = json.dumps(plain)
         ledger = {
             k: v for k, v in run.record(folder.name).get("compute", {}).items() if k != "seconds"
         }
-        found[f"{folder.name}/ledger"] = json.dumps(ledger)
-    return found
+        files[f"{folder.name}/ledger"] = json.dumps(ledger)
+    return files
 
 
 def torture(
@@ -131,8 +131,15 @@ def torture(
     folder: Path,
     whole: Path | None = None,
 ) -> tuple[collections.Counter, collections.Counter, list[str]]:
-    """Kills by phase, kills by the kind of the stage that was hit, and what differs at the end from
-    a run left alone: ``whole``, or one that is made."""
+    """Kill runs until there were enough kills, and compare them with a run left alone.
+
+    Args:
+        whole: the run left alone; None makes one.
+
+    Returns:
+        The kills by phase, the kills by kind of the stage that was hit, and the names of the
+        contents that differ.
+    """
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
     if not whole:
         whole = folder / "whole"
@@ -173,13 +180,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*")
-    given = parser.parse_args()
-    recipes, rng, bad = given.recipe or RECIPES, random.Random(given.seed), []
+    options = parser.parse_args()
+    recipes, rng, bad = options.recipe or RECIPES, random.Random(options.seed), []
     for recipe in recipes:
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            share = -(-given.kills // len(recipes))
-            phases, kinds, differ = torture(recipe, given.overrides, share, rng, Path(folder))
+            share = -(-options.kills // len(recipes))
+            phases, kinds, differ = torture(recipe, options.overrides, share, rng, Path(folder))
         bad += differ
         print(f"{recipe.name}: {phases.total()} kills in {time.monotonic() - start:.0f} s")
         print("  by phase:", ", ".join(f"{k} {n}" for k, n in phases.most_common()))

@@ -1,4 +1,4 @@
-"""Results of a set of seeds -> docs/claims/RECIPE.json -> docs/claims.md.
+"""Turn the results of a set of seeds into docs/claims/RECIPE.json, and these into docs/claims.md.
 
     python docs/claims.py runs/NAME        record a run directory, then write the page
     python docs/claims.py                  write the page from what is recorded
@@ -15,14 +15,14 @@ from pathlib import Path
 from opdctl import __version__
 from opdctl.config.registry import member
 from opdctl.evidence.judge import judge, scores
-from opdctl.evidence.measured import measured
-from opdctl.evidence.verdict import shown
+from opdctl.evidence.measured import read_measurements
+from opdctl.evidence.verdict import format_estimate
 from opdctl.run.fingerprint import fingerprints
 from opdctl.run.launch import read_recipe
 from opdctl.run.rundir import RunDir
 
 HERE = Path(__file__).parent
-WHAT = {
+KINDS = {
     "mean": "Accuracy at temperature 1 on held-out prompts",
     "pass@32": "pass@32",
     "tokens": "Tokens a response",
@@ -38,13 +38,15 @@ WORDS = {True: "**holds**", False: "**refuted**", None: "undecided"}
 
 
 def record(folder: str) -> None:
-    """Write what a run directory measured as small JSON."""
+    """Write the measurements of a run directory as small JSON."""
     run = RunDir(folder)
     manifest = run.manifest()
     runs = run.runs()
     per_seed = {
         str(r.manifest()["seed"]): {
-            "/".join(k): round(float(v), 4) for k, v in measured(r).scores().items() if len(k) == 2
+            "/".join(k): round(float(v), 4)
+            for k, v in read_measurements(r).scores().items()
+            if len(k) == 2
         }
         for r in runs
     }
@@ -65,7 +67,7 @@ def record(folder: str) -> None:
         "claims": judge(run),
         "accuracy": per_seed,
         "mean": rounded(scores(run)),
-        **{w: rounded(t) for w in WHAT if distinct(t := scores(run, w))},
+        **{w: rounded(t) for w in KINDS if distinct(t := scores(run, w))},
         "ledger": ledger(runs),
     }
     path = HERE / "claims" / f"{manifest['recipe']}.json"
@@ -73,29 +75,29 @@ def record(folder: str) -> None:
 
 
 def semantic_overrides(command: list[str]) -> list[str]:
-    """The ``key=value`` of a command line that change results."""
-    given = [word for word in command[1:] if "=" in word and not word.startswith("-")]
-    return [word for word in given if not word.startswith("runtime.")]
+    """Return the ``key=value`` of a command line that change results."""
+    overrides = [word for word in command[1:] if "=" in word and not word.startswith("-")]
+    return [word for word in overrides if not word.startswith("runtime.")]
 
 
 def rounded(table: dict) -> dict:
-    """A table of means and half-widths, to four digits."""
+    """Round a table of means and half-widths to four digits."""
     return {
         m: {d: [round(v, 4) for v in pair] for d, pair in row.items()} for m, row in table.items()
     }
 
 
 def distinct(table: dict) -> bool:
-    """Whether a table says anything: that all responses obeyed would not."""
+    """Return True where the means of a table differ; a table of equal means is left out."""
     return len({pair[0] for row in table.values() for pair in row.values()}) > 1
 
 
 def ledger(runs: list[RunDir]) -> dict[str, dict[str, float]]:
-    """Mean over seeds of what each stage cost: tokens, floating-point operations, seconds."""
+    """Return the mean cost of each stage over seeds: tokens, floating-point operations, seconds."""
     out: dict[str, dict[str, float]] = {}
     for stage in read_recipe(runs[0]).stages:
-        found = [r.record(stage) for r in runs]
-        spent = [f["compute"] for f in found if f.get("compute")]
+        records = [r.record(stage) for r in runs]
+        spent = [f["compute"] for f in records if f.get("compute")]
         if len(spent) < len(runs):
             continue
         row = {n: sum(c[f"{n}_tokens"] for c in spent) / len(spent) for n in TOKENS}
@@ -103,13 +105,13 @@ def ledger(runs: list[RunDir]) -> dict[str, dict[str, float]]:
             f"{n} flops": sum(c["flops"][n] for c in spent) / len(spent)
             for n in ("rollout", "train", "teacher", "teacher_sampling")
         }
-        row["seconds"] = sum(f["seconds"] for f in found) / len(found)
+        row["seconds"] = sum(f["seconds"] for f in records) / len(records)
         out[stage] = {k: float(f"{v:.4g}") for k, v in row.items()}
     return out
 
 
 def page() -> str:
-    """The page, in Markdown."""
+    """Return the page, in Markdown."""
     out = [
         "# Claims, measured",
         "",
@@ -129,22 +131,21 @@ def page() -> str:
     return "\n".join(out)
 
 
-def _recipe(found: dict) -> list[str]:
-    seeds = ", ".join(found["accuracy"])
-    versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
+def _recipe(content: dict) -> list[str]:
+    seeds = ", ".join(content["accuracy"])
+    versions = ", ".join(f"{k} {v}" for k, v in content["versions"].items())
     out = [
-        f"## {found['recipe']}, size {found['size']}, seeds {seeds}",
+        f"## {content['recipe']}, size {content['size']}, seeds {seeds}",
         "",
-        f"`{found['command']}` ({versions})",
+        f"`{content['command']}` ({versions})",
         "",
         "| claim | verdict | statement | threshold | the report's | ours [95 %] | source |",
         "|---|---|---|---|---|---|---|",
     ]
-    for c in found["claims"]:
+    for c in content["claims"]:
         values = (
             "<br>".join(
-                f"{n} {shown(v)} [{shown(c['interval'][n][0])}, {shown(c['interval'][n][1])}]"
-                for n, v in c["measured"].items()
+                f"{n} {format_estimate(v, c['interval'][n])}" for n, v in c["measured"].items()
             )
             or c["note"]
         )
@@ -152,15 +153,15 @@ def _recipe(found: dict) -> list[str]:
             f"| {c['name']} | {WORDS[c['holds']]} | {c['statement']} | {c['threshold']} | "
             f"{member('claims', c['name'].lower()).reported} | {values} | {c['source']} |"
         )
-    for what, title in WHAT.items():
-        if what in found:
+    for kind, title in KINDS.items():
+        if kind in content:
             out += ["", f"{title}: mean over seeds, half-width of its 95 % interval.", ""]
-            out += _scores(found[what], 1 if what == "tokens" else 3)
-    return [*out, "", *_ledger(found["ledger"])] if "ledger" in found else [*out, ""]
+            out += _scores(content[kind], 1 if kind == "tokens" else 3)
+    return [*out, "", *_ledger(content["ledger"])] if "ledger" in content else [*out, ""]
 
 
 def _scores(table: dict, digits: int) -> list[str]:
-    """Models by domains. Models of one domain each share one row."""
+    """Return a table of models by domains. Models of one domain each share one row."""
     domains = list(dict.fromkeys(d for row in table.values() for d in row))
     out = [f"| model | {' | '.join(domains)} |", "|---" * (1 + len(domains)) + "|"]
     alone = {m: row for m, row in table.items() if len(row) == 1}
@@ -181,7 +182,7 @@ def _scores(table: dict, digits: int) -> list[str]:
 
 
 def _ledger(table: dict) -> list[str]:
-    """What each stage cost."""
+    """Return the table of the cost of each stage."""
     heads = [*TOKENS.values(), "student GFLOP", "teacher GFLOP", "s"]
     out = [
         "<details><summary>Compute ledger, mean over seeds</summary>",

@@ -1,3 +1,3 @@
 """opdctl: declarative multi-stage post-training recipes with on-policy distillation."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -34,6 +34,10 @@ LINEAR = {
     **{"linear_key_head_dim": 8, "linear_value_head_dim": 8},
     "layer_types": ["linear_attention", "full_attention"],
 }
+STATE = {
+    **{"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16},
+    **{"state_size": 8, "n_groups": 1, "expand": 2, "chunk_size": 8},
+}
 SHAPES = {
     "qwen3": ("Qwen3", SIZE),
     "llama": ("Llama", SIZE),
@@ -55,10 +59,7 @@ SHAPES = {
     "granite": ("Granite", SIZE | {"logits_scaling": 4.0, "embedding_multiplier": 3.0}),
     "cohere": ("Cohere", SIZE | {"logit_scale": 0.25}),
     "gpt2": ("GPT2", GPT2),
-}
-STATE = {
-    **{"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16},
-    **{"state_size": 8, "n_groups": 1, "expand": 2, "chunk_size": 8},
+    "mamba2": ("Mamba2", STATE),
 }
 FALCON = {k: v for k, v in SIZE.items() if k != "head_dim"}
 WIDE = {"ffn_dim": 48, "word_embed_proj_dim": 32}
@@ -66,7 +67,7 @@ DROPPING = {  # layers that drop by their own flag
     "opt": ("OPT", SIZE | WIDE | {"dropout": 0.5}),
     "falcon": ("Falcon", FALCON | {"hidden_dropout": 0.5, "attention_dropout": 0.5}),
 }
-UNSUPPORTED = {"mamba2": ("Mamba2", STATE)}
+UNSUPPORTED = {"rwkv": ("Rwkv", {"hidden_size": 32, "num_hidden_layers": 2})}
 
 
 def tokenizer_of():

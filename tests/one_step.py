@@ -8,6 +8,7 @@ import torch
 
 from opdctl.errors import RecipeError
 from opdctl.models.model import save
+from opdctl.scoring.asks import Pass
 from opdctl.train import update
 from opdctl.train.assemble import on_policy
 from opdctl.train.score_step import score_step, set_advantage, set_weights
@@ -63,15 +64,16 @@ class First:
     """A stage up to its first gradient: rollouts, their scores, the advantage."""
 
     def __init__(self, ctx, rollouts=None):
-        self.model = ctx.student() if hasattr(ctx.config, "lora") else ctx.load(ctx.config.student)
+        store, trains = ctx.models, hasattr(ctx.config, "lora")
+        self.model = store.student() if trains else store.load(ctx.config.student)
         self.optim = getattr(ctx.config, "optim", None)  # none in a gradients stage
-        self.parts = on_policy(ctx, self.model, getattr(ctx.config, "teachers", {}))
-        self.rollouts = rollouts(self.model) if rollouts else self.parts.source.draw(0)
+        self.setup = on_policy(ctx, self.model, getattr(ctx.config, "teachers", {}))
+        self.rollouts = rollouts(self.model) if rollouts else self.setup.source.draw(0)
         ctx.wal.at(0)
-        self.step = score_step(self.rollouts, self.model, self.parts, ctx, Compute())
+        self.step = score_step(self.rollouts, self.model, self.setup, ctx, Compute())
         self.columns = self.step.columns
-        self.logged = set_advantage(self.step, self.parts.signals)
-        self.logged |= set_weights(self.step, self.parts.terms)
+        self.logged = set_advantage(self.step, self.setup.signals)
+        self.logged |= set_weights(self.step, self.setup.terms)
         self.spans = [r.request for r in self.rollouts]
 
     def gradient(self, some=None, micro_batch=0):
@@ -80,17 +82,16 @@ class First:
         lengths = [len(s) for s in self.spans]
         cut = {k: v.split(lengths) for k, v in self.columns.items()}
         self.model.net.zero_grad(set_to_none=True)
-        loss, table, _ = update.accumulate(
+        result = update.accumulate(
             self.model,
             [self.spans[i] for i in some],
             {k: torch.cat([v[i] for i in some]) for k, v in cut.items()},
-            self.parts.terms,
-            temperature=self.parts.temperature,
-            micro_batch=micro_batch,
-            chunk_mib=0,
+            self.setup.terms,
+            Pass(temperature=self.setup.temperature, micro_batch=micro_batch),
             teacher_cache=self.step.teacher_cache,
-            layers=self.parts.layers,
+            layers=self.setup.teacher_asks.layers,
         )
+        loss, table = result.loss, result.table
         grads = [p.grad.flatten() for p in self.model.net.parameters() if p.grad is not None]
         return loss, torch.cat(grads), table
 

@@ -13,14 +13,14 @@ import transformers
 from architectures import write
 from one_step import First, opd, prompts, said
 
-from opdctl.checks.preflight._pairing import Pairing
+from opdctl.checks.preflight._checked_stage import CheckedStage
 from opdctl.checks.preflight._weights import same_weights
-from opdctl.checks.preflight.memory import holds
+from opdctl.checks.preflight.memory import stage_memory
 from opdctl.config import references
 from opdctl.config.registry import member
 from opdctl.errors import Interrupted, RecipeError, UsageError
 from opdctl.models import tensor_file
-from opdctl.models.lora import deltas, left_out, size, with_adapters
+from opdctl.models.lora import adapter_parameters, unadapted_matrices, weight_deltas, with_adapters
 from opdctl.models.model import load, outline, save
 from opdctl.recipe.recipe import resolve
 from opdctl.remote.hub import adapter_of
@@ -70,7 +70,7 @@ def test_teachers_share_a_base(on_disk, adapters, tmp_path):
     data = dict.fromkeys(teachers, prompts(on_disk))
     ctx = opd(on_disk, tmp_path, teachers=teachers, data=data, **{"signals": {"reverse_kl": {}}})
     first = First(ctx)
-    assert ctx.loads == 1
+    assert ctx.models.loads == 1
     lengths = [r.length for r in first.rollouts]
     for rollout, scored in zip(
         first.rollouts, first.columns["teacher"].split(lengths), strict=True
@@ -82,7 +82,7 @@ def test_teachers_share_a_base(on_disk, adapters, tmp_path):
         rows = logits[len(rollout.prompt_ids) - 1 : -1].log_softmax(-1)
         assert (scored - said(rows, [rollout])).abs().max() < 1e-5
     assert {r.teacher for r in first.rollouts} == {"a", "b", "t"}
-    views = [ctx.frozen(t["model"]) for t in teachers.values()]
+    views = [ctx.models.frozen(t["model"]) for t in teachers.values()]
     assert len({id(v.net) for v in views}) == 1
     with torch.no_grad():
         rows = [v.backbone(IDS).last_hidden_state for v in (*views, *views)]
@@ -93,10 +93,10 @@ def test_teachers_share_a_base(on_disk, adapters, tmp_path):
 
 @pytest.mark.parametrize("output", ["merged", "adapter"])
 def test_a_students_adapter(on_disk, tmp_path, output):
-    """Only it moves; the output loads in plain transformers or peft, and as a reference here."""
+    """Check that only the adapter moves; the output loads in transformers, peft and here."""
     keys = KEYS | {"lora": {"rank": 4, "output": output}, "steps": 3}
     ctx = opd(on_disk, tmp_path, **keys)
-    model = ctx.student()
+    model = ctx.models.student()
     moved = model.trainable_parameters()
     assert moved and all("lora_" in n for n in moved) and "lm_head" not in str(list(moved))
     assert model.trained == sum(p.numel() for p in moved.values()) < 0.5 * model.parameters
@@ -117,12 +117,12 @@ def test_a_students_adapter(on_disk, tmp_path, output):
     with torch.no_grad():
         expected = plain.train(False)(IDS).logits
     assert (expected - before).abs().max() > 1e-2
-    other = opd(on_disk, tmp_path, student=out, teacher=out)
-    for model in (other.student(), other.frozen(str(out)), other.load(str(out))):
+    store = opd(on_disk, tmp_path, student=out, teacher=out).models
+    for model in (store.student(), store.frozen(str(out)), store.load(str(out))):
         with torch.no_grad():
             assert torch.allclose(model.own_logits(IDS), expected, atol=1e-5)
     base = load(str(on_disk / "s")).net.state_dict()
-    now = other.student().net.state_dict()
+    now = store.student().net.state_dict()
     changed = {n for n, w in now.items() if not torch.equal(w, base[n])}
     assert changed and all("proj" in n for n in changed)
 
@@ -153,13 +153,13 @@ def test_an_adapter_is_float32_on_a_bfloat16_base(on_disk, adapters, tmp_path):
     """So small steps are not rounded away; sampler and trainer agree as far as bfloat16 does."""
     keys = KEYS | {"runtime": {"dtype": "bfloat16"}, "optim": {"lr": 1e-6}, "teacher": "b"}
     ctx = opd(on_disk, tmp_path, student="a", lora={"rank": 3, "alpha": 8, **ADAPTER}, **keys)
-    types = {n.split(".")[-2]: p.dtype for n, p in ctx.student().net.named_parameters()}
+    types = {n.split(".")[-2]: p.dtype for n, p in ctx.models.student().net.named_parameters()}
     assert types["q_norm"] == torch.bfloat16 and types["default"] == torch.float32
     rows = carry_out(ctx)
     assert all(r["logprob_gap"] < 0.05 and r["loss"] > 0.1 for r in rows)
     start = tensor_file.read(on_disk / "a" / "adapter_model.safetensors")
-    found = tensor_file.read(ctx.folder / "output" / "adapter_model.safetensors")
-    steps = torch.cat([(found[n] - w).abs().flatten() for n, w in start.items()])
+    trained = tensor_file.read(ctx.folder / "output" / "adapter_model.safetensors")
+    steps = torch.cat([(trained[n] - w).abs().flatten() for n, w in start.items()])
     assert (steps > 0).float().mean() > 0.9 and steps.max() < 1e-5
 
 
@@ -167,7 +167,7 @@ def test_an_adapter_is_trained_further(on_disk, adapters, tmp_path):
     keys = KEYS | {"student": "a", "steps": 1}
     lora = {"rank": 3, "alpha": 8, "output": "adapter"}
     ctx = opd(on_disk, tmp_path, **keys, lora=lora)
-    model = ctx.student()
+    model = ctx.models.student()
     with torch.no_grad():
         expected = dense(on_disk, adapters["a"])(IDS).logits
         assert torch.allclose(model.own_logits(IDS), expected, atol=1e-5)
@@ -176,7 +176,7 @@ def test_an_adapter_is_trained_further(on_disk, adapters, tmp_path):
     config = json.loads((ctx.folder / "output" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(on_disk / "t") and config["r"] == 3
     with pytest.raises(UsageError, match=r"adapter of rank 3, and lora\.rank is 4"):
-        opd(on_disk, tmp_path, **keys, lora=lora | {"rank": 4}).student()
+        opd(on_disk, tmp_path, **keys, lora=lora | {"rank": 4}).models.student()
 
 
 @pytest.mark.parametrize("scale", [None, 0.5, 1.5])
@@ -185,13 +185,13 @@ def test_adapters_are_merged_as_their_products(on_disk, adapters, tmp_path, scal
     those of the factors."""
     paths = {n: str(on_disk / n) for n in "ab"}
     keys = {"method": "task_arithmetic", "scale": scale} if scale else {}
-    given = {"kind": "merge", "student": str(on_disk / "t"), "models": paths, **keys}
-    ctx = one_stage(tmp_path / "run", {}, **given)
+    stage = {"kind": "merge", "student": str(on_disk / "t"), "models": paths, **keys}
+    ctx = one_stage(tmp_path / "run", {}, **stage)
     carry_out(ctx)
-    found = load(str(ctx.folder / "output")).net.state_dict()
+    weights = load(str(ctx.folder / "output")).net.state_dict()
     base = load(str(on_disk / "t")).net.state_dict()
     factor = scale or 0.5
-    for name, weight in found.items():
+    for name, weight in weights.items():
         deltas = [adapters[n][name].double() - base[name].double() for n in "ab"]
         expected = base[name].double() + factor * sum(deltas)
         assert torch.allclose(weight.double(), expected, atol=1e-6), name
@@ -199,14 +199,14 @@ def test_adapters_are_merged_as_their_products(on_disk, adapters, tmp_path, scal
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_outcome_model_by_an_adapter(on_disk, adapters, tmp_path, dtype):
-    """On its backbone, with the score trained whole; written merged, started from an adapter."""
+    """Check an adapter on the backbone with a full score: written merged, started from one."""
     a, s = str(on_disk / "a"), str(on_disk / "s")
     keys = {"kind": "orm", "policy": s, "steps": 4, "optim": {"lr": 1e-2 if "3" in dtype else 1e-6}}
     keys |= {"prompts": {"per_step": 4, "samples": 4}, "sampling": {"max_tokens": 2}}
     data = {"sums": prompts(on_disk) | {"verifier": {"regex": {"pattern": "[0-9]"}}}}
-    given = {"runtime": {"dtype": dtype}, "lora": {"rank": 4}, **keys}
-    ctx = one_stage(tmp_path / "orm", data, student=s, **given)
-    moved = ctx.student(classifier=True).trainable_parameters()
+    keys_of_stage = {"runtime": {"dtype": dtype}, "lora": {"rank": 4}, **keys}
+    ctx = one_stage(tmp_path / "orm", data, student=s, **keys_of_stage)
+    moved = ctx.models.student(classifier=True).trainable_parameters()
     score = {"score.weight", "score.bias"}
     assert len(moved) > 10 and {n for n in moved if "lora_" not in n} == score
     rows = carry_out(ctx)
@@ -220,24 +220,26 @@ def test_an_outcome_model_by_an_adapter(on_disk, adapters, tmp_path, dtype):
         moved = {n for n, w in net.state_dict().items() if not torch.equal(w, start[n])}
         assert moved == {n for n in start if "_proj" in n} | score
         for lora in ({}, {"rank": 3, "alpha": 8}):  # an adapter of a language model is a start
-            again = one_stage(tmp_path / f"a{len(lora)}", data, student=a, **given | {"lora": lora})
-            found = again.student(classifier=True).backbone(IDS).last_hidden_state
+            again = one_stage(
+                tmp_path / f"a{len(lora)}", data, student=a, **keys_of_stage | {"lora": lora}
+            )
+            hidden = again.student(classifier=True).backbone(IDS).last_hidden_state
             own = dense(on_disk, adapters["a"]).model(IDS).last_hidden_state
-            assert torch.allclose(found, own, atol=1e-5)
+            assert torch.allclose(hidden, own, atol=1e-5)
             carry_out(again)
     adapter_only = {"rank": 4, "output": "adapter"}
     with pytest.raises(RecipeError, match="its score is trained whole"):
-        one_stage(tmp_path / "no", data, student=s, **given | {"lora": adapter_only})
+        one_stage(tmp_path / "no", data, student=s, **keys_of_stage | {"lora": adapter_only})
 
 
 def test_gradients_of_an_adapter(on_disk, adapters, tmp_path):
-    """Those of the factors alone, from one that has been trained."""
+    """Check the gradients of the factors alone, from a trained adapter."""
     keys = {"kind": "gradients", "student": str(on_disk / "a"), "batches": 2}
     keys |= {"prompts": {"per_step": 4}, "sampling": {"max_tokens": 4}}
     keys |= {"lora": {"rank": 3, "alpha": 8}, "teachers": {"sums": str(on_disk / "b")}}
     data = {"sums": prompts(on_disk)}
     ctx = one_stage(tmp_path / "run", data, **keys)
-    assert all("lora_" in n for n in ctx.student().trainable_parameters())
+    assert all("lora_" in n for n in ctx.models.student().trainable_parameters())
     member("stages", "gradients")().run(ctx)
     facts = json.loads((ctx.folder / "facts.json").read_text())
     assert facts["variance of divergence"] > 0
@@ -265,17 +267,17 @@ def test_what_cannot_be_an_adapter(on_disk, adapters, tmp_path):
     with pytest.raises(RecipeError, match=r"cannot read .*adapter_model\.safetensors"):
         opd(on_disk, tmp_path, teacher=lost)
     with pytest.raises(UsageError, match="has no adapter_model"):
-        opd(on_disk, tmp_path).frozen(str(lost))
+        opd(on_disk, tmp_path).models.frozen(str(lost))
     pickled.rename(weights)
     for name in ("config.json", "model.safetensors"):
         shutil.copy(on_disk / "t" / name, lost)
     with pytest.raises(RecipeError, match="a model and an adapter"):
         opd(on_disk, tmp_path, teacher=lost)
     with pytest.raises(UsageError, match=r"lora.targets=\['qproj'\]") as caught:
-        opd(on_disk, tmp_path, lora={"rank": 2, "targets": ["qproj"]}).student()
+        opd(on_disk, tmp_path, lora={"rank": 2, "targets": ["qproj"]}).models.student()
     assert "q_proj" in caught.value.hint
     with pytest.raises(UsageError, match="has its head in it"):
-        opd(on_disk, tmp_path, lora={"rank": 2, "targets": ["lm_head"]}).student()
+        opd(on_disk, tmp_path, lora={"rank": 2, "targets": ["lm_head"]}).models.student()
     for keys, says in (({"alpha": 8}, "0 is no adapter"), ({"dropout": 0.1}, "unknown key")):
         with pytest.raises(RecipeError, match=says):
             opd(on_disk, tmp_path, lora=keys)
@@ -289,7 +291,7 @@ def test_what_the_checks_make_of_adapters(on_disk, adapters, tmp_path):
         weights = tensor_file.read(on_disk / "a" / "adapter_model.safetensors")
         scaled = {n: w * factor if "lora_A" in n else w / (factor or 1) for n, w in weights.items()}
         tensor_file.write(folder / "adapter_model.safetensors", scaled)
-    merged = opd(on_disk, tmp_path).load(str(on_disk / "a"))
+    merged = opd(on_disk, tmp_path).models.load(str(on_disk / "a"))
     save(merged, tmp_path / "dense")
     a, b, t = (on_disk / n for n in "abt")
     assert (
@@ -298,16 +300,19 @@ def test_what_the_checks_make_of_adapters(on_disk, adapters, tmp_path):
     assert not same_weights(a, b) and not same_weights(a, t) and not same_weights(on_disk / "s", a)
 
     def memory(**keys):
-        return holds(Pairing(opd(on_disk, tmp_path, **keys)))
+        return stage_memory(CheckedStage(opd(on_disk, tmp_path, **keys)))
 
     one, both = {n: str(a) for n in "ab"}, {n: str(on_disk / n) for n in "ab"}
     data = dict.fromkeys("ab", prompts(on_disk))
     size = sum(4 * w.numel() for w in weights.values())
-    found = [memory(teachers=x, data=data).teachers for x in (one, both)]
-    assert found == [merged.parameters * 4 + size, merged.parameters * 4 + 2 * size]
+    estimates = [memory(teachers=x, data=data).teachers for x in (one, both)]
+    assert estimates == [merged.parameters * 4 + size, merged.parameters * 4 + 2 * size]
     ctx = opd(on_disk, tmp_path, lora={"rank": 4})
-    outlined, loaded = holds(Pairing(ctx)), holds(Pairing(ctx, ctx.student()))
-    assert outlined == loaded and loaded.gradients == 4 * ctx.student().trained
+    outlined, loaded = (
+        stage_memory(CheckedStage(ctx)),
+        stage_memory(CheckedStage(ctx, ctx.models.student())),
+    )
+    assert outlined == loaded and loaded.gradients == 4 * ctx.models.student().trained
     before = provenance.model(a)
     copy = tmp_path / "t"
     shutil.copytree(t, copy)
@@ -335,13 +340,13 @@ def test_a_run_that_was_copied_finds_its_own_base(on_disk, tmp_path):
     plain = peft.AutoPeftModelForCausalLM.from_pretrained(made)
     expected = plain(IDS).logits
     assert torch.allclose(
-        Context(run, recipe, "more").load(str(made)).own_logits(IDS), expected, atol=1e-5
+        Context(run, recipe, "more").models.load(str(made)).own_logits(IDS), expected, atol=1e-5
     )
     copied = RunDir(shutil.copytree(tmp_path / "run", tmp_path / "copy"))
     assert references.base_of(str(made)) == str(run.output("base"))
     assert references.base_of(str(copied.output("more"))) == str(copied.output("base"))
     shutil.rmtree(tmp_path / "run")
-    moved = Context(copied, recipe, "more").load(str(copied.output("more")))
+    moved = Context(copied, recipe, "more").models.load(str(copied.output("more")))
     assert torch.allclose(moved.own_logits(IDS), expected, atol=1e-5)
     assert not (copied.output("base") / references.BESIDE).exists()
 
@@ -356,29 +361,29 @@ MIXTURES = {  # what peft leaves out
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_experts_are_adapted_or_it_is_said(on_disk, tmp_path, capsys, name):
-    """Of a mixture: moved, written, read by plain peft, switched on one base, merged."""
+    """Check experts of a mixture: moved, written, read by plain peft, switched, merged."""
     base = str(tmp_path / name)
     write(base, name)
     keys, outs = {"student": base, "teacher": base}, {}
     for output in ("adapter", "merged"):
         ctx = opd(on_disk, tmp_path, **keys | {"lora": {"rank": 2, "output": output}})
-        model = ctx.student()
+        model = ctx.models.student()
         assert sum("mlp.experts" in n for n in model.trainable_parameters()) == (
             8 if "deep" not in name else 4
         )
-        assert left_out(model, ctx.config.lora) == sorted(MIXTURES[name])
-        assert size(outline(base), ctx.config.lora) == model.trained
+        assert unadapted_matrices(model, ctx.config.lora) == sorted(MIXTURES[name])
+        assert adapter_parameters(outline(base), ctx.config.lora) == model.trained
         with torch.no_grad():
             for n, p in sorted(model.trainable_parameters().items()):
                 torch.manual_seed(len(n))
                 p.normal_(0, 0.1)
         ctx.folder.mkdir(parents=True, exist_ok=True)
-        given = with_adapters(model)
+        dense = with_adapters(model)
         checkpoint.commit(ctx.folder, model)
         if output == "merged":
             weights = model.net.state_dict()
-            assert given.keys() == weights.keys()
-            assert all(torch.allclose(given[n], weights[n], atol=1e-6) for n in given)
+            assert dense.keys() == weights.keys()
+            assert all(torch.allclose(dense[n], weights[n], atol=1e-6) for n in dense)
         outs[output] = str(ctx.folder / "output")
     printed = capsys.readouterr().out
     assert ("adapts no" in printed) == bool(MIXTURES[name])
@@ -392,17 +397,17 @@ def test_experts_are_adapted_or_it_is_said(on_disk, tmp_path, capsys, name):
     weights = tensor_file.read(double / "adapter_model.safetensors")
     twice = {n: 2 * w if "lora_B" in n else w for n, w in weights.items()}
     tensor_file.write(double / "adapter_model.safetensors", twice)
-    more = ctx.load(str(double)).own_logits(IDS)
+    more = ctx.models.load(str(double)).own_logits(IDS)
     assert (more - plain).abs().max() > 0.1
     expected = {outs["adapter"]: plain, base: start, str(double): more}
     for place in (*expected, *expected):
-        assert torch.allclose(ctx.frozen(place).own_logits(IDS), expected[place], atol=1e-4)
-        switched = with_adapters(ctx.frozen(place))
-        same = all(torch.allclose(switched[n], given[n], atol=1e-6) for n in given)
+        assert torch.allclose(ctx.models.frozen(place).own_logits(IDS), expected[place], atol=1e-4)
+        switched = with_adapters(ctx.models.frozen(place))
+        same = all(torch.allclose(switched[n], dense[n], atol=1e-6) for n in dense)
         assert same == (place == outs["adapter"])
-    assert ctx.loads == 1
+    assert ctx.models.loads == 1
     for place in outs.values():
-        assert torch.allclose(ctx.load(place).own_logits(IDS), plain, atol=1e-4)
+        assert torch.allclose(ctx.models.load(place).own_logits(IDS), plain, atol=1e-4)
 
 
 def cached(hub, name, folder, commit, ref):
@@ -414,7 +419,7 @@ def cached(hub, name, folder, commit, ref):
 
 
 def test_models_and_adapters_by_public_names(on_disk, adapters, tmp_path, monkeypatch):
-    """From a cache without a network; revisions are told apart; an adapter finds its base there."""
+    """Check a cache without a network: revisions differ, and an adapter finds its base there."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     adapter_of.cache_clear()
     named = changed(on_disk / "a", tmp_path / "named", base_model_name_or_path="org/base")
@@ -426,12 +431,12 @@ def test_models_and_adapters_by_public_names(on_disk, adapters, tmp_path, monkey
     ctx = opd(on_disk, tmp_path, lora={"rank": 2, **ADAPTER}, student="s")
     t, s = (load(str(on_disk / n)).own_logits(IDS) for n in "ts")
     for name, expected in (("org/base", t), ("org/base@old", s), (f"org/base@{'b' * 40}", s)):
-        assert torch.equal(ctx.load(name).own_logits(IDS), expected)
-        assert ctx.path_of(name) == name
-    first = ctx.load("org/adapter").own_logits(IDS)
+        assert torch.equal(ctx.models.load(name).own_logits(IDS), expected)
+        assert ctx.models.path_of(name) == name
+    first = ctx.models.load("org/adapter").own_logits(IDS)
     assert torch.allclose(first, dense(on_disk, adapters["a"])(IDS).logits, atol=1e-5)
-    assert (ctx.load("org/adapter@old").own_logits(IDS) - first).abs().max() > 1e-2
-    assert ctx.frozen("org/adapter").net is ctx.frozen("org/base").net
+    assert (ctx.models.load("org/adapter@old").own_logits(IDS) - first).abs().max() > 1e-2
+    assert ctx.models.frozen("org/adapter").net is ctx.models.frozen("org/base").net
     keys = {"student": "org/adapter", "teacher": "org/base", "lora": {"rank": 3, "alpha": 8}}
     keys["lora"] |= ADAPTER
     tree = {"kind": "opd", "steps": 1, "sampling": {"max_tokens": 4}, **keys}
@@ -441,7 +446,7 @@ def test_models_and_adapters_by_public_names(on_disk, adapters, tmp_path, monkey
     written = json.loads((further.folder / "output" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == "org/base"
     with pytest.raises(UsageError, match="not in the cache of the hub") as caught:
-        ctx.load("org/gone@v2")
+        ctx.models.load("org/gone@v2")
     assert "hf download org/gone --revision v2" in caught.value.hint
 
 
@@ -487,7 +492,7 @@ def test_a_stage_starts_from_an_adapter_and_trains_all(on_disk, adapters, tmp_pa
     source = {"dataset": {}}
     keys = {"kind": "sft", "student": str(on_disk / "a"), "steps": 1, "sources": source}
     ctx = one_stage(tmp_path / "run", {"sums": prompts(on_disk, "long")}, **keys)
-    start = dict(ctx.student().net.named_parameters())
+    start = dict(ctx.models.student().net.named_parameters())
     carry_out(ctx)
     net = transformers.AutoModelForCausalLM.from_pretrained(ctx.folder / "output")
     assert all(not torch.equal(p, start[n]) for n, p in net.named_parameters() if p.ndim > 1)
@@ -511,20 +516,21 @@ def test_an_adapter_taken_out_of_its_base_shares_none(on_disk, adapters, tmp_pat
     teachers = {"a": {"model": str(on_disk / "a")}, "b": {"model": str(tmp_path / start)}}
     data = dict.fromkeys(teachers, prompts(on_disk))
     ctx = opd(on_disk, tmp_path, teachers=teachers, data=data, signals={"reverse_kl": {}})
-    ctx.frozen(str(on_disk / "a"))
+    ctx.models.frozen(str(on_disk / "a"))
     with pytest.raises(UsageError, match=f"was started with '{start}'.*base's weights change"):
-        ctx.frozen(str(tmp_path / start))
+        ctx.models.frozen(str(tmp_path / start))
     with pytest.raises(UsageError, match="more than pairs of A and B"):
-        deltas(str(tmp_path / start))
+        weight_deltas(str(tmp_path / start))
     expected = made.train(False)(IDS).logits
-    assert torch.allclose(ctx.load(str(tmp_path / start)).own_logits(IDS), expected, atol=1e-4)
+    logits = ctx.models.load(str(tmp_path / start)).own_logits(IDS)
+    assert torch.allclose(logits, expected, atol=1e-4)
 
 
 def test_an_adapter_with_biases_shares_no_base(on_disk, adapters, tmp_path):
     other = changed(on_disk / "a", tmp_path / "biased", bias="all")
     ctx = opd(on_disk, tmp_path, teachers={"sums": str(other)})
     with pytest.raises(UsageError, match="biases, which would stay in the base"):
-        ctx.frozen(str(other))
+        ctx.models.frozen(str(other))
 
 
 def test_an_adapter_that_cannot_be_compared_is_another_model(on_disk, adapters, tmp_path):
@@ -538,4 +544,4 @@ def test_a_learnt_prompt_is_no_adapter_here(on_disk, adapters, tmp_path):
     peft.get_peft_model(net, config).save_pretrained(tmp_path / "prompt")
     ctx = opd(on_disk, tmp_path, teachers={"sums": str(on_disk / "t")})
     with pytest.raises(UsageError, match="a learnt prompt"):
-        ctx.frozen(str(tmp_path / "prompt"))
+        ctx.models.frozen(str(tmp_path / "prompt"))

@@ -46,7 +46,7 @@ def test_the_page_names_every_file_it_needs():
     names = [name for name, _ in BLOCK.findall(PAGE)]
     assert names == [
         "mine.yaml",
-        "opdctl/weights/trust.py",
+        "opdctl/loss/weights/trust.py",
         "opdctl/methods/trust.yaml",
         "tests/test_method_values.py",
     ]
@@ -69,7 +69,7 @@ def test_the_test_of_the_page_passes_and_fails_where_the_formula_is_broken(copy)
     tests = ("pytest", "-q", "-n", "0", "tests/test_method_values.py", "-k", "trust")
     code, said = command(copy, *tests)
     assert code == 0 and "1 passed" in said, said
-    member = copy / "opdctl" / "weights" / "trust.py"
+    member = copy / "opdctl" / "loss" / "weights" / "trust.py"
     text = member.read_text()
     try:
         member.write_text(text.replace("clamp(max=0)", "clamp(max=1)"))

@@ -109,7 +109,7 @@ def test_tokens_that_no_objective_learns_from_are_not_measured(stage, column, we
     keys = {"direction": "forward", "weights": weights}
     keys = {"steps": 1, "signals": {}, "objectives": {"divergence": keys}}
     first, row = First(stage(**keys)), carry_out(stage(**keys))[0]
-    teacher = next(iter(first.parts.teachers.values()))[0].model
+    teacher = next(iter(first.setup.teachers.values()))[0].model
     logp_NV, logq_NV = (
         by_transformers(m, first.rollouts, valid_V=m.valid_V).detach()
         for m in (first.model, teacher)
@@ -139,7 +139,7 @@ def test_it_is_of_the_students_own_texts(stage, objective):
     row = carry_out(stage(**others))[0]
     assert row["rollouts"] > 0 and not {*NAMES, "overlap_k"} & row.keys()
     first, row = First(stage(**mixed)), carry_out(stage(**mixed))[0]
-    teacher = next(iter(first.parts.teachers.values()))[0].model
+    teacher = next(iter(first.setup.teachers.values()))[0].model
     sides = [
         by_transformers(m, first.rollouts, valid_V=m.valid_V).topk(5, -1).indices
         for m in (first.model, teacher)

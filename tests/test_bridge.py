@@ -17,6 +17,7 @@ from opdctl.loss.objectives import bridge as module
 from opdctl.loss.objectives.bridge import Bridge, bridge
 from opdctl.models.hidden_layers import layers_of
 from opdctl.run.rundir import RunDir, read_rows
+from opdctl.scoring.asks import Pass
 from opdctl.train import update
 from running import HERE, assert_same, carry_out, inside, plain, worker
 
@@ -147,17 +148,16 @@ def test_loss_and_gradient_are_those_of_autograd(unit, float64):
         model.net.zero_grad(set_to_none=True)
         update.rows_in = (lambda *_, rows=rows: rows) if rows else before
         try:
-            loss, table, _ = update.accumulate(
+            result = update.accumulate(
                 model,
                 spans,
                 columns,
                 [update.LossTerm(objective)],
-                temperature=1.0,
-                micro_batch=micro_batch,
-                chunk_mib=0,
+                Pass(micro_batch=micro_batch),
                 teacher_cache=taught,
                 layers=layers,
             )
+            loss, table = result.loss, result.table
         finally:
             update.rows_in = before
         assert loss == pytest.approx(float(total.detach()), abs=1e-12)

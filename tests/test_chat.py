@@ -7,9 +7,15 @@ from transformers import GenerationConfig
 
 from conftest import ALPHABET, make_model
 from opdctl.errors import UsageError
-from opdctl.models.chat.conversation import spoken
-from opdctl.models.chat.messages import answer_of, complaint, question, tagged, text_of
-from opdctl.models.chat.retold import opening, retold
+from opdctl.models.chat.conversation import render_conversation
+from opdctl.models.chat.messages import (
+    invalid_reason,
+    last_answer,
+    question,
+    question_text,
+    with_tag,
+)
+from opdctl.models.chat.retemplated import retemplate, thought_opening
 from opdctl.models.chat.thinking import Thinking
 from opdctl.models.model import Model, different_tokens, load, outline, save
 from opdctl.rollout.engines.transformers import Transformers
@@ -77,14 +83,16 @@ def chat(template, eos="<|im_end|>", stops=(), specials=(), bos=None, seed=0):
     return Model(model.net, tokenizer, "it")
 
 
-def asked(messages, **keys):
-    return Prompt("x", "talk", text_of(messages), answer_of(messages), {}, "", (), messages, **keys)
+def prompt_of(messages, **keys):
+    return Prompt(
+        "x", "talk", question_text(messages), last_answer(messages), {}, "", (), messages, **keys
+    )
 
 
 def supervised(model, prompt, every=True):
     """The text of each supervised span, end token included."""
-    found = spoken(model, prompt, every)
-    return [model.tokenizer.decode(found.ids[a:b]) for a, b in found.spans], found
+    rendered = render_conversation(model, prompt, every)
+    return [model.tokenizer.decode(rendered.ids[a:b]) for a, b in rendered.spans], rendered
 
 
 def test_a_response_ends_by_any_token_of_the_generation_config(tmp_path):
@@ -146,38 +154,38 @@ def test_student_and_teacher_agree_on_the_ends():
 @pytest.mark.parametrize("template", [CHATML, MARKED])
 def test_assistant_turns_are_supervised_with_their_end(template):
     model = chat(template)
-    said, found = supervised(model, asked(TALK))
+    said, rendered = supervised(model, prompt_of(TALK))
     assert said == ["2<|im_end|>", "calc<|im_end|>", "4<|im_end|>"]
     whole = model.apply(TALK)
-    assert model.tokenizer.decode(found.ids) == whole.removesuffix("\n")
-    assert found.ids[: found.spans[0][0]] == model.ids(model.apply(TALK[:2], generate=True))
-    last, found = supervised(model, asked(TALK), every=False)
-    assert last == ["4<|im_end|>"] and model.tokenizer.decode(found.ids) == whole.rstrip()
+    assert model.tokenizer.decode(rendered.ids) == whole.removesuffix("\n")
+    assert rendered.ids[: rendered.spans[0][0]] == model.ids(model.apply(TALK[:2], generate=True))
+    last, rendered = supervised(model, prompt_of(TALK), every=False)
+    assert last == ["4<|im_end|>"] and model.tokenizer.decode(rendered.ids) == whole.rstrip()
 
 
 def test_other_templates_end_their_turns_in_their_way():
     llama = chat(LLAMA, eos="<|eot|>", specials=["<|start|>", "<|end_header|>"], bos="<|begin|>")
-    said, found = supervised(llama, asked(TALK[:5]))
+    said, rendered = supervised(llama, prompt_of(TALK[:5]))
     assert said == ["2<|eot|>", "calc<|eot|>"]
-    assert found.ids.count(llama.tokenizer.bos_token_id) == 1
+    assert rendered.ids.count(llama.tokenizer.bos_token_id) == 1
     glm = chat(GLM, eos="<|endoftext|>", stops=["<|endoftext|>", "<|user|>"])
-    said, found = supervised(glm, asked(TALK[:5]))
+    said, rendered = supervised(glm, prompt_of(TALK[:5]))
     assert said == ["2<|user|>", "calc<|user|>"]
-    assert glm.tokenizer.decode(found.ids) == glm.apply(TALK[:5]) + "<|user|>"
+    assert glm.tokenizer.decode(rendered.ids) == glm.apply(TALK[:5]) + "<|user|>"
     gemma = chat(GEMMA, eos="<eos>", stops=["<eos>", "<end>"], specials=["<start>"], bos="<bos>")
-    assert supervised(gemma, asked(TALK[1:5]))[0] == ["2<end>", "calc<end>"]
+    assert supervised(gemma, prompt_of(TALK[1:5]))[0] == ["2<end>", "calc<end>"]
     with pytest.raises(UsageError, match="no system role"):
-        gemma.render(asked(TALK[:5]))
+        gemma.render(prompt_of(TALK[:5]))
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_for_all_and_not_for_the_last():
     model = chat(QWEN)
     with pytest.raises(UsageError, match="otherwise once turn 2 is over") as refused:
-        supervised(model, asked(TALK))
+        supervised(model, prompt_of(TALK))
     assert "turns=last" in refused.value.hint
-    said, found = supervised(model, asked(TALK), every=False)
+    said, rendered = supervised(model, prompt_of(TALK), every=False)
     assert said == ["<think>\n\n</think>\n\n4<|im_end|>"]
-    assert found.ids[: found.spans[0][0]] == model.ids(model.apply(TALK[:-1], generate=True))
+    assert rendered.ids[: rendered.spans[0][0]] == model.ids(model.apply(TALK[:-1], generate=True))
 
 
 def test_marks_that_cannot_be_right_are_refused():
@@ -185,22 +193,22 @@ def test_marks_that_cannot_be_right_are_refused():
         "{% generation %}", "{% generation %}<|im_start|>assistant\n"
     )
     with pytest.raises(UsageError, match="does not begin where a response does"):
-        supervised(chat(early), asked(TALK[1:3]))
+        supervised(chat(early), prompt_of(TALK[1:3]))
     some = MARKED.replace("'assistant' %}", "'assistant' and loop.last %}")
     with pytest.raises(UsageError, match="marks 1 of 3 turns"):
-        supervised(chat(some), asked(TALK))
+        supervised(chat(some), prompt_of(TALK))
     without = MARKED.replace("<|im_end|>\n{% endgeneration %}", "{% endgeneration %}<|im_end|>\n")
-    assert supervised(chat(without), asked(TALK))[0][0] == "2<|im_end|>"
+    assert supervised(chat(without), prompt_of(TALK))[0][0] == "2<|im_end|>"
     never = MARKED.replace("<|im_end|>\n{% endgeneration %}", "\n{% endgeneration %}")
     with pytest.raises(UsageError, match="ends by no token"):
-        supervised(chat(never, specials=["<|x|>"]), asked(TALK))
+        supervised(chat(never, specials=["<|x|>"]), prompt_of(TALK))
 
 
 def test_system_turn_and_thinking_reach_the_template_or_are_refused():
     model = chat(CHATML)
     shown = model.tokenizer.decode(model.render(Prompt("a", "d", "1+1", "", {}, system="be kind")))
     assert shown.startswith("<|im_start|>system\nbe kind<|im_end|>")
-    own = model.tokenizer.decode(model.render(asked(TALK[:2], system="be kind")))
+    own = model.tokenizer.decode(model.render(prompt_of(TALK[:2], system="be kind")))
     assert "be brief" in own and "be kind" not in own
     off = Prompt("b", "d", "1+1", "", {}, enable_thinking=False)
     assert model.tokenizer.decode(model.render(off)).endswith("<think>\n\n</think>\n\n")
@@ -214,7 +222,7 @@ def test_system_turn_and_thinking_reach_the_template_or_are_refused():
         with pytest.raises(UsageError, match=says):
             deaf.render(prompt)
     with pytest.raises(UsageError, match="no chat template for a conversation of system, user"):
-        chat(None).render(asked(TALK[:2]))
+        chat(None).render(prompt_of(TALK[:2]))
     twice = chat("{{ bos_token }}" + LLAMA, eos="<|eot|>", bos="<|begin|>")
     with pytest.raises(UsageError, match="twice"):
         twice.render("1+1")
@@ -233,9 +241,9 @@ def test_a_demonstration_leaves_out_the_marks_its_prompt_ends_in():
     said = opened.after_prompt(on, "<think>\nx\n</think>\n\n", think.open, think.close)
     assert said == "x\n</think>\n\n"
     asks = Thinking(mode="think", open="<think>\n", close="\n</think>\n\n")
-    assert asks.split(said + "2") == ("x", "\n\n2") and asks.obeyed(said + "2")
-    assert think.obeyed("2") and think.obeyed("<think>\n\n</think>\n\n2")
-    assert not think.obeyed(said + "2") and not asks.obeyed("<think>\n\n</think>\n\n2")
+    assert asks.split(said + "2") == ("x", "\n\n2") and asks.follows_mode(said + "2")
+    assert think.follows_mode("2") and think.follows_mode("<think>\n\n</think>\n\n2")
+    assert not think.follows_mode(said + "2") and not asks.follows_mode("<think>\n\n</think>\n\n2")
 
 
 def test_a_turn_of_an_environment_continues_from_the_end_that_was_sampled():
@@ -250,11 +258,14 @@ def test_a_turn_of_an_environment_continues_from_the_end_that_was_sampled():
 
 
 def test_which_part_of_a_conversation_asks():
-    assert question(TALK) == TALK[:4] and answer_of(TALK) == "4"
-    assert question(TALK[:6]) == TALK[:6] and answer_of(TALK[:6]) == ""
-    assert text_of(TALK[1:3]) == "1+1" and text_of(TALK[:2]) == "system: be brief\nuser: 1+1"
-    assert tagged(TALK, " /think")[3]["content"] == "2+2 /think" and TALK[3]["content"] == "2+2"
-    assert complaint(TALK) == complaint(list(TALK)) == ""
+    assert question(TALK) == TALK[:4] and last_answer(TALK) == "4"
+    assert question(TALK[:6]) == TALK[:6] and last_answer(TALK[:6]) == ""
+    assert (
+        question_text(TALK[1:3]) == "1+1"
+        and question_text(TALK[:2]) == "system: be brief\nuser: 1+1"
+    )
+    assert with_tag(TALK, " /think")[3]["content"] == "2+2 /think" and TALK[3]["content"] == "2+2"
+    assert invalid_reason(TALK) == invalid_reason(list(TALK)) == ""
     for wrong, says in (
         ("hi", "expected a list"),
         ([], "expected a list"),
@@ -262,12 +273,12 @@ def test_which_part_of_a_conversation_asks():
         ([{"role": "user", "content": 3}], "int, not text"),
         ([{"role": "assistant", "content": "x"}], "nobody asks"),
     ):
-        assert says in complaint(wrong)
+        assert says in invalid_reason(wrong)
 
 
 def test_what_is_remembered_of_prompts_does_not_grow(monkeypatch):
     """A stream brings new ones for ever: the newest are kept, by their length in all."""
-    monkeypatch.setattr("opdctl.models.chat.rendering.MOST", 200)
+    monkeypatch.setattr("opdctl.models.chat.rendering.CACHE_LIMIT", 200)
     model = chat(CHATML)
     for i in range(50):
         text = f"question {i}"
@@ -291,7 +302,7 @@ R1 = CHATML + "{% if add_generation_prompt %}<think>\n{% endif %}"
 def test_what_a_template_opens(template, off, ends):
     model = chat(template)
     prompt = Prompt("a", "d", "is <think> a word", "", {}, enable_thinking=off)
-    assert opening(model, model.render(prompt), FREE) == ends
+    assert thought_opening(model, model.render(prompt), FREE) == ends
 
 
 @pytest.mark.parametrize(
@@ -321,7 +332,7 @@ def test_what_a_template_opens(template, off, ends):
     ],
 )
 def test_marks_of_thinking_are_told_once(before, ours, text, told):
-    assert retold(text, before, ours, FREE) == told
+    assert retemplate(text, before, ours, FREE) == told
     whole = ours + told
     assert whole.count("<think>") <= 1 and whole.count("</think>") <= 1
 
@@ -329,7 +340,7 @@ def test_marks_of_thinking_are_told_once(before, ours, text, told):
 def test_thinking_that_has_no_place_is_refused():
     for before, text in (("", "<think>a</think>4"), (OPEN, "a</think>4"), (None, "a</think>4")):
         with pytest.raises(UsageError, match="closes the block of thought"):
-            retold(text, before, EMPTY, FREE)
+            retemplate(text, before, EMPTY, FREE)
     with pytest.raises(UsageError, match="cut before it said"):
-        retold("4", None, OPEN, FREE, cut=True)
-    assert retold("4", EMPTY, "", Thinking(mode="no_think")) == "<think></think>4"
+        retemplate("4", None, OPEN, FREE, cut=True)
+    assert retemplate("4", EMPTY, "", Thinking(mode="no_think")) == "<think></think>4"

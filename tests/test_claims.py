@@ -14,7 +14,7 @@ from opdctl.evidence.claims.m3 import M3
 from opdctl.evidence.claims.m5 import M5
 from opdctl.evidence.judge import _decide
 from opdctl.evidence.measured import Measured
-from opdctl.evidence.verdict import DELTA, Part, verdict
+from opdctl.evidence.verdict import DELTA, Condition, verdict
 from opdctl.intervals import wilson
 from opdctl.recipe.recipe import load
 from opdctl.run.fingerprint import fingerprints, semantic
@@ -39,8 +39,8 @@ def base(**more):
 
 
 def judge(claim, roles, runs):
-    parts, note = claim.parts(roles, runs)
-    return _decide(parts, runs), note
+    conditions, note = claim.conditions(roles, runs)
+    return _decide(conditions, runs), note
 
 
 def test_m1_on_one_seed_and_on_several():
@@ -61,7 +61,7 @@ def test_m1_on_one_seed_and_on_several():
 
 def test_t_interval_over_seeds():
     runs = [base(s_a=x, s_b=0.9) for x in (0.80, 0.85, 0.90)]
-    found = _decide([Part("s", lambda s: s["s", "a"], least=0.5)], runs)
+    found = _decide([Condition("s", lambda s: s["s", "a"], least=0.5)], runs)
     low, high = found["interval"]["s"]
     half = 4.303 * 0.05 / math.sqrt(3)
     assert (low, high) == pytest.approx((0.85 - half, 0.85 + half), abs=1e-6)
@@ -70,8 +70,8 @@ def test_t_interval_over_seeds():
 def test_m1_leaves_out_narrow_gaps():
     roles = M1.Config(student="stage:s", start="stage:sft", teachers={**TEACHERS, "c": "stage:tc"})
     runs = [base(s_a=0.9, s_b=0.9, sft_c=0.5, tc_c=0.55, s_c=0.1)]
-    parts, note = M1.parts(roles, runs)
-    assert [p.name for p in parts] == ["Norm", "r_a", "r_b"] and "c" in note
+    conditions, note = M1.conditions(roles, runs)
+    assert [p.name for p in conditions] == ["Norm", "r_a", "r_b"] and "c" in note
 
 
 def test_m3():
@@ -116,8 +116,8 @@ def test_missing_measurement_is_a_key_error_with_its_name():
     ],
 )
 def test_verdicts(estimate, low, high, expected):
-    part = Part("x", lambda s: 0, least=0.9, delta=DELTA)
-    assert verdict(part, estimate, low, high) is expected
+    condition = Condition("x", lambda s: 0, least=0.9, delta=DELTA)
+    assert verdict(condition, estimate, low, high) is expected
 
 
 def test_bootstrap_is_paired_and_covers():

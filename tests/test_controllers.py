@@ -8,7 +8,7 @@ import torch
 from one_step import First, by_transformers
 from test_weights import step_of, weight
 
-from opdctl.checks.preflight._pairing import Pairing
+from opdctl.checks.preflight._checked_stage import CheckedStage
 from opdctl.config.registry import member
 from opdctl.config.settings import longest_turn
 from opdctl.errors import Interrupted, RecipeError
@@ -66,7 +66,7 @@ def test_a_hundred_bad_tokens_take_everything_with_the_papers_drop():
 
 def test_outside_the_nucleus_is_bad():
     """Of probabilities .5 .3 .2 the first two are the nucleus of .6: 0, .5, .8 lie above."""
-    step = step_of([3], teacher_above=[0.0, 0.5, 0.8])
+    step = step_of([3], teacher_mass_above=[0.0, 0.5, 0.8])
     found = weight("overlap", by="nucleus", top_p=0.6, drop=0.5, base=0).factor(step)
     assert found.tolist() == [1, 1, 0.5]
 
@@ -77,7 +77,7 @@ def test_both_numbers_are_those_of_whole_distributions(stage, by):
     keys = {**DECAY, "by": by, "top_p": 0.5}
     objectives = {"policy_gradient": {"weights": {"overlap": keys}}}
     first = First(stage(objectives=objectives))
-    teacher = next(iter(first.parts.teachers.values()))[0].model
+    teacher = next(iter(first.setup.teachers.values()))[0].model
     rows = [by_transformers(m, first.rollouts, valid_V=m.valid_V) for m in (first.model, teacher)]
     logp_NV, logq_NV = (r.detach() for r in rows)
     if by == "overlap":
@@ -90,7 +90,7 @@ def test_both_numbers_are_those_of_whole_distributions(stage, by):
         before_NV = ranked.values.exp().cumsum(-1) - ranked.values.exp()
         place_N = (ranked.indices == ids_N[:, None]).nonzero()[:, 1]
         above_N = before_NV.gather(-1, place_N[:, None])[:, 0]
-        assert (first.columns["teacher_above"] - above_N).abs().max() < 1e-6
+        assert (first.columns["teacher_mass_above"] - above_N).abs().max() < 1e-6
         bad_N = above_N >= 0.5
         assert 0 < int(bad_N.sum()) < len(bad_N)
     expected, at = [], 0
@@ -231,7 +231,7 @@ def test_a_limit_that_narrows_is_no_collapse_and_one_that_widens_cuts_by_intent(
 def test_what_looks_ahead_looks_at_the_largest_limit(stage):
     ctx = stage(**PRUNED)
     assert longest_turn(ctx.config) == 6
-    assert max(r.length for r in Pairing(ctx).rollouts) == 6
+    assert max(r.length for r in CheckedStage(ctx).rollouts) == 6
     assert ctx.sampling.max_tokens == 3
 
 
@@ -273,7 +273,7 @@ REFUSED = {
     "no teacher's nucleus": (
         served("nucleus"),
         "objectives.policy_gradient.weights.overlap",
-        "needs teacher.above, and",
+        "needs teacher.mass_above, and",
     ),
     "room in vllm": (
         {"runtime": {"engine": "vllm", "engine_args": {"max_model_len": 6}}},

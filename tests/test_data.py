@@ -16,8 +16,8 @@ from opdctl.recipe.recipe import lookup, resolve
 from opdctl.rollout.data.hf import Hf
 from opdctl.rollout.data.jsonl import Jsonl
 from opdctl.rollout.data.reasoning_gym import ReasoningGym
-from opdctl.rollout.prompts import PromptOrder, fitting
-from opdctl.rollout.split import canonical, side
+from opdctl.rollout.prompts import PromptOrder, prompts_within_limit
+from opdctl.rollout.split import canonical, split_of
 from opdctl.run import provenance
 from opdctl.types import Prompt
 from running import carry_out, one_stage, plain
@@ -40,8 +40,8 @@ def judged(data, prompt, text):
     """The verdict on one answer, by the verifier that the data names."""
     ((name, keys),) = data.config.verifier.items()
     ctx = SimpleNamespace(check=lambda: None)
-    (found,) = member("verifiers", name)(keys, ctx, "d").score([(prompt, text)])
-    return found
+    (verdict,) = member("verifiers", name)(keys, ctx, "d").score([(prompt, text)])
+    return verdict
 
 
 def test_split_is_a_function_of_the_question():
@@ -52,7 +52,7 @@ def test_split_is_a_function_of_the_question():
     assert 0.2 < len(held) / (len(train) + len(held)) < 0.3
     again = ReasoningGym(data.config, "d", 99)
     assert not {canonical(p.text) for p in again.prompts("train")} & theirs
-    assert side("  A  b ", 0.5) == side("a B", 0.5)
+    assert split_of("  A  b ", 0.5) == split_of("a B", 0.5)
 
 
 def test_reasoning_gym_scores_its_own_answers_and_nothing_else():
@@ -103,17 +103,17 @@ def test_jsonl_parquet_and_hf(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "hf"))
     keys = {"prompt_column": "q", "answer_column": "a", "eval_share": 0.3}
-    found = [
+    tables = [
         table(Jsonl, path=str(tmp_path / "d.jsonl"), **keys),
         table(Jsonl, path=str(tmp_path / "d.parquet"), **keys),
         table(Hf, path=str(tmp_path / "hf"), **keys),
     ]
-    prompts = [d.prompts("train") for d in found]
+    prompts = [d.prompts("train") for d in tables]
     assert prompts[0] == prompts[1] == prompts[2]
-    assert len(prompts[0]) + len(found[0].prompts("eval")) == 200
+    assert len(prompts[0]) + len(tables[0].prompts("eval")) == 200
     first = prompts[0][0]
-    assert judged(found[0], first, first.answer + " ") == 1.0
-    assert judged(found[0], first, "no") == 0.0
+    assert judged(tables[0], first, first.answer + " ") == 1.0
+    assert judged(tables[0], first, "no") == 0.0
 
 
 def test_shards_are_one_table_in_the_order_of_their_names(on_disk, tmp_path):
@@ -192,7 +192,7 @@ class Fixed:
         self.seed, self.name = 3, "s"
         self.recipe = Bag(domains=lambda _: shares)
         pool = [Bag(id=i) for i in range(count)]
-        self.prompts = lambda domain, split: [(domain, p.id) for p in pool]
+        self.prompts = Bag(of=lambda domain, split: [(domain, p.id) for p in pool])
 
 
 def test_order_is_exact_over_epochs_and_shares():
@@ -211,14 +211,14 @@ def test_order_is_exact_over_epochs_and_shares():
 
 
 def test_corruption_is_a_stated_share_and_always_wrong():
-    from opdctl.rollout.sources.dataset import corrupted
+    from opdctl.rollout.sources.dataset import corrupt_answer
 
     pool = [Prompt("x", "d", "q", a, {}) for a in ("7", "42", "abc", "a", "10 2", "")]
     for prompt in pool:
-        wrong = {corrupted(prompt, pool, "t", i)[1] for i in range(50)}
+        wrong = {corrupt_answer(prompt, pool, "t", i)[1] for i in range(50)}
         assert prompt.answer not in wrong and len(wrong) > 3
     alone = Prompt("x", "d", "q", "1", {})
-    assert corrupted(alone, [alone], "t")[1] != "1"
+    assert corrupt_answer(alone, [alone], "t")[1] != "1"
 
 
 def sums(tmp_path, count=60, **more):
@@ -257,7 +257,7 @@ def test_a_stream_is_the_list(tmp_path, kind):
     assert [p.item for p in spooled] == [p.item for p in listed]
     assert spooled[7] == listed[7] and spooled[-1] == listed[-1]
     assert list(spooled[5:20:3]) == listed[5:20:3] and list(spooled[10:][:3]) == listed[10:13]
-    assert list(spooled.pick([4, 2])[1:]) == [listed[2]] and list(spooled[9:].pick([1])) == [
+    assert list(spooled.select([4, 2])[1:]) == [listed[2]] and list(spooled[9:].select([1])) == [
         listed[10]
     ]
     again = table(cls, path=path, eval_share=0.2, limit=30)
@@ -276,9 +276,14 @@ def test_a_stream_is_written_again_for_other_rows(tmp_path):
 def staged(on_disk, tmp_path, name, prompts=None, **data):
     path = data.pop("path", None) or sums(tmp_path)
     keys = {"kind": "jsonl", "path": path, "eval_share": 0.3, **data}
-    given = {"per_step": 7, "samples": 1, **(prompts or {})}
+    prompt_keys = {"per_step": 7, "samples": 1, **(prompts or {})}
     return one_stage(
-        tmp_path / name, {"s": keys}, kind="sft", student=str(on_disk / "s"), steps=9, prompts=given
+        tmp_path / name,
+        {"s": keys},
+        kind="sft",
+        student=str(on_disk / "s"),
+        steps=9,
+        prompts=prompt_keys,
     )
 
 
@@ -288,7 +293,7 @@ def test_a_stage_on_a_stream_takes_the_same_steps(on_disk, tmp_path):
     for stream in (False, True):
         ctx = staged(on_disk, tmp_path, f"run{stream}", stream=stream)
         rows[stream] = [plain(r) for r in carry_out(ctx)]
-        assert ctx.counts["s"]["train"]["repeated"] > 0
+        assert ctx.prompts.counts["s"]["train"]["repeated"] > 0
     assert rows[True] == rows[False] and len(rows[True]) == 9
     order, other = (PromptOrder(ctx, None) for _ in range(2))
     assert [order.at(s) for s in (8, 3)] == [other.at(s) for s in (8, 3)]
@@ -301,13 +306,14 @@ def test_prompts_that_are_too_long(on_disk, tmp_path, capsys):
     for stream in (False, True):
         drop = {"max_tokens": 6, "too_long": "drop"}
         ctx = staged(on_disk, tmp_path, f"run{stream}", drop, stream=stream)
-        model = load(ctx.path_of(ctx.config.student))
+        model = load(ctx.models.path_of(ctx.config.student))
         pool = PromptOrder(ctx, model).pools["s"]
+        assert isinstance(pool, list) == (not stream)  # what is on disk stays there
         lengths[stream] = [len(model.render(p.text)) for p in pool]
-        left = len(ctx.prompts("s", "train")) - len(pool)
-        assert ctx.counts["s"]["train"]["too long"] == left > 0
+        left = len(ctx.prompts.of("s", "train")) - len(pool)
+        assert ctx.prompts.counts["s"]["train"]["too long"] == left > 0
         assert f"{left} too long" in capsys.readouterr().out
-        assert len(fitting(ctx, model, "s", "train", 3)) == 3
+        assert len(prompts_within_limit(ctx, model, "s", "train", 3)) == 3
     assert max(lengths[True]) == 6 and lengths[True] == lengths[False]
 
 
@@ -324,20 +330,20 @@ def test_a_saved_folder_with_several_splits(tmp_path):
 
 
 def test_conversations_of_one_text_with_other_calls_are_two(tmp_path):
-    def asked(name):
+    def row(name):
         call = {"role": "assistant", "tool_calls": [{"function": {"name": name}}]}
         turns = [{"role": "user", "content": "q"}, call, {"role": "tool", "content": "7"}]
         return {"turns": [*turns, {"role": "user", "content": "and now?"}], "answer": "8"}
 
     path = tmp_path / "c.jsonl"
-    path.write_text("".join(json.dumps(asked(n)) + "\n" for n in ("add", "sub", "add")))
+    path.write_text("".join(json.dumps(row(n)) + "\n" for n in ("add", "sub", "add")))
     config = Jsonl.Config(kind="jsonl", path=str(path), messages_column="turns", eval_share=0.0)
     data = Jsonl(config, "d", 0)
     assert len(data.prompts("train")) == 2 and data.counts["train"]["repeated"] == 1
 
 
 def test_a_conversations_answer_is_in_the_column_that_is_named(tmp_path):
-    """Only the default may be absent: the last turn is the answer then."""
+    """Check that only the default column may be absent: then the last turn is the answer."""
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "last"}]
     path = tmp_path / "c.jsonl"
     path.write_text(json.dumps({"turns": turns, "gold": "8", "empty": None}) + "\n")

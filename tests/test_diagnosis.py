@@ -14,19 +14,19 @@ from typer.testing import CliRunner
 
 from conftest import make_model
 from opdctl.checks.diagnosis import directions, nodes
-from opdctl.checks.diagnosis.asked import data_of, of_recipe
-from opdctl.checks.diagnosis.commands import of_pair, of_stage
+from opdctl.checks.diagnosis.diagnosed_recipe import data_entries, from_recipe
 from opdctl.checks.diagnosis.directions import (
     centred,
     cosine,
     ideal,
-    look,
     outcome_draws,
-    single_draws,
+    sampled_draws,
+    score_nodes,
 )
 from opdctl.checks.diagnosis.measure import Effort, measure
-from opdctl.checks.diagnosis.recommend import SIGNALS, composed, recommend, recoverability
-from opdctl.checks.diagnosis.summary import pooled, spread, told_gain
+from opdctl.checks.diagnosis.next_commands import for_models, for_stage
+from opdctl.checks.diagnosis.recommend import SIGNALS, recipe_keys, recommend, recoverability
+from opdctl.checks.diagnosis.summary import mean_and_interval, pool_domains, summarize_gain
 from opdctl.cli.app import app
 from opdctl.cli.diagnosis_page import write
 from opdctl.cli.diagnosis_tables import grids
@@ -53,7 +53,7 @@ def gradient(loss_of, logits_CV):
 def test_steps_are_minus_the_gradients_of_the_losses():
     z, t = tensor(6, 9, seed=0), tensor(6, 9, seed=1)
     logp, logq = z.log_softmax(-1), t.log_softmax(-1)
-    found = directions.steps_of(z, t, 4)
+    found = directions.signal_directions(z, t, 4)
     for name, direction in (("reverse_kl", "reverse"), ("forward_kl", "forward"), ("jsd", "jsd")):
         expected = -gradient(lambda x, d=direction: divergence(x.log_softmax(-1), logq, d), z)
         assert torch.allclose(found[name], expected, atol=1e-12), name
@@ -78,38 +78,38 @@ def test_the_ideal_step_is_the_gradient_of_the_success_rate():
     assert float(ideal(z, torch.full_like(z, 0.25)).abs().max()) < 1e-15
 
 
-def seen_of(V=9, K=4):
+def scores_of(V=9, K=4):
     """Both sides at six nodes, over hidden rows that are the logits themselves."""
     z, t, eye = tensor(6, V, seed=4), tensor(6, V, seed=5), torch.eye(V, dtype=torch.float64)
     head = Head(eye, V)
-    return z, t, look(z, head, t, head, candidates=K, top=3, size=4)
+    return z, t, score_nodes(z, head, t, head, candidates=K, top=3, size=4)
 
 
 @pytest.mark.parametrize("K", [4, 9])
 def test_one_draw_by_enumeration(K):
-    z, t, seen = seen_of(K=K)
+    z, t, scores = scores_of(K=K)
     logp, gap = z.log_softmax(-1), t.log_softmax(-1) - z.log_softmax(-1)
-    assert (seen.ids_NK[:, 0] == (logp.exp() + t.softmax(-1)).argmax(-1)).all()
-    g = ideal(seen.logp_NK, tensor(6, K, seed=6).sigmoid())
-    cos, noise = single_draws(seen, g)
+    assert (scores.ids_NK[:, 0] == (logp.exp() + t.softmax(-1)).argmax(-1)).all()
+    g = ideal(scores.logp_NK, tensor(6, K, seed=6).sigmoid())
+    cos, noise = sampled_draws(scores, g)
     for n in range(6):
         mean, square, expected = torch.zeros(K).double(), 0.0, 0.0
         for y in range(9):
             step = gap[n, y] * (torch.eye(9).double()[y] - logp[n].exp())
-            step = centred(step[seen.ids_NK[n]])
+            step = centred(step[scores.ids_NK[n]])
             p = float(logp[n, y].exp())
             mean, square = mean + p * step, square + p * float(step @ step)
             expected += p * float(cosine(g[n], step))
         assert float(cos[n]) == pytest.approx(expected, abs=1e-12)
-        assert torch.allclose(mean, seen.steps["reverse_kl"][n], atol=1e-12)
+        assert torch.allclose(mean, scores.directions["reverse_kl"][n], atol=1e-12)
         assert float(noise[n]) == pytest.approx(square / float(mean @ mean) - 1, rel=1e-9)
 
 
 def test_one_verdict_by_enumeration():
-    _, _, seen = seen_of()
+    _, _, scores = scores_of()
     success = tensor(6, 4, seed=7).sigmoid()
-    g, p = ideal(seen.logp_NK, success), seen.logp_NK.softmax(-1)
-    cos, noise = outcome_draws(seen.logp_NK, success)
+    g, p = ideal(scores.logp_NK, success), scores.logp_NK.softmax(-1)
+    cos, noise = outcome_draws(scores.logp_NK, success)
     for n in range(6):
         base = float(p[n] @ success[n])
         mean, square, expected = torch.zeros(4).double(), 0.0, 0.0
@@ -125,9 +125,9 @@ def test_one_verdict_by_enumeration():
 
 
 def test_a_server_knows_the_candidates():
-    _, _, whole = seen_of(K=9)
-    seen = directions.on_candidates(whole.ids_NK, whole.logp_NK, whole.logq_NK)
-    assert torch.allclose(seen.steps["sampled"], whole.steps["reverse_kl"], atol=1e-12)
+    _, _, whole = scores_of(K=9)
+    scores = directions.score_candidates(whole.ids_NK, whole.logp_NK, whole.logq_NK)
+    assert torch.allclose(scores.directions["sampled"], whole.directions["reverse_kl"], atol=1e-12)
 
 
 def test_windows_double_and_the_budget_holds():
@@ -137,8 +137,8 @@ def test_windows_double_and_the_budget_holds():
     prompts = [Prompt(f"{i}", "d", "", "", {}) for i in range(9)]
     rollouts = [Rollout(p, [1], list(range(20))) for p in prompts]
     right = [1.0] * 7 + [0.0] * 2
-    chosen = nodes.choose(rollouts, right, 32, seed=3)
-    assert chosen == nodes.choose(rollouts, right, 32, seed=3)
+    chosen = nodes.choose_nodes(rollouts, right, 32, seed=3)
+    assert chosen == nodes.choose_nodes(rollouts, right, 32, seed=3)
     assert len(chosen) == 30, "whole rollouts: five of six windows each are 6 x 5"
     each = {i: [n for n in chosen if n.rollout == i] for i in {n.rollout for n in chosen}}
     assert {7, 8} <= each.keys(), "wrong rollouts are taken in turn with right ones"
@@ -147,7 +147,7 @@ def test_windows_double_and_the_budget_holds():
         assert [nodes.window(n.depth) for n in of] == windows
         assert [n.stands_for for n in of] == [1, 1, 2, 4, 8, 4]
     rollouts[0].observed = ((3, 8),)
-    assert max(n.depth for n in nodes.choose(rollouts, right, 99, 3) if n.rollout == 0) < 3
+    assert max(n.depth for n in nodes.choose_nodes(rollouts, right, 99, 3) if n.rollout == 0) < 3
 
 
 def test_success_against_enumeration(tmp_path):
@@ -160,12 +160,12 @@ def test_success_against_enumeration(tmp_path):
     recipe = recipe_of(tmp_path, {"sums": "policy"}, "s", sampling={"max_tokens": 3})
     ctx = context(tmp_path, recipe)
     model = load(str(tmp_path / "s"))
-    prompt = ctx.prompts("sums", "train")[0]
+    prompt = ctx.prompts.of("sums", "train")[0]
     whole = Rollout(prompt, model.render(prompt), [0, 0, 0])
     one = model.ids("1")[0]
     forced = [one, model.end_of_turn, model.ids("0")[0]]
     count = 300
-    found = nodes.success(ctx, model, [whole], [nodes.Node(0, 0)], [forced], count)[0]
+    found = nodes.continuation_verdicts(ctx, model, [whole], [nodes.Node(0, 0)], [forced], count)[0]
     for verdicts, k in zip(found, forced, strict=True):
         exact = 0.0
         for rest in [[y] for y in range(model.valid_V)] + [
@@ -184,13 +184,15 @@ def test_success_against_enumeration(tmp_path):
         assert sum(verdicts) / count == pytest.approx(exact, abs=4 * spread_of + 1e-9)
     assert 0.02 < sum(found[0]) / count < 0.98, "something to estimate"
     assert not any(found[1]) and not any(found[2])
-    last = nodes.success(ctx, model, [whole], [nodes.Node(0, 2)], [[one, model.eos]], 2)[0]
+    last = nodes.continuation_verdicts(
+        ctx, model, [whole], [nodes.Node(0, 2)], [[one, model.eos]], 2
+    )[0]
     assert last == [[0.0, 0.0], [0.0, 0.0]], "no room for an end: cut, and so wrong"
 
 
 def test_an_interval_counts_responses():
     value, owner = torch.tensor([1.0, 1.0, 1.0, 0.0]).double(), torch.tensor([0, 0, 0, 1])
-    found = spread(value, owner)
+    found = mean_and_interval(value, owner)
     half = 1.96 * math.sqrt(2 * (0.75**2 + 0.75**2)) / 4
     assert found["mean"] == 0.75 and found["ci95"][1] == pytest.approx(0.75 + half)
 
@@ -212,7 +214,9 @@ def test_an_interval_does_not_vanish_where_all_verdicts_are_alike():
         low, high = newcombe(pairs_of(*alike))
         assert low == -high and high == pytest.approx(most, abs=0.005)
     assert newcombe(pairs_of(0, 20, 0, 0)) == [pytest.approx(0.772, abs=1e-3), 1.0]
-    found = told_gain(pooled([{"right": pairs_of(0, 0, 0, 12)}, {"right": pairs_of(8, 0, 0, 0)}]))
+    found = summarize_gain(
+        pool_domains([{"right": pairs_of(0, 0, 0, 12)}, {"right": pairs_of(8, 0, 0, 0)}])
+    )
     assert found["gain"] == 0 and found["ci95"] == newcombe(pairs_of(8, 0, 0, 12))
     assert found["solves"] == {"of": 12, "mean": 0.0, "ci95": wilson(0.0, 12)}
     assert found["loses"] == {"of": 8, "mean": 0.0, "ci95": wilson(0.0, 8)}
@@ -244,7 +248,7 @@ def diagnosed(tmp_path, models, teachers, **keys):
 def lines_of(entry, student="S", name="teacher", data=None, overrides=()):
     teachers = [entry["model"] if name == "teacher" else f"{name}={entry['model']}"]
     effort = {"prompts": 40, "budget": 512, "top": 4, "samples": 4}
-    return of_pair(entry, name, student, teachers, data or {}, overrides, effort)
+    return for_models(entry, name, student, teachers, data or {}, overrides, effort)
 
 
 def test_recommendations_of_real_pairs(folder, tmp_path):  # noqa: F811
@@ -325,7 +329,7 @@ def test_no_command_goes_against_its_verdict(numbers, verdict, kinds):
     assert [" ".join(line.split()[1:3]) for line in said["do"]] == kinds
     more = any("four times the prompts" in reason for reason in said["reasons"])
     assert more == ("diagnose --student" in kinds)
-    of_recipe = recommend(found, of_stage("mimo", False, "mopd", (), {"prompts": 100}))
+    of_recipe = recommend(found, for_stage("mimo", False, "mopd", (), {"prompts": 100}))
     assert not any("stage sft" in line for line in of_recipe["do"])
     assert any("an sft stage" in r for r in of_recipe["reasons"]) == ("stage sft" in kinds)
 
@@ -343,7 +347,7 @@ def test_what_to_do_is_whole_commands(folder, tmp_path):  # noqa: F811
     """Each is planned as it stands; data, keys and the k that was judged are in it."""
     spaced = tmp_path / "a b.jsonl"
     shutil.copy(folder / "p.jsonl", spaced)
-    data = {str(spaced): data_of(str(spaced), {}), "gcd": data_of("gcd", {})}
+    data = {str(spaced): data_entries(str(spaced), {}), "gcd": data_entries("gcd", {})}
     overrides = ("sampling.max_tokens=4", "data.gcd.limit=5", "data.a_b.limit=50")
     overrides += ("teachers.other.weight=2", "runtime.threads=1", "seed=3")
     local = {"model": f"{folder}/teacher", "domains": ["a_b"]}
@@ -351,22 +355,25 @@ def test_what_to_do_is_whole_commands(folder, tmp_path):  # noqa: F811
     lines, served = (lines_of(local | model, *given) for model in ({}, {"model": "http://h:1#m"}))
     for signal in SIGNALS:
         for wrong in (False, True):
-            line = lines.opd(*composed(signal, 5, False, wrong))
+            line = lines.opd(*recipe_keys(signal, 5, False, wrong))
             assert "opd    opd   run" in dry(line) and ("outcome_gate" in line) == wrong
             assert "seed=3" in line and "'data.a_b.path=\"" in line
             assert "gcd" not in line and "other" not in line
-    assert "k: 5," in lines.opd(*composed("top_k", 5, False))
-    dry(served.opd(*composed("sampled", 5, True)))
+    assert "k: 5," in lines.opd(*recipe_keys("top_k", 5, False))
+    dry(served.opd(*recipe_keys("sampled", 5, True)))
     (cold,) = lines.sft()
     assert "sft    sft   run" in dry(cold) and "sources.teacher.sampling.max_tokens=4" in cold
-    again = shlex.split(lines.again())
+    again = shlex.split(lines.with_more_prompts())
     assert again.count("--data") == 2 and str(spaced) in again and set(overrides) <= set(again)
     run = new_run(recipe_of(folder, {"sums": f"{folder}/teacher"}), "", tmp_path / "run").path
     for target, is_run in ((f"{run}/resolved.yaml", False), (str(run), True)):
-        whole = of_stage(target, is_run, "opd", ("stages.opd.steps=7",), {"prompts": 9})
-        assert "opd    opd   run" in dry(whole.opd(*composed("jsd", 5, False)))
+        whole = for_stage(target, is_run, "opd", ("stages.opd.steps=7",), {"prompts": 9})
+        assert "opd    opd   run" in dry(whole.opd(*recipe_keys("jsd", 5, False)))
         words = ["opdctl", "diagnose", target, "--stage", "opd", "stages.opd.steps=7"]
-        assert shlex.split(whole.again()) == [*words, "--prompts", "36"] and not whole.sft()
+        assert (
+            shlex.split(whole.with_more_prompts()) == [*words, "--prompts", "36"]
+            and not whole.sft()
+        )
 
 
 def test_a_served_teacher_is_measured_as_far_as_it_says(folder, tmp_path):  # noqa: F811
@@ -424,12 +431,12 @@ def test_on_the_command_line(folder, tmp_path):  # noqa: F811
 
 def test_what_data_means(folder, tmp_path):  # noqa: F811
     files = {"p": {"kind": "jsonl", "path": f"{folder}/p.jsonl"}}
-    assert data_of(f"{folder}/p.jsonl", {}) == files
-    assert data_of("gcd", {}) == {"gcd": {"kind": "reasoning_gym", "task": "gcd"}}
-    assert data_of("math", {"math": {"kind": "x"}}) == {"math": {"kind": "x"}}
-    assert "math" in data_of("mimo", {})
+    assert data_entries(f"{folder}/p.jsonl", {}) == files
+    assert data_entries("gcd", {}) == {"gcd": {"kind": "reasoning_gym", "task": "gcd"}}
+    assert data_entries("math", {"math": {"kind": "x"}}) == {"math": {"kind": "x"}}
+    assert "math" in data_entries("mimo", {})
     with pytest.raises(UsageError, match="maths") as caught:
-        data_of("maths", {"math": {}})
+        data_entries("maths", {"math": {}})
     assert "'math'" in caught.value.hint
 
 
@@ -447,21 +454,21 @@ def test_what_a_stage_waits_for_is_what_to_run(folder, tmp_path):  # noqa: F811
     run = new_run(recipe, "", tmp_path / "a run").path
     needs = pytest.raises(UsageError, match="opd: stage copy is not done")
     with needs as of_run:
-        of_recipe(str(run), "opd", ())
+        from_recipe(str(run), "opd", ())
     start, line = of_run.value.hint.split(": ")
     assert start == "run what it needs first" and line == f"opdctl resume '{run}'"
     with needs as planned:
-        of_recipe(f"{run}/resolved.yaml", "", ("seed=3",))
+        from_recipe(f"{run}/resolved.yaml", "", ("seed=3",))
     line, _ = planned.value.hint.split(": ")[1].split("; ")
     assert line.endswith("--only copy --only taught seed=3")
     assert "taught  sft" in dry(line) and "opd     opd" not in dry(line)
     words = shlex.split(of_run.value.hint.split(": ")[1])
     done = inside(*words[1:])
     assert done.returncode == 0, done.stderr
-    assert of_recipe(str(run), "opd", ())[1] == ["opd"]
+    assert from_recipe(str(run), "opd", ())[1] == ["opd"]
     only = resolve({"name": "o", "data": data, "stages": {"copy": stages["copy"]}}, "o")
     with pytest.raises(UsageError, match=r"no stage of .* has teachers") as caught:
-        of_recipe(str(new_run(only, "", tmp_path / "o").path), "", ())
+        from_recipe(str(new_run(only, "", tmp_path / "o").path), "", ())
     assert "--only" not in caught.value.hint
 
 

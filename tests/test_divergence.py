@@ -10,6 +10,7 @@ from test_update import gradient, spans_of
 from conftest import make_model, make_model64
 from opdctl.kernels.reference import kl
 from opdctl.loss.objectives.divergence import Divergence
+from opdctl.scoring.asks import Asks, Pass
 from opdctl.scoring.score import score
 from opdctl.scoring.teacher_cache import CachedTeacher, TeacherCache
 from opdctl.train import update
@@ -34,12 +35,12 @@ def taught(spans, teachers, weights=(1.0, 1.0, 1.0), temperature=1.0):
         mine = [i for i in range(len(spans)) if i % len(teachers) == t]
         requests = [spans[i] for i in mine]
         want = ("hidden", "lse", "topk", "entropy")
-        found = score(teacher, requests, temperature=temperature, want=want)
+        found = score(teacher, requests, Asks.of(*want), Pass(temperature=temperature))
         at = torch.cat([place[i] for i in mine])
         columns["teacher_index"][at, 0] = t
         columns["teacher_row"][at, 0] = torch.arange(len(at))
         columns["pair_weight"][at, 0] = weights[t]
-        rows = (found.hidden_ND, found.lse_N, found.top_NK, found.entropy_N)
+        rows = (found.hidden_ND, found.per_token["lse"], found.top_NK, found.per_token["entropy"])
         held.append(CachedTeacher(teacher.lm_head(temperature), *rows))
     return columns, TeacherCache(held, torch.device("cpu"))
 

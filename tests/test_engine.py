@@ -1,11 +1,14 @@
 """The sampler: batch independence, exact log-probs, stop tokens, padded vocabulary."""
 
+import warnings
+
 import numpy as np
 import torch
 
 from conftest import make_model
 from opdctl import draws
-from opdctl.rollout.engines.transformers import Transformers, draw
+from opdctl.rollout.engines.transformers import Transformers, draw_tokens
+from opdctl.scoring.asks import Pass
 from opdctl.scoring.score import score
 from opdctl.types import ScoreRequest
 
@@ -36,6 +39,13 @@ def test_tokens_do_not_depend_on_the_batch(model):
     assert [s.ids for s in shuffled] == [together[i].ids for i in order]
 
 
+def test_transformers_warns_of_nothing_that_goes(model):
+    """A name that a later release removes is a FutureWarning of this one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        assert len(sample(model, PROMPTS, list(range(5)))[1]) == 5
+
+
 def test_logprobs_are_those_of_the_sampled_distribution(model):
     for temperature in (1.0, 0.6):
         texts = [PROMPTS[i % 5] for i in range(30)]
@@ -45,7 +55,7 @@ def test_logprobs_are_those_of_the_sampled_distribution(model):
         requests = [
             ScoreRequest((*p, *s.ids), len(p)) for p, s in zip(prompts, samples, strict=True)
         ]
-        scored = score(model, requests, temperature=temperature).logprobs_N
+        scored = score(model, requests, run=Pass(temperature=temperature)).logprobs_N
         sampled = torch.tensor([v for s in samples for v in s.logprobs])
         assert (scored - sampled).abs().max() < 1e-5
 
@@ -83,7 +93,7 @@ def test_padded_rows_change_nothing():
 def test_draws_follow_the_distribution():
     logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0]]).expand(200_000, 4)
     keys = np.array([draws.key("freq", i) for i in range(200_000)], np.uint64)
-    ids, _ = draw(logits, draws.uniform(keys, 0))
+    ids, _ = draw_tokens(logits, draws.uniform(keys, 0))
     share = torch.bincount(ids, minlength=4).double() / 200_000
     expected = logits[0].double().softmax(-1)
     assert share[2] == 0

@@ -78,8 +78,8 @@ class Answer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    with listening(Sampler()) as found:
-        yield found
+    with listening(Sampler()) as sampler:
+        yield sampler
 
 
 def engine_of(server, place, wal=None, **keys):
@@ -143,7 +143,7 @@ def test_a_full_share_is_named(server, tmp_path):
 
 
 def test_the_server_counts_ids_as_the_trainer_does(tmp_path):
-    """Where the vocabulary has a hole, and more rows than ids: the last id is no padding."""
+    """Check a vocabulary with a hole, and more rows than ids: the last id is no padding."""
     folder_of(tmp_path, "m", extra_rows=8)
     path = tmp_path / "m" / "tokenizer.json"
     tokenizer = json.loads(path.read_text())

@@ -9,20 +9,21 @@ from one_step import opd, prompts
 from test_architecture import BLOCKED, ROOT
 
 from conftest import make_model
-from opdctl.checks.preflight._pairing import Pairing
-from opdctl.checks.preflight.memory import holds, per_token
+from opdctl.checks.preflight._checked_stage import CheckedStage
+from opdctl.checks.preflight.memory import per_token, stage_memory
 from opdctl.config.registry import member
 from opdctl.config.shapes import Shape
-from opdctl.estimate.cost import cost, per_update
+from opdctl.estimate.cost import cost, update_flops
 from opdctl.estimate.gpus import GPUS, gpu
-from opdctl.estimate.memory import SHARE, estimate, of_engine, of_student
-from opdctl.estimate.rollout import LENGTH, PROMPT, Sampled, decode_seconds, served_seconds
-from opdctl.estimate.shape import CHARACTERS, kept_of, made, of_folder
+from opdctl.estimate.memory import SHARE, engine_bytes, estimate, student_bytes
+from opdctl.estimate.rollout import LENGTH, PROMPT, Responses, decode_seconds, served_seconds
+from opdctl.estimate.shape import CHARACTERS, cached_numbers, folder_shape, pretrain_shape
 from opdctl.estimate.work import DEMONSTRATION
+from opdctl.models import tensor_file
 from opdctl.models.model import save
 from opdctl.models.packing import micro_batches
-from opdctl.models.tensor_file import store
 from opdctl.recipe.recipe import load, resolve
+from opdctl.rollout.engines.transformers import cache_name
 from opdctl.types import FORWARD, TRAIN, ScoreRequest
 
 RECIPES = ("qwen3", "glm5", "mimo", "deepseek_v4", "thinking_machines", "sparse_to_dense")
@@ -72,7 +73,7 @@ def test_small_sizes_fit_one_gpu_of_80_gib(name):
 
 def test_the_recipe_of_the_gpu_benchmark_fits_one_of_80_gib():
     recipe = load(str(ROOT / "benchmarks" / "gpu.yaml"))
-    assert made(recipe.stages["base"].model).parameters == pytest.approx(75e6, rel=0.03)
+    assert pretrain_shape(recipe.stages["base"].model).parameters == pytest.approx(75e6, rel=0.03)
     for stage in recipe.stages:
         found = cost(recipe, stage, gpu("h100"))
         assert not isinstance(found, str) and found.fits and not found.unknown, stage
@@ -81,7 +82,7 @@ def test_the_recipe_of_the_gpu_benchmark_fits_one_of_80_gib():
 def test_a_folder_and_a_stage_tell_their_size(tmp_path):
     model = make_model(alphabet="0123456789")
     save(model, tmp_path)
-    found = of_folder(tmp_path)
+    found = folder_shape(tmp_path)
     assert found.parameters == model.parameters and found.vocabulary == model.head.out_features
     assert (found.layers, found.hidden, found.kv_heads, found.head_dim) == (2, 32, 1, 16)
     keys = {"heads": 2, "kv_heads": 1, "hidden": 32, "head_dim": 16, "intermediate": 48}
@@ -89,8 +90,8 @@ def test_a_folder_and_a_stage_tell_their_size(tmp_path):
     for name, value in keys.items():
         setattr(shape, name, value)
     missing = (CHARACTERS - model.head.out_features) * 32  # the embedding has more rows
-    assert made(shape).parameters == model.parameters + missing
-    assert of_folder(tmp_path / "nothing") is None
+    assert pretrain_shape(shape).parameters == model.parameters + missing
+    assert folder_shape(tmp_path / "nothing") is None
 
 
 def numbers_in(cache):
@@ -125,45 +126,47 @@ def test_the_cache_is_as_large_as_it_gets(tmp_path, name, kept):
     """Latent attention included: against what transformers keeps of six more tokens."""
     import torch
     from architectures import write
+    from transformers import DynamicCache
 
-    net = write(tmp_path, name)
+    net, numbers = write(tmp_path, name), []
     with torch.no_grad():
-        few, many = (
-            numbers_in(net(torch.arange(6, 6 + n)[None], use_cache=True).past_key_values)
-            for n in (6, 12)
-        )
+        for n in (6, 12):
+            cache = DynamicCache(config=net.config)
+            net(torch.arange(6, 6 + n)[None], use_cache=True, **{cache_name(net): cache})
+            numbers.append(numbers_in(cache))
+    few, many = numbers
     assert many - few == 6 * 2 * kept
     assert per_token(net.config) == 2 * kept
-    shape = of_folder(tmp_path)
+    shape = folder_shape(tmp_path)
     assert shape.kept == kept and (name == "gpt2" or shape.cached == 2 * kept)
     assert Shape(parameters=1, layers=61, kept=576).cached == 61 * 576
     uneven = {"num_key_value_heads": 4, "head_dim": 192, "v_head_dim": 128}  # MiMo-V2-Flash
-    assert kept_of(uneven) == 4 * (192 + 128)
+    assert cached_numbers(uneven) == 4 * (192 + 128)
 
 
 def test_memory_and_seconds_by_hand():
     found = estimate(
-        of_student(10, "float32"), [20, 28, 24], dtype="float32", learns=True, steps=True,
+        student_bytes(10, "float32"), [20, 28, 24], dtype="float32", learns=True, steps=True,
         resident=2, chunk_mib=1, cached=3, sampled=100, activated=2, trained=50,
     )  # fmt: skip
     assert (found.parameters, found.gradients, found.moments, found.teachers) == (40, 40, 80, 52)
     assert (found.cache, found.activations, found.chunk) == (1200, 400, 2**20)
     assert found.peak == 40 + 80 + 52 + 40 + 400 + 2**20
-    student = of_student(10, "bfloat16")
+    student = student_bytes(10, "bfloat16")
     frozen = estimate(
         student, [], dtype="bfloat16", learns=False, steps=False, cached=3, sampled=100
     )
     assert frozen.certain == 20 and frozen.peak == 20 + 600
-    assert of_student(10, "bfloat16", masters=True) == (20, 40, 120)  # a copy and two moments
-    assert of_student(10, "bfloat16", adapter=3) == (20 + 12, 12, 24)
+    assert student_bytes(10, "bfloat16", masters=True) == (20, 40, 120)  # a copy and two moments
+    assert student_bytes(10, "bfloat16", adapter=3) == (20 + 12, 12, 24)
     shape = Shape(parameters=1e9, layers=10, hidden=8, kv_heads=2, head_dim=4)
     h100 = GPUS["h100"]
-    few = Sampled(shape, rounds=3, batch=10, longest=100)
+    few = Responses(shape, rounds=3, batch=10, longest=100)
     peak = 1e15
     prompts = FORWARD * 1e9 * 30 * PROMPT / peak
     bound = 10 * 5e-4  # launching kernels: the weights would be read in 2.4 ms
     assert decode_seconds(few, 10, 4, h100, peak) == pytest.approx(prompts + 3 * 100 * bound)
-    large = Sampled(Shape(parameters=1e11, layers=1), rounds=1, batch=10, longest=100)
+    large = Responses(Shape(parameters=1e11, layers=1), rounds=1, batch=10, longest=100)
     read = 4e11 / (0.5 * 3.35e12)  # the weights, once a token
     prompts = FORWARD * 1e11 * 10 * PROMPT / peak
     assert decode_seconds(large, 5, 4, h100, peak) == pytest.approx(prompts + 200 * read)
@@ -172,7 +175,7 @@ def test_memory_and_seconds_by_hand():
 def test_seconds_of_vllm_by_hand():
     """Responses at once are bounded by its memory, and a batch is gone through without waves."""
     shape = Shape(parameters=1e9, layers=10, hidden=8, kv_heads=2, head_dim=400)
-    sampled = Sampled(shape, rounds=3, batch=1000, longest=800)
+    sampled = Responses(shape, rounds=3, batch=1000, longest=800)
     h100, each = GPUS["h100"], 2
     held = each * 2 * 10 * 2 * 400 * (PROMPT + 200)  # keys and values, at the middle of a response
     memory = 2e9 + 64 * held  # room for 64 responses
@@ -181,7 +184,7 @@ def test_seconds_of_vllm_by_hand():
     expected = prompts + 3 * (1000 * 400 / 64) * step
     found = served_seconds(sampled, 256, each, h100, 1e15, memory)
     assert found == pytest.approx(expected)
-    few = Sampled(shape, rounds=3, batch=4, longest=8000)  # none takes another's place
+    few = Responses(shape, rounds=3, batch=4, longest=8000)  # none takes another's place
     prompts = FORWARD * 1e9 * 12 * PROMPT / 1e15
     held = each * 2 * 10 * 2 * 400 * (PROMPT + 2000)
     step = max((each * 1e9 + 4 * held) / (0.5 * h100.bandwidth), 10 * 1e-4)
@@ -222,12 +225,12 @@ def test_a_server_of_vllm_holds_nothing_on_the_gpu_of_the_stage(on_disk, tmp_pat
     assert found(engine="vllm", dtype="bfloat16").memory.cache == int(0.3 * 80 * 2**30)
     assert found().memory.cache == 512 * (PROMPT + 800) * 10 * 2 * 2 * 4 * 4
     engines = [{}, {"engine": "vllm"}, at | {"dtype": "float32"}]
-    caches = [holds(Pairing(opd(on_disk, tmp_path, runtime=e))).cache for e in engines]
+    caches = [stage_memory(CheckedStage(opd(on_disk, tmp_path, runtime=e))).cache for e in engines]
     assert caches[0] > 0 and caches[1:] == [0, 0], "on a CPU"
     runtime = opd(on_disk, tmp_path, runtime=engines[1]).runtime
-    assert of_engine(runtime, 100.0) == 30.0
+    assert engine_bytes(runtime, 100.0) == 30.0
     runtime.engine_args["gpu_memory_utilization"] = 0.5
-    assert of_engine(runtime, 100.0) == 50.0
+    assert engine_bytes(runtime, 100.0) == 50.0
 
 
 def test_tokens_and_operations_are_those_of_the_ledger(tmp_path):
@@ -242,7 +245,7 @@ def test_tokens_and_operations_are_those_of_the_ledger(tmp_path):
         "teachers": {"a": str(tmp_path / "t"), "b": "policy"},
     }  # fmt: skip
     recipe = resolve({"data": {"a": domain, "b": domain}, "stages": {"it": stage}}, "x")
-    found, size = cost(recipe, "it", gpu("h200")), of_folder(tmp_path / "s").parameters
+    found, size = cost(recipe, "it", gpu("h200")), folder_shape(tmp_path / "s").parameters
     tokens = 5 * 8 * 2 * (PROMPT + LENGTH * 40)
     assert found.flops == pytest.approx(tokens * size * (FORWARD + FORWARD + TRAIN))
     assert found.memory.teachers == 2 * 4 * size, "the policy is a copy of its own"
@@ -263,7 +266,7 @@ def test_other_writers_and_a_reference_are_counted(tmp_path):
     """Of a mixture each writes its share; of a blend both models read every token."""
     save(make_model(), tmp_path / "s")
     save(make_model(1, layers=4), tmp_path / "t")
-    s, t = (of_folder(tmp_path / m) for m in "st")
+    s, t = (folder_shape(tmp_path / m) for m in "st")
     domain = {"kind": "reasoning_gym", "task": "gcd"}
     stage = {
         "kind": "opd", "student": str(tmp_path / "s"), "steps": 2, "signals": {},
@@ -289,20 +292,20 @@ def test_other_writers_and_a_reference_are_counted(tmp_path):
     beyond = {"signals": {"extrapolation": {}}, "objectives": {"policy_gradient": {}}}
     plain = flops(**beyond | {"signals": {"reverse_kl": {}}})
     save(make_model(2, layers=3), tmp_path / "u")
-    for ref, model in (("policy", s), (str(tmp_path / "u"), of_folder(tmp_path / "u"))):
+    for ref, model in (("policy", s), (str(tmp_path / "u"), folder_shape(tmp_path / "u"))):
         more = flops(reference=ref, **beyond) - plain
         assert more == pytest.approx(FORWARD * tokens * model.per_token)
 
 
 def test_a_judge_is_held_beside_the_stage(on_disk, tmp_path):
     """By the plan and by the check before a start, the student's own weights as its judge too."""
-    sizes = {n: of_folder(on_disk / n).parameters for n in "stu"}
+    sizes = {n: folder_shape(on_disk / n).parameters for n in "stu"}
     for judge in ("", "u", "s"):
         verifier = {"judge": {"model": str(on_disk / judge)}} if judge else {"exact": {}}
         ctx = opd(on_disk, tmp_path, data={"sums": prompts(on_disk) | {"verifier": verifier}})
         teachers = 4 * (sizes["t"] + (sizes[judge] if judge else 0))
         assert cost(ctx.recipe, "it", gpu("h100")).memory.teachers == teachers
-        assert holds(Pairing(ctx)).teachers == teachers
+        assert stage_memory(CheckedStage(ctx)).teachers == teachers
     far = {"judge": {"model": "org/judge"}}
     ctx = opd(on_disk, tmp_path, data={"sums": prompts(on_disk) | {"verifier": far}})
     assert "shapes: {org/judge:" in cost(ctx.recipe, "it", gpu("h100"))
@@ -388,7 +391,9 @@ def write_adapter(folder, base, rank):
 
     sides = {"lora_A": (rank, 32), "lora_B": (32, rank)}
     names = [(f"{n}.{k}", size) for n in ("q_proj", "o_proj") for k, size in sides.items()]
-    store(folder / "adapter_model.safetensors", {n: torch.zeros(size) for n, size in names})
+    tensor_file.write(
+        folder / "adapter_model.safetensors", {n: torch.zeros(size) for n, size in names}
+    )
     content = {"base_model_name_or_path": str(base), "peft_type": "LORA", "r": rank}
     (folder / "adapter_config.json").write_text(json.dumps(content))
 
@@ -396,7 +401,7 @@ def write_adapter(folder, base, rank):
 def test_an_adapter_is_its_file_on_its_base(on_disk, tmp_path):
     """Held once with others of its base, as the check before a start does; trained further where
     the keys ask for it; the hint for one without a size works."""
-    base = of_folder(on_disk / "t").parameters
+    base = folder_shape(on_disk / "t").parameters
     for name, on, rank in (
         ("a", on_disk / "t", 3),
         ("b", on_disk / "t", 5),
@@ -417,8 +422,8 @@ def test_an_adapter_is_its_file_on_its_base(on_disk, tmp_path):
     whole = found(on_disk / "s", places)
     assert whole.memory.teachers == 4 * (base + a + b)
     ctx = opd(on_disk, tmp_path, data=data, teachers=places)
-    assert holds(Pairing(ctx)).teachers == whole.memory.teachers
-    own = of_folder(on_disk / "s").parameters
+    assert stage_memory(CheckedStage(ctx)).teachers == whole.memory.teachers
+    own = folder_shape(on_disk / "s").parameters
     tokens = 2 * 6 * (PROMPT + LENGTH * 6)
     scored = FORWARD * (base + (a + b) / 3)
     assert whole.flops == pytest.approx(tokens * (FORWARD * own + scored + TRAIN * own))
@@ -443,10 +448,10 @@ def test_an_update_of_an_adapter_costs_what_the_ledger_says(on_disk, tmp_path):
     """The model that a stage trains, its own count of operations a token."""
     pytest.importorskip("peft", reason="the extra peft")
     whole = opd(on_disk, tmp_path).student()
-    assert per_update(whole.parameters, None) == whole.flops
+    assert update_flops(whole.parameters, None) == whole.flops
     model = opd(on_disk, tmp_path, lora={"rank": 3}).student()
     assert 0 < model.trained < model.parameters
-    assert per_update(model.parameters, model.trained) == model.flops
+    assert update_flops(model.parameters, model.trained) == model.flops
 
 
 def test_a_pass_that_nothing_bounds_may_have_every_sequence_of_a_step():
@@ -477,7 +482,7 @@ def test_activations_computed_again_are_counted_as_such():
 def test_the_command_says_what_it_assumed_and_needs_no_torch():
     def run(*arguments):
         code = BLOCKED + f"sys.argv = {['opdctl', *arguments]!r}"
-        code += "; from opdctl.cli import main; main()"
+        code += "; from opdctl.cli.app import main; main()"
         command = [sys.executable, "-c", code]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 

@@ -32,13 +32,13 @@ def bytes_of(model):
 
 def verdicts(ctx, *by_candidate):
     """A verifier that passes so many of the answers of W and of each candidate, in turn."""
-    asked = iter(by_candidate)
+    counts = iter(by_candidate)
 
     def verify(rollouts):
-        count = next(asked)
+        count = next(counts)
         return [float(i < count) for i in range(len(rollouts))]
 
-    ctx.verify = verify
+    ctx.verdicts.verify = verify
 
 
 # the line ------------------------------------------------------------------------------------
@@ -47,14 +47,14 @@ def verdicts(ctx, *by_candidate):
 def test_points_of_the_line(model):
     """start + c (start - previous) on attention and MLP alone; c = 0 gives back every byte."""
     line = line_of(model, BOTH, "here")
-    before, previous = bytes_of(model), line.point()
+    before, previous = bytes_of(model), line.snapshot()
     with torch.no_grad():
         for parameter in model.net.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
             parameter.view(-1)[0] = -0.0  # 0 x anything added to it is another byte
-    start, there = line.point(), bytes_of(model)
+    start, there = line.snapshot(), bytes_of(model)
     weights = {n: p.detach().clone() for n, p in model.net.named_parameters()}
-    line.go(start, previous, 4.0)
+    line.move_to(start, previous, 4.0)
     moved = bytes_of(model)
     for name, weight in weights.items():
         inside = "self_attn." in name or "mlp." in name
@@ -63,32 +63,32 @@ def test_points_of_the_line(model):
             old = torch.frombuffer(bytearray(before[name]), dtype=torch.float32).view_as(weight)
             now = dict(model.net.named_parameters())[name].detach()
             assert torch.equal(now, weight + 4.0 * (weight - old))
-    line.go(start, previous, 2.0)
-    line.go(start, previous, 4.0)
+    line.move_to(start, previous, 2.0)
+    line.move_to(start, previous, 4.0)
     assert bytes_of(model) == moved  # a point does not depend on the way to it
-    line.go(start, previous, 0)
+    line.move_to(start, previous, 0)
     assert bytes_of(model) == there
 
 
 def test_masters_move_and_the_parameters_are_their_rounding(model):
-    from opdctl.models.master_weights import Masters
+    from opdctl.models.master_weights import MasterWeights
 
     model.net.to(torch.bfloat16)
-    model.masters = Masters(model.net)
+    model.masters = MasterWeights(model.net)
     line = line_of(model, BOTH, "here")
-    previous = line.point()
+    previous = line.snapshot()
     with torch.no_grad():
         for master in model.masters.named.values():
             master.add_(1e-4)  # bfloat16 would round most of it away
     model.masters.publish()
-    start = line.point()
+    start = line.snapshot()
     assert next(iter(start.values())).dtype == torch.float32
-    line.go(start, previous, 2.0)
+    line.move_to(start, previous, 2.0)
     for name, master in model.masters.named.items():
         if name in start:
             assert torch.equal(master, start[name] + 2.0 * (start[name] - previous[name]))
         assert torch.equal(model.masters.parameters[name], master.bfloat16())
-    line.go(start, previous, 0)
+    line.move_to(start, previous, 0)
     assert all(torch.equal(model.masters.named[n], start[n]) for n in start)
 
 
@@ -104,7 +104,7 @@ def test_a_pattern_that_names_nothing_is_refused(model):
 
 def adapted(stage, **lora):
     pytest.importorskip("peft", reason="the extra peft")
-    model = stage(lora={"rank": 2, "alpha": 6, **lora}).student()
+    model = stage(lora={"rank": 2, "alpha": 6, **lora}).models.student()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.trainable_parameters().values():
@@ -114,7 +114,7 @@ def adapted(stage, **lora):
 
 def dense(model):
     """W + the products of all adapters that are on, by layer, in float64."""
-    found = {}
+    weights = {}
     for name, layer in model.net.named_modules():
         if hasattr(layer, "lora_A"):
             weight = layer.get_base_layer().weight.detach().double()
@@ -123,8 +123,8 @@ def dense(model):
                     parts = (layer.lora_A, layer.lora_B)
                     a, b = (part[on].weight.detach().double() for part in parts)
                     weight = weight + layer.scaling[on] * (b @ a)
-            found[name] = weight
-    return found
+            weights[name] = weight
+    return weights
 
 
 def shake(model, generator):
@@ -133,8 +133,8 @@ def shake(model, generator):
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
-def far(found, expected):
-    return max(float((found[n] - expected[n]).abs().max()) for n in expected)
+def far(weights, expected):
+    return max(float((weights[n] - expected[n]).abs().max()) for n in expected)
 
 
 def test_an_adapters_line_is_that_of_the_product(stage):
@@ -144,15 +144,15 @@ def test_an_adapters_line_is_that_of_the_product(stage):
     line = line_of(model, BOTH, "here")
     names = list(model.trainable_parameters())
     for c, kept in ((4.0, True), (2.0, False), (6.0, True)):
-        before, previous = dense(model), line.point()
+        before, previous = dense(model), line.snapshot()
         factors = {n: layer for n, layer in model.net.named_modules() if hasattr(layer, "lora_A")}
         old = {
             n: [m.lora_A["default"].weight.clone(), m.lora_B["default"].weight.clone()]
             for n, m in factors.items()
         }
         shake(model, generator)
-        start, there, trained = line.point(), dense(model), bytes_of(model)
-        line.go(start, previous, c)
+        start, there, trained = line.snapshot(), dense(model), bytes_of(model)
+        line.move_to(start, previous, c)
         on_line = {n: there[n] + c * (there[n] - before[n]) for n in there}
         assert far(dense(model), on_line) < 1e-5
         naive = {}
@@ -167,7 +167,7 @@ def test_an_adapters_line_is_that_of_the_product(stage):
         if kept:
             line.keep()
         else:
-            line.go(start, previous, 0)
+            line.move_to(start, previous, 0)
             assert bytes_of(model) == trained and far(dense(model), there) == 0
     state = line.state()
     assert {len(v) for n, v in state.items() if n.endswith(".A")} == {8}  # two leaps x two x rank 2
@@ -184,10 +184,11 @@ def test_an_adapter_on_experts_is_refused(stage, tmp_path):
     pytest.importorskip("peft", reason="the extra peft")
     base = str(tmp_path / "moe")
     write(base, "qwen3_moe")
-    model = stage(student=base, teacher=base, lora={"rank": 2}).student()
+    model = stage(student=base, teacher=base, lora={"rank": 2}).models.student()
     with pytest.raises(UsageError, match=r"here: the adapter is on experts .*mlp\.experts"):
         line_of(model, [r"attn\."], "here")
-    model = stage(student=base, teacher=base, lora={"rank": 2, "targets": ["q_proj"]}).student()
+    lora = {"rank": 2, "targets": ["q_proj"]}
+    model = stage(student=base, teacher=base, lora=lora).models.student()
     line_of(model, [r"attn\."], "here")
 
 
@@ -198,19 +199,21 @@ def test_an_adapters_output_is_where_it_leapt_to(stage, on_disk, tmp_path, outpu
 
     model, generator = adapted(stage, output=output)
     line = line_of(model, [r"mlp\.down_proj", r"q_proj"], "here")
-    previous = line.point()
+    previous = line.snapshot()
     shake(model, generator)
-    line.go(line.point(), previous, 4.0)
+    line.move_to(line.snapshot(), previous, 4.0)
     line.keep()
     expected = dense(model)
     save(model, tmp_path / "out")
     if output == "adapter":
         config = read_json(tmp_path / "out" / "adapter_config.json")
         assert config["r"] == config["lora_alpha"] == 6
-        found = merged(load(str(on_disk / "s")), str(tmp_path / "out"))
+        read_back = merged(load(str(on_disk / "s")), str(tmp_path / "out"))
     else:
-        found = load(str(tmp_path / "out"))
-    weights = {n: m.weight.detach().double() for n, m in found.net.named_modules() if n in expected}
+        read_back = load(str(tmp_path / "out"))
+    weights = {
+        n: m.weight.detach().double() for n, m in read_back.net.named_modules() if n in expected
+    }
     assert weights.keys() == expected.keys() and far(weights, expected) < 1e-5
 
 
@@ -223,13 +226,13 @@ class Leaping:
     def __init__(self, stage, **keys):
         keys = {"size": 6, "candidates": 3, **keys}
         self.ctx = stage(**{**LEAPS, "controllers": {"extrapolate": keys}})
-        self.model = self.ctx.student()
+        self.model = self.ctx.models.student()
         parts = on_policy(self.ctx, self.model, self.ctx.config.teachers)
         self.it = parts.controllers["extrapolate"]
         self.it.start()
 
     def step(self):
-        """What an update would do."""
+        """Move the weights as an update would."""
         with torch.no_grad():
             for parameter in self.model.net.parameters():
                 parameter.add_(0.01)
@@ -255,14 +258,14 @@ CASES = {  # right answers of W and of each candidate -> which is kept, how many
 
 @pytest.mark.parametrize("case", CASES)
 def test_candidates_are_kept_while_they_are_no_worse(stage, case):
-    right, keys, kept, asked = CASES[case]
+    right, keys, kept, tried = CASES[case]
     leaping = Leaping(stage, **keys)
     before = leaping.weights()
     leaping.step()
     at, all_of_it = leaping.weights(), bytes_of(leaping.model)
     verdicts(leaping.ctx, *right)
-    found = leaping.it.act(1)
-    assert found == {"scores": pytest.approx([n / 6 for n in right[:asked]]), "accepted": kept}
+    facts = leaping.it.act(1)
+    assert facts == {"scores": pytest.approx([n / 6 for n in right[:tried]]), "accepted": kept}
     assert torch.equal(leaping.weights(), at + 2.0 * kept * (at - before) if kept else at)
     if not kept:
         assert bytes_of(leaping.model) == all_of_it
@@ -270,7 +273,7 @@ def test_candidates_are_kept_while_they_are_no_worse(stage, case):
 
 
 def test_the_next_direction_is_from_what_was_kept(stage):
-    """At 1, 2 and 4; not at 3, 5, 6, 7. A leap is no part of the direction after it."""
+    """Check leaps at 1, 2 and 4, not at 3, 5, 6, 7; a leap is no part of the next direction."""
     leaping, acted = Leaping(stage), []
     place = leaping.weights()
     for done in range(1, 9):
@@ -290,7 +293,7 @@ def test_a_stop_gives_every_byte_back(stage):
     leaping = Leaping(stage)
     leaping.step()
     there, state = bytes_of(leaping.model), leaping.it.state()
-    leaping.ctx.verify = lambda rollouts: [1.0] * len(rollouts)
+    leaping.ctx.verdicts.verify = lambda rollouts: [1.0] * len(rollouts)
     seen = []
 
     def check():
@@ -314,8 +317,8 @@ def test_the_set_is_fixed_in_the_stages_shares_and_its_draws_disturb_nothing(sta
     keys = {**LEAPS, "data": data, "prompts": shares, "steps": 4}
     keys["teachers"] = {n: str(on_disk / "t") for n in data}
     ctx = stage(**keys)
-    it = on_policy(ctx, ctx.student(), ctx.config.teachers).controllers["extrapolate"]
-    again = on_policy(ctx, ctx.student(), ctx.config.teachers).controllers["extrapolate"]
+    it = on_policy(ctx, ctx.models.student(), ctx.config.teachers).controllers["extrapolate"]
+    again = on_policy(ctx, ctx.models.student(), ctx.config.teachers).controllers["extrapolate"]
     assert it.prompts == again.prompts and len({p.id for p in it.prompts}) == 6
     assert [p.domain for p in it.prompts] == ["a"] * 2 + ["b"] * 4
     expected = carry_out(stage(**{**keys, "controllers": {}}))
@@ -329,7 +332,7 @@ def test_the_set_is_fixed_in_the_stages_shares_and_its_draws_disturb_nothing(sta
 
 
 def test_what_it_samples_is_in_the_ledger(stage):
-    """Of a model that never ends a response: prompt and six tokens, for W and each candidate."""
+    """Check a model that never ends a response: prompt and six tokens, for W and each candidate."""
     with_it, without = stage(**LEAPS, steps=1), stage(**{**LEAPS, "controllers": {}}, steps=1)
     ours, theirs = (member("stages", "opd")().run(c) for c in (with_it, without))
     row = read_rows(with_it.folder / "metrics.jsonl")[0]
@@ -338,7 +341,7 @@ def test_what_it_samples_is_in_the_ledger(stage):
     assert row["extrapolate_accepted"] == 3
     more = ours.rollout_tokens - theirs.rollout_tokens
     assert 4 * 6 * 6 < more <= 4 * 6 * (9 + 6)
-    size = with_it.student().parameters
+    size = with_it.models.student().parameters
     assert ours.flops["rollout"] - theirs.flops["rollout"] == 2.0 * size * more
     assert ours.train_tokens == theirs.train_tokens
 
@@ -353,8 +356,8 @@ def test_too_few_prompts_are_refused_before_the_first_step(stage):
 
 
 def test_refused(stage, on_disk, tmp_path):
-    given = {"controllers": {"extrapolate": {"modules": ["attn["]}}}
-    problem = refused(stage, **{**LEAPS, **given})
+    pattern = {"controllers": {"extrapolate": {"modules": ["attn["]}}}
+    problem = refused(stage, **{**LEAPS, **pattern})
     assert problem.path.endswith("controllers.extrapolate.modules")
     assert "no verifier" not in problem.message and "attn[" in problem.message
     keys = {"kind": "sft", "student": str(on_disk / "s"), "controllers": {"extrapolate": {}}}
@@ -371,13 +374,13 @@ def test_refused(stage, on_disk, tmp_path):
 IN_VALIDATION = """
 import os, signal
 import opdctl.rollout.engines.transformers as engine
-real, seen = engine.draw, []
+real, seen = engine.draw_tokens, []
 def draw(*a):
     seen.append(1)
     if len(seen) == {n}:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*a)
-engine.draw = draw
+engine.draw_tokens = draw
 """
 STEPS = {"steps": 5, "runtime": {"checkpoint_every": 3}}
 ADAPTED = {"lora": {"rank": 2, "output": "adapter"}}
@@ -397,7 +400,7 @@ def whole(stage, **keys):
     ids=["weights", "adapter"],
 )
 def test_killed_in_validations_it_ends_with_the_same_bits(stage, keys, kills):
-    """Each time in another one, by SIGKILL, and resumed from what was logged: of 102 draws each
+    """Kill each time in another one, by SIGKILL, and resume from what was logged: of 102 draws each
     attempt makes those that are left."""
     if keys:
         pytest.importorskip("peft", reason="the extra peft")
@@ -426,9 +429,9 @@ def test_a_stop_in_a_validation_commits_the_step_without_it(stage, count):
     assert (cut.folder / "wal" / f"step-{held['step'] - 1:06d}").exists()  # what was answered
     assert len(read_rows(cut.folder / "metrics.jsonl")) == held["step"] - 1
     again = Context(cut.run, cut.recipe, "it", attempt=2)
-    found = member("stages", "opd")().run(again)
+    compute = member("stages", "opd")().run(again)
     rows = [[plain(r) for r in read_rows(c.folder / "metrics.jsonl")] for c in (plainly, again)]
     assert rows[0] == rows[1]
-    assert (found.rollout_tokens, found.flops) == (ledger.rollout_tokens, ledger.flops)
+    assert (compute.rollout_tokens, compute.flops) == (ledger.rollout_tokens, ledger.flops)
     name = "output/model.safetensors"
     assert (again.folder / name).read_bytes() == (plainly.folder / name).read_bytes()

@@ -15,7 +15,8 @@ from opdctl.models.model import load
 
 
 def signal(**keys):
-    ctx = SimpleNamespace(obeyed=lambda rollout: rollout.text != "thinks")
+    verdicts = SimpleNamespace(obeyed=lambda rollout: rollout.text != "thinks")
+    ctx = SimpleNamespace(verdicts=verdicts)
     return Extrapolation(Extrapolation.Config(**keys), ctx)
 
 
@@ -76,8 +77,8 @@ def test_the_guard_caps_lambda_where_the_teacher_is_certain():
         [-1.0] * 3,
         [-0.5] * 3,
         [-2.0] * 3,
-        teacher_modal=[math.log(0.999), math.log(0.999), math.log(0.6)],
-        reference_modal=[math.log(0.5), math.log(0.9995), math.log(0.1)],
+        teacher_top1=[math.log(0.999), math.log(0.999), math.log(0.6)],
+        reference_top1=[math.log(0.5), math.log(0.9995), math.log(0.1)],
     )
     guarded = signal(lam=2.0, guard="reference", guard_margin=0.05)
     assert guarded.strength(step.columns).tolist() == pytest.approx([1.183, 2, 2], abs=5e-4)
@@ -115,9 +116,9 @@ def test_the_reference_is_scored_as_transformers_does(on_disk, tmp_path):
     rows = by_transformers(model, first.rollouts).detach()
     assert torch.allclose(first.columns["reference"], said(rows, first.rollouts), atol=1e-5)
     modal = by_transformers(teacher, first.rollouts).detach().max(-1)
-    assert torch.allclose(first.columns["teacher_modal"], modal.values, atol=1e-5)
+    assert torch.allclose(first.columns["teacher_top1"], modal.values, atol=1e-5)
     there = rows.gather(-1, modal.indices[:, None])[:, 0]
-    assert torch.allclose(first.columns["reference_modal"], there, atol=1e-5)
+    assert torch.allclose(first.columns["reference_top1"], there, atol=1e-5)
 
 
 def test_the_students_start_is_a_reference(on_disk, tmp_path):

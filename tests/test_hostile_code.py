@@ -23,7 +23,7 @@ def test_code_of_a_model_runs_only_where_a_key_allows_it(good, tmp_path):
     (folder / "evil.py").write_text(EVIL)
     code = f"""
 import os
-from opdctl.core.models import load
+from opdctl.models.model import load
 from opdctl.errors import UsageError
 for allowed in (False, True):
     try:

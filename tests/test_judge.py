@@ -23,16 +23,16 @@ def test_a_judge_of_this_machine(on_disk, tmp_path):
     judge = {"judge": {**SHORT, "model": str(on_disk / "t"), "sampling": sampling}}
     ctx = prepared(on_disk, tmp_path, judge)
     rollouts = answers(ctx, *(f"{i}" for i in range(40)))
-    found = ctx.verify(rollouts)
-    verifier = ctx._verifiers["sums"]
+    verdicts = ctx.verdicts.verify(rollouts)
+    verifier = ctx.verdicts.by_domain["sums"]
     texts = [verifier.question(r.prompt, r.text) for r in rollouts]
     assert texts[3] == rollouts[3].prompt.text + "3="
     replies = verifier.replies([(r.prompt, t) for r, t in zip(rollouts, texts, strict=True)])
     last = [[c for c in reply if "a" <= c <= "m"][-1:] for reply in replies]
-    assert found == [float(c == ["a"]) for c in last] and 0 < sum(found) < 40
-    assert ctx.failed["sums"] == last.count([]) > 0  # no verdict: wrong, and counted
+    assert verdicts == [float(c == ["a"]) for c in last] and 0 < sum(verdicts) < 40
+    assert ctx.verdicts.failed["sums"] == last.count([]) > 0  # no verdict: wrong, and counted
     again = answers(ctx, *(f"{i}" for i in range(40)))
-    assert ctx.verify(again) == found
+    assert ctx.verdicts.verify(again) == verdicts
 
 
 def test_what_a_judge_is_asked_is_filled_in_once(on_disk, tmp_path):
@@ -64,7 +64,7 @@ def test_a_judge_of_a_stage_is_an_edge_of_the_graph():
 
 
 @pytest.mark.parametrize(
-    ("verifier", "data", "what"),
+    ("verifier", "data", "message"),
     [
         ({"judge": {"model": "stage:jugde"}}, {}, "no stage 'jugde'.*\n.*did you mean 'judge'"),
         ({"judge": {"model": "policy"}}, {}, "policy is a teacher's reference"),
@@ -75,8 +75,8 @@ def test_a_judge_of_a_stage_is_an_edge_of_the_graph():
         ({"judge": {"model": "stage:opd"}}, {}, "a cycle of stages"),
     ],
 )
-def test_judges_that_cannot_work_are_refused(verifier, data, what):
-    with pytest.raises(RecipeError, match=what):
+def test_judges_that_cannot_work_are_refused(verifier, data, message):
+    with pytest.raises(RecipeError, match=message):
         recipe(verifier, **data)
 
 
@@ -85,11 +85,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         server, length = self.server, int(self.headers["Content-Length"])
-        asked = json.loads(self.rfile.read(length))
+        body = json.loads(self.rfile.read(length))
         with server.guard:
-            server.seen.append((self.path, self.headers.get("Authorization"), asked["model"]))
+            server.seen.append((self.path, self.headers.get("Authorization"), body["model"]))
             code = server.codes.pop(0) if server.codes else 200
-        _, answer, response = asked["messages"][0]["content"].split("|")
+        _, answer, response = body["messages"][0]["content"].split("|")
         said = {"choices": [{"message": {"content": "Yes." if answer in response else "I say no"}}]}
         body = json.dumps(said).encode() if code == 200 else b"not today"
         self.send_response(200 if code == 0 else code)
@@ -101,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Dying(Handler):
-    """Is killed in the middle of an answer, the first time."""
+    """A judge whose first answer breaks off in the middle."""
 
     def do_POST(self):
         if self.server.seen:
@@ -115,11 +115,11 @@ class Dying(Handler):
 
 @pytest.fixture
 def server():
-    found = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    found.seen, found.codes, found.guard = [], [], threading.Lock()
-    found.url = f"http://127.0.0.1:{found.server_port}/v1"
-    with listening(found):
-        yield found
+    judge = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    judge.seen, judge.codes, judge.guard = [], [], threading.Lock()
+    judge.url = f"http://127.0.0.1:{judge.server_port}/v1"
+    with listening(judge):
+        yield judge
 
 
 def asking(on_disk, server, **keys):
@@ -132,26 +132,26 @@ def asking(on_disk, server, **keys):
 def test_a_judge_behind_a_server(on_disk, server, monkeypatch):
     monkeypatch.setenv("THE_TOKEN", "secret")
     verifier, prompts = asking(on_disk, server, token_env="THE_TOKEN")
-    asked = [(p, f"it is {p.answer if i % 3 else 'x'}") for i, p in enumerate(prompts)]
-    assert verifier.score(asked) == [float(i % 3 > 0) for i in range(len(prompts))]
+    answers = [(p, f"it is {p.answer if i % 3 else 'x'}") for i, p in enumerate(prompts)]
+    assert verifier.score(answers) == [float(i % 3 > 0) for i in range(len(prompts))]
     assert set(server.seen) == {("/v1/chat/completions", "Bearer secret", "big")}
 
 
 def test_a_server_that_fails_is_asked_again_and_then_named(on_disk, server):
     verifier, prompts = asking(on_disk, server, tries=3)
-    asked = [(prompts[3], "3")]
+    answers = [(prompts[3], "3")]
     server.codes = [503, 0]  # busy, then a page that is no JSON
-    assert verifier.score(asked) == [1.0] and len(server.seen) == 3
+    assert verifier.score(answers) == [1.0] and len(server.seen) == 3
     server.codes = [401]
     with pytest.raises(StageFailed, match=r"judge big of data.d at http.*401.*tried 1 times"):
-        verifier.score(asked)
+        verifier.score(answers)
     server.codes = [500] * 3
     with pytest.raises(StageFailed, match=r"not today.*tried 3 times"):
-        verifier.score(asked)
+        verifier.score(answers)
     server.shutdown()
     server.server_close()
     with pytest.raises(StageFailed, match=r"refused.*tried 3 times"):
-        verifier.score(asked)
+        verifier.score(answers)
 
 
 def test_a_judge_that_dies_in_an_answer_is_asked_again(on_disk, server):

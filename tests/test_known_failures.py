@@ -34,7 +34,7 @@ def test_teacher_log_probs_off_by_one(stage, on_disk, max_tokens):
     theirs = by_transformers(load(on_disk / "t"), other.rollouts)
     assert (other.columns["teacher"] - said(theirs, other.rollouts)).abs().max() < 1e-4
     same.columns["teacher"] = same.columns["teacher"].roll(1)
-    assert set_advantage(same.step, same.parts.signals)["reverse_kl_std"] > 0.3
+    assert set_advantage(same.step, same.setup.signals)["reverse_kl_std"] > 0.3
 
 
 def test_one_token_answers_lose_all_signal(stage):
@@ -134,7 +134,7 @@ def test_ragged_batches_give_nan(stage):
     """TRL #5594: padding reached the loss. Ours neither samples nor scores by its neighbours."""
     together, single = (First(stage(runtime={"wave": w})) for w in (12, 1))
     assert together.spans == single.spans and len({len(s.ids) for s in single.spans}) > 2
-    alone = [score(single.model, [s], temperature=1.0).logprobs_N for s in single.spans]
+    alone = [score(single.model, [s]).logprobs_N for s in single.spans]
     assert (together.columns["policy"] - torch.cat(alone)).abs().max() < 1e-4
 
 

@@ -26,10 +26,10 @@ def enumerated(stage, on_disk, column, **keys):
     ctx = stage(student="s64", teacher="t64", runtime={"dtype": "float64"}, **keys)
 
     def each_token(model):
-        prompt = ctx.prompts("sums", "train")[0]
+        prompt = ctx.prompts.of("sums", "train")[0]
         ids = model.render(prompt.text)
         request = [ScoreRequest((*ids, v), len(ids)) for v in range(model.valid_V)]
-        logprob = score(model, request, temperature=1.0).logprobs_N.tolist()
+        logprob = score(model, request).logprobs_N.tolist()
         return [Rollout(prompt, ids, [v], [p], group=v) for v, p in enumerate(logprob)]
 
     first = First(ctx, each_token)

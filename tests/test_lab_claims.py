@@ -6,7 +6,7 @@ import pytest
 from opdctl.config.registry import member, members
 from opdctl.config.schema import build
 from opdctl.evidence.judge import _decide
-from opdctl.evidence.measured import Measured, facts, per_prompt
+from opdctl.evidence.measured import Measured, compute_facts, per_prompt
 from opdctl.recipe.recipe import lookup
 
 SCORES = {  # (model, domain): accuracy
@@ -189,8 +189,8 @@ def verdict(claim, roles, *runs):
     cls, problems = member("claims", claim), []
     config = build(cls.Config, roles, "", problems, lookup)
     assert not problems, problems
-    parts, _ = cls.parts(config, list(runs))
-    return _decide(parts, list(runs))
+    conditions, _ = cls.conditions(config, list(runs))
+    return _decide(conditions, list(runs))
 
 
 @pytest.mark.parametrize("claim", CASES)
@@ -235,8 +235,8 @@ def test_missing_facts_name_stage_and_fact():
 
 def test_facts_and_scores_of_records():
     flops = {"rollout": 1.0, "teacher": 2.0, "teacher_sampling": 4.0, "train": 8.0}
-    assert facts({"compute": {"flops": flops}}) == {"student flops": 9.0, "all flops": 15.0}
-    assert facts({}) == {}
+    assert compute_facts({"compute": {"flops": flops}}) == {"student flops": 9.0, "all flops": 15.0}
+    assert compute_facts({}) == {}
     row = {
         "model": "m",
         "domain": "d",

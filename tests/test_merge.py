@@ -38,12 +38,12 @@ def merge(folders, out, *keys):
 def test_weights_by_hand(folders, tmp_path, keys, weights):
     done = merge(folders, tmp_path / "run", "models.b={model: ./m2, weight: 2}", *keys)
     assert done.returncode == 0, done.stderr
-    found = load(str(RunDir(tmp_path / "run").output("merge"))).net.state_dict()
+    merged = load(str(RunDir(tmp_path / "run").output("merge"))).net.state_dict()
     states = [load(str(folders / f"m{i}")).net.state_dict() for i in range(3)]
-    for name, value in found.items():
+    for name, value in merged.items():
         expected = sum(w * s[name].double() for w, s in zip(weights, states, strict=True))
         assert torch.allclose(value.double(), expected, atol=1e-6), name
-    assert (found["model.norm.weight"] != 0).any()
+    assert (merged["model.norm.weight"] != 0).any()
 
 
 def test_what_cannot_be_merged(folders, tmp_path):

@@ -49,7 +49,7 @@ def case(on_disk, folder, name):
     data = prompts(on_disk) | {"verifier": {"python": {"call": f"{folder / 'verdict.py'}:even"}}}
     ctx = one_stage(folder / "run", {"sums": data}, runtime={"dtype": "float64"}, **keys)
     first = First(ctx)
-    rollouts, temperature = first.rollouts, first.parts.temperature
+    rollouts, temperature = first.rollouts, first.setup.temperature
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         old_NV = by_transformers(first.model, rollouts, temperature)
@@ -76,7 +76,7 @@ def case(on_disk, folder, name):
         ids=[r.response_ids for r in rollouts],
         end=first.model.tokenizer.eos_token_id,
     )
-    for objective in (t.objective for t in first.parts.terms if hasattr(t.objective, "fit")):
+    for objective in (t.objective for t in first.setup.terms if hasattr(t.objective, "fit")):
         shapes = ((2, 8, 24), (2, 8, 24), (2, 24))  # how they are fitted: test_bridge.py
         c.maps = [torch.randn(shape, generator=generator) for shape in shapes]
         objective.maps["sums"] = tuple(c.maps)

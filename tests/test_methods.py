@@ -315,7 +315,7 @@ def test_what_a_signal_remembers_is_in_the_checkpoint(on_disk, tmp_path):
         left = 10**9
 
         def check(self):
-            self.left -= sys._getframe(1).f_code.co_name == "_train"  # the credit is given
+            self.left -= sys._getframe(1).f_code.co_name == "_update"  # the credit is given
             if self.left < 0:
                 raise Interrupted("stopped as asked")
 

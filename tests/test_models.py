@@ -13,7 +13,7 @@ from architectures import SHAPES, write
 from one_step import First, apart, by_transformers, opd, said
 
 from opdctl.errors import UsageError
-from opdctl.models.logits_check import keeps_apart
+from opdctl.models.logits_check import isolates_packed_sequences
 from opdctl.models.model import load, save
 from opdctl.models.packing import pack
 from opdctl.rollout.engines.transformers import Transformers
@@ -86,16 +86,16 @@ def test_an_architecture_that_would_be_computed_wrongly_is_refused(
     """A factor that is not known here; attention in both directions."""
     write(tmp_path / "m", "granite", **change)
     if "logits_scaling" in change:
-        monkeypatch.setattr("opdctl.models.model.shaped", lambda config: (None, 1.0))
+        monkeypatch.setattr("opdctl.models.model.softcap_and_scale", lambda config: (None, 1.0))
     with pytest.raises(UsageError, match=says):
         load(str(tmp_path / "m"))
 
 
 def test_a_model_that_cannot_be_sampled_from_is_refused(tmp_path):
-    """Mamba 2 takes its state under another name: each token would be drawn from the last alone."""
-    write(tmp_path / "m", "mamba2")
+    """RWKV takes its state under another name: each token would be drawn from the last alone."""
+    write(tmp_path / "m", "rwkv")
     model = load(str(tmp_path / "m"))
-    with pytest.raises(UsageError, match="mamba2 cannot be sampled from here"):
+    with pytest.raises(UsageError, match="rwkv cannot be sampled from here"):
         Transformers(model, 8).generate([[5, 6]], [1], temperature=1.0, max_tokens=2)
 
 
@@ -105,21 +105,21 @@ def test_sequences_in_one_row_are_as_in_rows_of_their_own(name, folder, tmp_path
     if not (folder / f"{name} s").exists():
         write(folder / f"{name} s", name)
         write(folder / f"{name} t", name, seed=1)
-    found = []
+    results = []
     for packing in ("padded", "packed"):
         keys = KEYS | {"sampling": {"max_tokens": 9}, "runtime": {"packing": packing}}
         keys |= {"student": f"{name} s", "teacher": f"{name} t"}
         ctx = opd(folder, tmp_path, **keys)
         first = First(ctx)
         assert first.model.one_row == (packing == "packed")
-        found.append((first.columns["teacher"], *first.gradient(micro_batch=4)[:2]))
-    (scores, loss, grad), (packed_scores, packed_loss, packed_grad) = found
+        results.append((first.columns["teacher"], *first.gradient(micro_batch=4)[:2]))
+    (scores, loss, grad), (packed_scores, packed_loss, packed_grad) = results
     assert (scores - packed_scores).abs().max() < 1e-5 and abs(loss - packed_loss) < 1e-5
     assert apart(packed_grad, grad) < 1e-4
 
 
 def test_one_row_in_float64(model64):
-    """To 1e-12: nothing but rounding is between the two."""
+    """Check that packed and padded rows agree to 1e-12."""
     spans = [ScoreRequest(tuple(range(3, 3 + n)), n // 3) for n in (4, 9, 6)]
     model64.net.requires_grad_(True)
     grads, rows = [], []
@@ -132,8 +132,8 @@ def test_one_row_in_float64(model64):
         rows[-1].square().sum().backward()
         kept = [p.grad.flatten() for p in model64.net.parameters() if p.grad is not None]
         grads.append(torch.cat(kept))
-        found = score(model64, spans, temperature=1.0).logprobs_N
-        grads.append(found)
+        logprobs_N = score(model64, spans).logprobs_N
+        grads.append(logprobs_N)
     assert (rows[0] - rows[1]).abs().max() < 1e-12
     assert apart(grads[2], grads[0]) < 1e-12 and (grads[3] - grads[1]).abs().max() < 1e-12
 
@@ -144,4 +144,4 @@ def test_sequences_that_would_see_each_other_are_not_packed(folder):
     with pytest.raises(UsageError, match="see each other in gpt_oss") as caught:
         load(str(folder / "seen"), packing="packed")
     assert caught.value.hint == "runtime.packing=padded"
-    assert not keeps_apart(load(str(folder / "seen")), required=False)
+    assert not isolates_packed_sequences(load(str(folder / "seen")), required=False)

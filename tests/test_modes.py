@@ -20,6 +20,7 @@ from opdctl.rollout.data.reasoning_gym import ReasoningGym
 from opdctl.rollout.engines.transformers import Transformers
 from opdctl.rollout.environments.calculator import Calculator
 from opdctl.rollout.sampling import sample_group
+from opdctl.scoring.asks import Pass
 from opdctl.scoring.score import score
 from opdctl.train import update
 from opdctl.train.wal import Wal
@@ -79,7 +80,7 @@ def test_a_trace_ends_in_the_answer(task, every):
     for prompt in prompts:
         thought, answer = data.config.thinking.split(prompt.lead + prompt.answer)
         assert answer == prompt.answer and thought.endswith(answer) and prompt.text.endswith("=+")
-        assert data.config.thinking.obeyed(prompt.lead + answer)
+        assert data.config.thinking.follows_mode(prompt.lead + answer)
         assert data.score(prompt, prompt.lead + answer) == 1.0
         assert data.score(prompt, prompt.lead + answer + "x") == 0.0
     longest = max(len(p.lead) for p in prompts)
@@ -132,8 +133,8 @@ def test_what_a_domain_cannot_be(keys, path, says):
     }
     with pytest.raises(RecipeError) as caught:
         resolve(tree, "x", overrides=(keys,))
-    found = [p for p in caught.value.problems if p.path.endswith(path)]
-    assert found and says in found[0].message, caught.value.problems
+    problems = [p for p in caught.value.problems if p.path.endswith(path)]
+    assert problems and says in problems[0].message, caught.value.problems
 
 
 def test_modes_are_read():
@@ -150,12 +151,12 @@ def test_modes_are_read():
         ("7", "", "7"),
     ):
         assert think.split(text) == (thought, answer)
-        assert think.obeyed(text) == bool(thought)
-        assert plain.obeyed(text) == (not thought)
+        assert think.follows_mode(text) == bool(thought)
+        assert plain.follows_mode(text) == (not thought)
     for cut in ("<think>7", "<think></think><think>7", "<think>a</think>7<think>"):
-        assert not think.obeyed(cut) and not plain.obeyed(cut)  # opened and not closed
+        assert not think.follows_mode(cut) and not plain.follows_mode(cut)  # opened and not closed
     free = Thinking()
-    assert free.split("<think>a</think>7") == ("", "<think>a</think>7") and free.obeyed("x")
+    assert free.split("<think>a</think>7") == ("", "<think>a</think>7") and free.follows_mode("x")
     assert free.lead("so ") == "so "
 
 
@@ -168,7 +169,7 @@ def test_a_question_is_on_one_side_in_all_of_its_modes():
             for prompt in data.prompts(split):
                 assert prompt.text.endswith(tag)
                 sides.setdefault(prompt.text[:-1], set()).add(split)
-    assert len(sides) > 1000 and all(len(found) == 1 for found in sides.values())
+    assert len(sides) > 1000 and all(len(splits) == 1 for splits in sides.values())
 
 
 def test_calculator_is_exact_arithmetic_and_nothing_else():
@@ -191,9 +192,9 @@ def test_calculator_is_exact_arithmetic_and_nothing_else():
         except ZeroDivisionError:
             assert calculator.reply(f"[{text}]") == "error"
             continue
-        found = calculator.reply(f"so [{text}]")
-        assert found == (str(exact) if exact.denominator == 1 else f"{float(exact):.12g}")
-        assert len(found) < 20
+        reply = calculator.reply(f"so [{text}]")
+        assert reply == (str(exact) if exact.denominator == 1 else f"{float(exact):.12g}")
+        assert len(reply) < 20
         seen += 1
     assert seen > 200
     assert calculator.reply("[12+30]") == "42" and calculator.reply("[1.5*2]") == "3"
@@ -225,9 +226,9 @@ class Bag:
             prompts=Names(samples=samples), sampling=Names(temperature=1.0, max_tokens=max_tokens)
         )
         self.sampling = self.config.sampling
-        self.environment = lambda domain: environment
+        self.prompts = Names(environment=lambda domain: environment)
         self.check = lambda: None
-        self.engine = lambda model, blend: Transformers(model, 64, wal=self.wal)
+        self.models = Names(engine=lambda model, blend: Transformers(model, 64, wal=self.wal))
         self.aside = tempfile.TemporaryDirectory()
         self.wal = Wal(Path(self.aside.name))
 
@@ -261,7 +262,7 @@ def test_a_call_is_answered_and_its_answer_is_context(model):
         assert model.decode(rollout.response_ids[last:]) == rollout.text
     again, _ = two_turns(model)
     assert [r.response_ids for r in again] == [r.response_ids for r in rollouts]
-    ours = score(model, [r.request for r in rollouts], temperature=1.0).logprobs_N
+    ours = score(model, [r.request for r in rollouts]).logprobs_N
     sampled = torch.tensor([v for r in rollouts for v in r.behaviour_logprobs])
     assert (ours - sampled).abs().max() < 1e-4  # the trainer sees what the sampler saw
 
@@ -277,7 +278,7 @@ def test_observed_tokens_are_never_supervised():
     try:
         model.net.zero_grad(set_to_none=True)
         term = update.LossTerm(Nll(Nll.Config()))
-        update.accumulate(model, spans, {}, [term], temperature=1.0, micro_batch=0, chunk_mib=1)
+        update.accumulate(model, spans, {}, [term], Pass(chunk_mib=1))
         ours = torch.cat([p.grad.flatten() for p in model.net.parameters()])
         model.net.zero_grad(set_to_none=True)
         total = 0.0
@@ -353,6 +354,6 @@ def test_a_length_penalty_costs_what_it_says():
     net = [1 - 0.2, -0.3, 1 - 0.4, -0.1]
     assert with_it == pytest.approx([(v - sum(net) / 4) / 0.5 for v in net])
     for k in (0.1, 0.001):  # all right: what is left is the penalty, in its own size
-        found = credit([1, 1, 1, 1], [4, 6, 8, 2], length_penalty=k)
-        assert found == pytest.approx([k * (5 - n) / 10 for n in (4, 6, 8, 2)])
+        advantages = credit([1, 1, 1, 1], [4, 6, 8, 2], length_penalty=k)
+        assert advantages == pytest.approx([k * (5 - n) / 10 for n in (4, 6, 8, 2)])
     assert credit([1, 1], [3, 9]) == [0, 0]

@@ -13,7 +13,7 @@ from opdctl.config.registry import member
 from opdctl.loss.signals.return_to_go import ReturnToGo
 from opdctl.loss.signals.reverse_kl import ReverseKl
 from opdctl.models.model import load
-from opdctl.models.packing import future
+from opdctl.models.packing import discounted_future_sum
 from opdctl.rollout.engines import transformers as transformers_engine
 from opdctl.rollout.engines.transformers import Transformers
 from running import carry_out
@@ -38,7 +38,9 @@ def test_future_by_its_definition(discount):
         v = values[at : at + n].tolist()
         by_hand += [sum(discount ** (j - t - 1) * v[j] for j in range(t + 1, n)) for t in range(n)]
         at += n
-    assert future(values, owner, 3, discount).tolist() == pytest.approx(by_hand, abs=1e-12)
+    assert discounted_future_sum(values, owner, 3, discount).tolist() == pytest.approx(
+        by_hand, abs=1e-12
+    )
 
 
 def test_return_to_go_by_hand():
@@ -79,34 +81,34 @@ def test_single_step_plus_return_to_go_is_the_gradient_of_the_sequence_kl():
         later = -(credit(step, own=False) * lp).sum()
         estimate = estimate + mass.detach() * (single + later)
     (expected,) = torch.autograd.grad(exact, z, retain_graph=True)
-    (found,) = torch.autograd.grad(estimate, z)
-    assert expected.norm() > 0.1 and (found - expected).abs().max() < 1e-12
+    (gradient,) = torch.autograd.grad(estimate, z)
+    assert expected.norm() > 0.1 and (gradient - expected).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("padded", [0, 7])
 def test_a_blend_samples_the_mixture_of_probabilities(model, padded):
     other, alpha, keys = make_model(5, extra_rows=padded), 0.3, list(range(40))
     prompts = [[5, 6, 7], [8, 9]] * 20
-    given = {"temperature": 0.8, "max_tokens": 5}
-    found = Transformers(model, 64, blend=(other, alpha)).generate(prompts, keys, **given)
+    sampling = {"temperature": 0.8, "max_tokens": 5}
+    samples = Transformers(model, 64, blend=(other, alpha)).generate(prompts, keys, **sampling)
     rollouts = [
         SimpleNamespace(prompt_ids=p, response_ids=s.ids)
-        for p, s in zip(prompts, found, strict=True)
+        for p, s in zip(prompts, samples, strict=True)
     ]
     p, q = (by_transformers(m, rollouts, 0.8, model.valid_V).detach() for m in (model, other))
     mixed = (alpha * q.exp() + (1 - alpha) * p.exp()).log()
-    said_by = torch.tensor([v for s in found for v in s.logprobs])
+    said_by = torch.tensor([v for s in samples for v in s.logprobs])
     assert torch.allclose(said_by, said(mixed, rollouts), atol=1e-4)
     assert not torch.allclose(said_by, said(p, rollouts), atol=1e-2)
-    alone = Transformers(model, 64).generate(prompts, keys, **given)
-    none = Transformers(model, 64, blend=(other, 0.0)).generate(prompts, keys, **given)
-    assert [s.ids for s in none] == [s.ids for s in alone] != [s.ids for s in found]
+    alone = Transformers(model, 64).generate(prompts, keys, **sampling)
+    none = Transformers(model, 64, blend=(other, 0.0)).generate(prompts, keys, **sampling)
+    assert [s.ids for s in none] == [s.ids for s in alone] != [s.ids for s in samples]
 
 
 def test_the_other_model_of_a_blend_is_looked_at_too(model, monkeypatch):
     seen = []
-    monkeypatch.setattr(transformers_engine, "reads_additive", lambda m: False)
-    monkeypatch.setattr(transformers_engine, "require_own_states", seen.append)
+    monkeypatch.setattr(transformers_engine, "reads_additive_mask", lambda m: False)
+    monkeypatch.setattr(transformers_engine, "require_stepwise_sampling", seen.append)
     other = make_model(5)
     for _ in range(2):  # once each
         blended = Transformers(model, 8, blend=(other, 0.5))
@@ -137,14 +139,14 @@ def test_a_mixture_gives_each_prompt_to_one(on_disk, tmp_path):
     source = mixture(ctx, student=0.5, teacher=0.2, dataset=0.3)
     counts = {"student": 0, "teacher": 0, "dataset": 0}
     for step in range(200):
-        found = source.places(step)
-        assert sorted(i for places in found.values() for i in places) == list(range(12))
-        for name, places in found.items():
+        assigned = source.assignment(step)
+        assert sorted(i for places in assigned.values() for i in places) == list(range(12))
+        for name, places in assigned.items():
             counts[name] += len(places) / 2400
     assert counts == pytest.approx({"student": 0.5, "teacher": 0.2, "dataset": 0.3}, abs=0.03)
     fading = mixture(ctx, student=0.0, teacher=1.0, dataset=0.0, decay=0.5)
-    assert len(fading.places(0)["teacher"]) == 12
-    late = [fading.places(s)["student"] for s in range(10, 20)]
+    assert len(fading.assignment(0)["teacher"]) == 12
+    late = [fading.assignment(s)["student"] for s in range(10, 20)]
     assert sum(map(len, late)) >= 118
 
 
@@ -153,7 +155,7 @@ def test_a_mixtures_rollouts_are_of_who_wrote_them(on_disk, tmp_path):
     student = load(str(on_disk / "s"))
     student.tokenizer.chat_template = "{{ messages[0]['content'] }} "  # not the teacher's
     source = mixture(ctx, student, student=0.4, teacher=0.3, dataset=0.3)
-    rollouts, places = source.draw(0), source.places(0)
+    rollouts, places = source.draw(0), source.assignment(0)
     for name in places:
         mine = [r for r in rollouts if r.source == name]
         assert len(mine) == 2 * len(places[name]) > 0
@@ -176,8 +178,8 @@ def test_the_ledger_counts_each_sampler(on_disk, tmp_path):
     rows = carry_out(ctx)
     assert "logprob_gap" not in rows[0] and json.dumps(rows[0])
     first = First(opd(on_disk, tmp_path, **keys))
-    assert first.parts.temperature == 0.7
+    assert first.setup.temperature == 0.7
     p, q = (by_transformers(load(str(on_disk / m)), first.rollouts, 0.7).detach() for m in "st")
     table = first.gradient()[2]
     assert torch.allclose(table["divergence"], (p.exp() * (p - q)).sum(-1), atol=1e-4)
-    assert all(s.sampled > 0 for s in first.parts.source.sources)
+    assert all(s.sampled > 0 for s in first.setup.source.sources)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_resume import IN_COMMIT, IN_SAMPLING, copy_without
 
-from opdctl.evidence.measured import noted
+from opdctl.evidence.measured import stage_facts
 from opdctl.run.rundir import RunDir, read_json, read_rows
 from opdctl.train.gradients import summary
 from running import HERE, assert_same, inside, worker
@@ -70,7 +70,7 @@ def test_claims_of_the_run(modes_run):
 
 
 def test_what_a_stage_that_trains_nothing_measured_is_shown(modes_run):
-    facts = noted(RunDir(modes_run))["variance"]
+    facts = stage_facts(RunDir(modes_run))["variance"]
     assert facts == read_json(RunDir(modes_run).stage("variance") / "facts.json")
     assert inside("report", modes_run).returncode == 0
     page = (modes_run / "report.html").read_text()

@@ -12,8 +12,8 @@ from conftest import make_model
 from opdctl.config.settings import Optim, Runtime
 from opdctl.errors import Interrupted, UsageError
 from opdctl.models import tensor_file
-from opdctl.models.gradient_checkpointing import recompute
-from opdctl.models.master_weights import Masters
+from opdctl.models.gradient_checkpointing import enable_checkpointing
+from opdctl.models.master_weights import MasterWeights
 from opdctl.models.model import Model, load
 from opdctl.run.rundir import read_rows
 from opdctl.train import update
@@ -37,7 +37,7 @@ def test_the_optimizer_moves_float32_copies():
     model = make_model(dtype="bfloat16")
     names = dict(model.net.named_parameters())
     plain = {n: nn.Parameter(p.detach().float()) for n, p in names.items()}
-    model.masters = Masters(model.net)
+    model.masters = MasterWeights(model.net)
     optim = Optim(lr=1e-6, weight_decay=0.1)
     ours = update.make_optimizer(model, optim)
     matrices = [p for p in plain.values() if p.ndim > 1]
@@ -78,7 +78,7 @@ class Stopped(Context):
 
 
 def test_small_steps_in_bfloat16_are_kept_and_resumed(on_disk, tmp_path):
-    """Of the copies nearly every weight has moved; of the parameters hardly one, and the sampler
+    """Check that nearly every copy has moved and hardly one parameter, and the sampler
     and the trainer agree as far as bfloat16 does."""
     keys = {"runtime": {"dtype": "bfloat16"}, "optim": {"lr": 1e-6}, "steps": 4}
     whole, cut = (opd(on_disk, tmp_path, context=c, **keys) for c in (Context, Stopped))
@@ -101,26 +101,26 @@ def test_small_steps_in_bfloat16_are_kept_and_resumed(on_disk, tmp_path):
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 def test_the_attention_asked_for(on_disk, tmp_path, attn):
     ctx = opd(on_disk, tmp_path, runtime={"attn": attn})
-    model = ctx.student()
+    model = ctx.models.student()
     assert {m.config._attn_implementation for m in model.net.modules() if hasattr(m, "config")} == {
         attn
     }
-    assert ctx.frozen(str(on_disk / "t")).net.config._attn_implementation == attn
+    assert ctx.models.frozen(str(on_disk / "t")).net.config._attn_implementation == attn
     rows = carry_out(ctx)
     assert all(r["logprob_gap"] < 1e-5 for r in rows)
 
 
 def test_an_attention_that_is_not_there(on_disk, tmp_path):
     with pytest.raises(UsageError, match="Flash") as caught:
-        opd(on_disk, tmp_path, runtime={"attn": "flash_attention_2"}).student()
+        opd(on_disk, tmp_path, runtime={"attn": "flash_attention_2"}).models.student()
     assert "runtime.attn" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3", "deepseek_v3", *DROPPING])
 def test_activations_are_computed_again(name, tmp_path):
-    """Each layer twice, to the same gradient, and only where one is needed; dropout stays off."""
+    """Check that layers run twice, to the same gradient, only if needed; dropout stays off."""
     write(tmp_path, name)
-    twice = load(str(tmp_path), recomputed=True)
+    twice = load(str(tmp_path), gradient_checkpointing=True)
     once = load(str(tmp_path))
     calls = []
     for layer in (m for m in twice.net.modules() if hasattr(m, "gradient_checkpointing")):
@@ -133,8 +133,8 @@ def test_activations_are_computed_again(name, tmp_path):
         calls.clear()
         model.backbone(ids).last_hidden_state.square().sum().backward()
         counts.append(len(calls))
-        found = [p.grad.flatten() for p in model.net.parameters() if p.grad is not None]
-        grads.append(torch.cat(found))
+        grads_of_step = [p.grad.flatten() for p in model.net.parameters() if p.grad is not None]
+        grads.append(torch.cat(grads_of_step))
     assert counts[0] == 4 and apart(*grads) < 1e-6
     calls.clear()
     with torch.no_grad():
@@ -174,8 +174,8 @@ def test_every_kind_that_trains_heeds_how_passes_are_made(on_disk, tmp_path, mon
     for name, runtime in (("plain", {}), ("ways", ways)):
         seen.clear()
         rows.append(carry_out(one_stage(tmp_path / name, data, runtime=runtime, **keys)))
-        found = {(attn, one_row, len(calls)) for attn, one_row, calls in seen}
-        assert found == {("eager", True, 2) if runtime else ("sdpa", False, 1)}
+        kinds = {(attn, one_row, len(calls)) for attn, one_row, calls in seen}
+        assert kinds == {("eager", True, 2) if runtime else ("sdpa", False, 1)}
     assert rows[0][0]["loss"] == pytest.approx(rows[1][0]["loss"], abs=1e-5)
     gone = {"attn": "flash_attention_2"}
     with pytest.raises(UsageError, match="Flash"):
@@ -186,4 +186,4 @@ def test_what_cannot_be_computed_again():
     with pytest.raises(UsageError, match="again"):
         net = nn.Linear(2, 2)
         net.config = make_model().net.config
-        recompute(net, "m")
+        enable_checkpointing(net, "m")

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from conftest import make_model
-from opdctl.checks.preflight._pairing import Pairing
-from opdctl.checks.preflight._stage import check
+from opdctl.checks.preflight._checked_stage import CheckedStage
+from opdctl.checks.preflight._run_checks import check
 from opdctl.checks.preflight._weights import same_weights
-from opdctl.checks.preflight.memory import holds
-from opdctl.checks.preflight.step0 import compare
+from opdctl.checks.preflight.memory import stage_memory
+from opdctl.checks.preflight.step0 import divergence_and_overlap
 from opdctl.config.registry import members
 from opdctl.errors import UsageError
 from opdctl.models.model import load, outline, save
 from opdctl.recipe.recipe import resolve
+from opdctl.rollout.engines.transformers import cache_name
 from opdctl.run.launch import new_run
 from opdctl.run.plan import ready
 from opdctl.run.rundir import RunDir
@@ -217,8 +218,8 @@ def test_memory(folder, tmp_path):
         (target / "model.safetensors").unlink()
 
     run = context(tmp_path, recipe_of(folder, altered(folder, tmp_path, shapes_alone)))
-    pairing = Pairing(run)
-    assert holds(pairing).teachers == 4 * pairing.outline("sums").parameters > 10**11
+    checked = CheckedStage(run)
+    assert stage_memory(checked).teachers == 4 * checked.outline("sums").parameters > 10**11
     bad = [f for f in check(run) if f.check == "memory"]
     assert bad[0].severity == "error" and "resident_teachers" in bad[0].do
     long = {"max_tokens": 10**9}
@@ -232,13 +233,13 @@ def test_the_estimate_is_what_torch_holds(folder, tmp_path):
 
     teachers = {"sums": f"{folder}/teacher", "more": "policy"}
     run = context(tmp_path, recipe_of(folder, teachers))
-    pairing = Pairing(run)
-    guess, model = holds(pairing), load(str(folder / "student"))
+    checked = CheckedStage(run)
+    guess, model = stage_memory(checked), load(str(folder / "student"))
     optimizer = torch.optim.AdamW(model.net.parameters())
     cache = DynamicCache(config=model.net.config)
-    longest = max(len(model.render(p.text)) for p in pairing.prompts("sums", 16)) + 4
+    longest = max(len(model.render(p.text)) for p in checked.prompts("sums", 16)) + 4
     wave = torch.zeros(12, longest, dtype=torch.long)
-    model.net(wave, past_key_values=cache).logits.sum().backward()
+    model.net(wave, **{cache_name(model.net): cache}).logits.sum().backward()
     optimizer.step()
     slots = [v for state in optimizer.state.values() for k, v in state.items() if k != "step"]
     held = [p.grad for p in model.net.parameters()]
@@ -264,9 +265,9 @@ def test_step0(folder, tmp_path):
 
 def test_step0_measures_the_divergence_itself(folder, tmp_path):
     run = context(tmp_path, recipe_of(folder, {"sums": f"{folder}/teacher"}))
-    pairing = Pairing(run)
-    requests = [r.request for r in pairing.rollouts[:5]]
-    kl, overlap, k = compare(pairing, "sums", requests)
+    checked = CheckedStage(run)
+    requests = [r.request for r in checked.rollouts[:5]]
+    kl, overlap, k = divergence_and_overlap(checked, "sums", requests)
     kls, shares = [], []
     for request in requests:
         ids = torch.tensor([request.ids])

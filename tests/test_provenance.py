@@ -158,13 +158,13 @@ def test_a_public_data_set_is_known_by_its_prompts(on_disk, tmp_path, monkeypatc
     named(cache, rows)
     data = {"sums": {"kind": "hf", "path": "org/name", "eval_share": 0}}
     ctx = opd(on_disk, tmp_path, data=data)
-    assert [p.text for p in ctx.prompts("sums", "train")] == [p for p, _ in rows]
-    digest = ctx.counts["sums"]["train"]["digest"]
-    record = {"fingerprint": fingerprints(ctx.recipe)["it"], "data": ctx.counts}
+    assert [p.text for p in ctx.prompts.of("sums", "train")] == [p for p, _ in rows]
+    digest = ctx.prompts.counts["sums"]["train"]["digest"]
+    record = {"fingerprint": fingerprints(ctx.recipe)["it"], "data": ctx.prompts.counts}
     write_json(ctx.run.stage("it") / "stage.json", record)
     again = type(ctx)(ctx.run, ctx.recipe, "it")
-    again.prompts("sums", "train")
-    assert again.counts["sums"]["train"]["digest"] == digest
+    again.prompts.of("sums", "train")
+    assert again.prompts.counts["sums"]["train"]["digest"] == digest
     named(cache, [*rows[:-1], ("7+1=", "9")])
     with pytest.raises(UsageError, match="org/name has other rows than stage it was given"):
-        type(ctx)(ctx.run, ctx.recipe, "it").prompts("sums", "train")
+        type(ctx)(ctx.run, ctx.recipe, "it").prompts.of("sums", "train")

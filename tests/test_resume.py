@@ -17,26 +17,26 @@ IN_SAMPLING = (
     SIGKILL
     + """
 import opdctl.rollout.engines.transformers as engine
-real, seen = engine.draw, []
+real, seen = engine.draw_tokens, []
 def draw(*a):
     seen.append(1)
     if len(seen) == {n}:
         die()
     return real(*a)
-engine.draw = draw
+engine.draw_tokens = draw
 """
 )
 IN_CHECKPOINT = (
     SIGKILL
     + """
-import opdctl.train.checkpoint as checkpoint
-real, seen = checkpoint.save_file, []
+import opdctl.models.tensor_file as tensor_file
+real, seen = tensor_file.save_file, []
 def save_file(*a, **k):
     seen.append(1)
     if len(seen) == {n}:
         die()
     return real(*a, **k)
-checkpoint.save_file = save_file
+tensor_file.save_file = save_file
 """
 )
 IN_COMMIT = (

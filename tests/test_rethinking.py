@@ -8,7 +8,7 @@ import pytest
 from one_step import prompts
 
 from conftest import make_model
-from opdctl.checks.preflight._stage import check
+from opdctl.checks.preflight._run_checks import check
 from opdctl.errors import RecipeError, UsageError
 from opdctl.models.model import load, outline, save
 from opdctl.rollout.prompts import PromptOrder

@@ -4,7 +4,10 @@ the machine stays within the limits. Each attack is run with and without namespa
 import os
 import shutil
 import socket
+import tempfile
 import time
+import venv
+from pathlib import Path
 
 import pytest
 from test_verifiers import one
@@ -21,13 +24,13 @@ TESTS = ["assert double(2) == 4", "assert double(-1) == -2"]
 def sandbox(request):
     python = "" if request.param else shutil.which("python3", path="/usr/bin") or ""
     try:
-        found = Sandbox(LIMITS, namespaces=request.param, python=python)
+        built = Sandbox(LIMITS, namespaces=request.param, python=python)
     except UsageError as error:
         pytest.skip(f"no Python here that every user can read: {error}")
-    if request.param and not found.isolated:
+    if request.param and not built.isolated:
         pytest.skip("the kernel grants no namespaces here")
-    assert found.isolated == request.param
-    return found
+    assert built.isolated == request.param
+    return built
 
 
 CHEATS = {
@@ -67,7 +70,7 @@ def test_a_right_solution_passes(sandbox):
     assert sandbox.run(DOUBLE, tests=TESTS).passed
     assert sandbox.run("import math, collections, json, re\n" + DOUBLE, tests=TESTS).passed
     assert sandbox.run(DOUBLE + "open('note', 'w').write('x')\n", tests=TESTS).passed
-    assert sandbox.run("print(int(input()) * 2)", given="4\n").output == "8\n"
+    assert sandbox.run("print(int(input()) * 2)", stdin="4\n").output == "8\n"
     noisy = "import os\nos.system = None\nprint('x' * 10)\n" + DOUBLE
     assert sandbox.run(noisy, tests=TESTS).passed
 
@@ -125,14 +128,14 @@ def test_output_and_files_and_memory_are_bounded(sandbox):
 
 def sleepers():
     """Processes here with the mark of these tests in their name or arguments."""
-    found = []
+    processes = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{name}/comm") as file:
-                found += [name] if file.read().startswith("opdctlmark") else []
+                processes += [name] if file.read().startswith("opdctlmark") else []
         except OSError:
             pass
-    return found
+    return processes
 
 
 MARK = "import ctypes, os, time\nctypes.CDLL(None).prctl(15, b'opdctlmark', 0, 0, 0)\n"
@@ -154,12 +157,18 @@ def test_no_process_is_left_behind(sandbox):
     assert sandbox.run(NAP).late and not sleepers()
 
 
-def test_isolation_is_what_it_says(sandbox, tmp_path):
-    """What namespaces take away; under limits alone the network is there, and that is said."""
-    (tmp_path / "answers").write_text("31337")
-    for folder in (tmp_path, *tmp_path.parents[:3]):  # one more where tests run in parallel
-        folder.chmod(0o755)
-    read = sandbox.run(f"print(open({str(tmp_path / 'answers')!r}).read())").output
+@pytest.fixture
+def open_folder():
+    """A folder that every user can read; ``tmp_path`` lies in one that only its owner can."""
+    with tempfile.TemporaryDirectory(prefix="a b ", dir="/tmp") as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+def test_isolation_is_what_it_says(sandbox, open_folder):
+    """Check what namespaces take away; limits alone leave the network, and say so."""
+    (open_folder / "answers").write_text("31337")
+    read = sandbox.run(f"print(open({str(open_folder / 'answers')!r}).read())").output
     with socket.create_server(("127.0.0.1", 0)) as server:
         place = server.getsockname()
         call = f"import socket\nsocket.create_connection({place!r}, 5)\nprint('called')"
@@ -168,6 +177,19 @@ def test_isolation_is_what_it_says(sandbox, tmp_path):
     assert sandbox.run("import os\nos.kill(os.getppid(), 9)\nos.kill(1, 9)").late is False
     assert not sandbox.run("open('/usr/opdctl-was-here', 'w')").clean
     assert not os.path.exists("/usr/opdctl-was-here")
+
+
+@pytest.mark.parametrize("name", ["venv", "link"])
+def test_python_may_lie_under_tmp_in_a_folder_with_a_blank(open_folder, name):
+    """Where the sandbox has a folder of its own; and behind a link."""
+    venv.create(open_folder / "venv", symlinks=True)
+    (open_folder / "link").symlink_to(open_folder / "venv")
+    sandbox = Sandbox(LIMITS, python=str(open_folder / name / "bin/python"))
+    assert sandbox.run("import sys\nprint(sys.prefix)").output == f"{open_folder / name}\n"
+    if not sandbox.isolated:
+        pytest.skip("the kernel grants no namespaces here")
+    assert sandbox.run("open('/tmp/note', 'w').write('x')").clean
+    assert not sandbox.run(f"open({str(open_folder / 'note')!r}, 'w')").clean
 
 
 def test_a_sandbox_without_room_for_python_is_refused():
@@ -211,7 +233,7 @@ def test_code_verifier(tmp_path, tests, right, wrong):
 
 
 @pytest.mark.parametrize(
-    ("tests", "what"),
+    ("tests", "message"),
     [
         ([], "no tests"),
         ("", "tests are"),
@@ -219,6 +241,6 @@ def test_code_verifier(tmp_path, tests, right, wrong):
         (7, "no tests"),
     ],
 )
-def test_rows_without_tests_are_refused(tmp_path, tests, what):
-    with pytest.raises(UsageError, match=f"row 1: .*{what}"):
+def test_rows_without_tests_are_refused(tmp_path, tests, message):
+    with pytest.raises(UsageError, match=f"row 1: .*{message}"):
         one(tmp_path, "code", None, tests=tests)

@@ -11,7 +11,8 @@ from conftest import make_model64
 from opdctl.config.registry import member
 from opdctl.config.settings import Runtime
 from opdctl.kernels.reference import divergence
-from opdctl.models.packing import parts
+from opdctl.models.packing import minibatch_slices
+from opdctl.scoring.asks import Asks, Pass
 from opdctl.scoring.score import score
 from opdctl.train import update
 from opdctl.train.score_step import score_step
@@ -30,8 +31,8 @@ class Local:
     def __init__(self, model):
         self.model, self.parameters = model, model.parameters
 
-    def score(self, requests, temperature, want, top):
-        return score(self.model, requests, temperature=temperature, want=want, top=top)
+    def score(self, requests, asks, run):
+        return score(self.model, requests, asks, run)
 
     def head(self, temperature, rounded):
         return self.model.lm_head(temperature, rounded)
@@ -46,23 +47,21 @@ def step_of(student, teachers, route, **keys):
     ]
     named = {f"t{i}": (Local(m), w) for i, (m, w) in enumerate(zip(teachers, WEIGHTS, strict=True))}
     given = TrainSetup(None, [], teachers=named, route=route, temperature=TEMPERATURE, **keys)
-    ctx = SimpleNamespace(runtime=Runtime(dtype="float64"), check=lambda: None)
+    ctx = SimpleNamespace(runtime=Runtime(dtype="float64"), check=lambda: None, wal=None)
     return spans, score_step(rollouts, student, given, ctx, Compute())
 
 
 def trained(student, spans, step, minibatches=1):
     """Gradients of each minibatch, as the loop takes them."""
     lengths, found = [len(ids) - start for ids, start in spans], []
-    for sequences, part in parts(lengths, minibatches):
+    for sequences, part in minibatch_slices(lengths, minibatches):
         student.net.zero_grad(set_to_none=True)
         update.accumulate(
             student,
             spans[sequences],
             {k: v[part] for k, v in step.columns.items()},
             objective(),
-            temperature=TEMPERATURE,
-            micro_batch=2,
-            chunk_mib=1,
+            Pass(temperature=TEMPERATURE, micro_batch=2, chunk_mib=1),
             teacher_cache=step.teacher_cache,
         )
         grads = [p.grad.flatten() for p in student.net.parameters()]
@@ -74,7 +73,7 @@ def trained(student, spans, step, minibatches=1):
 def test_routed_teachers_reach_the_gradient(model64, minibatches):
     """Unequal widths, unequal weights, a temperature: each token by its own teacher's row."""
     teachers = [make_model64(5), make_model64(6, width=40)]
-    wants = {"teacher_wants": ("hidden", "logprobs")}
+    wants = {"teacher_asks": Asks.of("hidden", "logprobs")}
     spans, step = step_of(model64, teachers, {"d0": ["t0"], "d1": ["t1"]}, **wants)
     for sequences, ours in trained(model64, spans, step, minibatches):
         model64.net.zero_grad(set_to_none=True)
@@ -88,7 +87,8 @@ def test_routed_teachers_reach_the_gradient(model64, minibatches):
 def test_columns_by_definition(model64):
     """Routed and pooled: the teacher's log-prob, the policy's KL, weights and domains."""
     teachers = [make_model64(5), make_model64(6, width=40)]
-    wants = {"teacher_wants": ("hidden", "logprobs"), "policy_wants": ("kl", "logprobs")}
+    both = Asks.of("hidden", "logprobs")
+    wants = {"teacher_asks": both, "policy_asks": both, "policy_kl_top": 0}
     routed = {"d0": ["t0"], "d1": ["t1"]}
     pooled = {"d0": ["t0", "t1"], "d1": ["t1"]}
     for route in (routed, pooled):

@@ -18,7 +18,7 @@ from one_step import First, prompts
 from serving import listening
 
 from conftest import make_model
-from opdctl.checks.preflight._stage import check
+from opdctl.checks.preflight._run_checks import check
 from opdctl.config.registry import member
 from opdctl.config.settings import Sampling
 from opdctl.errors import EXIT_INTERRUPTED, Interrupted, RecipeError, StageFailed, UsageError
@@ -285,7 +285,7 @@ def test_scores_stand_at_their_tokens(stage):
         kept.at(0)
         assert sum(name.startswith("teacher big") for name in kept._found) == 6
         ctx.wal.at(0)
-        again = score_step(first.rollouts, first.model, first.parts, ctx, Compute())
+        again = score_step(first.rollouts, first.model, first.setup, ctx, Compute())
         assert (again.columns["teacher"] == first.columns["teacher"]).all()
         assert server.calls == before  # from the log: nothing is asked for twice
         assert served("x", server.url, ctx.runtime) == {"served": "big", "root": "/m"}

@@ -6,6 +6,7 @@ import torch
 from opdctl.loss.objectives.outcome import Outcome as OutcomeLoss
 from opdctl.loss.signals.outcome import Outcome
 from opdctl.loss.signals.reverse_kl import ReverseKl
+from opdctl.scoring.asks import Pass
 from opdctl.train.step import Step
 from opdctl.types import Prompt, Rollout, ScoreRequest
 
@@ -93,9 +94,7 @@ def test_outcome_model_reads_the_last_token_and_learns():
             spans,
             columns,
             [update.LossTerm(OutcomeLoss(OutcomeLoss.Config()))],
-            temperature=1.0,
-            micro_batch=0,
-            chunk_mib=64,
+            Pass(chunk_mib=64),
         )
         update.step(model, optimizer, 1e-2, 1.0)
     reward = Reward.__new__(Reward)

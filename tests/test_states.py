@@ -9,14 +9,21 @@ from one_step import First, apart, opd, prompts, refused, write
 from test_update import spans_of
 
 from conftest import make_model, make_model64
-from opdctl.checks.preflight._stage import check
+from opdctl.checks.preflight._run_checks import check
 from opdctl.errors import UsageError
 from opdctl.kernels.head import Head
 from opdctl.loss.objectives.hidden import Hidden
 from opdctl.loss.weights.window import Window
-from opdctl.models.gradient_checkpointing import recompute
-from opdctl.models.hidden_layers import Layers, forward_kwargs, hidden_states, layers_of, numbers
+from opdctl.models.gradient_checkpointing import enable_checkpointing
+from opdctl.models.hidden_layers import (
+    Layers,
+    forward_kwargs,
+    hidden_states,
+    layer_numbers,
+    layers_of,
+)
 from opdctl.models.model import Model, load
+from opdctl.scoring.asks import Asks, Pass
 from opdctl.scoring.score import score
 from opdctl.scoring.teacher_cache import CachedTeacher, TeacherCache
 from opdctl.train import update
@@ -29,9 +36,9 @@ OFF = {"signals": {}}
 
 def test_layers_by_name_and_by_number():
     """Numbered from 1; the embedding is none of them."""
-    assert numbers("all", 4) == (1, 2, 3, 4) and numbers("last", 4) == (4,)
-    assert numbers("even", 5) == (2, 4) and numbers("odd", 5) == (1, 3, 5)
-    assert numbers("4,2", 4) == (2, 4)
+    assert layer_numbers("all", 4) == (1, 2, 3, 4) and layer_numbers("last", 4) == (4,)
+    assert layer_numbers("even", 5) == (2, 4) and layer_numbers("odd", 5) == (1, 3, 5)
+    assert layer_numbers("4,2", 4) == (2, 4)
     model = make_model64(0, layers=3)
     assert layers_of(model, ["odd", "2"]) == Layers((1, 2, 3), 3)
     for which in ("4", "0,1"):
@@ -54,15 +61,15 @@ def test_layers_by_name_and_by_number():
 )
 def test_which_layer_of_another_depth(ours, theirs, beside):
     """Golden numbers of the proportional map, worked out by hand; the last is beside the last."""
-    layers = Layers(numbers("all", ours), ours)
-    found = dict(zip(layers.inner, layers.beside(theirs), strict=True))
-    assert found.items() >= beside.items() and len(found) == ours - 1
-    assert all(1 <= n <= theirs for n in found.values())
+    layers = Layers(layer_numbers("all", ours), ours)
+    pairs = dict(zip(layers.inner, layers.counterparts(theirs), strict=True))
+    assert pairs.items() >= beside.items() and len(pairs) == ours - 1
+    assert all(1 <= n <= theirs for n in pairs.values())
 
 
 @pytest.mark.parametrize("name", architectures.SHAPES)
 def test_the_states_are_those_of_transformers(name, tmp_path):
-    """Of each architecture: the output of the layer itself, and the row that the head reads."""
+    """Check each architecture: the layer's own output, and the row that the head reads."""
     architectures.write(tmp_path, name)
     model = load(str(tmp_path))
     ids_BT, seen = torch.arange(12).reshape(2, 6), []
@@ -76,8 +83,9 @@ def test_the_states_are_those_of_transformers(name, tmp_path):
         hook.remove()
         own = model.net(ids_BT, output_hidden_states=True).hidden_states
     assert (found_NLD[:, 0] == seen[0].flatten(0, 1)).all()
+    own = own[0 if name == "mamba2" else 1], own[-1]  # its list has no embedding
     for place in (0, 1):
-        assert (found_NLD[:, place] == own[place + 1].flatten(0, 1)).all()
+        assert (found_NLD[:, place] == own[place].flatten(0, 1)).all()
 
 
 def columns_of(spans, teachers, layers, weights=(1.0, 1.0)):
@@ -91,12 +99,12 @@ def columns_of(spans, teachers, layers, weights=(1.0, 1.0)):
     for t, teacher in enumerate(teachers):
         mine = [i for i in range(len(spans)) if i % len(teachers) == t]
         want = ("hidden", "inner") if layers.inner else ("hidden",)
-        found = score(teacher, [spans[i] for i in mine], temperature=1.0, want=want, layers=layers)
+        scores = score(teacher, [spans[i] for i in mine], Asks.of(*want, layers=layers))
         at = torch.cat([place[i] for i in mine])
         columns["teacher_index"][at, 0] = t
         columns["teacher_row"][at, 0] = torch.arange(len(at))
         columns["pair_weight"][at, 0] = weights[t]
-        held.append(CachedTeacher(None, found.hidden_ND, inner_NLD=found.inner_NLD, name=str(t)))
+        held.append(CachedTeacher(None, scores.hidden_ND, inner_NLD=scores.inner_NLD, name=str(t)))
     return columns, TeacherCache(held, torch.device("cpu"))
 
 
@@ -119,17 +127,16 @@ def ours(model, spans, teachers, *, masks=(), micro_batch=0, rows=0, **keys):
     before = update.rows_in
     update.rows_in = (lambda *_: rows) if rows else before
     try:
-        loss, table, _ = update.accumulate(
+        result = update.accumulate(
             model,
             spans,
             columns,
             [term],
-            temperature=1.0,
-            micro_batch=micro_batch,
-            chunk_mib=0,
+            Pass(micro_batch=micro_batch),
             teacher_cache=taught,
             layers=layers,
         )
+        loss, table = result.loss, result.table
     finally:
         update.rows_in = before
     grads = {n: p.grad for n, p in model.net.named_parameters()}
@@ -183,13 +190,15 @@ def test_loss_and_gradient_are_those_of_autograd(which, unit, float64):
     grads = {n: g for n, g in grads.items() if g is not None}
     keys = {"layers": which if isinstance(which, str) else list(which), "unit": unit}
     for micro_batch, rows in itertools.product((0, 2), (0, 3)):
-        loss, found, table = ours(
+        loss, computed, table = ours(
             model, spans, teachers, micro_batch=micro_batch, rows=rows, **keys
         )
         assert loss == pytest.approx(expected, abs=1e-12)
         for name, grad in grads.items():
-            assert (found[name] - grad).abs().max() < 1e-12, name
-        assert {n for n, g in found.items() if g is not None and g.abs().max() > 0} <= grads.keys()
+            assert (computed[name] - grad).abs().max() < 1e-12, name
+        assert {
+            n for n, g in computed.items() if g is not None and g.abs().max() > 0
+        } <= grads.keys()
     assert table.keys() == {"cosine", "hidden_distance"}
 
 
@@ -215,9 +224,9 @@ def test_tokens_outside_the_window_are_not_counted(float64):
         assert (mask_N == expected[end]).all() and 0 < mask_N.sum() < len(mask_N)
         teachers = [make_model64(5, layers=3), make_model64(6, layers=3)]
         value, grads = by_autograd(model, spans, teachers, (1, 2, 3), mask=expected[end])
-        loss, found, table = ours(model, spans, teachers, layers="all", masks=[mask_N])
+        loss, computed, table = ours(model, spans, teachers, layers="all", masks=[mask_N])
         assert loss == pytest.approx(value, abs=1e-12)
-        assert all((found[n] - g).abs().max() < 1e-12 for n, g in grads.items() if g is not None)
+        assert all((computed[n] - g).abs().max() < 1e-12 for n, g in grads.items() if g is not None)
         assert (table["hidden_distance"][~mask_N] == 0).all()
 
 
@@ -244,7 +253,7 @@ def test_no_head_is_read_on_either_side(tied, tmp_path, monkeypatch):
     ctx = opd(folder, tmp_path, **RUN)
     first = First(ctx)  # sampled, and both models loaded, which compares their logits
     unread, shapes = Unread(monkeypatch), []
-    first.step = score_step(first.rollouts, first.model, first.parts, ctx, Compute())
+    first.step = score_step(first.rollouts, first.model, first.setup, ctx, Compute())
     assert first.step.teacher_cache.held[0].head is None
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t) or t, lambda t: t)
     with hooks:
@@ -292,13 +301,13 @@ def test_layers_that_are_computed_again_give_the_same_gradient(stage):
     keys = {**OFF, "objectives": {"hidden": {"layers": "all"}}}
     first = First(stage(**keys))
     expected = first.gradient()[1]
-    recompute(first.model.net, "it")
-    first.model.recomputed = True
+    enable_checkpointing(first.model.net, "it")
+    first.model.gradient_checkpointing = True
     assert apart(first.gradient()[1], expected) < 1e-6
 
 
 def test_what_has_no_states_or_other_widths_is_refused(on_disk, tmp_path, stage):
-    """By validate where it reads folders: with both names, and what to use instead."""
+    """Check that validate, which reads folders, names both and says what to use instead."""
     served = {"teachers": {"teacher": "http://localhost:9"}}
     problem = refused(stage, **OFF, objectives={"hidden": {"layers": "odd"}}, **served)
     assert problem.path == "stages.it.objectives.hidden"

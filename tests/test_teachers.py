@@ -11,10 +11,11 @@ from conftest import make_model, make_model64
 from opdctl.errors import StageFailed, UsageError
 from opdctl.kernels.reference import divergence
 from opdctl.loss.objectives.nll import Nll
-from opdctl.loss.token_teacher import order_by_teacher, pairs
+from opdctl.loss.token_teacher import gather_columns, order_by_teacher
 from opdctl.models.model import save
 from opdctl.run.rundir import RunDir, read_rows
-from opdctl.scoring.ask_teachers import _check
+from opdctl.scoring.ask_teachers import TeacherRequests, check_scores
+from opdctl.scoring.asks import Asks, Pass
 from opdctl.scoring.score import Scores, score
 from opdctl.scoring.teacher_cache import CachedTeacher, TeacherCache
 from opdctl.train import update
@@ -25,7 +26,7 @@ from running import inside
 def pooled(spans, teachers, weights):
     """Every teacher scores every span; columns [N, M]."""
     requests = [ScoreRequest(tuple(ids), start) for ids, start in spans]
-    hidden = [score(t, requests, temperature=1.0, want=("hidden",)).hidden_ND for t in teachers]
+    hidden = [score(t, requests, Asks.of("hidden")).hidden_ND for t in teachers]
     N, M = len(hidden[0]), len(teachers)
     columns = {
         "teacher_index": torch.arange(M).expand(N, M).clone(),
@@ -44,15 +45,8 @@ def test_pooled_is_the_weighted_sum_over_teachers(model64, options):
     columns, taught = pooled(spans, teachers, weights)
     terms = [*objective(), update.LossTerm(Nll(Nll.Config()), coef=0.3, normalise="token_mean")]
     model64.net.zero_grad(set_to_none=True)
-    loss, table, _ = update.accumulate(
-        model64,
-        spans,
-        columns,
-        terms,
-        temperature=1.0,
-        teacher_cache=taught,
-        **{"micro_batch": 0, "chunk_mib": 0, **options},
-    )
+    result = update.accumulate(model64, spans, columns, terms, Pass(**options), taught)
+    loss, table = result.loss, result.table
     ours = torch.cat([p.grad.flatten() for p in model64.net.parameters()])
     model64.net.zero_grad(set_to_none=True)
     total, count, nll = 0.0, 0, []
@@ -85,7 +79,7 @@ def test_pairs_are_ordered_by_teacher():
         *((0, 1), (1, 0), (2, 1)),  # teacher 0
         *((0, 0), (2, 0)),  # teacher 1: the first of token 2 is there though it weighs nothing
     ]
-    found = pairs(columns, token, place)
+    found = gather_columns(columns, token, place)
     assert found["teacher_row"].tolist() == [20, 11, 22, 10, 12]
     assert found["pair_weight"].tolist() == [2, 3, 4, 1, 0]
     assert found["advantage"].tolist() == [7, 8, 9, 7, 9]
@@ -106,9 +100,7 @@ def test_loads_per_minibatch_are_its_teachers(model64, micro_batch, keys, form):
             spans,
             columns,
             objective(form=form, k=3, **keys),
-            temperature=1.0,
-            micro_batch=micro_batch,
-            chunk_mib=1,
+            Pass(micro_batch=micro_batch, chunk_mib=1),
             teacher_cache=taught,
         )
         assert taught.loads == 3 * times
@@ -136,19 +128,22 @@ def test_domain_mean_by_hand(model64):
 def test_a_bad_score_names_the_rollout():
     prompts = [Prompt(f"id{i}", "math", "q", "a", {}) for i in range(2)]
     rollouts = [Rollout(p, [1], [2, 3], group=i) for i, p in enumerate(prompts)]
+    asked = TeacherRequests(
+        requests=[r.request for r in rollouts], names=[r.name for r in rollouts]
+    )
     good = torch.zeros(4)
-    _check("t", Scores(logprobs_N=good), rollouts)
+    check_scores("t", Scores({"logprobs": good}), asked)
     with pytest.raises(StageFailed, match=r"teacher t scored 3 of 4 tokens.*id0"):
-        _check("t", Scores(logprobs_N=good[:3]), rollouts)
+        check_scores("t", Scores({"logprobs": good[:3]}), asked)
     for bad in (float("nan"), float("inf"), -float("inf")):
         value = good.clone()
         value[2] = bad
         with pytest.raises(StageFailed, match=r"not finite in the rollout of prompt id1 \(math\)"):
-            _check("t", Scores(logprobs_N=value), rollouts)
+            check_scores("t", Scores({"logprobs": value}), asked)
         hidden = torch.zeros(4, 3)
         hidden[3, 1] = bad
         with pytest.raises(StageFailed, match="id1"):
-            _check("t", Scores(hidden_ND=hidden), rollouts)
+            check_scores("t", Scores(hidden_ND=hidden), asked)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from opdctl.loss.objectives.divergence import Divergence
 from opdctl.loss.objectives.topk_pg import TopkPg
 from opdctl.loss.objectives.topk_tail import TopkTail
 from opdctl.loss.token_view import LossTerm, weighted_sum
-from opdctl.scoring.score import listed_entropy
+from opdctl.scoring.quantities import list_entropy
 from opdctl.scoring.teacher_cache import CachedTeacher, TeacherCache, lookup
 
 S = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64).log()
@@ -280,7 +280,7 @@ def test_a_list_gives_its_log_probs_the_mass_outside_and_a_bound_of_the_entropy(
     assert (found_NK - top_NK.flip(-1)).abs().max() < 1e-6
     assert (tail_N - outside_N).abs().max() < 1e-6
     bucket_N = -(top_NK.exp() * top_NK).sum(-1) - outside_N.exp() * outside_N
-    assert (listed_entropy(top_NK.float()) - bucket_N).abs().max() < 1e-6
+    assert (list_entropy(top_NK.float()) - bucket_N).abs().max() < 1e-6
     assert (bucket_N < -(logq_NV.exp() * logq_NV).sum(-1)).all()
     sure = torch.tensor([[0.0, 0.0, -30.0]])  # what the list leaves of 1 cannot be told from 0
     assert lookup(torch.tensor([[3, 3, 1]]), sure, *[torch.tensor([[3, 1]])] * 2)[1] > -14

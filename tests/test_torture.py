@@ -108,7 +108,7 @@ def test_a_clock_that_goes_backwards(demo_run, tmp_path):
     record = RunDir(tmp_path / "run").record("mopd")
     assert record["seconds"] > 0 and all(a["seconds"] > 0 for a in record["attempts"])
     assert_same(demo_run[0], tmp_path / "run", ["mopd"])
-    code = BACKWARDS + "import sys; from opdctl.cli import main; main()"
+    code = BACKWARDS + "import sys; from opdctl.cli.app import main; main()"
     words = [sys.executable, "-c", code, "resume", str(tmp_path / "run")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,14 @@ from opdctl.loss.objectives.nll import Nll
 from opdctl.loss.objectives.policy_gradient import PolicyGradient
 from opdctl.loss.weights.is_gate import IsGate
 from opdctl.loss.weights.pop import Pop
-from opdctl.models.packing import last_of_each, micro_batches, pack, parts, per_sequence
+from opdctl.models.packing import (
+    last_per_sequence,
+    micro_batches,
+    minibatch_slices,
+    pack,
+    per_sequence,
+)
+from opdctl.scoring.asks import Pass
 from opdctl.scoring.score import score
 from opdctl.train import update
 from opdctl.types import ScoreRequest
@@ -34,17 +41,17 @@ def spans_of(seed=0, count=9, vocab=30):
 
 
 def logprobs(model, requests, **options):
-    return score(model, requests, **options).logprobs_N
+    return score(model, requests, run=Pass(**options)).logprobs_N
 
 
 def tokens_in(spans):
     return sum(len(ids) - start for ids, start in spans)
 
 
-def gradient(model, spans, columns, terms, **options):
+def gradient(model, spans, columns, terms, teacher_cache=None, **options):
     model.net.zero_grad(set_to_none=True)
-    options = {"temperature": 1.0, "micro_batch": 0, "chunk_mib": 256, **options}
-    loss, _, _ = update.accumulate(model, spans, columns, terms, **options)
+    run = Pass(**{"chunk_mib": 256, **options})
+    loss = update.accumulate(model, spans, columns, terms, run, teacher_cache).loss
     return loss, torch.cat([p.grad.flatten() for p in model.net.parameters()])
 
 
@@ -204,9 +211,7 @@ def test_gates_zero_outside_and_keep_the_count(model64):
     ratio = (live - columns["behaviour"]).exp()
     inside = (ratio >= 0.5) & (ratio <= 2.0)
     assert not inside[3] and inside.sum() > 20
-    _, table, _ = update.accumulate(
-        model64, spans, columns, [term], temperature=1.0, micro_batch=0, chunk_mib=256
-    )
+    table = update.accumulate(model64, spans, columns, [term], Pass(chunk_mib=256)).table
     assert torch.equal(table["gate_open"].bool(), inside)
     assert torch.allclose(table["ratio"], ratio, atol=1e-12)
     _, gated = gradient(model64, spans, columns, [term])
@@ -240,15 +245,18 @@ def test_packing_round_trip():
     assert torch.equal(packed.prediction_N, packed.token_N - 1)
     ones = torch.ones(len(packed.target_N))
     assert per_sequence(ones, packed.sequence_N, len(spans)).tolist() == packed.length_B.tolist()
-    last = last_of_each(packed.target_N.float(), packed.length_B)
+    last = last_per_sequence(packed.target_N.float(), packed.length_B)
     assert last.tolist() == [float(ids[-1]) for ids, _ in spans]
     for size in (0, 1, 4):
         groups = micro_batches(spans, size)
         assert sorted(i for g, _ in groups for i in g) == list(range(len(spans)))
         covered = torch.cat([t for _, t in groups])
         assert sorted(covered.tolist()) == list(range(tokens_in(spans)))
-    assert parts([1, 2, 3, 4, 5], 2) == [(slice(0, 2), slice(0, 3)), (slice(2, 5), slice(3, 15))]
-    assert len(parts([1] * 6, 5)) == 5 and len(parts([1, 1], 5)) == 2
+    assert minibatch_slices([1, 2, 3, 4, 5], 2) == [
+        (slice(0, 2), slice(0, 3)),
+        (slice(2, 5), slice(3, 15)),
+    ]
+    assert len(minibatch_slices([1] * 6, 5)) == 5 and len(minibatch_slices([1, 1], 5)) == 2
 
 
 def test_learning_rate_is_a_pure_function():

@@ -91,8 +91,8 @@ def test_math(tmp_path):
     data, prompt = one(tmp_path, {"math": {"timeout": 5.0}}, "\\frac{1}{2}")
     ctx = type("C", (), {"check": lambda self: None})()
     verifier = data.verifier(data.keys, ctx, "d")
-    found = verifier.score([(prompt, t) for t in ("so it is $0.5$", "$2$", "", "\\boxed{1/2}")])
-    assert found == [1.0, 0.0, 0.0, 1.0]
+    verdicts = verifier.score([(prompt, t) for t in ("so it is $0.5$", "$2$", "", "\\boxed{1/2}")])
+    assert verdicts == [1.0, 0.0, 0.0, 1.0]
     process = verifier.child.process
     bomb = Prompt("b", "d", "q", "$7$", {})
     start = time.monotonic()
@@ -122,18 +122,18 @@ def test_python(tmp_path):
     assert isinstance(judged(data, prompt, "oops"), LookupError)
     with pytest.raises(UsageError, match=r"row 1: no column 'grade'\n.*columns: prompt, answer"):
         one(tmp_path, {"python": call})
-    for path, what in (("opdctl.nowhere:f", "No module"), ("math:pi", "no function")):
+    for path, message in (("opdctl.nowhere:f", "No module"), ("math:pi", "no function")):
         data, prompt = one(tmp_path, {"python": {"call": path}})
-        with pytest.raises(UsageError, match=what):
+        with pytest.raises(UsageError, match=message):
             judged(data, prompt, "a")
 
 
 def prepared(on_disk, tmp_path, verifier, kind="rl", **keys):
     data = {"kind": "jsonl", "path": str(on_disk / "sums.jsonl"), "eval_share": 0}
     data |= {"verifier": verifier}
-    given = {"kind": kind, "student": str(on_disk / "s"), "steps": 2}
-    given |= {"prompts": {"per_step": 4, "samples": 2}, "sampling": {"max_tokens": 4}}
-    return one_stage(tmp_path / "run", {"sums": data}, **given | keys)
+    stage = {"kind": kind, "student": str(on_disk / "s"), "steps": 2}
+    stage |= {"prompts": {"per_step": 4, "samples": 2}, "sampling": {"max_tokens": 4}}
+    return one_stage(tmp_path / "run", {"sums": data}, **stage | keys)
 
 
 ODD = "def odd(prompt, response, answer, row):\n    return 1 / (len(response) % 2)\n"
@@ -141,7 +141,7 @@ NEVER = "def odd(prompt, response, answer, row):\n    raise KeyError('grade')\n"
 
 
 def answers(ctx, *texts):
-    (prompt, *_) = ctx.prompts("sums", "train")
+    (prompt, *_) = ctx.prompts.of("sums", "train")
     return [Rollout(prompt, [1], [2], text=t) for t in texts]
 
 
@@ -149,8 +149,9 @@ def test_what_a_verifier_raises_is_wrong_counted_and_said_once(on_disk, tmp_path
     (tmp_path / "checks.py").write_text(ODD)
     ctx = prepared(on_disk, tmp_path, {"python": {"call": f"{tmp_path}/checks.py:odd"}})
     rollouts = answers(ctx, "a", "aa", "b", "bb")
-    assert ctx.verify(rollouts) == [1.0, 0.0, 1.0, 0.0] and ctx.failed == {"sums": 2}
-    assert ctx.verify(rollouts) == [1.0, 0.0, 1.0, 0.0] and ctx.failed == {"sums": 2}  # once each
+    for _ in range(2):  # each is asked once
+        assert ctx.verdicts.verify(rollouts) == [1.0, 0.0, 1.0, 0.0]
+        assert ctx.verdicts.failed == {"sums": 2}
     said = capsys.readouterr().out
     assert said.count("ZeroDivisionError") == 1 and "data.sums" in said
 
@@ -158,9 +159,9 @@ def test_what_a_verifier_raises_is_wrong_counted_and_said_once(on_disk, tmp_path
 def test_a_verifier_that_always_raises_fails_the_stage(on_disk, tmp_path):
     (tmp_path / "checks.py").write_text(NEVER)
     ctx = prepared(on_disk, tmp_path, {"python": {"call": f"{tmp_path}/checks.py:odd"}})
-    assert ctx.verify(answers(ctx, *"abcdefgh")) == [0.0] * 8
+    assert ctx.verdicts.verify(answers(ctx, *"abcdefgh")) == [0.0] * 8
     with pytest.raises(StageFailed, match="each of 32 answers, lastly: KeyError: 'grade'"):
-        ctx.verify(answers(ctx, *("x" * 24)))
+        ctx.verdicts.verify(answers(ctx, *("x" * 24)))
 
 
 def test_metrics_count_what_a_verifier_raised(on_disk, tmp_path):
@@ -172,7 +173,7 @@ def test_metrics_count_what_a_verifier_raised(on_disk, tmp_path):
     objective = {"objectives": {"policy_gradient": {}}, "minibatches": 1}
     ctx = prepared(on_disk, tmp_path, {"python": call}, **objective)
     rows = carry_out(ctx)
-    assert sum(r.get("verifier_errors", 0) for r in rows) == ctx.failed["sums"]
+    assert sum(r.get("verifier_errors", 0) for r in rows) == ctx.verdicts.failed["sums"]
     assert {r["step"] for r in rows} == {1, 2}
 
 
@@ -186,6 +187,6 @@ def test_a_recipe_with_a_wrong_verifier_is_refused(on_disk, tmp_path):
         r"names no function": {"python": {"call": "os.path"}},
         r"schema: not a JSON schema": {"json_schema": {"schema": {"type": 7}}},
     }
-    for what, verifier in wrong.items():
-        with pytest.raises(RecipeError, match=what):
+    for message, verifier in wrong.items():
+        with pytest.raises(RecipeError, match=message):
             prepared(on_disk, tmp_path / os.urandom(4).hex(), verifier)

@@ -13,9 +13,11 @@ from opdctl import draws
 from opdctl.errors import Interrupted, RecipeError, UsageError
 from opdctl.models.model import load, save
 from opdctl.recipe.recipe import resolve
+from opdctl.rollout.engines._vllm_plugins import import_vllm
 from opdctl.rollout.engines.transformers import Transformers
-from opdctl.rollout.engines.vllm import Vllm, _imported
+from opdctl.rollout.engines.vllm import Vllm
 from opdctl.run.rundir import RunDir, read_rows
+from opdctl.scoring.asks import Pass
 from opdctl.scoring.score import score
 from opdctl.train.wal import Wal
 from opdctl.types import ScoreRequest
@@ -75,7 +77,7 @@ def ask(engine, model, temperature=1.0, keys=None, max_tokens=8, times=6):
 def gap(model, prompts, samples, temperature=1.0):
     """The largest distance between the sampler's log-probs and the trainer's."""
     spans = [ScoreRequest((*p, *s.ids), len(p)) for p, s in zip(prompts, samples, strict=True)]
-    ours = score(model, spans, temperature=temperature).logprobs_N
+    ours = score(model, spans, run=Pass(temperature=temperature)).logprobs_N
     theirs = torch.tensor([v for s in samples for v in s.logprobs])
     return float((ours - theirs).abs().max())
 
@@ -303,7 +305,7 @@ def test_experts_sample_in_turns(tmp_path, monkeypatch):
     assert len({id(engine) for engine, _, _ in seen}) == 1
     assert max(gap for _, _, gap in seen) < 1e-4
     other = load(wide)
-    engine = ctx.engine(other)
+    engine = ctx.models.engine(other)
     try:
         assert engine is not seen[0][0]
         engine.publish(0)
@@ -336,15 +338,15 @@ def test_candidates_are_published_and_the_limit_moves(tmp_path):
         },
         runtime={"engine": "vllm", "log_accuracy": False},
     )
-    real, gaps = ctx.verify, []
+    real, gaps = ctx.verdicts.verify, []
 
     def verify(rollouts):  # asked in validations alone, on the candidate as it stands
-        found = score(ctx._engine.model, [r.request for r in rollouts], temperature=1.0)
+        scores = score(ctx.models._engine.model, [r.request for r in rollouts])
         drawn = torch.tensor([v for r in rollouts for v in r.behaviour_logprobs])
-        gaps.append(float((found.logprobs_N - drawn).abs().max()))
+        gaps.append(float((scores.logprobs_N - drawn).abs().max()))
         return real(rollouts)
 
-    ctx.verify = verify
+    ctx.verdicts.verify = verify
     rows = carry_out(ctx)
     assert [r.get("extrapolate_accepted") for r in rows] == [2, 2, None, 2]  # all are wrong alike
     assert len(gaps) == 9 and max(gaps) < 1e-4
@@ -379,12 +381,12 @@ def test_an_output_loads_in_plain_transformers_and_in_plain_vllm(tmp_path, archi
             tokenizer.apply_chat_template(t, add_generation_prompt=True, return_dict=False)
             for t in talks
         ]
-        found = [
+        responses = [
             net.generate(torch.tensor([p]), do_sample=False, max_new_tokens=12)[0, len(p) :]
             for p in prompts
         ]
-        said.append([f.tolist() for f in found])
-    plain = _imported(cuda=False)
+        said.append([f.tolist() for f in responses])
+    plain = import_vllm(cuda=False)
     llm = plain.LLM(
         str(ctx.folder / "output"),
         dtype="float32",
@@ -459,8 +461,8 @@ def test_an_objective_that_takes_the_sampler_for_the_trainer_is_noted():
         objectives = {"policy_gradient": {"weights": weights}, "divergence": {"coef": 0}}
         opd = {"kind": "opd", "student": "a/b", "teachers": {"sums": "c/d"}}
         opd |= {"signals": {"reverse_kl": {}}, "objectives": objectives}
-        found = resolve(tree(stages={"opd": opd}), "x").notes()
-        return [n.path for n in found if "nothing corrects for it" in n.message]
+        notes = resolve(tree(stages={"opd": opd}), "x").notes()
+        return [n.path for n in notes if "nothing corrects for it" in n.message]
 
     assert noted() == ["stages.opd.objectives.policy_gradient.weights"]
     assert noted(truncated={}) == [] and noted(is_gate={}) == []

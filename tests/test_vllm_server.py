@@ -12,9 +12,9 @@ from serving import served_by_vllm
 from test_vllm import folder_of, needs_vllm
 
 from conftest import ALPHABET, make_model
-from opdctl.checks.preflight._pairing import Pairing
-from opdctl.checks.preflight._stage import check
-from opdctl.checks.preflight.step0 import compare, estimated
+from opdctl.checks.preflight._checked_stage import CheckedStage
+from opdctl.checks.preflight._run_checks import check
+from opdctl.checks.preflight.step0 import divergence_and_overlap, served_divergence
 from opdctl.config.registry import member
 from opdctl.config.settings import Runtime
 from opdctl.errors import StageFailed, UsageError
@@ -83,7 +83,7 @@ def test_scores_are_those_of_the_weights(folder, server, tmp_path):
     found = member("teachers", "server")(ctx, student, "big", server.url).score(
         requests, 1.0, ("logprobs",)
     )
-    expected = score(teacher, requests, temperature=1.0).logprobs_N
+    expected = score(teacher, requests).logprobs_N
     assert len(found.logprobs_N) == sum(map(len, requests))
     assert (found.logprobs_N - expected).abs().max() < 1e-4
     too_long = ScoreRequest((1,) * 200, 3)
@@ -125,7 +125,7 @@ def test_its_top_k_trains_as_that_of_its_weights(folder, server, tmp_path, name)
     assert all((table[n] - their_table[n]).abs().max() < 1e-3 for n in logged)
     assert "teacher_entropy" in table and "teacher_entropy" not in their_table
     if name == "eopd":
-        assert torch.allclose(*(f.columns["teacher_listed_entropy"] for f in (here, there)))
+        assert torch.allclose(*(f.columns["teacher_topk_list_entropy"] for f in (here, there)))
         gate_N = here.columns["factor.divergence.eopd"]
         assert (
             0 < gate_N.float().mean() < 1
@@ -139,8 +139,8 @@ def test_the_most_probable_token_guards_an_extrapolation(folder, server, tmp_pat
         First(context(folder, tmp_path / str(i), model, **keys))
         for i, model in enumerate((str(folder / "t"), server.url))
     )
-    assert (here.columns["modal_id"] == there.columns["modal_id"]).all()
-    for column in ("teacher_modal", "advantage"):
+    assert (here.columns["teacher_top1_id"] == there.columns["teacher_top1_id"]).all()
+    for column in ("teacher_top1", "advantage"):
         assert (here.columns[column] - there.columns[column]).abs().max() < 1e-3
 
 
@@ -164,9 +164,9 @@ def test_other_weights_under_the_same_name_are_noticed(folder, server, tmp_path)
     found = provenance.inputs(ctx.run, ctx.recipe, "it")
     values = [float(v) for v in found[key]["probe"].split()]
     requests = [ScoreRequest(tuple(provenance.PROBE), 1)]
-    exact = score(load(str(folder / "t")), requests, temperature=1.0).logprobs_N
+    exact = score(load(str(folder / "t")), requests).logprobs_N
     assert (torch.tensor(values) - exact).abs().max() < 1e-3  # three digits are kept
-    other = score(load(str(folder / "s")), requests, temperature=1.0).logprobs_N
+    other = score(load(str(folder / "s")), requests).logprobs_N
 
     def seen(logprobs):
         said = {**found[key], "probe": " ".join(f"{v:.3f}" for v in logprobs)}
@@ -190,14 +190,14 @@ def test_everything_is_looked_at_before_a_run(folder, server, tmp_path):
     assert by_check["served"].severity == "ok" and "reads 128 tokens" in by_check["served"].what
     assert "teacher 0.00, student 0.00" in by_check["gain"].what
     name = ctx.config.student
-    pairing = Pairing(ctx)
-    requests = [r.request for r in pairing.rollouts]
-    kl, error, overlap, k = estimated(pairing, "teacher", requests)
-    pairing.teachers["folder"] = str(folder / "t")
-    exact, their_overlap, same_k = compare(pairing, "folder", requests)
+    checked = CheckedStage(ctx)
+    requests = [r.request for r in checked.rollouts]
+    kl, error, overlap, k = served_divergence(checked, "teacher", requests)
+    checked.teachers["folder"] = str(folder / "t")
+    exact, their_overlap, same_k = divergence_and_overlap(checked, "folder", requests)
     assert k == same_k and abs(overlap - their_overlap) < 1e-6
     assert abs(kl - exact) < 4 * error and f"KL {kl:.4g}" in by_check["step0"].what
-    alone = estimated(pairing, "teacher", requests, lists=False)
+    alone = served_divergence(checked, "teacher", requests, lists=False)
     assert alone[0] == pytest.approx(kl, abs=1e-5) and alone[2] == 1.0
     wrong = check(context(folder, tmp_path / "wrong", f"{server.url}#small"), deep=True)
     assert {(f.check, f.severity) for f in wrong if f.teacher} == {("served", "error")}

@@ -17,16 +17,17 @@ from opdctl.train.wal import Wal
 from running import assert_same, worker
 
 COUNT = """
+import opdctl.train.loop  # it holds the function itself: the policy's own pass is not counted
 import opdctl.scoring.score as scoring
 import opdctl.rollout.engines.transformers as engine
-draw, asked = engine.draw, scoring.score
+draw, asked = engine.draw_tokens, scoring.score
 def counted_draw(*a):
     print("drawn", flush=True)
     return draw(*a)
 def counted_score(*a, **k):
     print("scored", flush=True)
     return asked(*a, **k)
-engine.draw, scoring.score = counted_draw, counted_score
+engine.draw_tokens, scoring.score = counted_draw, counted_score
 """
 
 

@@ -22,6 +22,7 @@ from opdctl.run.fingerprint import fingerprints, revisions, semantic
 from opdctl.run.launch import new_attempt, new_run, reopen
 from opdctl.run.rundir import RunDir, read_rows, write_text
 from opdctl.run.status import status
+from opdctl.scoring.asks import Pass
 from opdctl.train import update
 from opdctl.train.metrics import Watch
 from opdctl.types import ScoreRequest
@@ -89,7 +90,7 @@ CASES = [
     ("kl", {"student_logprob": -0.5, "teacher_logprob": -8.5}, {"all domains": "8 nats"}),
     ("length", {"length": 0.25}, {"collapse": "0.125 of the first step's 2, below 0.25"}),
     ("length", {"truncated": 0.9}, {"limit": "0.900 of the responses cut at the limit, above"}),
-    ("entropy", {"surprise": 1e-5}, {"": "surprise 1e-05 nats a token, below 0.001"}),
+    ("entropy", {"sampled_nll": 1e-5}, {"": "sampled_nll 1e-05 nats a token, below 0.001"}),
     ("reward", {"reward_by_domain": {"a": 0.0, "b": 0.5}}, {"a": "every reward is 0"}),
     ("reward", {"reward_by_domain": {"b": 1.0}}, {"b": "every reward is 1"}),
     ("mismatch", {"logprob_gap": 0.5}, {"": "0.5 nats a token apart, above 0.1"}),
@@ -103,7 +104,7 @@ def test_each_speaks_of_what_is_wrong_and_of_nothing_else(name, values, said):
     assert found.keys() == said.keys()
     assert all(text in found[what] for what, text in said.items())
     assert dog.look(ROW, ROW) == {}
-    fine = {"kl": {"a": 2.3}, "surprise": 0.005, "gate_open": 0.01, "masked": 0.99}
+    fine = {"kl": {"a": 2.3}, "sampled_nll": 0.005, "gate_open": 0.01, "masked": 0.99}
     fine |= {"reward_by_domain": {"a": 0.99}, "logprob_gap": 1e-5, "truncated": 0.7}
     assert dog.look({**ROW, **fine}, ROW) == {}
 
@@ -168,10 +169,8 @@ def test_what_it_remembers_survives_a_checkpoint():
 def trained(model, optimizer, count=3):
     spans = [ScoreRequest((3, 4, 5, 6), 1), ScoreRequest((7, 8, 9), 1)]
     for _ in range(count):
-        update.accumulate(
-            model, spans, {}, [update.LossTerm(Nll(Nll.Config()))],
-            temperature=1.0, micro_batch=0, chunk_mib=16,
-        )  # fmt: skip
+        term = update.LossTerm(Nll(Nll.Config()))
+        update.accumulate(model, spans, {}, [term], Pass(chunk_mib=16))
         yield
 
 
@@ -211,13 +210,10 @@ def test_masked_tokens_are_counted():
     model = make_model()
     spans = [ScoreRequest((3, 4, 5, 6), 1), ScoreRequest((7, 8, 9), 1)]
     term = update.LossTerm(Nll(Nll.Config()), masks=[Nothing()])
-    options = {"temperature": 1.0, "micro_batch": 0, "chunk_mib": 16}
-    loss, table, _ = update.accumulate(model, spans, {}, [term], **options)
-    assert loss == 0.0 and table["masked"].tolist() == [1.0] * 5
-    _, table, _ = update.accumulate(
-        model, spans, {}, [update.LossTerm(Nll(Nll.Config()))], **options
-    )
-    assert "masked" not in table
+    masked = update.accumulate(model, spans, {}, [term], Pass(chunk_mib=16))
+    assert masked.loss == 0.0 and masked.table["masked"].tolist() == [1.0] * 5
+    term = update.LossTerm(Nll(Nll.Config()))
+    assert "masked" not in update.accumulate(model, spans, {}, [term], Pass(chunk_mib=16)).table
 
 
 # real stages -------------------------------------------------------------------------------------
@@ -246,9 +242,11 @@ BAD_LOSS = """
 import opdctl.train.update as update
 real, seen = update.accumulate, []
 def accumulate(*a, **k):
-    loss, table, processed = real(*a, **k)
+    result = real(*a, **k)
     seen.append(1)
-    return float("inf") if len(seen) in (2, 5) else loss, table, processed
+    if len(seen) in (2, 5):
+        result.loss = float("inf")
+    return result
 update.accumulate = accumulate
 """
 
@@ -314,12 +312,12 @@ def test_killed_and_resumed_it_says_the_same_and_gives_the_same_bits(base, tmp_p
 
 LIE = """
 import opdctl.rollout.sampling as sampling
-real = sampling._turn
+real = sampling._sample_turn
 def turn(engine, model, rollouts, *rest):
     real(engine, model, rollouts, *rest)
     for r in rollouts:
         r.behaviour_logprobs = [v - 1 for v in r.behaviour_logprobs]
-sampling._turn = turn
+sampling._sample_turn = turn
 """
 
 
@@ -335,14 +333,14 @@ def test_rewards_that_are_all_zero_and_a_broken_sampler(base, tmp_path):
     assert any(w.startswith("step 2: watch.length limit:") for w in said)
 
 
-def test_surprise_is_what_the_samples_say(base, tmp_path):
+def test_sampled_nll_is_what_the_samples_say(base, tmp_path):
     run, done = stage(base, tmp_path, "rl")
     assert done.returncode == 0
     for row in rows(run, "rl"):
         lines = (run.stage("rl") / "rollouts" / f"step-{row['step']:06d}.jsonl").read_text()
         logprobs = [v for line in lines.splitlines() for v in json.loads(line)["behaviour"]]
-        assert row["surprise"] == pytest.approx(-sum(logprobs) / len(logprobs), rel=1e-5)
-        assert abs(row["surprise"] - row["entropy"]) < 0.5 and row["logprob_gap"] < 1e-5
+        assert row["sampled_nll"] == pytest.approx(-sum(logprobs) / len(logprobs), rel=1e-5)
+        assert abs(row["sampled_nll"] - row["entropy"]) < 0.5 and row["logprob_gap"] < 1e-5
 
 
 def test_a_source_that_refuses_everything(base, tmp_path):

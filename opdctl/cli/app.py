@@ -1,4 +1,4 @@
-"""Every command: parse, call, render. No logic, and no torch.
+"""The commands of ``opdctl``: each parses, calls and renders. No logic, and no torch.
 
 opdctl run recipes/mimo.yaml
 opdctl resume runs/mimo-20261120-101500-3f2a
@@ -12,13 +12,13 @@ from typing import Annotated
 
 import typer
 
+from opdctl import __version__
 from opdctl.errors import EXIT_PENDING, EXIT_USAGE, OpdctlError, RecipeError
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Declarative multi-stage post-training recipes with on-policy distillation.",
 )
 
 Overrides = Annotated[
@@ -32,6 +32,24 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON and nothing else"
 From = Annotated[Path | None, typer.Option("--from", help="reuse finished stages of this run")]
 RecipeArg = Annotated[str, typer.Argument(help="a recipe file, or the name of a shipped one")]
 DirArg = Annotated[Path, typer.Argument(help="a run directory", metavar="DIR")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"opdctl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="print the version and exit"
+        ),
+    ] = False,
+) -> None:
+    """Run declarative multi-stage post-training recipes with on-policy distillation."""
 
 
 @app.command()
@@ -49,7 +67,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="plan, and stop")] = False,
 ) -> None:
     """Plan a recipe, then do it."""
-    from opdctl.cli.commands import run_recipe
+    from opdctl.cli.run_commands import run_recipe
 
     sys.exit(
         run_recipe(
@@ -80,7 +98,7 @@ def stage(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="plan, and stop")] = False,
 ) -> None:
     """Run one stage; its keys may be given without `stages.KIND.` in front."""
-    from opdctl.cli.commands import run_stage
+    from opdctl.cli.run_commands import run_stage
 
     sys.exit(
         run_stage(
@@ -98,7 +116,7 @@ def stage(
 @app.command()
 def resume(directory: DirArg, overrides: Overrides = None) -> None:
     """Continue a run, or a set of seeds, from where it stopped."""
-    from opdctl.cli.commands import resume_run
+    from opdctl.cli.run_commands import resume_run
 
     sys.exit(resume_run(directory, tuple(overrides or ())))
 
@@ -124,21 +142,21 @@ def plan(
 ) -> None:
     """Say what would run, and why; for a GPU, what it would hold and take. Nothing is loaded."""
     from opdctl.cli import console
-    from opdctl.cli.commands import plan_of
+    from opdctl.cli.inspect_commands import plan_target
 
-    planned, found = plan_of(target, tuple(overrides or ()), size=size, reuse=reuse, gpu=gpu)
+    planned, costs = plan_target(target, tuple(overrides or ()), size=size, reuse=reuse, gpu=gpu)
     if as_json:
         content = {"stages": [p.to_dict() for p in planned]}
-        if found:
-            content |= {"gpu": found.gpu.name, "assumed": found.assumed}
+        if costs:
+            content |= {"gpu": costs.gpu.name, "assumed": costs.assumed}
             for entry in content["stages"]:
-                entry["estimate"] = found.of(entry["name"])
+                entry["estimate"] = costs.of(entry["name"])
         console.emit_json(content)
     else:
         console.show(console.plan_table(planned))
-        if found:
-            console.show(console.costs_table(found, planned))
-            print(f"assumed: {found.assumed}")
+        if costs:
+            console.show(console.costs_table(costs, planned))
+            print(f"assumed: {costs.assumed}")
     if exit_code and any(p.action != "skip" for p in planned):
         sys.exit(EXIT_PENDING)
 
@@ -158,31 +176,31 @@ def validate(
 ) -> None:
     """Say whether a recipe is well formed and possible; every problem at once."""
     from opdctl.cli import console
-    from opdctl.cli.commands import look_deep, recipes_of
+    from opdctl.cli.inspect_commands import check_deeply, load_target
 
     try:
-        pairs = recipes_of(target, tuple(overrides or ()), size=size)
+        runs = load_target(target, tuple(overrides or ()), size=size)
     except RecipeError as error:
         if not as_json:
             raise
         console.emit_json({"valid": False, "problems": [vars(p) for p in error.problems]})
         sys.exit(error.exit_code)
-    recipe = pairs[0][1]
+    recipe = runs[0][1]
     notes = recipe.notes()
-    found, later = look_deep(pairs) if deep else ([], {})
-    valid = not any(f.severity == "error" for f in found)
+    findings, later = check_deeply(runs) if deep else ([], {})
+    valid = not any(f.severity == "error" for f in findings)
     if as_json:
         content = {"valid": valid, "problems": [], "notes": [vars(n) for n in notes]}
         if deep:
-            content |= {"findings": [vars(f) for f in found], "later": later}
+            content |= {"findings": [vars(f) for f in findings], "later": later}
         console.emit_json(content)
     else:
         for note in notes:
             console.say(f"note: {note}", "yellow")
         print(f"{target}: {len(recipe.stages)} stages at size {recipe.size}, well formed")
-        if found:
-            console.show(console.findings_table(found))
-        for check, why in {f.check: f.why for f in found if f.severity != "ok"}.items():
+        if findings:
+            console.show(console.findings_table(findings))
+        for check, why in {f.check: f.why for f in findings if f.severity != "ok"}.items():
             print(f"why {check} matters: {why}")
         for stage, reason in later.items():
             print(f"{stage}: checked when the stage starts; {reason}")
@@ -222,14 +240,14 @@ def diagnose(
     plot: Annotated[Path | None, typer.Option(help="write an HTML page with figures")] = None,
     as_json: Json = False,
 ) -> None:
-    """Will this student learn from this teacher? Measured before money is spent."""
+    """Measure, before money is spent, if a student will learn from a teacher."""
     from opdctl.cli import console
-    from opdctl.cli.commands import diagnosis_of
     from opdctl.cli.diagnosis_page import write
     from opdctl.cli.diagnosis_tables import show
+    from opdctl.cli.inspect_commands import diagnose_stages
 
     effort = {"prompts": prompts, "budget": budget, "top": top, "samples": samples}
-    found = diagnosis_of(
+    stages = diagnose_stages(
         tuple(overrides or ()),
         student=student,
         teachers=tuple(teacher or ()),
@@ -238,12 +256,12 @@ def diagnose(
         effort=effort,
     )
     if as_json:
-        console.emit_json({"stages": found})
+        console.emit_json({"stages": stages})
     else:
-        show(found)
+        show(stages)
     if plot:
-        console.say(f"plot: {write(found, plot)}")
-    if any(one["refused"] for one in found):
+        console.say(f"plot: {write(stages, plot)}")
+    if any(one["refused"] for one in stages):
         sys.exit(EXIT_USAGE)
 
 
@@ -255,8 +273,8 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="refresh until it ends")] = False,
     as_json: Json = False,
 ) -> None:
-    """Stages of a run: state, step, seconds."""
-    from opdctl.cli.commands import show_status
+    """Show the stages of a run: state, step, seconds."""
+    from opdctl.cli.inspect_commands import show_status
 
     show_status(directory, watch=watch, as_json=as_json)
 
@@ -268,11 +286,11 @@ def claims(directory: DirArg, as_json: Json = False) -> None:
     from opdctl.evidence.judge import judge
     from opdctl.run.rundir import RunDir
 
-    found = judge(RunDir(directory))
+    verdicts = judge(RunDir(directory))
     if as_json:
-        console.emit_json({"claims": found})
+        console.emit_json({"claims": verdicts})
     else:
-        console.show(console.claims_table(found))
+        console.show(console.claims_table(verdicts))
 
 
 @app.command()
@@ -286,9 +304,9 @@ def report(directory: DirArg) -> None:
 
 @app.command()
 def ls(
-    what: Annotated[
+    kind: Annotated[
         str,
-        typer.Argument(help="recipes, stages, methods, claims, runs, a family", metavar="[WHAT]"),
+        typer.Argument(help="recipes, stages, methods, claims, runs, a family", metavar="[KINDS]"),
     ] = "",
     as_json: Json = False,
 ) -> None:
@@ -296,7 +314,7 @@ def ls(
     from opdctl.cli import console
     from opdctl.cli.catalogue import listing
 
-    rows = listing(what)
+    rows = listing(kind)
     if as_json:
         console.emit_json(rows)
     else:
@@ -308,22 +326,22 @@ def show(
     name: Annotated[str, typer.Argument(help="a stage kind, a member, a method or a recipe")],
     as_json: Json = False,
 ) -> None:
-    """Every key of a stage kind, a member, a method or the runtime: type, default, meaning."""
+    """Show the keys of a stage kind, a member, a method or the runtime: type, default, meaning."""
     from opdctl.cli import console
     from opdctl.cli.catalogue import detail
 
-    found = detail(name)
+    shown = detail(name)
     if as_json:
-        console.emit_json(found)
+        console.emit_json(shown)
         return
-    print(found["about"])
+    print(shown["about"])
     for part in ("text", "also"):
-        if found.get(part):
-            print(found[part])
-    if found.get("keys"):
-        console.show(console.keys_table(found["keys"]))
-    if found.get("more"):
-        print(found["more"])
+        if shown.get(part):
+            print(shown[part])
+    if shown.get("keys"):
+        console.show(console.keys_table(shown["keys"]))
+    if shown.get("more"):
+        print(shown["more"])
 
 
 @app.command()
@@ -338,7 +356,7 @@ def cp(
 
 
 def main() -> None:
-    """Entry point: errors of the family become one message and their exit code."""
+    """Run the command line: an expected error becomes one message and its exit code."""
     try:
         app()
     except OpdctlError as error:

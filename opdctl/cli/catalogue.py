@@ -1,4 +1,4 @@
-"""What there is to choose from: recipes, stage kinds, members, methods, claims, runs."""
+"""List and describe recipes, stage kinds, members, methods, claims and runs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from opdctl.recipe.yaml_lines import parse
 from opdctl.run.rundir import RunDir, read_json
 
 
-def listing(what: str) -> list[dict[str, str]]:
-    """``name, about`` of what is asked for; without a word, what can be asked for.
+def listing(kind: str) -> list[dict[str, str]]:
+    """Return a row with ``name`` and ``about`` for each entry of a list.
+
+    Args:
+        kind: ``recipes``, ``methods``, ``runs`` or a family; empty lists these kinds themselves.
 
     Raises:
-        UsageError: no such list.
+        UsageError: no such kind.
     """
-    if not what:
+    if not kind:
         kinds = {
             "recipes": "pipelines that come with opdctl",
             "methods": "compositions for `opdctl stage --method`",
@@ -31,22 +34,22 @@ def listing(what: str) -> list[dict[str, str]]:
             **registry.FAMILIES,
         }
         return [{"name": k, "about": v} for k, v in kinds.items()]
-    if what == "recipes":
+    if kind == "recipes":
         return [{"name": n, "about": read_source(n).layer.tree.get("about", "")} for n in shipped()]
-    if what == "methods":
+    if kind == "methods":
         return [{"name": n, "about": method(n).get("about", "")} for n in methods()]
-    if what == "runs":
+    if kind == "runs":
         return [
             {"name": str(p.parent), "about": _run_line(p.parent)}
             for p in sorted(Path("runs").glob("*/run.json"))
         ]
-    if what in registry.FAMILIES:
+    if kind in registry.FAMILIES:
         return [
-            {"name": n, "about": registry.first_line(registry.member(what, n))}
-            for n in registry.members(what)
+            {"name": n, "about": registry.first_line(registry.member(kind, n))}
+            for n in registry.members(kind)
         ]
     known = ["recipes", "methods", "runs", *registry.FAMILIES]
-    raise UsageError(f"nothing called {what!r} to list", did_you_mean(what, known, "one of"))
+    raise UsageError(f"nothing called {kind!r} to list", did_you_mean(kind, known, "one of"))
 
 
 def _run_line(folder: Path) -> str:
@@ -57,34 +60,36 @@ def _run_line(folder: Path) -> str:
 
 
 def detail(name: str) -> dict:
-    """``about``, ``keys`` and ``text`` of anything that has a name. Of a method, ``also`` is about
-    members of its name, whose keys follow its own, behind ``FAMILY/NAME: ``.
+    """Return ``about``, ``keys`` and ``text`` of a stage kind, member, method or recipe.
+
+    Where a member has the name of a method, ``also`` describes it, and its keys follow those of the
+    method behind ``FAMILY/NAME: ``.
 
     Raises:
         UsageError: nothing has this name.
     """
     wanted = name.lower()
-    found = [(f, wanted) for f in registry.FAMILIES if wanted in registry.members(f)]
+    matches = [(f, wanted) for f in registry.FAMILIES if wanted in registry.members(f)]
     if "/" in name:
         family, wanted = name.split("/", 1)
-        found = [
+        matches = [
             (f, m)
             for f, m in [(family, wanted)]
             if f in registry.FAMILIES and m in registry.members(f)
         ]
-    if found:
+    if matches:
         shown = _method(name) if name in methods() else {"name": name}
         keys, about = shown.get("keys", []), []
-        alone = not keys and len(found) == 1
-        for family, member in found:
+        alone = not keys and len(matches) == 1
+        for family, member in matches:
             cls = registry.member(family, member)
             about.append(f"{family}/{member}: {(cls.__doc__ or '').strip()}")
             about.append((sys.modules[cls.__module__].__doc__ or "").strip())
             prefix = "" if alone else f"{family}/{member}: "
             if hasattr(cls, "Config"):
                 keys += describe(cls.Config, lookup, prefix)
-        said = "also" if "about" in shown else "about"
-        return {**shown, said: "\n".join(about), "keys": keys, "more": _more(keys)}
+        field = "also" if "about" in shown else "about"
+        return {**shown, field: "\n".join(about), "keys": keys, "more": _more(keys)}
     if name == "runtime":
         about = "keys of `runtime:` in a recipe, or runtime.KEY=VALUE behind any command that runs"
         return {"name": name, "about": about, "keys": describe(Runtime, lookup, "runtime.")}
@@ -102,7 +107,7 @@ def detail(name: str) -> dict:
 
 
 def _recipe(name: str) -> dict:
-    """A recipe's path and text, and below it the text of each recipe that it builds on."""
+    """Return a recipe's path and text, and below it the text of each recipe it builds on."""
     files = read_source(name).files
     own, *bases = files.items()
     text = own[1] + "".join(f"\n# base: {path}\n\n{below}" for path, below in bases)
@@ -110,16 +115,16 @@ def _recipe(name: str) -> dict:
 
 
 def _method(name: str) -> dict:
-    """A method's file, and every key of its stage kind with the method's values."""
-    found, kind = method(name), method(name)["kind"]
-    chosen = {k: v for k, v in flatten(found).items() if k not in ("about", "kind")}
+    """Return a method's file, and every key of its stage kind with the method's values."""
+    tree, kind = method(name), method(name)["kind"]
+    chosen = {k: v for k, v in flatten(tree).items() if k not in ("about", "kind")}
     keys = describe(registry.member("stages", kind).Config, lookup)
     for row in keys:
         if row["key"] in chosen:
             row["default"] = str(chosen[row["key"]])
-        elif row["key"] in found:
-            row["default"] = str(found[row["key"]])
-    about = f"{found.get('about', '')}\nopdctl stage {kind} --method {name}"
+        elif row["key"] in tree:
+            row["default"] = str(tree[row["key"]])
+    about = f"{tree.get('about', '')}\nopdctl stage {kind} --method {name}"
     if name in shipped():
         about += f"\nthe recipe of this name: {shipped()[name]}"
     text = methods()[name].read_text(encoding="utf-8")
@@ -127,17 +132,19 @@ def _method(name: str) -> dict:
 
 
 def _more(keys: list[dict]) -> str:
-    """Where keys that take members lead on to."""
+    """Return a line for each family that keys take members of: how to list it and show one."""
     families = dict.fromkeys(row["type"][:-1] for row in keys if row["type"].endswith("/"))
     lines = [f"{f}: `opdctl ls {f}`, keys of one: `opdctl show {f}/NAME`" for f in families]
     return "\n".join(lines)
 
 
 def copy(name: str, dest: Path) -> str:
-    """Write a shipped recipe or method to a new file; a recipe with what it builds on.
+    """Write a shipped recipe or method to a new file. Return its path.
+
+    A recipe that builds on another is written as one file that needs no other.
 
     Raises:
-        UsageError: neither, or the file exists.
+        UsageError: the name is neither, or the file exists.
     """
     known = {**methods(), **shipped()}  # a name of both is the recipe
     if name not in known and not Path(name).is_file():
@@ -155,7 +162,7 @@ def copy(name: str, dest: Path) -> str:
 
 
 def _standing_alone(path: Path) -> str:
-    """The text of a recipe or method that needs no other file."""
+    """Return the text of a recipe or method that needs no other file."""
     text = read(path)
     is_recipe = {"stages", "base"} & parse(text, path.name)[0].keys()
     return read_source(str(path)).text if is_recipe else text

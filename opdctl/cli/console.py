@@ -1,4 +1,4 @@
-"""What a person sees: tables, a live view on a terminal, plain lines elsewhere.
+"""The output for a person: tables, a live view on a terminal, plain lines elsewhere.
 
 Data goes to stdout, everything else to stderr. The only module that imports rich.
 """
@@ -16,7 +16,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from opdctl.evidence.verdict import shown
+from opdctl.evidence.verdict import format_number
 from opdctl.models.chat.example import heading
 from opdctl.run.rundir import finite, last_row, read_json
 from opdctl.run.status import Tail, last_line
@@ -46,22 +46,25 @@ STYLES = {
 
 
 def emit_json(content: Any) -> None:
-    """JSON and nothing else on stdout."""
+    """Write JSON and nothing else to stdout."""
     sys.stdout.write(json.dumps(finite(content), indent=1) + "\n")
 
 
 def say(text: str, style: str = "") -> None:
-    """A line for the person, on stderr; what a stranger wrote in it cannot steer the terminal."""
+    """Print a line for the person on stderr, control characters escaped."""
     err.print(Text(plain(text), style=style))
 
 
 def plain(text: str) -> str:
-    """Text with every character that is not printable escaped, but line breaks."""
+    """Escape every character that is not printable, except line breaks.
+
+    Text that a model or a stranger wrote cannot steer the terminal then.
+    """
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def table(columns: list[str], rows: list[list[Any]], title: str = "") -> Table:
-    """A plain table; cells that are a known state get its colour. Numbers are right-aligned."""
+    """Return a plain table; a cell that is a known state gets its colour, numbers align right."""
     grid = Table(
         title=title or None,
         title_justify="left",
@@ -83,8 +86,10 @@ def table(columns: list[str], rows: list[list[Any]], title: str = "") -> Table:
 
 
 def keys_table(keys: list[dict[str, str]]) -> Table:
-    """Keys with their types, defaults and meanings; on a narrow terminal two lines each, since five
-    columns there would break every name."""
+    """Return a table of keys with their types, defaults and meanings.
+
+    On a narrow terminal each has two lines, since five columns there would break every name.
+    """
     if out.width >= NARROW:
         names = ["key", "type", "default", "changes", "meaning"]
         return table(names, [list(k.values()) for k in keys])
@@ -105,7 +110,7 @@ def show(grid: Table) -> None:
 
 
 def plan_table(planned: list) -> Table:
-    """What would run, and why."""
+    """Return a table of the stages that would run, and why."""
     rows = []
     for p in planned:
         name = f"{p.run}/{p.name}" if p.run else p.name
@@ -114,24 +119,24 @@ def plan_table(planned: list) -> Table:
 
 
 def costs_table(costs: Any, planned: list) -> Table:
-    """What each stage would hold and take on a GPU; stages that are done are left out."""
+    """Return a table of the memory and time of each stage on a GPU; finished ones are left out."""
     rows, total = [], 0.0
     for name in (p.name for p in planned if p.action != "skip"):
-        found = costs.stages[name]
-        if isinstance(found, str):
-            rows.append([name, "", "", "", "", "", "", found])
+        cost = costs.stages[name]
+        if isinstance(cost, str):
+            rows.append([name, "", "", "", "", "", "", cost])
             continue
-        m, hours = found.memory, {k: v / 3600 for k, v in found.seconds.items()}
+        m, hours = cost.memory, {k: v / 3600 for k, v in cost.seconds.items()}
         total += sum(hours.values())
         held = [m.parameters + m.gradients + m.moments, m.teachers, m.cache]
         update = m.chunk + m.activations
-        word = "fits" if found.fits else f"needs {m.peak / costs.gpu.memory:.1f} GPUs of memory"
+        word = "fits" if cost.fits else f"needs {m.peak / costs.gpu.memory:.1f} GPUs of memory"
         rows.append(
             [
                 name,
                 *(_gib(size) for size in (*held, update, m.peak)),
                 " + ".join(f"{hours[k]:.1f}" for k in ("rollout", "score", "train")),
-                "; ".join(filter(None, (word, found.unknown))),
+                "; ".join(filter(None, (word, cost.unknown))),
             ]
         )
     size = costs.gpu.memory / 2**30
@@ -148,15 +153,15 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.1f}"
 
 
-def findings_table(found: list) -> Table:
-    """What the checks of student and teachers found, and what to do about it."""
-    rows = [[f.stage, f.check, f.teacher, f.severity, f.what, f.do] for f in found]
+def findings_table(findings: list) -> Table:
+    """Return a table of the findings of the checks, and what to do about each."""
+    rows = [[f.stage, f.check, f.teacher, f.severity, f.what, f.do] for f in findings]
     columns = ["stage", "check", "teacher", "", "what was found", "what to do"]
     return table(columns, rows, "Preflight")
 
 
 def status_table(status: dict) -> Table:
-    """Stage, state, progress, seconds."""
+    """Return a table of stages with state, progress and seconds."""
     rows = []
     for name, s in status["stages"].items():
         filled = round(12 * s["step"] / max(1, s["total"]))
@@ -178,7 +183,7 @@ def status_table(status: dict) -> Table:
 
 
 def _latest(warnings: list[str]) -> str:
-    """How many warnings, and the last of them."""
+    """Return the number of warnings and the last of them; empty without any."""
     if not warnings:
         return ""
     count = f"{len(warnings)} warnings, the last in" if len(warnings) > 1 else "warning in"
@@ -186,7 +191,7 @@ def _latest(warnings: list[str]) -> str:
 
 
 def scores_table(scores: dict) -> Table:
-    """Accuracy on held-out prompts of each model and domain, with its 95 % half-width."""
+    """Return a table of the accuracy on held-out prompts, by model and domain."""
     domains = list(dict.fromkeys(d for row in scores.values() for d in row))
     rows = []
     for model, row in scores.items():
@@ -197,12 +202,12 @@ def scores_table(scores: dict) -> Table:
 
 
 def facts_table(stage: str, facts: dict[str, float]) -> Table:
-    """What a stage that trains nothing measured: its ``facts.json``."""
+    """Return a table of ``facts.json``, the measurements of a stage that trains nothing."""
     return table([stage, "measured"], [[name, f"{v:.4g}"] for name, v in facts.items()])
 
 
 def claims_table(claims: list[dict]) -> Table:
-    """Claim, statement, threshold, what was measured, whether it holds."""
+    """Return a table of claims with their thresholds, measurements and verdicts."""
     words = {True: "holds", False: "refuted", None: "undecided"}
     rows = []
     for c in claims:
@@ -232,20 +237,21 @@ def _interval(bounds: list | None) -> str:
 
 
 def _number(value: Any) -> str:
-    return shown(value) if isinstance(value, float) else str(value)
+    return format_number(value) if isinstance(value, float) else str(value)
 
 
-def example_text(stage: str, found: dict) -> Text:
-    """The first prompt of a stage: what is trained on in green and in [[ ]], the context dim."""
-    lines = Text(f"{stage}: {heading(found)}\n", style="bold")
-    for part in found["parts"]:
+def example_text(stage: str, example: dict) -> Text:
+    """Return the first prompt of a stage: the trained text green and in [[ ]], the rest dim."""
+    lines = Text(f"{stage}: {heading(example)}\n", style="bold")
+    for part in example["parts"]:
         text = f"[[{part['text']}]]" if part["written"] else part["text"]
         lines.append(text, style="not bold green" if part["written"] else "not bold dim")
     return lines
 
 
 class Progress:
-    """Shows jobs as they run: a live table on a terminal, else a line per change and minute."""
+    """The display of running jobs: a live table on a terminal, else a line for each change, and
+    one for each running stage every ``every`` seconds."""
 
     def __init__(self, jobs: list, every: float = 15.0) -> None:
         self.live = Live(console=err, refresh_per_second=4) if err.is_terminal else None
@@ -311,12 +317,12 @@ class Progress:
                 )
 
     def _show_examples(self) -> None:
-        """The first prompt of each stage, once, as it appears."""
+        """Print the first prompt of each stage once, as it appears."""
         for key, path in list(self.examples.items()):
-            found = read_json(path)
-            if found:
+            example = read_json(path)
+            if example:
                 del self.examples[key]
-                err.print(example_text(key[1], found))
+                err.print(example_text(key[1], example))
 
     def _table(self, jobs: list) -> Table:
         rows = []
@@ -344,8 +350,8 @@ class Progress:
             if isinstance(row.get(name), float):
                 parts.append(f"{name} {row[name]:.3f}")
                 break
-        said = last_line(job.run / "logs" / "latest")
-        return ", ".join([*parts, said] if WAITING in said else parts)
+        line = last_line(job.run / "logs" / "latest")
+        return ", ".join([*parts, line] if WAITING in line else parts)
 
 
 def _label(job, jobs: list) -> str:

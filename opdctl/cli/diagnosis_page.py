@@ -1,4 +1,4 @@
-"""A diagnosis as one self-contained HTML page: verdicts, and figures in SVG. No script, no network.
+"""Write a diagnosis as one HTML page: verdicts, and figures in SVG. No script, no network.
 
 opdctl diagnose --student DIR --teacher DIR --data prompts.jsonl --plot diagnosis.html
 """
@@ -22,19 +22,24 @@ text { font: 11px system-ui, sans-serif; fill: #444 }
 """
 
 
-def write(found: list[dict], path: Path) -> Path:
-    """Write the page.
+def write(stages: list[dict], path: Path) -> Path:
+    """Write the page. Return its path.
+
+    Args:
+        stages: the entries of ``opdctl diagnose --json``.
 
     Raises:
         UsageError: the file cannot be written.
     """
     body = "".join(
-        _teacher(one, name, entry) for one in found for name, entry in one["teachers"].items()
+        _teacher(stage, name, entry)
+        for stage in stages
+        for name, entry in stage["teachers"].items()
     )
     page = (
         "<!doctype html><html lang=en><meta charset=utf-8><title>opdctl diagnose</title>"
         f"<style>{STYLE}{MORE}</style><body><h1>Will this student learn from this teacher?</h1>"
-        f"{body or '<p>Nothing was measured: the checks found errors.</p>'}</body></html>"
+        f"{body or '<p>Nothing was measured: the checks stages errors.</p>'}</body></html>"
     )
     try:
         write_text(path, page)
@@ -43,30 +48,30 @@ def write(found: list[dict], path: Path) -> Path:
     return path
 
 
-def _teacher(one: dict, name: str, entry: dict) -> str:
-    said = entry["recommendation"]
+def _teacher(stage: dict, name: str, entry: dict) -> str:
+    advice = entry["recommendation"]
     kind = {"go": "go", "nothing_to_learn": "stop", "another_teacher": "stop"}
-    reasons = "".join(f"<li>{escape(r)}</li>" for r in said["reasons"])
-    do = "".join(f"<p>do: <code>{escape(line)}</code></p>" for line in said["do"])
-    head = f"{escape(one['stage'])}: teacher {escape(name)}"
-    about = f"student {escape(one['student'])}, teacher {escape(entry['model'])}"
+    reasons = "".join(f"<li>{escape(r)}</li>" for r in advice["reasons"])
+    do = "".join(f"<p>do: <code>{escape(line)}</code></p>" for line in advice["do"])
+    head = f"{escape(stage['stage'])}: teacher {escape(name)}"
+    about = f"student {escape(stage['student'])}, teacher {escape(entry['model'])}"
     return (
-        f"<h2>{head}</h2><p>{about}</p><p class='verdict {kind.get(said['verdict'], 'wait')}'>"
-        f"{escape(said['says'])}</p><ul>{reasons}</ul>{do}{''.join(_figures(entry))}"
+        f"<h2>{head}</h2><p>{about}</p><p class='verdict {kind.get(advice['verdict'], 'wait')}'>"
+        f"{escape(advice['says'])}</p><ul>{reasons}</ul>{do}{''.join(_figures(entry))}"
     )
 
 
 def _figures(entry: dict) -> list[str]:
-    found = []
+    figures = []
     rows, step0 = entry.get("profile", []), entry.get("step0", {})
     if rows:
         names = {"overlap": "overlap", "overlap_mass": "mass S", "overlap_teacher_mass": "mass T"}
         title = f"Top-{step0['top']} overlap and its mass, student S and teacher T, by position"
-        found.append(_lines(title, rows, names, top=1.0))
+        figures.append(_lines(title, rows, names, top=1.0))
         names = {"entropy": "student", "teacher_entropy": "teacher"}
-        found.append(_lines("Entropy by position, nats", rows, names))
+        figures.append(_lines("Entropy by position, nats", rows, names))
         names = {"reverse": "KL(S | T)", "forward": "KL(T | S)", "log_ratio": "log S - log T"}
-        found.append(_lines("Divergence by position, nats a token", rows, names))
+        figures.append(_lines("Divergence by position, nats a token", rows, names))
     if "gain" in entry:
         several = len(entry["gain"]) > 2
         points = [
@@ -74,7 +79,7 @@ def _figures(entry: dict) -> list[str]:
             for d, g in entry["gain"].items()
             if d != "together" or several
         ]
-        found.append(_points("Gain in accuracy on the same prompts, 95 %", points, ("teacher",)))
+        figures.append(_points("Gain in accuracy on the same prompts, 95 %", points, ("teacher",)))
     if "alignment" in entry:
         signals = entry["alignment"]["signals"]
         points = [
@@ -83,16 +88,16 @@ def _figures(entry: dict) -> list[str]:
             if n != "outcome"
         ]
         title = "Cosine with the ideal update, 95 %"
-        found.append(_points(title, points, ("wrong rollouts", "right rollouts")))
+        figures.append(_points(title, points, ("wrong rollouts", "right rollouts")))
     if "reach" in entry:
         names = {"student": "student", "teacher": "teacher"}
         title = "Success going on from the student's prefixes, by depth"
-        found.append(_lines(title, entry["reach"]["profile"], names, top=1.0))
-    return found
+        figures.append(_lines(title, entry["reach"]["profile"], names, top=1.0))
+    return figures
 
 
 def _lines(title: str, rows: list[dict], names: dict[str, str], top: float = 0.0) -> str:
-    """Curves over windows of positions; one that was not measured is left out."""
+    """Return a figure of curves over windows of positions; one not measured is left out."""
     names = {k: label for k, label in names.items() if all(k in r for r in rows)}
     values = [r[k] for r in rows for k in names]
     high, low = max([top, *values]) or 1.0, min([0.0, *values])
@@ -115,7 +120,7 @@ def _lines(title: str, rows: list[dict], names: dict[str, str], top: float = 0.0
 
 
 def _points(title: str, rows: list[tuple[str, list]], labels: tuple[str, ...]) -> str:
-    """Numbers from -1 to 1 with their intervals, a line for each name."""
+    """Return a figure of numbers from -1 to 1 with their intervals, a line for each name."""
     left, row = 150, 15 * len(labels) + 10
     height = TOP + row * len(rows) + LOW
 

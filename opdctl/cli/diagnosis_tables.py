@@ -1,4 +1,4 @@
-"""A diagnosis on a terminal: a verdict with its reasons, then the numbers; fits 80 columns."""
+"""Print a diagnosis on a terminal: a verdict with its reasons, then the numbers, in 80 columns."""
 
 from __future__ import annotations
 
@@ -31,44 +31,48 @@ COLUMNS = {
 }
 
 
-def show(found: list[dict]) -> None:
-    """Print every stage and teacher on stdout."""
-    for one in found:
-        bad = [Finding(**f) for f in one["checks"]]
+def show(stages: list[dict]) -> None:
+    """Print every stage and teacher on stdout.
+
+    Args:
+        stages: the entries of ``opdctl diagnose --json``.
+    """
+    for stage in stages:
+        bad = [Finding(**f) for f in stage["checks"]]
         if bad:
             show_table(findings_table(bad))
-        if one["refused"]:
+        if stage["refused"]:
             print("nothing was measured: mend what the checks found first")
-        for name, entry in one["teachers"].items():
-            _teacher(one, name, entry)
+        for name, entry in stage["teachers"].items():
+            _teacher(stage, name, entry)
 
 
-def _teacher(one: dict, name: str, entry: dict) -> None:
-    said = entry["recommendation"]
-    out.print(f"\n{one['stage']}: teacher {name} ({entry['model']})", style="bold", markup=False)
-    style = STYLES.get(said["verdict"], "bold yellow")
-    out.print(said["says"].upper(), style=style, markup=False)
-    for reason in said["reasons"]:
+def _teacher(stage: dict, name: str, entry: dict) -> None:
+    advice = entry["recommendation"]
+    out.print(f"\n{stage['stage']}: teacher {name} ({entry['model']})", style="bold", markup=False)
+    style = STYLES.get(advice["verdict"], "bold yellow")
+    out.print(advice["says"].upper(), style=style, markup=False)
+    for reason in advice["reasons"]:
         _wrapped(f"- {reason}")
-    for line in said["do"]:
+    for line in advice["do"]:
         print(f"  do: {line}")  # unbroken, to be copied
-    for grid in grids(one, entry):
+    for grid in grids(stage, entry):
         print()
         show_table(grid)
 
 
-def grids(one: dict, entry: dict) -> list[Any]:
-    """The tables of what was measured of a teacher."""
-    found = []
+def grids(stage: dict, entry: dict) -> list[Any]:
+    """Return the tables of a teacher's measurements."""
+    tables = []
     if "gain" in entry:
-        found.append(_gain(entry["gain"]))
+        tables.append(_gain(entry["gain"]))
     if "profile" in entry:
-        found.append(_profile(one, entry))
+        tables.append(_profile(stage, entry))
     if "alignment" in entry:
-        found.append(_alignment(entry["alignment"]))
+        tables.append(_alignment(entry["alignment"]))
     if "reach" in entry:
-        found.append(_reach(entry["reach"]))
-    return found
+        tables.append(_reach(entry["reach"]))
+    return tables
 
 
 def _gain(gain: dict) -> Any:
@@ -92,7 +96,7 @@ def _share(value: dict) -> str:
     return "" if value["mean"] is None else f"{value['mean']:.2f} of {value['of']}"
 
 
-def _profile(one: dict, entry: dict) -> Any:
+def _profile(stage: dict, entry: dict) -> Any:
     step0 = entry["step0"]
     served = "log_ratio" in step0
     shown = {k: v for k, v in COLUMNS.items() if k in step0}
@@ -100,7 +104,7 @@ def _profile(one: dict, entry: dict) -> Any:
     whole = {k: step0[k]["mean"] for k in shown}
     rows.append(["all", step0["tokens"], *_numbers(whole, shown)])
     title = f"On the student's answers, top {step0['top']}, nats a token at temperature"
-    at = 1.0 if served else one["temperature"]  # a server's log-probs are those at 1
+    at = 1.0 if served else stage["temperature"]  # a server's log-probs are those at 1
     return table(["position", "tokens", *shown.values()], rows, f"{title} {at:g}")
 
 
@@ -108,9 +112,9 @@ def _numbers(row: dict, shown: dict[str, str]) -> list[str]:
     return [f"{row[name]:.2f}" for name in shown]
 
 
-def _alignment(found: dict) -> Any:
+def _alignment(alignment: dict) -> Any:
     rows = []
-    for name, sides in found["signals"].items():
+    for name, sides in alignment["signals"].items():
         wrong, right = sides["wrong"], sides["right"]
         draw = f"{wrong['one_draw']:.2f}" if wrong.get("one_draw") is not None else ""
         noise = f"{wrong['noise']:.1f}" if wrong.get("noise") is not None else ""
@@ -119,16 +123,16 @@ def _alignment(found: dict) -> Any:
         else:
             both = [_with(s["mean"], s["ci95"], "") for s in (wrong, right)]
         rows.append([SIGNALS[name], *both, draw, noise])
-    sides = found["sides"]
+    sides = alignment["sides"]
     heads = [f"{s}, {sides[s]['nodes'] - sides[s]['undecided']} nodes" for s in ("wrong", "right")]
     columns = ["signal", *heads, "1 draw", "noise"]
     title = "Cosine with the ideal update by rollout (1 draw, noise: wrong ones)"
     return table(columns, rows, title)
 
 
-def _reach(found: dict) -> Any:
+def _reach(reach: dict) -> Any:
     rows = []
-    for r in found["profile"]:
+    for r in reach["profile"]:
         rates = [f"{r[n]:.2f}" if n in r else "" for n in ("student", "teacher")]
         more = [f"{r[n]:+.2f}" if n in r else "" for n in ("beyond", "advantage")]
         rows.append([f"{r['from']}-{r['to']}", r["nodes"], *rates, *more])

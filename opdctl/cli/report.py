@@ -1,4 +1,4 @@
-"""One self-contained HTML file: stages, claims, scores, learning curves. No script, no network."""
+"""Write a run as one HTML file: stages, claims, scores, learning curves. No script, no network."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import html
 from pathlib import Path
 
 from opdctl.evidence.judge import judge
-from opdctl.evidence.measured import noted
-from opdctl.evidence.verdict import shown
+from opdctl.evidence.measured import stage_facts
+from opdctl.evidence.verdict import format_estimate
 from opdctl.run.rundir import RunDir, read_json, read_rows
 from opdctl.run.status import status
 
@@ -25,23 +25,23 @@ CURVES = ("loss", "reward", "entropy", "length", "nll", "guessed", "overlap", "e
 
 
 def write(run: RunDir, claims: list[dict] | None = None) -> Path:
-    """Write ``report.html`` into a run directory, or one for a set of seeds. Returns its path.
+    """Write ``report.html`` into a run directory, or one for a set of seeds. Return its path.
 
     Args:
-        claims: as ``judge`` gives them, where they are known already.
+        claims: the records of ``judge``, where they are known already.
 
     Raises:
         UsageError: not a run directory.
     """
-    found = status(run)
-    body = [f"<h1>{_e(found['recipe'])}</h1><p>{_e(found['run'])}: {_e(found['state'])}</p>"]
+    state = status(run)
+    body = [f"<h1>{_e(state['recipe'])}</h1><p>{_e(state['run'])}: {_e(state['state'])}</p>"]
     claims = judge(run) if claims is None else claims
     if claims:
         body.append("<h2>Claims</h2>" + _claims(claims))
-    for one in found.get("runs", [found]):
-        body.append(_run(RunDir(one["run"]), one))
+    for run_state in state.get("runs", [state]):
+        body.append(_run(RunDir(run_state["run"]), run_state))
     page = (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{_e(found['recipe'])}</title>"
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{_e(state['recipe'])}</title>"
         f"<style>{STYLE}</style><body>{''.join(body)}</body></html>"
     )
     path = run / "report.html"
@@ -49,13 +49,13 @@ def write(run: RunDir, claims: list[dict] | None = None) -> Path:
     return path
 
 
-def _run(run: RunDir, found: dict) -> str:
+def _run(run: RunDir, state: dict) -> str:
     rows = [
         [n, s["kind"], s["status"], f"{s['step']}/{s['total']}", f"{s['seconds']:.1f}"]
-        for n, s in found["stages"].items()
+        for n, s in state["stages"].items()
     ]
     parts = [
-        f"<h2>Stages, seed {found['seed']}</h2>",
+        f"<h2>Stages, seed {state['seed']}</h2>",
         _table(["stage", "kind", "status", "step", "seconds"], rows),
     ]
     scores: dict[str, dict[str, str]] = {}
@@ -72,10 +72,10 @@ def _run(run: RunDir, found: dict) -> str:
             "<h2>Accuracy on held-out prompts, 95 % interval</h2>",
             _table(["model", *domains], rows, raw=True),
         ]
-    for name, facts in noted(run).items():
+    for name, facts in stage_facts(run).items():
         parts.append(_table([name, "measured"], [[k, f"{v:.4g}"] for k, v in facts.items()]))
     parts.append("<h2>Learning curves</h2>")
-    for name in found["stages"]:
+    for name in state["stages"]:
         parts.append(_curves(name, read_rows(run.stage(name) / "metrics.jsonl")))
     return "".join(parts)
 
@@ -85,8 +85,7 @@ def _claims(claims: list[dict]) -> str:
     rows = []
     for c in claims:
         values = "<br>".join(
-            f"{_e(n)} {shown(v)} [{shown(c['interval'][n][0])}, {shown(c['interval'][n][1])}]"
-            for n, v in c["measured"].items()
+            f"{_e(n)} {format_estimate(v, c['interval'][n])}" for n, v in c["measured"].items()
         ) or _e(c["note"])
         rows.append(
             [

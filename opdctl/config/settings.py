@@ -144,7 +144,7 @@ _REBUILT = ("teacher.hidden", "teacher.lse", "teacher.topk", "teacher.entropy")
 ON_TOP = {
     "topk_student": _REBUILT,
     "topk_union": _REBUILT,
-    "topk_teacher": ("teacher.listed",),
+    "topk_teacher": ("teacher.topk_list",),
 }
 
 

@@ -1,4 +1,4 @@
-"""What a stage holds and how long a GPU takes for it: its work (``work.py``) on one GPU.
+"""Estimate the memory and time of a stage on one GPU, from its work (``work.py``).
 
 The ledger of a finished stage (``types.Compute``) counts with the same factors; utilisations are
 assumed (``ASSUMED``). Left out: loading, checkpoints, verifiers, the preflight, and time between
@@ -15,7 +15,7 @@ from typing import Any
 
 from opdctl.config import references
 from opdctl.estimate.gpus import Gpu
-from opdctl.estimate.memory import BYTES, SHARE, Estimate, estimate, of_engine, of_student
+from opdctl.estimate.memory import BYTES, SHARE, Estimate, engine_bytes, estimate, student_bytes
 from opdctl.estimate.rollout import (
     AT_ONCE,
     DECODE,
@@ -23,12 +23,12 @@ from opdctl.estimate.rollout import (
     LAUNCH,
     LENGTH,
     PROMPT,
-    Sampled,
+    Responses,
     decode_seconds,
     served_seconds,
 )
-from opdctl.estimate.shape import Standing, added, made, standing
-from opdctl.estimate.work import DEMONSTRATION, Work, behind_server, work_of
+from opdctl.estimate.shape import HeldModel, adapter_parameters, held_model, pretrain_shape
+from opdctl.estimate.work import DEMONSTRATION, Work, behind_server, stage_work
 from opdctl.types import FORWARD, TRAIN
 
 COMPUTE = 0.4  # of the peak of multiplications: prompts, scoring, training
@@ -55,14 +55,14 @@ ASSUMED = (
 
 @dataclass
 class Cost:
-    """A stage on a GPU.
+    """The memory and time of a stage on a GPU.
 
     Attributes:
-        memory: bytes by what they are for.
+        memory: bytes by purpose.
         seconds: by phase: rollout, score, train.
-        flops: of all phases.
-        fits: whether its peak is within the GPU's memory.
-        unknown: what was left out, as no shape says it or a server does it, in words.
+        flops: operations of all phases.
+        fits: True where the peak is within the GPU's memory.
+        unknown: the parts left out, since no shape gives them or a server does them, in words.
     """
 
     memory: Estimate
@@ -72,17 +72,17 @@ class Cost:
     unknown: str
 
     def to_dict(self) -> dict:
-        """For ``plan --json``: bytes and seconds."""
+        """Return the entry of ``plan --json``: bytes and seconds."""
         memory = {**asdict(self.memory), "peak": self.memory.peak}
         return {**asdict(self), "memory": memory}
 
 
 @dataclass
 class Costs:
-    """What every stage of a recipe would hold and take on a GPU.
+    """The memory and time of every stage of a recipe on a GPU.
 
     Attributes:
-        stages: stage -> its cost, or in words why there is no telling.
+        stages: stage -> its cost, or the reason why it is not known.
     """
 
     gpu: Gpu
@@ -90,46 +90,47 @@ class Costs:
     assumed: str = ASSUMED
 
     def of(self, stage: str) -> dict:
-        """For ``plan --json``."""
-        found = self.stages[stage]
-        return {"unknown": found} if isinstance(found, str) else found.to_dict()
+        """Return the entry of a stage in ``plan --json``."""
+        cost = self.stages[stage]
+        return {"unknown": cost} if isinstance(cost, str) else cost.to_dict()
 
 
 def costs(recipe: Any, gpu: Gpu) -> Costs:
-    """Of every stage, in the order they run."""
+    """Estimate every stage, in the order they run."""
     return Costs(gpu, {stage: cost(recipe, stage, gpu) for stage in recipe.order()})
 
 
 def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
-    """Memory and time of a stage, or in words why there is no telling."""
+    """Estimate the memory and time of a stage, or return the reason why they are not known."""
     config, runtime = recipe.stages[stage], recipe.runtime
     every = recipe.references(stage)  # those of its verifiers too
-    read = [t for k, t in every if k != "template"]  # of that the tokenizer alone
-    away = list(dict.fromkeys(filter(behind_server, read)))
-    named = [t for t in read if t not in away and references.parse(t).form != "unknown"]
-    stand = {text: standing(recipe, text, stage) for text in named}  # the verifier is no model
-    if missing := [s.place for s in stand.values() if s.base is None]:
+    texts = [t for k, t in every if k != "template"]  # of that the tokenizer alone
+    away = list(dict.fromkeys(filter(behind_server, texts)))
+    named = [t for t in texts if t not in away and references.parse(t).form != "unknown"]
+    held = {text: held_model(recipe, text, stage) for text in named}  # the verifier is no model
+    if missing := [s.place for s in held.values() if s.base is None]:
         return f"no size of {missing[0]}; shapes: {{{missing[0]}: {{parameters: N, layers: N}}}}"
-    shapes = {text: s.whole for text, s in stand.items()}
+    shapes = {text: s.whole for text, s in held.items()}
     start, lora = getattr(config, "student", ""), getattr(config, "lora", None)
     alone = bool(lora and lora.rank)  # an adapter is trained and nothing else
     merged = config.kind == "merge" or (lora is not None and not alone)
-    adapter = 0.0 if merged or not start else added(stand[start], lora.rank if alone else 0)
-    student = replace(stand[start], adapter=adapter).whole if start else made(config.model)
-    work = work_of(config, recipe.domains(stage), student, shapes)
+    rank = lora.rank if alone else 0
+    adapter = 0.0 if merged or not start else adapter_parameters(held[start], rank)
+    student = replace(held[start], adapter=adapter).whole if start else pretrain_shape(config.model)
+    work = stage_work(config, recipe.domains(stage), student, shapes)
     wave, longest = _wave(work, runtime.wave)
-    apart, share = runtime.engine == "vllm_server", of_engine(runtime, gpu.memory)
+    apart, share = runtime.engine == "vllm_server", engine_bytes(runtime, gpu.memory)
     learns = work.trained > 0
     beside = [t for k, t in every if k not in ("student", "template")]
-    frozen = [stand[t] for t in dict.fromkeys(beside) if t in stand]  # of the student: a copy
+    frozen = [held[t] for t in dict.fromkeys(beside) if t in held]  # of the student: a copy
     memory = estimate(
-        of_student(
+        student_bytes(
             student.parameters - adapter,
             runtime.dtype,
             masters=hasattr(config, "optim") and runtime.masters_of(config.optim.lr),
             adapter=adapter if alone or adapter else None,
         ),
-        _held(frozen, BYTES[runtime.dtype]),
+        _frozen_bytes(frozen, BYTES[runtime.dtype]),
         dtype=runtime.dtype,
         learns=learns,
         steps=hasattr(config, "optim"),
@@ -139,22 +140,10 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
         sampled=0 if apart else wave * (PROMPT + longest),
         engine=share if work.samples else 0,
         activated=student.activated(runtime.gradient_checkpointing),
-        trained=(runtime.micro_batch or _alike(config)) * (PROMPT + work.longest),
+        trained=(runtime.micro_batch or _largest_pass(config)) * (PROMPT + work.longest),
     )
-    each = BYTES[runtime.dtype]
-    peak = COMPUTE * gpu.flops[runtime.dtype]
-    flops = {
-        "rollout": sum(
-            FORWARD * s.model.per_token * s.responses * (PROMPT + s.mean) for s in work.samples
-        ),
-        "score": sum(FORWARD * model.per_token * tokens for model, tokens in work.scored),
-        "train": per_update(student.per_token, adapter if alone else None) * work.trained,
-    }
-    seconds = {
-        "rollout": sum(_sampling(s, runtime, each, gpu, peak) for s in work.samples),
-        "score": flops["score"] / peak,
-        "train": flops["train"] / peak,
-    }
+    trained_flops = update_flops(student.per_token, adapter if alone else None)
+    flops, seconds = _flops_and_seconds(work, runtime, gpu, trained_flops)
     blind = any(s.model.layers == 0 for s in work.samples) or (learns and not student.layers)
     unknown = ["cache and activations: a shape has no layers"] if blind else []
     unknown += ["the adapter: a shape has no layers or hidden"] if alone and not adapter else []
@@ -163,38 +152,73 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
     return Cost(memory, seconds, sum(flops.values()), fits, "; ".join(unknown))
 
 
-def _sampling(s: Sampled, runtime: Any, each: int, gpu: Gpu, peak: float) -> float:
-    """Seconds by the engine of the run; a server has a GPU of the same kind to itself."""
+def _flops_and_seconds(
+    work: Work, runtime: Any, gpu: Gpu, trained_flops: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the operations and the seconds of a stage by phase.
+
+    Args:
+        trained_flops: operations of an update per token.
+    """
+    each = BYTES[runtime.dtype]
+    peak = COMPUTE * gpu.flops[runtime.dtype]
+    flops = {
+        "rollout": sum(
+            FORWARD * s.model.per_token * s.responses * (PROMPT + s.mean) for s in work.samples
+        ),
+        "score": sum(FORWARD * model.per_token * tokens for model, tokens in work.scored),
+        "train": trained_flops * work.trained,
+    }
+    seconds = {
+        "rollout": sum(_sampling(s, runtime, each, gpu, peak) for s in work.samples),
+        "score": flops["score"] / peak,
+        "train": flops["train"] / peak,
+    }
+    return flops, seconds
+
+
+def _sampling(s: Responses, runtime: Any, each: int, gpu: Gpu, peak: float) -> float:
+    """Return the seconds of the run's engine; a server has a GPU of the same kind to itself."""
     if runtime.engine == "vllm_server":
         return served_seconds(s, min(runtime.wave, AT_ONCE), each, gpu, peak, SERVER * gpu.memory)
-    if share := of_engine(runtime, gpu.memory):
+    if share := engine_bytes(runtime, gpu.memory):
         return served_seconds(s, runtime.wave, each, gpu, peak, share)
     return decode_seconds(s, runtime.wave, each, gpu, peak)
 
 
-def per_update(each: float, adapter: float | None) -> float:
-    """Operations of an update, a token, as the ledger has them (``models/model.Model.count``): with
-    an adapter, back through everything, and to the gradient of the adapter alone."""
+def update_flops(each: float, adapter: float | None) -> float:
+    """Return the operations of an update per token, as the ledger counts them.
+
+    With an adapter the backward pass goes through everything, and to the gradient of the adapter
+    only (``models/model.Model.count``).
+
+    Args:
+        each: parameters that a token meets.
+        adapter: parameters of an adapter trained alone; None trains all.
+    """
     return TRAIN * each if adapter is None else (TRAIN - FORWARD) * each + FORWARD * adapter
 
 
-def _held(frozen: list[Standing], each: int) -> list[float]:
-    """Bytes of frozen models, those of a base with all of its adapters, in float32, together."""
+def _frozen_bytes(frozen: list[HeldModel], each: int) -> list[float]:
+    """Return the bytes of each frozen base together with its adapters, which are in float32."""
     held = {s.place: each * s.base.parameters for s in frozen}
     for (place, _), adapter in {(s.place, s.name): 4 * s.adapter for s in frozen}.items():
         held[place] += adapter
     return list(held.values())
 
 
-def _alike(config: Any) -> int:
-    """Most sequences that one pass may have where nothing bounds them: those of a step, alike in
-    length (``models/packing.micro_batches`` closes no group of them)."""
+def _largest_pass(config: Any) -> int:
+    """Return the most sequences of one pass where ``runtime.micro_batch`` is 0.
+
+    They are all those of an optimizer step, if alike in length: ``models/packing.micro_batches``
+    closes no group of them.
+    """
     prompts = getattr(config, "prompts", None)
     whole = prompts.per_step * getattr(prompts, "samples", 1) if hasattr(prompts, "per_step") else 0
     return math.ceil(whole / getattr(config, "minibatches", 1))
 
 
 def _wave(work: Work, most: int) -> tuple[int, int]:
-    """Responses at once, and the longest of them."""
+    """Return the number of responses at once, and the tokens of the longest."""
     batch = max((min(s.batch, most) for s in work.samples), default=0)
     return batch, max((s.longest for s in work.samples), default=0)

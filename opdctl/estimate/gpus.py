@@ -1,7 +1,7 @@
-"""GPUs by name: memory, dense matrix throughput, memory bandwidth; from their makers' data sheets.
+"""The table of GPUs: memory, dense matrix throughput, memory bandwidth; from makers' data sheets.
 
-float32 is that of the ordinary cores: torch multiplies float32 in full precision unless told
-otherwise, and opdctl does not tell it. Sparsity is not counted.
+float32 is that of the ordinary cores: torch multiplies float32 in full precision by default, and
+opdctl keeps the default. Sparsity is not counted.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from opdctl.errors import UsageError
 
 @dataclass(frozen=True)
 class Gpu:
-    """One device.
+    """One model of GPU.
 
     Attributes:
         memory: bytes.
-        flops: multiply-adds count two, per second, by type of parameters.
+        flops: operations per second by type of parameters; a multiply-add counts as two.
         bandwidth: bytes per second between memory and cores.
     """
 
@@ -49,10 +49,10 @@ DEFAULT = "h100"
 
 
 def gpu(name: str) -> Gpu:
-    """A GPU by name.
+    """Return a GPU by its name.
 
     Raises:
-        UsageError: none of this name is in the table.
+        UsageError: no GPU of this name is in the table.
     """
     if name.lower() not in GPUS:
         raise UsageError(f"no GPU {name!r}", did_you_mean(name.lower(), GPUS, "known:"))

@@ -1,10 +1,10 @@
-"""What a stage holds at once, in bytes: one formula, for ``plan`` and for the check before a start.
+"""Estimate the bytes that a stage holds at once, for ``plan`` and for the check before a start.
 
 Assumed: AdamW with two moments and gradients in the parameters' type, or in float32 for copies of
-bfloat16 parameters (counted with the moments) and for adapters; frozen models, all loaded or as
-many as ``runtime.resident_teachers`` says, the largest ones; full attention in every layer; a wave
-of responses as long as they may get; that sampling and updates take turns. Not counted: kept hidden
-rows of teachers, fragments, other stages.
+bfloat16 parameters (counted with the moments) and for adapters; frozen models, all loaded or the
+largest ``runtime.resident_teachers`` of them; full attention in every layer; a wave of responses of
+the largest allowed length; sampling and updates in turns. Not counted: hidden rows kept for
+teachers, fragmentation, other stages.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SHARE = 0.3  # of the GPU that vllm takes while it samples, where its arguments 
 
 @dataclass
 class Estimate:
-    """Bytes by what they are for."""
+    """The bytes of a stage by purpose."""
 
     parameters: int
     gradients: int
@@ -31,24 +31,25 @@ class Estimate:
 
     @property
     def certain(self) -> int:
-        """What no setting of waves and chunks makes smaller."""
+        """The bytes that no setting of waves and chunks makes smaller."""
         return self.parameters + self.gradients + self.moments + self.teachers
 
     @property
     def peak(self) -> int:
-        """The larger of sampling and an update."""
+        """The bytes of sampling or of an update, the larger."""
         held = self.parameters + self.moments + self.teachers
         return held + max(self.cache, self.gradients + self.chunk + self.activations)
 
 
-def of_student(
+def student_bytes(
     parameters: float, dtype: str, *, masters: bool = False, adapter: float | None = None
 ) -> tuple[int, int, int]:
-    """Bytes of its parameters, of gradients, and of what the optimizer keeps.
+    """Return the bytes of a student's parameters, of its gradients and of the optimizer's state.
 
     Args:
-        masters: the optimizer moves float32 copies.
-        adapter: parameters of an adapter beside it; it alone is trained.
+        parameters: how many it has, without the adapter.
+        masters: the optimizer updates float32 copies.
+        adapter: parameters of an adapter beside it, which alone is trained; None without one.
     """
     each = BYTES[dtype]
     size = int(parameters * each)
@@ -60,9 +61,11 @@ def of_student(
     return size, size, 2 * size
 
 
-def of_engine(runtime: Any, memory: float) -> float:
-    """Bytes that the sampling engine has for itself on the stage's GPU, caches included; 0 where it
-    has none: transformers', whose cache is that of a wave, and a server's on a device of its own.
+def engine_bytes(runtime: Any, memory: float) -> float:
+    """Return the bytes that the sampling engine reserves on the stage's GPU, caches included.
+
+    Only vllm reserves any: the cache of transformers is that of a wave and is counted there, and a
+    server has a device of its own.
 
     Args:
         memory: bytes of the GPU.
@@ -88,13 +91,14 @@ def estimate(
     activated: int = 0,
     trained: int = 0,
 ) -> Estimate:
-    """See the module for what is assumed.
+    """Return the estimate of a stage; the module says what is assumed.
 
     Args:
-        student: bytes, see ``of_student``.
+        student: bytes, see ``student_bytes``.
         frozen: bytes of each other model.
-        learns: it takes gradients; ``steps``: and an optimizer's steps.
-        resident: most of them loaded at once; 0 is all.
+        learns: the stage computes gradients.
+        steps: the stage takes steps of an optimizer.
+        resident: most frozen models loaded at once; 0 is all.
         cached: numbers a cache keeps of a token.
         sampled: tokens in the caches of a wave, at most.
         engine: bytes of an engine that has memory of its own while it samples, caches included.
@@ -115,6 +119,6 @@ def estimate(
     )
 
 
-def shown(size: float) -> str:
-    """Bytes in GiB, or below one in MiB."""
+def format_bytes(size: float) -> str:
+    """Format bytes in GiB, below one GiB in MiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

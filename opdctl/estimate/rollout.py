@@ -1,7 +1,7 @@
-"""How long a GPU samples: by the transformers engine, wave after wave, or by vLLM.
+"""Estimate the seconds of sampling on a GPU, by the transformers engine or by vLLM.
 
-A token of every response needs the weights and all keys and values read once; what is assumed of
-lengths and of the device's use is printed with the estimate (``cost.ASSUMED``).
+One token of every response needs the weights and all keys and values read once. The assumptions on
+lengths and utilisation are printed with the estimate (``cost.ASSUMED``).
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ GRAPH = 1e-4  # vllm's, which captures them in a graph
 
 
 @dataclass
-class Sampled:
-    """Responses that one model of a stage writes: ``rounds`` times ``batch`` of them."""
+class Responses:
+    """The responses that one model of a stage writes: ``rounds`` times ``batch`` of them.
+
+    Attributes:
+        longest: the most tokens of one.
+    """
 
     model: Shape
     rounds: int
@@ -32,7 +36,7 @@ class Sampled:
 
     @property
     def mean(self) -> float:
-        """Tokens of a response, as assumed."""
+        """The tokens of a response, as assumed."""
         return max(1.0, LENGTH * self.longest)
 
     @property
@@ -40,10 +44,17 @@ class Sampled:
         return self.rounds * self.batch
 
 
-def decode_seconds(s: Sampled, wave: int, each: int, gpu: Gpu, peak: float) -> float:
-    """Prompts once, then a token of every response at a time until the longest is over.
+def decode_seconds(s: Responses, wave: int, each: int, gpu: Gpu, peak: float) -> float:
+    """Return the seconds of the transformers engine, wave after wave.
 
-    The batch shrinks as responses end: on average LENGTH of it is there.
+    A wave reads its prompts once, then decodes a token of every response at a time until the
+    longest has ended. The batch shrinks as responses end: on average the share LENGTH of it is
+    active.
+
+    Args:
+        wave: most responses at once.
+        each: bytes of a parameter.
+        peak: operations per second.
     """
     waves = s.rounds * math.ceil(s.batch / wave)
     alive = LENGTH * min(s.batch, wave)
@@ -57,12 +68,16 @@ def decode_seconds(s: Sampled, wave: int, each: int, gpu: Gpu, peak: float) -> f
     return prompts + waves * s.longest * step
 
 
-def served_seconds(s: Sampled, most: int, each: int, gpu: Gpu, peak: float, memory: float) -> float:
-    """As decode_seconds, by an engine that begins a response where another has ended.
+def served_seconds(
+    s: Responses, most: int, each: int, gpu: Gpu, peak: float, memory: float
+) -> float:
+    """Return the seconds of an engine that begins a response as soon as another has ended.
 
     Args:
-        most: responses at once.
-        memory: bytes it has for weights, keys and values: they bound the responses at once too.
+        most: most responses at once.
+        each: bytes of a parameter.
+        peak: operations per second.
+        memory: bytes for weights, keys and values; they bound the responses at once too.
     """
     held = each * s.model.cached * (PROMPT + s.mean / 2)
     room = (memory - each * s.model.parameters) / held if held else most

@@ -1,8 +1,9 @@
-"""How large a model is, without loading it: from the recipe, a folder, or the stage that makes it.
+"""Find the size of a model without loading it, from the recipe, a folder or the stage that makes
+it.
 
-Parameters stand in the recipe beside each public name (``shapes:``), so no network is needed; those
-of a folder may. An adapter is as large as its file, on what it names as its base. A number that is
-not known is 0, and what follows from it is left out and said to be.
+The recipe gives the size of each public name (``shapes:``), so no network is needed; it may give
+that of a folder. The size of an adapter is that of its file, added to that of the base it names. A
+number that is not known is 0; the parts of an estimate that need it are left out and listed.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ CHARACTERS = 128  # vocabulary of a model that a recipe makes: at most so many
 
 
 @dataclass(frozen=True)
-class Standing:
-    """A model as it is held: its weights, and an adapter on them.
+class HeldModel:
+    """A model as it is held in memory: its weights, and an adapter on them.
 
     Attributes:
-        place: where the weights are; models that have it in common share them.
-        base: their size; None where nothing says.
-        adapter: parameters of the adapter; 0 is none.
-        name: which adapter; empty is none.
+        place: the place of the weights; models of one place share them.
+        base: the size of the weights; None where it is not known.
+        adapter: parameters of the adapter; 0 without one.
+        name: the name of the adapter; empty without one.
     """
 
     place: str
@@ -38,7 +39,7 @@ class Standing:
 
     @property
     def whole(self) -> Shape | None:
-        """Both together: a token goes through all of the adapter."""
+        """The size of both together: a token goes through all of the adapter."""
         if self.base is None:
             return None
         active = self.base.active and self.base.active + self.adapter
@@ -46,46 +47,47 @@ class Standing:
 
 
 def shape_of(recipe: Any, reference: str, stage: str = "") -> Shape | None:
-    """Size of a referenced model, its adapter included; None where nothing says.
+    """Return the size of a referenced model, its adapter included; None where it is not known.
 
     Args:
-        stage: whose ``policy`` is meant.
+        stage: the stage that ``policy`` refers to.
     """
-    return standing(recipe, reference, stage).whole
+    return held_model(recipe, reference, stage).whole
 
 
-def standing(recipe: Any, reference: str, stage: str = "") -> Standing:
-    """What a referenced model is held as; as for ``shape_of``."""
+def held_model(recipe: Any, reference: str, stage: str = "") -> HeldModel:
+    """Return a referenced model as it is held; the arguments are those of ``shape_of``."""
     ref = references.parse(reference)
     if ref.form == "policy":
-        return standing(recipe, recipe.stages[stage].student)
+        return held_model(recipe, recipe.stages[stage].student)
     if ref.form == "stage":
         config = recipe.stages[ref.name]
         if not hasattr(config, "student"):
-            return Standing(reference, made(config.model))
-        start, lora = standing(recipe, config.student), getattr(config, "lora", None)
+            return HeldModel(reference, pretrain_shape(config.model))
+        start, lora = held_model(recipe, config.student), getattr(config, "lora", None)
         if lora and lora.rank and lora.output == "adapter":
-            return replace(start, adapter=added(start, lora.rank), name=reference)
-        return Standing(reference, start.base)
-    told = {references.parse(name).name: shape for name, shape in recipe.shapes.items()}
+            return replace(start, adapter=adapter_parameters(start, lora.rank), name=reference)
+        return HeldModel(reference, start.base)
+    listed = {references.parse(name).name: shape for name, shape in recipe.shapes.items()}
     if ref.form != "folder":
-        return Standing(ref.name, told.get(ref.name) or told.get(ref.name.partition("@")[0]))
+        return HeldModel(ref.name, listed.get(ref.name) or listed.get(ref.name.partition("@")[0]))
     if not (base := references.base_of(ref.name)):
-        return Standing(ref.name, told.get(ref.name) or of_folder(Path(ref.name)))
+        return HeldModel(ref.name, listed.get(ref.name) or folder_shape(Path(ref.name)))
     try:
         adapter = float(_parameters(Path(ref.name) / "adapter_model.safetensors"))
     except (OSError, ValueError, KeyError, TypeError):
-        return Standing(ref.name, None)
-    return replace(standing(recipe, base), adapter=adapter, name=ref.name)
+        return HeldModel(ref.name, None)
+    return replace(held_model(recipe, base), adapter=adapter, name=ref.name)
 
 
-def added(start: Standing, rank: int) -> float:
-    """Parameters of the adapter that a stage trains: the one it starts from, or a new one."""
+def adapter_parameters(start: HeldModel, rank: int) -> float:
+    """Return the parameters of the adapter that a stage trains: the one it starts from, or a new
+    one."""
     return start.adapter or (start.base.adapter(rank) if start.base else 0.0)
 
 
-def made(model: Any) -> Shape:
-    """Size of the Qwen3 that a pretrain stage makes, of CHARACTERS tokens."""
+def pretrain_shape(model: Any) -> Shape:
+    """Return the size of the Qwen3 that a pretrain stage makes, with CHARACTERS tokens."""
     width = model.head_dim
     attention = model.hidden * width * 2 * (model.heads + model.kv_heads) + 2 * width
     layer = attention + 3 * model.hidden * model.intermediate + 2 * model.hidden
@@ -101,11 +103,12 @@ def made(model: Any) -> Shape:
     )
 
 
-def kept_of(config: Mapping[str, Any]) -> int:
-    """Numbers that a cache keeps of one token in one layer, by the keys of a config.json.
+def cached_numbers(config: Mapping[str, Any]) -> int:
+    """Return how many numbers a cache keeps of one token in one layer, from a config.json.
 
-    Keys and values of each head; with latent attention (MLA; DeepSeek-V3, arXiv 2412.19437) the
-    latent and the rotated part of the key, and what an indexer of sparse attention (GLM-5) keys by.
+    They are keys and values of each head; with latent attention (MLA; DeepSeek-V3, arXiv
+    2412.19437) the latent, the rotated part of the key, and the keys of an indexer of sparse
+    attention (GLM-5).
     """
     if config.get("kv_lora_rank"):
         indexer = config.get("index_head_dim") or 0
@@ -117,8 +120,9 @@ def kept_of(config: Mapping[str, Any]) -> int:
     return heads * (width + (config.get("v_head_dim") or width))
 
 
-def of_folder(folder: Path) -> Shape | None:
-    """Size of a model in a folder: parameters from the headers of its weight files."""
+def folder_shape(folder: Path) -> Shape | None:
+    """Return the size of a model in a folder, its parameters from the headers of the weight files;
+    None where they cannot be read."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         count = sum(_parameters(path) for path in folder.glob("model*.safetensors"))
@@ -135,7 +139,7 @@ def of_folder(folder: Path) -> Shape | None:
             intermediate=config.get("intermediate_size") or 0,
             kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or hidden // heads,
-            kept=kept_of(config),
+            kept=cached_numbers(config),
             vocabulary=config.get("vocab_size") or 0,
         )
         if count
@@ -144,7 +148,7 @@ def of_folder(folder: Path) -> Shape | None:
 
 
 def _parameters(path: Path) -> int:
-    """Numbers in a safetensors file, from its header alone."""
+    """Return the number of parameters in a safetensors file, from its header only."""
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")

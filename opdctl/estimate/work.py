@@ -1,7 +1,7 @@
-"""What a stage will do, in tokens: from its keys, without data.
+"""Estimate the work of a stage in tokens, from its keys and without data.
 
-The ledger of a finished stage (``types.Compute``) counts the same tokens; here the lengths that
-only a run can tell are assumed (``cost.ASSUMED``).
+The ledger of a finished stage (``types.Compute``) counts the same tokens; lengths that only a run
+can tell are assumed here (``cost.ASSUMED``).
 """
 
 from __future__ import annotations
@@ -12,41 +12,43 @@ from typing import Any
 from opdctl.config import references
 from opdctl.config.settings import longest_turn
 from opdctl.config.shapes import Shape
-from opdctl.estimate.rollout import PROMPT, Sampled
+from opdctl.estimate.rollout import PROMPT, Responses
 
 DEMONSTRATION = 512  # tokens of an answer that the data gives
 
 
 @dataclass
 class Work:
-    """What a stage does.
+    """The work of a stage.
 
     Attributes:
-        samples: who writes what.
-        scored: ``(model, tokens)`` that are run forward with a gradient for nobody.
+        samples: the responses that each model writes.
+        scored: ``(model, tokens)`` of each forward pass without gradients.
         trained: tokens that are trained on, every pass counted.
         longest: tokens of the longest response that is trained on.
     """
 
-    samples: list[Sampled] = field(default_factory=list)
+    samples: list[Responses] = field(default_factory=list)
     scored: list[tuple[Shape, float]] = field(default_factory=list)
     trained: float = 0.0
     longest: int = DEMONSTRATION
 
 
-def work_of(config: Any, domains: dict[str, float], student: Shape, shapes: dict) -> Work:
-    """What the keys of a stage ask for.
+def stage_work(config: Any, domains: dict[str, float], student: Shape, shapes: dict) -> Work:
+    """Estimate the work of a stage from its keys.
 
     Args:
         domains: domain -> share of each step.
-        shapes: of every model the stage names, but for those behind a server: they are not counted.
+        student: the size of the model that the stage trains.
+        shapes: the size of every model the stage names, except those behind a server, which are not
+            counted.
     """
     kind = config.kind
     if kind == "merge":
         return Work()
     if kind == "evaluate":
         batch = config.prompts.limit * config.prompts.samples
-        return Work([Sampled(student, len(domains), batch, config.sampling.max_tokens)])
+        return Work([Responses(student, len(domains), batch, config.sampling.max_tokens)])
     rounds = config.batches if kind == "gradients" else config.steps
     batch = config.prompts.per_step * config.prompts.samples
     if kind == "pretrain":
@@ -54,7 +56,7 @@ def work_of(config: Any, domains: dict[str, float], student: Shape, shapes: dict
     if kind == "sft":
         return _imitation(config, domains, rounds, batch, shapes)
     judge = shapes[config.policy] if kind == "orm" else student
-    samples, tokens = _drawn(config, domains, rounds, batch, judge, shapes)
+    samples, tokens = _on_policy(config, domains, rounds, batch, judge, shapes)
     if kind == "orm":
         return Work(samples, trained=tokens, longest=longest_turn(config))
     scored = _scored(config, domains, tokens, shapes)
@@ -64,7 +66,7 @@ def work_of(config: Any, domains: dict[str, float], student: Shape, shapes: dict
     if kind == "gradients":
         passes = sum(o.coef > 0 for o in config.objectives.values())
     scoring = [  # of the weights at steps 2^n and of each candidate, where all are tried
-        Sampled(student, rounds.bit_length() * (c.candidates + 1), c.size, longest_turn(config))
+        Responses(student, rounds.bit_length() * (c.candidates + 1), c.size, longest_turn(config))
         for c in getattr(config, "controllers", {}).values()
         if hasattr(c, "candidates")
     ]
@@ -72,19 +74,19 @@ def work_of(config: Any, domains: dict[str, float], student: Shape, shapes: dict
 
 
 def behind_server(reference: str) -> bool:
-    """Whether a model is behind a server: what it holds and does is not counted."""
+    """Return True for a model behind a server: its memory and work are not counted."""
     return references.parse(reference).form == "server"
 
 
-def _drawn(
+def _on_policy(
     config, domains, rounds: int, batch: int, student: Shape, shapes: dict
-) -> tuple[list[Sampled], float]:
-    """Who writes the responses of an on-policy stage, and their tokens with the prompts'."""
+) -> tuple[list[Responses], float]:
+    """Return the responses of an on-policy stage by model, and their tokens with the prompts'."""
     longest, sources = longest_turn(config), getattr(config, "sources", {})
-    whole = Sampled(student, rounds, batch, longest)
+    whole = Responses(student, rounds, batch, longest)
     if "teacher_mixed" in sources:  # both models read every token
         read = _by_teacher(config, domains, batch, shapes)
-        samples = [whole, *(Sampled(model, rounds, n, longest) for model, n in read)]
+        samples = [whole, *(Responses(model, rounds, n, longest) for model, n in read)]
         return samples, whole.responses * (PROMPT + whole.mean)
     if not (mixture := sources.get("mixture")):
         return [whole], whole.responses * (PROMPT + whole.mean)
@@ -92,14 +94,14 @@ def _drawn(
     shown = mixture.dataset * rounds * batch
     written = [(student, batch * (1 - theirs - mixture.dataset))]
     written += _by_teacher(config, domains, batch * theirs, shapes)
-    samples = [Sampled(m, rounds, max(1, round(n)), longest) for m, n in written if n > 1e-9]
+    samples = [Responses(m, rounds, max(1, round(n)), longest) for m, n in written if n > 1e-9]
     tokens = sum(s.responses * (PROMPT + s.mean) for s in samples)
     return samples, tokens + shown * (PROMPT + DEMONSTRATION)
 
 
 def _by_teacher(config, domains, batch: float, shapes: dict) -> list[tuple[Shape, float]]:
-    """A batch in the shares of the domains that each teacher serves, but for servers."""
-    found = []
+    """Split the tokens of a batch by teacher, in the shares of its domains; without servers."""
+    tokens_by_teacher = []
     for name, teacher in config.teachers.items():
         if behind_server(teacher.model):
             continue
@@ -107,40 +109,41 @@ def _by_teacher(config, domains, batch: float, shapes: dict) -> list[tuple[Shape
         served = [d for d, on in teacher.serves.items() if on] or [name]
         share = sum(domains.get(d, 0.0) for d in served)
         alone = len(config.teachers) == 1 and not share
-        found.append((shape, batch * (1.0 if alone else share)))
-    return found
+        tokens_by_teacher.append((shape, batch * (1.0 if alone else share)))
+    return tokens_by_teacher
 
 
 def _imitation(config, domains, rounds: int, batch: int, shapes: dict) -> Work:
-    """An sft stage: a teacher samples its share of each step, some domains of it its experts do,
-    and the data has the rest."""
+    """Estimate an sft stage: a teacher samples its share of each step, its experts those of their
+    domains, and the data gives the rest."""
     teacher = config.sources.get("teacher")
     shares: dict[str, float] = {}  # of each step, by who samples it
     if teacher:
-        own = {d for d, on in teacher.domains.items() if on}
-        other = {d for n, s in config.sources.items() if n != "teacher" for d in s.domains}
+        own_domains = {d for d, on in teacher.domains.items() if on}
+        other_domains = {d for n, s in config.sources.items() if n != "teacher" for d in s.domains}
         for domain, share in domains.items():
-            if domain in own if own else domain not in other:
+            if domain in own_domains if own_domains else domain not in other_domains:
                 expert = teacher.experts.get(domain, teacher.model)
                 shares[expert] = shares.get(expert, 0.0) + share
     shown = rounds * batch * (1 - sum(shares.values()))
     work = Work(trained=shown * (PROMPT + DEMONSTRATION))
     for expert, share in shares.items():
         work.longest = longest = teacher.sampling.max_tokens
-        told = Sampled(shapes.get(expert), rounds, max(1, round(batch * share)), longest)
-        work.trained += told.responses * (PROMPT + told.mean)
+        sampled = Responses(shapes.get(expert), rounds, max(1, round(batch * share)), longest)
+        work.trained += sampled.responses * (PROMPT + sampled.mean)
         if not behind_server(expert):
-            work.samples.append(told)
+            work.samples.append(sampled)
     return work
 
 
 def _scored(config, domains, tokens: float, shapes: dict) -> list[tuple[Shape, float]]:
-    """Teachers score what is of their domains; a reference and a reward model everything."""
-    found = _by_teacher(config, domains, tokens, shapes) if getattr(config, "teachers", {}) else []
+    """Return the scored tokens by model: a teacher scores its domains, a reference and a reward
+    model everything."""
+    scored = _by_teacher(config, domains, tokens, shapes) if getattr(config, "teachers", {}) else []
     if reference := getattr(config, "reference", None):
-        found.append((shapes[config.student if reference == "policy" else reference], tokens))
+        scored.append((shapes[config.student if reference == "policy" else reference], tokens))
     for signal in config.signals.values():
         reward = getattr(signal, "reward", "verifier")
         if signal.coef and references.parse(reward).form in ("stage", "folder", "public"):
-            found.append((shapes[reward], tokens))
-    return found
+            scored.append((shapes[reward], tokens))
+    return scored

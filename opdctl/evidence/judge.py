@@ -1,9 +1,10 @@
-"""Claims, judged on what runs measured: the estimate, its interval, the verdict.
+"""Judge claims on the measurements of runs: the estimate, its interval, the verdict.
 
 On several seeds the interval is a 95 % t-interval over seeds; on one seed a bootstrap over prompts,
-the same resample for every model. A claim *holds* if every part's estimate meets its threshold
-and its interval stays within delta of it or beyond; it is *refuted* if the whole interval of some
-part misses; else it is undecided. Thresholds stand in ``claims/`` and are not arguments.
+the same resample for every model. A claim *holds* if the estimate of each condition meets its
+threshold and its interval stays within delta of it or beyond; it is *refuted* if the whole interval
+of some condition misses; else it is undecided. Thresholds stand in ``claims/`` and are not
+arguments.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import math
 import numpy as np
 
 from opdctl.config.registry import member
-from opdctl.evidence.measured import Measured, measured
-from opdctl.evidence.verdict import Part, verdict
+from opdctl.evidence.measured import Measured, read_measurements
+from opdctl.evidence.verdict import Condition, verdict
 from opdctl.intervals import wilson
 from opdctl.run.launch import read_recipe
 from opdctl.run.rundir import RunDir
@@ -54,14 +55,17 @@ T975 = (
 )
 
 
-def scores(parent: RunDir, *what: str) -> dict[str, dict[str, tuple[float, float]]]:
-    """Model -> domain -> (mean, 95 % half-width) of accuracy, or of ``tokens``, ``pass@32`` ...
+def scores(parent: RunDir, *kind: str) -> dict[str, dict[str, tuple[float, float]]]:
+    """Return model -> domain -> (mean, 95 % half-width) of a score.
 
-    The interval is over prompts, or over several seeds.
+    The interval is over prompts, or over seeds where there are several.
+
+    Args:
+        kind: nothing for the accuracy, else one of ``tokens``, ``obedience``, ``pass@K``.
     """
-    runs = [measured(r) for r in parent.runs() if (r / "run.json").is_file()]
+    runs = [read_measurements(r) for r in parent.runs() if (r / "run.json").is_file()]
     out: dict[str, dict[str, tuple[float, float]]] = {}
-    wanted = [k for m in runs for k in m.values if k[2:] == what]
+    wanted = [k for m in runs for k in m.values if k[2:] == kind]
     for key in dict.fromkeys(wanted):
         each = [m.values[key] for m in runs if key in m.values]
         values = [float(np.mean(v)) for v in each]
@@ -76,13 +80,13 @@ def scores(parent: RunDir, *what: str) -> dict[str, dict[str, tuple[float, float
 
 
 def t_half_width(values: list[float]) -> float:
-    """Half the 95 % t-interval of a mean of at least two values."""
+    """Return half the 95 % t-interval of a mean of at least two values."""
     n = len(values)
     return T975[min(n - 1, 30) - 1] * float(np.std(values, ddof=1)) / math.sqrt(n)
 
 
 def judge(parent: RunDir) -> list[dict]:
-    """One record per claim of the recipe.
+    """Return a record for each claim of the recipe: thresholds, measurements, verdict.
 
     Raises:
         UsageError: not a run directory.
@@ -92,7 +96,7 @@ def judge(parent: RunDir) -> list[dict]:
         return []
     recipe = read_recipe(runs[0])
     seeds = [r.manifest()["seed"] for r in runs]
-    found = [measured(r) for r in runs]
+    measurements = [read_measurements(r) for r in runs]
     out = []
     for name, roles in recipe.claims.items():
         claim = member("claims", name.lower())
@@ -109,36 +113,36 @@ def judge(parent: RunDir) -> list[dict]:
             "note": "",
         }
         try:
-            parts, notes = claim.parts(roles, found)
-            record |= _decide(parts, found)
+            conditions, notes = claim.conditions(roles, measurements)
+            record |= _decide(conditions, measurements)
             record["note"] = notes
         except KeyError as missing:
-            what = missing.args[0]
-            what = " ".join(map(str, what)) if isinstance(what, tuple) else str(what)
-            record["note"] = f"not measured yet: {what}"
+            name = missing.args[0]
+            words = map(str, name) if isinstance(name, tuple) else [str(name)]
+            record["note"] = f"not measured yet: {' '.join(words)}"
         out.append(record)
     return out
 
 
-def _decide(parts: list[Part], found: list[Measured]) -> dict:
+def _decide(conditions: list[Condition], runs: list[Measured]) -> dict:
     values, intervals, verdicts = {}, {}, []
-    for part in parts:
+    for condition in conditions:
         with np.errstate(divide="ignore", invalid="ignore"):  # a gap of 0 in some resample
-            each = [float(part.value(m.scores())) for m in found]
+            each = [float(condition.value(m.scores())) for m in runs]
             estimate = sum(each) / len(each)
             if len(each) > 1:
                 half = t_half_width(each)
                 low, high = estimate - half, estimate + half
             else:
-                drawn = np.atleast_1d(part.value(found[0].resampled()))
+                drawn = np.atleast_1d(condition.value(runs[0].resampled()))
                 low, high = np.quantile(drawn, [0.025, 0.975])
-        values[part.name], intervals[part.name] = estimate, [float(low), float(high)]
-        verdicts.append(verdict(part, estimate, float(low), float(high)))
-    either = [v for p, v in zip(parts, verdicts, strict=True) if p.alternative]
-    verdicts = [v for p, v in zip(parts, verdicts, strict=True) if not p.alternative]
+        values[condition.name], intervals[condition.name] = estimate, [float(low), float(high)]
+        verdicts.append(verdict(condition, estimate, float(low), float(high)))
+    either = [v for p, v in zip(conditions, verdicts, strict=True) if p.alternative]
+    verdicts = [v for p, v in zip(conditions, verdicts, strict=True) if not p.alternative]
     if either:
         verdicts.append(True if True in either else None if None in either else False)
     holds = all(verdicts) if None not in verdicts else None
     if False in verdicts:
         holds = False
-    return {"measured": values, "interval": intervals, "holds": holds if parts else None}
+    return {"measured": values, "interval": intervals, "holds": holds if conditions else None}

@@ -1,4 +1,4 @@
-"""What runs measured, as claims read it: scores per prompt, facts of a stage, learning curves.
+"""Read the measurements of runs for claims: scores per prompt, facts of a stage, learning curves.
 
 Scores come from the evaluations at temperature 1 and are kept per prompt, so that a bootstrap over
 prompts can draw the same prompts for every model. Facts come from the stages' records (the ledger)
@@ -23,27 +23,28 @@ RESAMPLES = 1000
 
 
 class Scores(dict):
-    """Mean scores, or those of all resamples, of one run.
+    """The scores of one run: means over prompts, or those of all resamples as arrays.
 
-    ``scores[model, domain]`` is accuracy; ``scores[model, domain, what]`` is ``tokens`` a response,
-    ``obedience`` to the mode, or ``pass@K``. ``fact`` and ``curve`` are the same for all resamples.
+    ``scores[model, domain]`` is the accuracy; ``scores[model, domain, kind]`` is ``tokens`` per
+    response, ``obedience`` to the mode, or ``pass@K``. ``fact`` and ``curve`` are the same for all
+    resamples.
     """
 
     measured: Measured
 
     def fact(self, stage: str, name: str) -> Any:
-        """A number of a stage: see ``facts``.
+        """Return a number of a stage, see ``Measured.facts``.
 
         Raises:
             KeyError: it was not measured.
         """
-        found = self.measured.facts.get((stage, name))
-        if found is None:
+        value = self.measured.facts.get((stage, name))
+        if value is None:
             raise KeyError((stage, name))
-        return found
+        return value
 
     def curve(self, stage: str, name: str) -> list[dict]:
-        """A key of the stage's metrics, step by step.
+        """Return a key of the stage's metrics, step by step.
 
         Raises:
             KeyError: it was not measured.
@@ -56,10 +57,10 @@ class Scores(dict):
 
 @dataclass
 class Measured:
-    """What one run measured.
+    """The measurements of one run.
 
     Attributes:
-        values: per prompt, by (model, domain) or (model, domain, what).
+        values: a score of each prompt, by (model, domain) or (model, domain, kind).
         facts: numbers by (stage, name).
         rows: the metrics of each stage.
     """
@@ -69,22 +70,22 @@ class Measured:
     rows: dict[str, list[dict]] = field(default_factory=dict)
 
     def scores(self) -> Scores:
-        """Means over prompts."""
-        found = Scores((k, np.mean(v)) for k, v in self.values.items())
-        found.measured = self
-        return found
+        """Return the means over prompts."""
+        means = Scores((k, np.mean(v)) for k, v in self.values.items())
+        means.measured = self
+        return means
 
     def resampled(self, seed: int = 0) -> Scores:
-        """The same on resampled prompts, [RESAMPLES] each; one resample for all models."""
-        found = _Resampled()
-        found.measured, found.seed, found.drawn = self, seed, {}
-        return found
+        """Return the means over resampled prompts, [RESAMPLES] each; all models share the draws."""
+        scores = _Resampled()
+        scores.measured, scores.seed, scores.drawn = self, seed, {}
+        return scores
 
 
 class _Resampled(Scores):
-    """Scores of the resamples, computed when asked for.
+    """The scores of the resamples, each computed on first use.
 
-    Where all of the prompts were failed, or none, every resample would say the same: their shares
+    Where all of the prompts were failed, or none, every resample would be the same: their shares
     are drawn from Beta(right + 1/2, wrong + 1/2) (Jeffreys), so that 0 of 20 is no certainty.
     """
 
@@ -107,60 +108,61 @@ class _Resampled(Scores):
         return self[key]
 
 
-def measured(run: RunDir) -> Measured:
-    """What the finished stages of a run found; of evaluations those at temperature 1.
+def read_measurements(run: RunDir) -> Measured:
+    """Read the finished stages of a run; of the evaluations only those at temperature 1.
 
     Raises:
         UsageError: a file of results is damaged.
     """
-    found, recipe = Measured(), read_recipe(run)
+    result, recipe = Measured(), read_recipe(run)
     for name, stage in recipe.stages.items():
         record = run.record(name)
         if record.get("status") != "done":
             continue
         folder = run.stage(name)
-        of_stage = facts(record) | (read_json(folder / "facts.json") or {})
-        found.facts |= {(name, k): v for k, v in of_stage.items()}
-        found.rows[name] = read_rows(folder / "metrics.jsonl")
+        of_stage = compute_facts(record) | (read_json(folder / "facts.json") or {})
+        result.facts |= {(name, k): v for k, v in of_stage.items()}
+        result.rows[name] = read_rows(folder / "metrics.jsonl")
         if not hasattr(stage, "sampling") or stage.sampling.temperature != 1.0:
             continue
         try:
             for row in read_json(folder / "results.json", list) or []:
-                found.values |= per_prompt(row)
+                result.values |= per_prompt(row)
         except (TypeError, KeyError, ValueError):
             raise UsageError(
                 f"{folder / 'results.json'} is damaged", f"delete {folder}, then resume"
             ) from None
-    return found
+    return result
 
 
 def per_prompt(row: dict) -> dict[tuple, np.ndarray]:
-    """One record of an evaluation -> arrays over its prompts."""
+    """Turn one record of an evaluation into arrays over its prompts, by score."""
     key, n = (row["model"], row["domain"]), int(row["samples"])
     right = np.array(row["right"], float)
-    found = {key: right / n}
+    arrays = {key: right / n}
     for k in (int(k) for k in row["pass_at_k"]):
         wrong = [math.comb(n - int(r), k) / math.comb(n, k) for r in right]
-        found[*key, f"pass@{k}"] = 1.0 - np.array(wrong)
+        arrays[*key, f"pass@{k}"] = 1.0 - np.array(wrong)
     if "tokens" in row:
-        found[*key, "tokens"] = np.array(row["tokens"], float) / n
-        found[*key, "obedience"] = np.array(row["obeyed"], float) / n
-    return found
+        arrays[*key, "tokens"] = np.array(row["tokens"], float) / n
+        arrays[*key, "obedience"] = np.array(row["obeyed"], float) / n
+    return arrays
 
 
-def noted(parent: RunDir) -> dict[str, dict[str, float]]:
-    """Stage -> its ``facts.json``, means over the seeds of a set."""
-    found: dict[str, dict[str, list[float]]] = {}
+def stage_facts(parent: RunDir) -> dict[str, dict[str, float]]:
+    """Return stage -> its ``facts.json``, means over the seeds of a set."""
+    by_stage: dict[str, dict[str, list[float]]] = {}
     for run in parent.runs():
         for path in sorted(run.path.glob("stages/*/facts.json")):
-            for what, value in (read_json(path) or {}).items():
+            for fact, value in (read_json(path) or {}).items():
                 if isinstance(value, int | float):
-                    found.setdefault(path.parent.name, {}).setdefault(what, []).append(value)
-    return {s: {k: sum(v) / len(v) for k, v in of.items()} for s, of in found.items()}
+                    by_stage.setdefault(path.parent.name, {}).setdefault(fact, []).append(value)
+    return {s: {k: sum(v) / len(v) for k, v in of.items()} for s, of in by_stage.items()}
 
 
-def raised(parent: RunDir) -> list[tuple[Path, str, int, int]]:
-    """Evaluations whose verifier raised: folder of the stage, domain, how often, of how many."""
+def verifier_errors(parent: RunDir) -> list[tuple[Path, str, int, int]]:
+    """Return the evaluations whose verifier raised: (folder of the stage, domain, number of
+    errors, number of answers)."""
     paths = [p for run in parent.runs() for p in sorted(run.path.glob("stages/*/results.json"))]
     rows = [(path.parent, row) for path in paths for row in read_json(path, list) or []]
     return [
@@ -170,8 +172,8 @@ def raised(parent: RunDir) -> list[tuple[Path, str, int, int]]:
     ]
 
 
-def facts(record: dict) -> dict[str, float]:
-    """Of a stage's record: floating-point operations of the student, and with its teachers'."""
+def compute_facts(record: dict) -> dict[str, float]:
+    """Return the floating-point operations in a stage's record: the student's, and all."""
     flops = record.get("compute", {}).get("flops", {})
     if not flops:
         return {}

@@ -1,10 +1,10 @@
-"""What a claim is made of: numbers with thresholds, and the verdict on them. Pure, no arrays.
+"""The conditions of a claim, numbers with thresholds, and the verdict on each. Pure, no arrays.
 
-A part *holds* if its estimate meets the threshold and its interval stays within delta of it or
-beyond; it is *refuted* if the whole interval misses; else it is undecided. One that need only
-touch its threshold holds unless the whole interval misses. Of several parts that are alternatives
-one is enough. delta is .03 of a score, .05 of a recovery, and 0 of what is no score: costs, tokens,
-steps, divergences, variances.
+A condition *holds* if its estimate meets the threshold and its interval stays within delta of it or
+beyond; it is *refuted* if the whole interval misses; else it is undecided. A condition that need
+only touch its threshold holds unless the whole interval misses. Of several alternatives one is
+enough. delta is .03 for a score, .05 for a recovery, and 0 for numbers that are no score: costs,
+tokens, steps, divergences, variances.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ DELTA_RECOVERY = 0.05  # of a recovery
 
 
 @dataclass
-class Part:
-    """One number of a claim and what it must be.
+class Condition:
+    """One number of a claim and its threshold.
 
     Attributes:
-        value: from the scores of a run to a number; from those of all its resamples, which come
-            as arrays of equal length, to as many.
+        value: computes the number from the scores of a run; from the scores of all its resamples,
+            arrays of equal length, it computes an array.
         least, most: the threshold, on one side or both; None on a side that is free.
         delta: how far beyond the threshold the interval may reach.
         touches: it is enough that the interval reaches the threshold.
@@ -45,50 +45,69 @@ class Part:
     alternative: bool = False
 
 
-def verdict(part: Part, estimate: float, low: float, high: float) -> bool | None:
-    """True holds, False refuted, None undecided. See the module."""
-    least = -math.inf if part.least is None else part.least
-    most = math.inf if part.most is None else part.most
+def verdict(condition: Condition, estimate: float, low: float, high: float) -> bool | None:
+    """Return True where a condition holds, False where it is refuted, None where undecided."""
+    least = -math.inf if condition.least is None else condition.least
+    most = math.inf if condition.most is None else condition.most
     if high < least or low > most:
         return False
-    if part.touches:
+    if condition.touches:
         return True
-    within = low >= least - part.delta and high <= most + part.delta
+    within = low >= least - condition.delta and high <= most + condition.delta
     return True if least <= estimate <= most and within else None
 
 
-def shown(value: float) -> str:
-    """Three digits after the point; of a smaller number its size."""
+def format_number(value: float) -> str:
+    """Format a number with three digits after the point, or as 1.2e-05 where that shows nothing."""
     return f"{value:.1e}" if 0 < abs(value) < 0.0005 else f"{value:.3f}"
 
 
-def name(reference: str) -> str:
-    """The stage a claim's role names."""
+def format_estimate(value: float, interval: list[float]) -> str:
+    """Format a number and its interval: ``.123 [.100, .150]``, see ``format_number``."""
+    low, high = map(format_number, interval)
+    return f"{format_number(value)} [{low}, {high}]"
+
+
+def stage_name(reference: str) -> str:
+    """Return the name of the stage that a role of a claim refers to."""
     return reference.removeprefix("stage:")
 
 
-def mean_score(model: str, domains: dict[str, bool], *what: str) -> Callable[[Scores], np.ndarray]:
-    """Mean over domains of a model's accuracy, or of another of its scores."""
+def mean_score(model: str, domains: dict[str, bool], *kind: str) -> Callable[[Scores], np.ndarray]:
+    """Return the function for the mean over domains of a model's accuracy.
+
+    Args:
+        kind: another score than the accuracy, such as ``tokens``.
+    """
     chosen = [d for d, on in domains.items() if on]
-    return lambda scores: sum(scores[model, d, *what] for d in chosen) / len(chosen)
+    return lambda scores: sum(scores[model, d, *kind] for d in chosen) / len(chosen)
 
 
 def gain(new: str, old: str, domain: str) -> Callable[[Scores], np.ndarray]:
-    """How much more accurate one model is than another on a domain; both may be references."""
-    new, old = name(new), name(old)
+    """Return the function for the gain in accuracy of one model over another on a domain.
+
+    Args:
+        new, old: stages, by name or by reference.
+    """
+    new, old = stage_name(new), stage_name(old)
     return lambda scores: scores[new, domain] - scores[old, domain]
 
 
 def mean_gain(
-    new: str, old: str, domains: dict[str, bool], *what: str
+    new: str, old: str, domains: dict[str, bool], *kind: str
 ) -> Callable[[Scores], np.ndarray]:
-    """The same of the means over domains, of accuracy or of another score."""
-    ours, theirs = (mean_score(name(m), domains, *what) for m in (new, old))
+    """Return the function for the gain of one model over another in the mean over domains.
+
+    Args:
+        new, old: stages, by name or by reference.
+        kind: another score than the accuracy, such as ``pass@32``.
+    """
+    ours, theirs = (mean_score(stage_name(m), domains, *kind) for m in (new, old))
     return lambda scores: ours(scores) - theirs(scores)
 
 
 def recovery(student: str, start: str, teacher: str, domain: str) -> Callable[[dict], np.ndarray]:
-    """r_d = (s_d - start_d) / (T_d - start_d)."""
+    """Return the function for the recovery r_d = (s_d - start_d) / (T_d - start_d) of a domain."""
 
     def value(scores: dict) -> np.ndarray:
         gap = scores[teacher, domain] - scores[start, domain]
@@ -98,16 +117,17 @@ def recovery(student: str, start: str, teacher: str, domain: str) -> Callable[[d
 
 
 def norm(student: str, start: str, teachers: dict[str, str]) -> Callable[[dict], np.ndarray]:
-    """Mean recovery over domains."""
+    """Return the function for the Norm, the mean recovery over domains."""
     each = [recovery(student, start, t, d) for d, t in teachers.items()]
     return lambda scores: sum(value(scores) for value in each) / len(each)
 
 
-def wide_gaps(start: str, teachers: dict[str, str], found: list[Measured]):
-    """The teachers whose gap over the start is at least .10 on every seed; the domains left out."""
+def wide_gaps(start: str, teachers: dict[str, str], runs: list[Measured]):
+    """Return the teachers whose gap over the start is at least .10 on every seed, by domain; and
+    the domains left out."""
     kept, left = {}, []
     for domain, teacher in teachers.items():
-        gaps = [m.scores()[teacher, domain] - m.scores()[start, domain] for m in found]
+        gaps = [m.scores()[teacher, domain] - m.scores()[start, domain] for m in runs]
         if min(gaps) >= 0.10:  # a recovery divides by it, seed by seed
             kept[domain] = teacher
         else:

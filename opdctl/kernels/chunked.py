@@ -51,22 +51,22 @@ class Rows:
         self._entropy_C: Tensor | None = None
 
     def at(self, ids_CK: Tensor, leaf: bool = True) -> Tensor:
-        """Log-probs at ids; a leaf, or without a gradient. Shape [C, K]."""
+        """Return log-probs at ids; a leaf, or without a gradient. Shape [C, K]."""
         logp_CK = self.logp_CV.gather(-1, ids_CK)
         return self._leaf(logp_CK, ids_CK) if leaf else logp_CK
 
     def outside(self, ids_CK: Tensor) -> Tensor:
-        """Log of the mass on all but some ids, a leaf. Shape [C]."""
+        """Return the log of the mass on all but some ids, a leaf. Shape [C]."""
         outside_C = log_outside(self.logp_CV, ids_CK)
         self._tails.append((ids_CK, outside_C.detach().clone()))
         return self._leaf(outside_C, len(self._tails) - 1)
 
     def top(self, k: int) -> Tensor:
-        """Ids of the k most probable tokens. Shape [C, k]."""
+        """Return the ids of the k most probable tokens. Shape [C, k]."""
         return self.logp_CV.topk(k, dim=-1).indices
 
     def entropy(self) -> Tensor:
-        """Shape [C]; no gradient."""
+        """Return the entropy. Shape [C]; no gradient."""
         if self._entropy_C is None:
             self._entropy_C = self.logp_CV.new_zeros(len(self.logp_CV))
             for rows, cols in blocks(self.logp_CV.shape):
@@ -75,7 +75,7 @@ class Rows:
         return self._entropy_C
 
     def divergence(self, teacher_CV: Tensor, direction: str, beta: float, ids_CK: Tensor):
-        """The divergence to the teacher over the whole vocabulary.
+        """Return the divergence to the teacher over the whole vocabulary.
 
         Args:
             teacher_CV: the teacher's logits; the buffer is overwritten.
@@ -106,7 +106,7 @@ class Rows:
         return self._leaf(value_C, None), teacher_C, logq_CK
 
     def gradient(self, grads: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
-        """Gradient of the logits, [C, V], from those of the leaves; overwrites both buffers.
+        """Return the gradient of the logits, [C, V], from the leaves'; overwrites both buffers.
 
         Returns:
             It, and a factor of its rows that is left to the products, [C], or None.
@@ -136,7 +136,7 @@ class Rows:
         return out_CV, None
 
     def _full(self, out_CV: Tensor, weight_C: Tensor, picked_C: Tensor) -> None:
-        """p x (weight x (r - mean) + picked), or weight x (p - q) + picked x p, in place."""
+        """Return p x (weight x (r - mean) + picked), or weight x (p - q) + picked x p, in place."""
         forward = self._direction == "forward"
         if self._direction == "jsd":
             weight_C = weight_C * (1 - self._beta)
@@ -150,7 +150,7 @@ class Rows:
                 p_BV.mul_(other_BV.mul_(weight_B1).add_(shift_B1))
 
     def _jsd(self, p_BV: Tensor, q_BV: Tensor, r_BV: Tensor) -> Tensor:
-        """JSD of a block; ``r_BV`` becomes a = log p - log m."""
+        """Return the JSD of a block; ``r_BV`` becomes a = log p - log m."""
         b = self._beta
         r_BV.clamp_(min=-80.0)  # where q is e^80 times p, p adds nothing to any sum
         mixed_BV = torch.neg(r_BV, out=self._scratch_like(r_BV, 4)).expm1_().mul_(b)  # m / p - 1
@@ -162,7 +162,7 @@ class Rows:
         return value_B
 
     def _kl(self, a_BV: Tensor, b_BV: Tensor, r_BV: Tensor) -> Tensor:
-        """``kernels.reference.kl`` of a block, given r = log a - log b. Shape [B]."""
+        """Return ``kernels.reference.kl`` of a block, given r = log a - log b. Shape [B]."""
         series_BV = torch.mul(r_BV, SERIES[3], out=self._scratch_like(r_BV, 2))
         series_BV.add_(SERIES[2]).mul_(r_BV).add_(SERIES[1]).mul_(r_BV).add_(SERIES[0])
         series_BV.mul_(r_BV).mul_(r_BV).mul_(a_BV)
@@ -185,7 +185,7 @@ class Rows:
 
 
 def blocks(shape: torch.Size) -> Iterator[tuple[slice, slice]]:
-    """Blocks of at most BLOCK elements that cover [C, V], few columns cut."""
+    """Return blocks of at most BLOCK elements that cover [C, V], few columns cut."""
     C, V = shape
     wide = min(V, BLOCK // 4)
     high = max(1, BLOCK // wide)

@@ -23,7 +23,7 @@ ChunkLoss = Callable[["Chunk", slice], Tensor]
 
 
 class ScalarRows:
-    """Logits as they are, one leaf: for a head that scores and has no vocabulary."""
+    """The logits as they are, one leaf: for a head that scores and has no vocabulary."""
 
     name = "raw"
 
@@ -36,7 +36,7 @@ class ScalarRows:
 
 
 class Chunk:
-    """Some rows of the backbone; their logits are made when an objective first asks for them.
+    """A chunk of the backbone's rows; their logits are made when an objective first asks for them.
 
     Args:
         buffer_CV: for the logits; None where no objective declares that it reads them.
@@ -70,26 +70,26 @@ class Chunk:
 
     @cached_property
     def inner_CLD(self) -> Tensor:
-        """Those of the inner layers that were asked for, a leaf."""
+        """The states of the inner layers that are compared, a leaf."""
         return self._inner_CLD.detach().clone().requires_grad_()
 
     def backward(
         self, loss: Tensor, out_CD: Tensor, grad: HeadGrad, inner_out_CLD: Tensor | None = None
     ) -> None:
-        """Gradient of the chunk's loss: of its hidden rows written, of the head added."""
+        """Take the gradient of the chunk's loss: of its hidden rows written, of the head added."""
         leaves = list(self.rows.leaves) if "rows" in vars(self) else []
-        given = len(leaves)
+        count = len(leaves)
         own = {"hidden_CD": out_CD, "inner_CLD": inner_out_CLD}
         own = {name: out for name, out in own.items() if name in vars(self)}
         leaves += [getattr(self, name) for name in own]
         grads = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else ()
         out_CD.zero_()
-        if any(g is not None for g in grads[:given]):
-            dlogits_CV, factor_C = self.rows.gradient(list(grads[:given]))
+        if any(g is not None for g in grads[:count]):
+            dlogits_CV, factor_C = self.rows.gradient(list(grads[:count]))
             self.head.adjoint(dlogits_CV, factor_C, self._slope_CV, self._input_CD, out_CD, grad)
         if inner_out_CLD is not None:
             inner_out_CLD.zero_()
-        for out, state_grad in zip(own.values(), grads[given:], strict=bool(grads)):
+        for out, state_grad in zip(own.values(), grads[count:], strict=bool(grads)):
             if state_grad is not None:
                 out += state_grad
 
@@ -141,7 +141,7 @@ def chunked_sum(
     reads_logits: bool = True,
     inner_NLD: Tensor | None = None,
 ) -> Tensor:
-    """Sum of ``loss_of(chunk, slice)`` over chunks of at most ``size`` rows.
+    """Return the sum of ``loss_of(chunk, slice)`` over chunks of at most ``size`` rows.
 
     Args:
         loss_of: returns the loss of each row, [C], a function of the chunk's leaves.
@@ -156,12 +156,12 @@ def chunked_sum(
         and can be run once.
     """
     parameters = [p for p in (head.weight_VD, head.bias_V) if p is not None]
-    given = (loss_of, head, rows_of, size, reads_logits, hidden_ND, inner_NLD)
-    return _Chunked.apply(*given, *(parameters if reads_logits else ()))
+    arguments = (loss_of, head, rows_of, size, reads_logits, hidden_ND, inner_NLD)
+    return _Chunked.apply(*arguments, *(parameters if reads_logits else ()))
 
 
 def rows_in(mebibytes: int, head: Head, states: int = 0, reads_logits: bool = True) -> int:
-    """Rows whose two buffers of logits and what a level needs beside them fit the memory given.
+    """Return the rows whose two buffers of logits, and what a level needs beside, fit the memory.
 
     0 is 256 MiB on a CPU, whose cache likes small chunks, and 3 GiB on a GPU, where every chunk
     costs a pass over the head's gradient.

@@ -20,7 +20,7 @@ TILE = 8192  # vocabulary rows widened at once, where they have to be
 
 @dataclass
 class HeadGrad:
-    """Gradient of a head's parameters in at least fp32; None for a frozen one."""
+    """The gradient of a head's parameters in at least fp32; None for a frozen one."""
 
     weight_VD: Tensor | None
     bias_V: Tensor | None
@@ -28,7 +28,7 @@ class HeadGrad:
 
 @dataclass
 class Head:
-    """Hidden rows -> logits of the valid ids at a temperature.
+    """A head: hidden rows -> logits of the valid ids at a temperature.
 
     Attributes:
         weight_VD: its matrix; V may exceed ``valid_V``.
@@ -62,7 +62,7 @@ class Head:
         return self.weight_VD.dtype if self.weight_VD.is_cuda else self.logits_dtype
 
     def logits(self, hidden_CD: Tensor, out_CV: Tensor | None = None) -> Tensor:
-        """Logits [C, valid V] in at least fp32, into ``out_CV`` if given."""
+        """Return logits [C, valid V] in at least fp32, into ``out_CV`` if given."""
         C = hidden_CD.shape[0]
         if out_CV is None:
             out_CV = torch.empty(C, self.valid_V, dtype=self.logits_dtype, device=hidden_CD.device)
@@ -72,7 +72,7 @@ class Head:
         return self._shape(out_CV, bias_V)
 
     def _shape(self, logits: Tensor, bias: Tensor | None) -> Tensor:
-        """Bias, scale, softcap, temperature and rounding, in place."""
+        """Apply bias, scale, softcap, temperature and rounding, in place."""
         if bias is not None:
             logits += bias
         if self.scale != 1.0:
@@ -86,13 +86,14 @@ class Head:
         return logits
 
     def at(self, hidden_CD: Tensor, ids_CK: Tensor) -> Tensor:
-        """Logits at some ids of each row, [C, K]: a product with those rows of the head alone."""
+        """Return logits at some ids of each row, [C, K]: a product with those rows of the head."""
         weight_CKD = self.weight_VD.detach()[ids_CK].to(self.logits_dtype)
         logits_CK = torch.einsum("cd,ckd->ck", hidden_CD.to(self.logits_dtype), weight_CKD)
         return self._shape(logits_CK, None if self.bias_V is None else self.bias_V.detach()[ids_CK])
 
     def slope(self, logits_CV: Tensor) -> Tensor | None:
-        """d logits / d (hidden x weight), where it is not the constant scale / temperature."""
+        """Return d logits / d (hidden x weight), where it is not the constant scale /
+        temperature."""
         if not self.softcap:
             return None
         uncapped_CV = logits_CV * (self.temperature / self.softcap)
@@ -100,7 +101,7 @@ class Head:
         return slope_CV if self.scale == 1.0 else slope_CV.mul_(self.scale)
 
     def new_grad(self) -> HeadGrad:
-        """Zeros where a parameter is trained; a frozen head allocates nothing."""
+        """Return zeros where a parameter is trained; a frozen head allocates nothing."""
         return HeadGrad(
             *(
                 torch.zeros_like(p, dtype=self.logits_dtype)
@@ -119,7 +120,7 @@ class Head:
         out_CD: Tensor,
         grad: HeadGrad,
     ) -> None:
-        """Gradient of the logits -> of the hidden rows (written) and the head (added).
+        """Turn the gradient of the logits into that of the hidden rows (written) and head (added).
 
         Args:
             grad_CV: gradient of what ``logits`` returned; overwritten.
@@ -157,7 +158,7 @@ class Head:
             out_CD.copy_(wide_CD)
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Parts of the valid vocabulary and their weights, in a type a product can read."""
+        """Yield parts of the valid vocabulary and their weights, in a type a product can read."""
         weight_VD = self.weight_VD.detach()
         if weight_VD.dtype == self.logits_dtype or weight_VD.is_cuda:
             yield slice(0, self.valid_V), weight_VD[: self.valid_V]
@@ -168,7 +169,7 @@ class Head:
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    """``out = a b`` (plus ``out``), accumulated in the type of ``out``, at least fp32."""
+    """Set ``out = a b`` (plus ``out``), accumulated in the type of ``out``, at least fp32."""
     if a.is_cuda and a.dtype != out.dtype:
         if add:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)

@@ -21,12 +21,13 @@ SERIES = (1 / 2, -1 / 6, 1 / 24, -1 / 120)  # of (e^-r - 1 + r) / r^2
 
 
 def near(dtype: torch.dtype) -> float:
-    """|r| below which the series is the more exact; above it, a (r - 1) + b is safely positive."""
+    """Return |r| below which the series is the more exact; above it, a (r - 1) + b is safely
+    positive."""
     return 1e-3 if dtype == torch.float64 else 0.125
 
 
 def kl(log_a_CV: Tensor, log_b_CV: Tensor) -> Tensor:
-    """sum a r - a + b with r = log a - log b, over the last axis. Shape [C].
+    """Return sum a r - a + b with r = log a - log b, over the last axis. Shape [C].
 
     KL(a || b) where both sum to one, the generalised KL where they do not. Each term is
     a (e^-r - 1 + r) >= 0; near r = 0 it is summed as a series, a r^2 times something positive, so
@@ -48,7 +49,7 @@ def endpoint(direction: str, beta: float) -> str:
 
 
 def divergence(log_p_CV: Tensor, log_q_CV: Tensor, direction: str, beta: float = 0.5) -> Tensor:
-    """Reverse KL, forward KL or JSD of two log-masses. Shape [C]."""
+    """Return reverse KL, forward KL or JSD of two log-masses. Shape [C]."""
     direction = endpoint(direction, beta)
     if direction == "reverse":
         return kl(log_p_CV, log_q_CV)

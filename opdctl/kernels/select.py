@@ -1,4 +1,4 @@
-"""Which level of the row pass runs. Automatic, logged with every stage, and can be forced.
+"""The level of the row pass: chosen automatically, logged with every stage, can be forced.
 
 opdctl run RECIPE runtime.kernel=reference
 """
@@ -38,7 +38,7 @@ def rows_class(kernel: str, device: torch.device, dtype: torch.dtype = torch.flo
 
 
 def _interpreted() -> bool:
-    """Triton's interpreter runs the same source on a CPU: for tests, a thousand times slower."""
+    """Return True under Triton's interpreter, which runs the source on a CPU: for tests, slow."""
     from triton import knobs
 
     return bool(knobs.runtime.interpret)

@@ -32,7 +32,7 @@ def divergence_on(
     beta: float,
     tails: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Reverse KL, forward KL or JSD on k ids in one of the forms. Shape [C].
+    """Return reverse KL, forward KL or JSD on k ids in one of the forms. Shape [C].
 
     Args:
         logp_CK: the student's log-probs at the ids; differentiable.
@@ -68,7 +68,7 @@ def log_outside(logits_CV: Tensor, ids_CK: Tensor) -> Tensor:
 
 
 def share_outside(logits_CV: Tensor, ids_CK: Tensor, outside_C: Tensor) -> Tensor:
-    """Each id's share of the mass outside: the gradient of ``log_outside``. Shape [C, V]."""
+    """Return each id's share of the mass outside: the gradient of ``log_outside``. [C, V]."""
     inside_CK = logits_CV.gather(-1, ids_CK)
     logits_CV.scatter_(-1, ids_CK, -torch.inf)
     share_CV = (logits_CV - outside_C[:, None]).exp_()
@@ -77,7 +77,7 @@ def share_outside(logits_CV: Tensor, ids_CK: Tensor, outside_C: Tensor) -> Tenso
 
 
 def among(ids_CK: Tensor, others_CK: Tensor) -> Tensor:
-    """Which of the ids are among the others of their row. Shape [C, K], boolean."""
+    """Return True for ids that are among the others of their row. Shape [C, K]."""
     return (ids_CK[:, :, None] == others_CK[:, None, :]).any(-1)
 
 
@@ -91,7 +91,7 @@ def overlap_ratio(ours_CK: Tensor, theirs_CK: Tensor) -> Tensor:
 
 
 def union(ours_CK: Tensor, theirs_CK: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sets of ids, [C, 2K], and which to keep: an id of both counts once."""
+    """Return both sets of ids, [C, 2K], and which to keep: an id of both counts once."""
     again_CK = among(theirs_CK, ours_CK)
     keep_CK = torch.cat([torch.ones_like(again_CK), ~again_CK], -1)
     return torch.cat([ours_CK, theirs_CK], -1), keep_CK
@@ -100,7 +100,7 @@ def union(ours_CK: Tensor, theirs_CK: Tensor) -> tuple[Tensor, Tensor]:
 def overlap_numbers(
     logp_CK: Tensor, logq_CK: Tensor, ours_CK: Tensor, theirs_CK: Tensor
 ) -> dict[str, Tensor]:
-    """How two sides agree on their k most probable ids (arXiv 2604.13016). [C] each, no gradient.
+    """Return how two sides agree on their k most probable ids (arXiv 2604.13016). [C] each.
 
     On S, the ids that both have: ``overlap``, |S| / k; the mass of S under either side; and the
     mean over S of p (log q - log p), both renormalised on S, ``overlap_advantage``: never positive,

@@ -25,14 +25,14 @@ BLOCK = 4096  # elements of a row read at once: 32 KiB of two rows in registers
 
 @triton.jit
 def _kl_term(a, b, r):
-    """a r - a + b for r = log a - log b, as a series near r = 0: never negative."""
+    """Return a r - a + b for r = log a - log b, as a series near r = 0: never negative."""
     series = a * r * r * (0.5 + r * (-1 / 6 + r * (1 / 24 - r / 120)))
     return tl.where(tl.abs(r) < 0.125, series, a * (r - 1) + b)
 
 
 @triton.jit
 def _log_mix(r, beta):
-    """log p - log m = -log(1 + beta (e^-r - 1)), accurate where r is small."""
+    """Return log p - log m = -log(1 + beta (e^-r - 1)), accurate where r is small."""
     x = tl.minimum(-r, 80.0)
     series = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x / 120))))
     y = beta * tl.where(tl.abs(x) < 0.125, series, tl.exp(x) - 1)
@@ -43,7 +43,7 @@ def _log_mix(r, beta):
 
 @triton.jit
 def _grow(m, n, h, z, valid):
-    """Running maximum m, sum n of e^(z - m) and h of e^(z - m) (z - m), with a block of logits."""
+    """Add a block of logits to maximum m, sum n of e^(z - m) and h of e^(z - m) (z - m)."""
     top = tl.maximum(m, tl.max(tl.where(valid, z, -1e30), 0))
     scale = tl.exp(m - top)
     e = tl.where(valid, tl.exp(z - top), 0.0)
@@ -53,7 +53,7 @@ def _grow(m, n, h, z, valid):
 
 @triton.jit
 def _normalise(z_ptr, lse_ptr, entropy_ptr, stride, V, BLOCK: tl.constexpr):
-    """Log-normaliser and entropy of a row."""
+    """Return the log-normaliser and the entropy of a row."""
     row = tl.program_id(0).to(tl.int64)
     m, n, h = -1e30, 0.0, 0.0
     for start in range(0, V, BLOCK):
@@ -77,7 +77,7 @@ def _compare(
     DIRECTION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Table [5, C]: divergence, both normalisers, both entropies; and the unit gradient."""
+    """Write a table [5, C]: divergence, both normalisers, both entropies; and the unit gradient."""
     row = tl.program_id(0).to(tl.int64)
     ms, ns, hs, mt, nt, ht, cross = -1e30, 0.0, 0.0, -1e30, 0.0, 0.0, 0.0
     for start in range(0, V, BLOCK):
@@ -139,7 +139,7 @@ def _affine(
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """z = a p, plus weight x unit where there is a divergence; in place and in fp32."""
+    """Set z = a p, plus weight x unit where there is a divergence; in place and in fp32."""
     row = tl.program_id(0).to(tl.int64)
     lse, a = tl.load(lse_ptr + row), tl.load(a_ptr + row)
     for start in range(0, V, BLOCK):
@@ -214,10 +214,10 @@ class Rows:
         return self._leaf(value_C, None), entropy_C, logq_CK
 
     def gradient(self, grads: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
-        given = [(i, g) for i, g in zip(self._ids, grads, strict=True) if g is not None]
-        weight_C = next((g for ids, g in given if ids is None), None)
-        picked = [(ids, g) for ids, g in given if isinstance(ids, Tensor)]
-        tails = [(self._tails[i], g) for i, g in given if isinstance(i, int)]
+        leaf_grads = [(i, g) for i, g in zip(self._ids, grads, strict=True) if g is not None]
+        weight_C = next((g for ids, g in leaf_grads if ids is None), None)
+        picked = [(ids, g) for ids, g in leaf_grads if isinstance(ids, Tensor)]
+        tails = [(self._tails[i], g) for i, g in leaf_grads if isinstance(i, int)]
         if not picked and not tails:
             return self._unit_CV, weight_C
         shares = [share_outside(self.logits_CV, *t).mul_(g[:, None]) for t, g in tails]

@@ -1,4 +1,4 @@
-"""What objectives and gates see of a chunk of tokens, and the weighted sum of their losses.
+"""The view that objectives and gates have of a chunk of tokens, and their weighted sum.
 
 Per-token weights are inputs, because the gradient is formed before backward: masks, normalisers
 and coefficients are in them already. Nothing here divides by a count.
@@ -18,6 +18,7 @@ from opdctl.kernels.chunks import Chunk, chunked_sum
 from opdctl.kernels.head import Head
 from opdctl.kernels.topk import overlap_numbers, union
 from opdctl.models.hidden_layers import LAST, Layers
+from opdctl.scoring.columns import POLICY, TEACHER_INDEX, TEACHER_ROW
 from opdctl.scoring.overlap import top_of
 from opdctl.scoring.teacher_cache import TeacherCache
 
@@ -36,17 +37,17 @@ class PerStep:
 
     @property
     def logged(self) -> dict[str, float]:
-        """What its weight says of the step it saw last, if it does."""
+        """The numbers that its weight logs of the step it saw last, if any."""
         return getattr(self.of.__self__, "logged", {})
 
     def mask(self, columns: dict[str, Tensor]) -> Tensor:
-        """Its numbers for the tokens of some columns."""
+        """Return its numbers for the tokens of some columns."""
         return columns[self.column]
 
 
 @dataclass
 class LossTerm:
-    """One objective of the loss, with what scales it.
+    """An objective of the loss, with what scales it.
 
     Attributes:
         objective: has ``rows`` (prediction or token) and ``loss(view) -> [C]``.
@@ -54,7 +55,8 @@ class LossTerm:
         normalise: seq_mean, token_mean or domain_mean.
         masks: with ``mask(columns) -> [N]``; they enter the count.
         factors: likewise; they do not enter it.
-        gates: members of ``weights/`` with ``gate(view) -> [C]``; nor do they.
+        gates: members of ``weights/`` with ``gate(view) -> [C]``; like factors, they are not
+            counted by the normaliser.
         needs: what those members need.
     """
 
@@ -68,7 +70,7 @@ class LossTerm:
 
     @property
     def reads_logits(self) -> bool:
-        """False for an objective that compares hidden states, unless a gate of it reads some."""
+        """The need of logits: none where hidden states are compared, unless a gate reads some."""
         return bool(self.gates) or not any("student.hidden" in n for n in self.objective.needs)
 
 
@@ -95,7 +97,7 @@ class TopK:
 
 
 class TokenView:
-    """What an objective or a gate sees of one chunk of C tokens: never its logits.
+    """The view that an objective or a gate has of one chunk of C tokens: never its logits.
 
     Everything but ``entropy_C`` and the columns is differentiable.
     """
@@ -118,26 +120,26 @@ class TokenView:
         return self.chunk.rows
 
     def states(self, which: str) -> Tensor:
-        """The policy's hidden states on some layers, [C, L, D]; ``which`` as in its needs."""
+        """Return the policy's hidden states on layers named as in a need, [C, L, D]."""
         each = list(self.chunk.inner_CLD.unbind(1)) if self.layers.inner else []
-        places = self.layers.places(which)
+        places = self.layers.state_indices(which)
         if len(each) in places:
             each.append(self.chunk.hidden_CD)
         return torch.stack([each[p] for p in places], 1)
 
     def teacher_states(self, which: str) -> list[tuple[slice, str, Tensor]]:
-        """Those of the tokens' own teachers, on the layers that belong to the policy's: for each
-        run of tokens of one teacher the slice, its name and [run, L, its width]."""
-        return list(self.teacher_cache.states(*self._asked, self.layers.places(which)))
+        """Return those of the tokens' own teachers, on the layers that belong to the policy's: for
+        each run of tokens of one teacher the slice, its name and [run, L, its width]."""
+        return list(self.teacher_cache.states(*self._asked, self.layers.state_indices(which)))
 
     @cached_property
     def logprob_C(self) -> Tensor:
-        """Log-prob of the target under the policy being trained."""
+        """The log-prob of the target under the policy being trained."""
         return self.rows.at(self.target_C[:, None])[:, 0]
 
     @cached_property
     def entropy_C(self) -> Tensor:
-        """Entropy of the policy being trained; no gradient."""
+        """The entropy of the policy being trained; no gradient."""
         return self.rows.entropy()
 
     @property
@@ -147,19 +149,19 @@ class TokenView:
 
     @property
     def old_C(self) -> Tensor:
-        """Log-prob of the target under the policy as it was when the rollouts were made.
+        """The log-prob of the target under the policy as it was when the rollouts were made.
 
         With one update per rollout that is the policy being trained, and no pass is spent on it.
         """
-        return self.columns["policy"] if "policy" in self.columns else self.logprob_C.detach()
+        return self.columns[POLICY] if POLICY in self.columns else self.logprob_C.detach()
 
     @property
     def _asked(self) -> tuple[Tensor, Tensor]:
-        """Which teacher of each token, and which of its rows."""
-        return self.columns["teacher_index"], self.columns["teacher_row"]
+        """The teacher of each token, and its row of that teacher."""
+        return self.columns[TEACHER_INDEX], self.columns[TEACHER_ROW]
 
     def divergence(self, direction: str, beta: float, overlap: bool = True) -> Tensor:
-        """Divergence to the token's own teacher over the whole vocabulary, [C], never negative.
+        """Return the divergence to the token's own teacher on the whole vocabulary, [C], >= 0.
 
         Logs it, both entropies, both log-probs of the target, and with ``overlap`` the share of the
         teacher's ``scoring.overlap.top_of`` most probable tokens that are among the student's, with
@@ -178,8 +180,8 @@ class TokenView:
         return value_C
 
     def topk(self, support: str, k: int, overlap: bool = True, tails: bool = False) -> TopK:
-        """Both sides at the k most probable ids of a side. Logs what ``divergence`` does, the
-        overlap where the k ids hold as many as it is of.
+        """Return both sides at the k most probable ids of a side. Logs what ``divergence`` does,
+        the overlap where the k ids hold as many as it is of.
 
         Args:
             support: topk_student, topk_teacher or topk_union.
@@ -213,7 +215,7 @@ class TokenView:
         return TopK(*here, holds_C, logq_CK[:, 0])
 
     def _log_both(self, ids_CK, logp_CK, logq_CK, ours_CK, entropy_C) -> None:
-        """Entropies, log-probs of the target (first id), overlap of the rest with the student's."""
+        """Log entropies, log-probs of the target (first id), overlap of the rest with ours."""
         self.log("entropy", self.entropy_C)
         if entropy_C is not None:
             self.log("teacher_entropy", entropy_C)
@@ -246,7 +248,7 @@ def weighted_sum(
     layers: Layers = LAST,
     inner_NLD: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum over tokens and terms of weight x gates x loss, differentiable, in bounded memory.
+    """Return the sum over tokens and terms of weight x gates x loss, in bounded memory.
 
     Args:
         hidden_ND: rows of the backbone; with teachers, in ascending order of ``teacher_index``.

@@ -1,12 +1,12 @@
-"""A model from nothing: character tokenizer, chat template, random Qwen3."""
+"""A model from nothing: a character tokenizer, a chat template and a random Qwen3."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from opdctl import draws
-from opdctl.models.model import Model, set_passes
-from opdctl.models.weights_check import unreadable
+from opdctl.models.model import Model, configure_forward
+from opdctl.models.weights_check import load_error
 
 BEGIN, ANSWER, END = "<|user|>", "<|assistant|>", "<|end|>"
 TEMPLATE = (
@@ -18,7 +18,7 @@ TEMPLATE = (
 
 
 def new_tokenizer(texts: list[str]) -> Any:
-    """One token per character of the texts, trained with the tokenizers library.
+    """Train a tokenizer with one token per character of the texts, by the tokenizers library.
 
     Tasks of spelling and digits need characters, so text is split into them before training and
     no merge can form; the vocabulary is the alphabet and three special tokens.
@@ -41,10 +41,10 @@ def new_tokenizer(texts: list[str]) -> Any:
 
 
 def new_model(ctx) -> Model:
-    """Tokenizer of all the recipe's data and a randomly initialised Qwen3 of the stage's shape.
+    """Make a tokenizer of all the recipe's data and a random Qwen3 of the stage's shape.
 
     Raises:
-        UsageError: ``runtime.attn`` is not there.
+        UsageError: ``runtime.attn`` names an attention that is not installed.
     """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -53,9 +53,9 @@ def new_model(ctx) -> Model:
         "".join((p.text, p.lead, p.answer, *p.calls))
         for domain in ctx.recipe.data
         for split in ("train", "eval")
-        for p in ctx.prompts(domain, split)
+        for p in ctx.prompts.of(domain, split)
     ]
-    environments = filter(None, map(ctx.environment, ctx.recipe.data))
+    environments = filter(None, map(ctx.prompts.environment, ctx.recipe.data))
     texts += [environment.alphabet for environment in environments]
     tokenizer = new_tokenizer(["".join(sorted(set("".join(texts))))])
     shape = ctx.config.model
@@ -82,8 +82,8 @@ def new_model(ctx) -> Model:
         try:
             net = Qwen3ForCausalLM(config)
         except (ImportError, ValueError) as error:
-            raise unreadable(f"stage {ctx.name}", error) from error
+            raise load_error(f"stage {ctx.name}", error) from error
     net = net.to(dtype=getattr(torch, runtime.dtype), device=ctx.device)
     model = Model(net.train(False), tokenizer, f"stage {ctx.name}")
-    set_passes(model, runtime.packing, runtime.gradient_checkpointing)
+    configure_forward(model, runtime.packing, runtime.gradient_checkpointing)
     return model

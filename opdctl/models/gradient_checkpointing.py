@@ -1,8 +1,9 @@
 """Gradient checkpointing: the activations of a layer are computed again in the backward pass.
 
-transformers does so in layers that say they are training. Here nothing ever is, since dropout
-would make another policy than the one that sampled; so a layer says so only when a pass that needs
-a gradient calls it, and no longer inside (OPT's and Falcon's look there whether to drop).
+transformers does so in layers whose ``training`` flag is set. Here no module trains in that sense,
+since dropout would make another policy than the one that sampled. So the flag of a layer is set
+only when a pass that needs a gradient calls it, and unset again inside, where OPT and Falcon read
+it to decide on dropout.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from torch import nn
 from opdctl.errors import UsageError
 
 
-def recompute(net: nn.Module, name: str) -> None:
-    """Turn it on.
+def enable_checkpointing(net: nn.Module, name: str) -> None:
+    """Turn gradient checkpointing on for all layers of a model.
+
+    Args:
+        name: the model's name, for messages.
 
     Raises:
         UsageError: the architecture has no layers that can be computed again.
@@ -38,25 +42,29 @@ def recompute(net: nn.Module, name: str) -> None:
     for layer in net.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             again = layer._gradient_checkpointing_func
-            layer._gradient_checkpointing_func = functools.partial(_inside, layer, again)
+            layer._gradient_checkpointing_func = functools.partial(
+                _checkpointed_forward, layer, again
+            )
 
 
-def _inside(layer: Any, again: Callable[..., Any], forward: Callable[..., Any], *args: Any) -> Any:
-    """A layer's forward, now and again, in which the layer does not say that it is training."""
+def _checkpointed_forward(
+    layer: Any, again: Callable[..., Any], forward: Callable[..., Any], *args: Any
+) -> Any:
+    """Run a layer's forward, now and again in the backward pass, with its training flag unset."""
 
-    def quiet(*args: Any) -> Any:
-        said, layer.training = layer.training, False
+    def without_flag(*args: Any) -> Any:
+        flag, layer.training = layer.training, False
         try:
             return forward(*args)
         finally:
-            layer.training = said
+            layer.training = flag
 
-    return again(quiet, *args)
+    return again(without_flag, *args)
 
 
 @contextlib.contextmanager
-def recomputing(net: nn.Module) -> Iterator[None]:
-    """For the forward of a pass that needs a gradient."""
+def checkpointing(net: nn.Module) -> Iterator[None]:
+    """Set the layers' training flags during the forward of a pass that needs a gradient."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [m for m in net.modules() if isinstance(m, GradientCheckpointingLayer)]

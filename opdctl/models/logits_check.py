@@ -1,4 +1,4 @@
-"""Is what is computed here what the model itself computes? Looked at when a model is loaded.
+"""A check at load time that the logits computed here are those the model itself computes.
 
 The backbone's rows go through a head of our own (``kernels/head.py``), which knows a softcap and a
 factor. An architecture that does more between backbone and logits is refused, not computed wrongly.
@@ -13,8 +13,8 @@ import torch
 from opdctl.errors import UsageError
 
 
-def shaped(config: Any) -> tuple[float | None, float]:
-    """What a model does to the logits of its head: softcap (Gemma), factor (Cohere, Granite)."""
+def softcap_and_scale(config: Any) -> tuple[float | None, float]:
+    """Return the softcap (Gemma) and the factor (Cohere, Granite) of a model's logits."""
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
     return getattr(config, "final_logit_softcapping", None), scale
@@ -22,10 +22,10 @@ def shaped(config: Any) -> tuple[float | None, float]:
 
 @torch.no_grad()
 def require_own_logits(model: Any) -> None:
-    """The logits computed here are the model's own, and no token sees a later one; on six tokens.
+    """Check on six tokens that logits are the model's own and that no token sees a later one.
 
     Raises:
-        UsageError: they are not; says by how much they differ.
+        UsageError: either does not hold; says by how much.
     """
     ids_BT = torch.arange(6, device=model.device).expand(2, 6) % model.valid_V
     ids_BT = torch.cat([ids_BT[:1], ids_BT[1:] * (torch.arange(6, device=model.device) < 5)])
@@ -36,25 +36,25 @@ def require_own_logits(model: Any) -> None:
     most = 1e-3 if exact else 3e-2
     size, gap = float(own.abs().max()), float((ours - own).abs().max())
     later = float((hidden_BTD[0, :-1] - hidden_BTD[1, :-1]).abs().max())
-    what = ""
+    problem = ""
     if gap > most * size:
-        what = f"its logits, at most {size:.3g}, are off from its own by {gap:.3g}"
+        problem = f"its logits, at most {size:.3g}, are off from its own by {gap:.3g}"
     elif later > most * float(hidden_BTD.abs().max()):
-        what = f"a token of it sees later ones (its state changes by {later:.3g})"
-    if what:
+        problem = f"a token of it sees later ones (its state changes by {later:.3g})"
+    if problem:
         kind = model.net.config.model_type
         raise UsageError(
-            f"{model.name}: the architecture {kind} is not supported: {what}",
+            f"{model.name}: the architecture {kind} is not supported: {problem}",
             "a causal language model whose logits are a linear head, scaled and softcapped",
         )
 
 
 @torch.no_grad()
-def keeps_apart(model: Any, required: bool) -> bool:
-    """Whether two sequences in one row, told apart by their positions alone, do not see each other.
+def isolates_packed_sequences(model: Any, required: bool) -> bool:
+    """Return True if two sequences in one row, separated only by positions, do not see each other.
 
     Raises:
-        UsageError: they do, and ``required`` says that they must not.
+        UsageError: they see each other, and ``required`` is set.
     """
     ids_BT = torch.arange(10, device=model.device)[None] % model.valid_V
     position_BT = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]], device=model.device)
@@ -62,10 +62,10 @@ def keeps_apart(model: Any, required: bool) -> bool:
     row_TD = model.backbone(ids_BT, position_ids=position_BT, **own).last_hidden_state[0, 4:]
     alone_TD = model.backbone(ids_BT[:, 4:], **own).last_hidden_state[0]
     most = 1e-3 if next(model.net.parameters()).dtype.itemsize >= 4 else 3e-2
-    apart = float((row_TD - alone_TD).abs().max()) <= most * float(alone_TD.abs().max())
-    if required and not apart:
+    isolated = float((row_TD - alone_TD).abs().max()) <= most * float(alone_TD.abs().max())
+    if required and not isolated:
         raise UsageError(
             f"{model.name}: sequences in one row see each other in {model.net.config.model_type}",
             "runtime.packing=padded",
         )
-    return apart
+    return isolated

@@ -2,10 +2,10 @@
 
 Hu et al. 2021 (arXiv 2106.09685): W + (alpha / rank) B A, with W frozen. An adapter folder holds
 adapter_config.json, which names the base, and adapter_model.safetensors; plain peft reads it. A
-base that another stage wrote is named by its place and, in a file beside that, by the way to it, so
-that a run that was moved or copied finds its own (plain peft looks at the place).
-Adapters are fp32 on a bfloat16 base. Leaves out dropout, adapters of the head, and other kinds of
-adapters in training (what peft reads can be a start or a teacher).
+base that another stage wrote is named by its absolute path and, in a file beside the config, by its
+relative path, so that a run that was moved or copied finds its own (plain peft reads the absolute
+one). Adapters are fp32 on a bfloat16 base. Leaves out dropout, adapters of the head, and training
+other kinds of adapters (any that peft reads can be a start or a teacher).
 
     opdctl stage opd --student FOLDER --teacher math=ADAPTER lora.rank=16 lora.output=adapter
 """
@@ -30,7 +30,7 @@ from opdctl.models.model import Model
 from opdctl.run.rundir import write_json
 
 NAME = "default"  # what plain peft calls the only adapter of a model
-BESIDE = "beside"  # the frozen adapter  # the frozen adapter beside it: models/extrapolation.py
+FROZEN = "beside"  # the frozen adapter beside the trained one: models/extrapolation.py
 
 
 @dataclass
@@ -39,8 +39,8 @@ class Adapter:
 
     Attributes:
         peft: the PeftModel around the student's module.
-        base: the reference of what it stands on.
-        merged: whether the stage writes the model with its adapter merged, or the adapter alone.
+        base: the reference of the base model.
+        merged: True if the stage writes the merged model, False if it writes the adapter alone.
     """
 
     peft: Any
@@ -48,13 +48,13 @@ class Adapter:
     merged: bool
 
     def finish(self, model: Model, folder: Path) -> None:
-        """Write the weights of a stage's output; merging is in place, so it is the last act."""
+        """Write the weights of a stage's output. Merging is in place, so call this last."""
         if self.merged:
             merge(self.peft)
             model.net.save_pretrained(folder)
             return
         if len(self.peft.peft_config) > 1:
-            join(self.peft)
+            join_frozen(self.peft)
         config = self.peft.peft_config[NAME]
         name, _, revision = self.base.partition("@")
         if Path(self.base).is_dir():
@@ -69,34 +69,38 @@ class Adapter:
         (folder / "README.md").unlink(missing_ok=True)  # a form with nothing filled in
 
 
-def library() -> Any:
-    """peft.
+def import_peft() -> Any:
+    """Import peft.
 
     Raises:
-        UsageError: it is not installed.
+        UsageError: peft is not installed.
     """
     try:
         import peft
     except ImportError as error:
         raise UsageError("adapters need peft", "pip install 'opdctl[peft]'") from error
-    # peft asks transformers by a name that is deprecated; who runs this can do nothing about it
+    # peft uses a deprecated name of transformers; a user can do nothing about the warning
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     return peft
 
 
 def attach(model: Model, lora: Lora, base: str, seed: int) -> None:
-    """A new adapter: B is zero, so it changes nothing yet; A is drawn from the seed. Nothing else
-    of the model is trained, but for the score of a classifier.
+    """Put a new adapter on a model: B is zero, so it changes nothing yet; A is drawn from the seed.
+
+    Nothing else of the model is trained, except the score of a classifier.
+
+    Args:
+        base: the reference of the base model.
 
     Raises:
-        UsageError: a target is no module of the model, or not one that can have an adapter.
+        UsageError: a target is no module of the model, or one that cannot have an adapter.
     """
-    peft, judges = library(), hasattr(model.net, "score")
+    peft, judges = import_peft(), hasattr(model.net, "score")
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         target_modules=list(lora.targets) or "all-linear",
-        target_parameters=None if lora.targets else experts(model.net),
+        target_parameters=None if lora.targets else expert_tensors(model.net),
         exclude_modules=["score"] if judges else None,
         task_type=None if judges else "CAUSAL_LM",
     )
@@ -104,7 +108,7 @@ def attach(model: Model, lora: Lora, base: str, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            found = peft.get_peft_model(model.net, config)
+            adapted = peft.get_peft_model(model.net, config)
         except ValueError as error:
             names = {n.rsplit(".", 1)[-1] for n, m in model.net.named_modules() if _linear(m)}
             raise UsageError(
@@ -116,7 +120,7 @@ def attach(model: Model, lora: Lora, base: str, seed: int) -> None:
             f"{model.name}: lora.targets={lora.targets} has its head in it",
             "leave the head out: its logits are computed a chunk at a time, from one plain matrix",
         )
-    _start(model, Adapter(found, base, lora.output == "merged"))
+    _start(model, Adapter(adapted, base, lora.output == "merged"))
 
 
 def _start(model: Model, adapter: Adapter) -> None:
@@ -126,17 +130,17 @@ def _start(model: Model, adapter: Adapter) -> None:
     model.count()
 
 
-def experts(net: torch.nn.Module) -> list[str] | None:
-    """The experts of a mixture, which are one tensor [experts, ...] and no linear layers."""
-    found = {n for n, p in net.named_parameters() if p.ndim == 3 and ".experts." in n}
-    return sorted({"experts." + n.rpartition(".")[2] for n in found}) or None
+def expert_tensors(net: torch.nn.Module) -> list[str] | None:
+    """Return the names of a mixture's expert tensors [experts, ...], which are no linear layers."""
+    names = {n for n, p in net.named_parameters() if p.ndim == 3 and ".experts." in n}
+    return sorted({"experts." + n.rpartition(".")[2] for n in names}) or None
 
 
-def left_out(model: Model, lora: Lora) -> list[str]:
-    """Matrices without an adapter that the keys ask one for, layers as ``*``.
+def unadapted_matrices(model: Model, lora: Lora) -> list[str]:
+    """Return matrices that should have an adapter and have none, with layer numbers as ``*``.
 
-    peft reads the names of the layers of some mixtures as those of their experts, and leaves out
-    what has the same name beside them: shared experts, layers without any.
+    In some mixtures peft takes the names of layers for those of experts, and skips other modules of
+    the same name: shared experts, layers without experts.
     """
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
@@ -148,50 +152,50 @@ def left_out(model: Model, lora: Lora) -> list[str]:
             adapted.add(id(module.get_base_layer().weight))
     others = [m for m in model.net.modules() if isinstance(m, torch.nn.Embedding | torch.nn.Conv1d)]
     other = {id(p) for module in (*others, model.head) for p in module.parameters()}
-    found = set()
+    missed = set()
     for name, parameter in model.net.named_parameters():
         place = name.replace(".base_layer", "").removesuffix(".weight")
-        asked = not lora.targets or place.rpartition(".")[2] in lora.targets
+        targeted = not lora.targets or place.rpartition(".")[2] in lora.targets
         matrix = parameter.ndim >= 2 and ".lora_" not in name and not name.endswith("bias")
-        if matrix and asked and id(parameter) not in adapted | other:
-            found.add(re.sub(r"\.\d+\.", ".*.", place))
-    return sorted(found)
+        if matrix and targeted and id(parameter) not in adapted | other:
+            missed.add(re.sub(r"\.\d+\.", ".*.", place))
+    return sorted(missed)
 
 
 def _linear(module: Any) -> bool:
     return type(module).__name__ in ("Linear", "Conv1D")
 
 
-def go_on(model: Model, folder: str, lora: Lora, base: str) -> None:
-    """The adapter in a folder, to be trained further.
+def continue_adapter(model: Model, folder: str, lora: Lora, base: str) -> None:
+    """Put the adapter of a folder on a model, to train it further.
 
     Raises:
-        UsageError: its shape is not the one asked for.
+        UsageError: its rank, alpha or targets are not those of the keys.
     """
-    found = read(model, folder, trainable=True)
-    config = found.peft_config[NAME]
+    adapted = read_adapter(model, folder, trainable=True)
+    config = adapted.peft_config[NAME]
     theirs = {"rank": getattr(config, "r", 0), "alpha": getattr(config, "lora_alpha", 0)}
     if lora.targets and isinstance(config.target_modules, set):
         theirs["targets"] = sorted(config.target_modules)
     for key, value in theirs.items():
-        asked = getattr(lora, key)
-        if value != (sorted(asked) if key == "targets" else asked):
+        wanted = getattr(lora, key)
+        if value != (sorted(wanted) if key == "targets" else wanted):
             raise UsageError(
-                f"{folder} is an adapter of {key} {value}, and lora.{key} is {asked}",
+                f"{folder} is an adapter of {key} {value}, and lora.{key} is {wanted}",
                 f"lora.{key}={value} trains it further; for a new one merge it first: opdctl stage "
                 f"merge --student {base} models.a={folder}",
             )
-    _start(model, Adapter(found, base, lora.output == "merged"))
+    _start(model, Adapter(adapted, base, lora.output == "merged"))
 
 
-def read(model: Model, folder: str, name: str = NAME, trainable: bool = False) -> Any:
-    """Put the adapter in a folder on a model; the PeftModel around its module.
+def read_adapter(model: Model, folder: str, name: str = NAME, trainable: bool = False) -> Any:
+    """Put the adapter of a folder on a model; return the PeftModel around its module.
 
     Raises:
-        UsageError: peft cannot read it, it does not fit the model, or it is a prompt and no change
-            of the weights.
+        UsageError: peft cannot read it, it does not fit the model, or it is a learnt prompt and
+            changes no weights.
     """
-    peft = library()
+    peft = import_peft()
     require_safe(folder)
     try:
         if peft.PeftConfig.from_pretrained(folder).is_prompt_learning:
@@ -200,75 +204,81 @@ def read(model: Model, folder: str, name: str = NAME, trainable: bool = False) -
             model.net, folder, adapter_name=name, is_trainable=trainable
         )
     except Exception as error:  # files of a stranger make peft raise anything
-        raise unfit(folder, error) from error
+        raise adapter_error(folder, error) from error
 
 
 def require_safe(folder: str) -> None:
-    """peft would read a pickle where there is no safetensors.
+    """Check that an adapter is saved as safetensors; without that file peft would read a pickle.
 
     Raises:
-        UsageError: there is none.
+        UsageError: the file is missing.
     """
     if not Path(folder, "adapter_model.safetensors").is_file():
-        what = f"{folder} has no adapter_model.safetensors"
+        problem = f"{folder} has no adapter_model.safetensors"
         hint = "save it again with safetensors: a pickle would run code, and is not read"
-        raise UsageError(what, hint)
+        raise UsageError(problem, hint)
 
 
-def unfit(folder: str, error: Exception) -> UsageError:
-    """What to say of an adapter that does not fit its base."""
-    what = " ".join(str(error).split())
+def adapter_error(folder: str, error: Exception) -> UsageError:
+    """Return the error for an adapter that does not fit its base."""
+    cause = " ".join(str(error).split())
     hint = "its adapter_config.json names its base: is that the one it was trained on?"
-    return UsageError(f"cannot load the adapter {folder}: {what:.300}", hint)
+    return UsageError(f"cannot load the adapter {folder}: {cause:.300}", hint)
 
 
-def of_base(config: dict) -> bool:
-    """Whether an adapter's start was taken out of its base's weights (PiSSA, OLoRA, CorDA, LoftQ,
-    or one that is not known not to): peft changes those of the base when it reads it."""
+def alters_base(config: dict) -> bool:
+    """Return True if an adapter's start was subtracted from its base (PiSSA, OLoRA, CorDA, LoftQ).
+
+    peft then changes the base's weights as it reads the adapter. Unknown starts count as such.
+    """
     start = str(config.get("init_lora_weights", True)).lower()
     return start not in ("true", "false", "none", "gaussian", "orthogonal", "eva")
 
 
 def merge(peft: Any) -> None:
-    """W + (alpha / rank) B A in place of W, in the type of W; the module is a plain one again."""
+    """Replace W by W + (alpha / rank) B A, in the type of W; the module is a plain one again."""
     peft.merge_and_unload()
 
 
 @torch.no_grad()
 def with_adapters(model: Model) -> dict[str, torch.Tensor]:
-    """The weights that a model without adapters would need, by its names: W + (alpha / rank) B A in
-    the type of W for every adapter that is on. The model stays as it is."""
+    """Return the weights of the same model without adapters, by its names.
+
+    They are W + (alpha / rank) B A, in the type of W, over every active adapter. The model does not
+    change.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if model.switch is not None:
-        model.switch()
+    model.before_forward()
     state = model.net.state_dict()
-    found = {plain(n): weight for n, weight in state.items() if ".lora_" not in n}
+    weights = {plain_name(n): weight for n, weight in state.items() if ".lora_" not in n}
     for name, layer in model.net.named_modules():
         if not isinstance(layer, BaseTunerLayer) or layer.disable_adapters:
             continue
-        weight = f"{plain(name)}.{getattr(layer, 'parameter_name', 'weight')}"
+        weight = f"{plain_name(name)}.{getattr(layer, 'parameter_name', 'weight')}"
         for adapter in layer.active_adapters:
             if adapter in layer.lora_A:
-                found[weight] = found[weight] + layer.get_delta_weight(adapter).to(found[weight])
-    return found
+                weights[weight] = weights[weight] + layer.get_delta_weight(adapter).to(
+                    weights[weight]
+                )
+    return weights
 
 
-def plain(name: str) -> str:
-    """A module's or a weight's name where there are no adapters."""
+def plain_name(name: str) -> str:
+    """Return the name of a module or a weight as in the model without adapters."""
     return name.replace(".base_layer", "")
 
 
 def merged(model: Model, folder: str) -> Model:
-    """The model with the adapter in a folder merged into it."""
-    merge(read(model, folder))
+    """Return the model with the adapter of a folder merged into it."""
+    merge(read_adapter(model, folder))
     model.net.requires_grad_(True)  # peft froze the base
-    kept = {"recomputed": model.recomputed, "one_row": model.one_row}
-    return Model(model.net, tokenizer(model, folder), folder, **kept)
+    kept = {"gradient_checkpointing": model.gradient_checkpointing, "one_row": model.one_row}
+    return Model(model.net, adapter_tokenizer(model, folder), folder, **kept)
 
 
-def tokenizer(model: Model, folder: str) -> Any:
-    """The one in an adapter's folder, or that of its base."""
+def adapter_tokenizer(model: Model, folder: str) -> Any:
+    """Return the tokenizer of an adapter's folder, or that of its base if the folder has none."""
     from transformers import AutoTokenizer
 
     if not (Path(folder) / "tokenizer_config.json").is_file():
@@ -276,11 +286,11 @@ def tokenizer(model: Model, folder: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # files of a stranger make transformers raise anything
-        raise unfit(folder, error) from error
+        raise adapter_error(folder, error) from error
 
 
-def size(model: Model, lora: Lora) -> int:
-    """Parameters that ``attach`` would add to an outline, which stays as it is."""
+def adapter_parameters(model: Model, lora: Lora) -> int:
+    """Return how many parameters ``attach`` would add to an outline, which does not change."""
     twin = copy.copy(model)
     twin.net = copy.deepcopy(model.net)  # without weights
     attach(twin, lora, "", 0)
@@ -288,31 +298,32 @@ def size(model: Model, lora: Lora) -> int:
 
 
 class Incomparable(UsageError):
-    """An adapter whose change of the weights is not known without the model."""
+    """The error for an adapter whose change of the weights is unknown without the model."""
 
 
-def deltas(folder: str) -> dict[str, Any]:
-    """What an adapter's folder adds to each weight, by the weight's name: functions that make
-    (alpha / rank) B A, [out, in] in fp32.
+def weight_deltas(folder: str) -> dict[str, Any]:
+    """Return the change an adapter makes to each weight: functions by the weight's name.
+
+    Each returns (alpha / rank) B A, [out, in] in fp32.
 
     Raises:
-        Incomparable: it holds something else than pairs of A and B of one rank.
+        Incomparable: the folder holds more than factors A and B of one rank.
         UsageError: it cannot be read.
     """
     from safetensors.torch import load_file
 
-    peft = library()
+    peft = import_peft()
     try:
         config = peft.PeftConfig.from_pretrained(folder)
         tensors = load_file(Path(folder) / "adapter_model.safetensors")
         scale = config.lora_alpha / config.r
         others = config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern
-        others = others or of_base(config.to_dict())
+        others = others or alters_base(config.to_dict())
     except Exception as error:  # files of a stranger make peft raise anything
-        raise unfit(folder, error) from error
+        raise adapter_error(folder, error) from error
     if others or not all(n.endswith((".lora_A.weight", ".lora_B.weight")) for n in tensors):
-        what = f"{folder} is more than pairs of A and B of one rank"
-        raise Incomparable(what, "merge it into a model of its own first")
+        problem = f"{folder} is more than pairs of A and B of one rank"
+        raise Incomparable(problem, "merge it into a model of its own first")
 
     def product(stem: str) -> torch.Tensor:
         b, a = (tensors[f"{stem}.lora_{x}.weight"].float() for x in "BA")
@@ -324,18 +335,18 @@ def deltas(folder: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def join(peft: Any) -> None:
-    """Make one adapter of the trained one and the one beside it: their sum, by their ranks' sum."""
+def join_frozen(peft: Any) -> None:
+    """Join the trained adapter and the frozen one to one adapter, of the sum of their ranks."""
     layers = {n: m for n, m in peft.base_model.model.named_modules() if hasattr(m, "lora_A")}
     rank, config = 0, copy.copy(peft.peft_config[NAME])
     factors = {}
     for name, layer in layers.items():
-        both = [x for x in (NAME, BESIDE) if x in layer.lora_A]
+        both = [x for x in (NAME, FROZEN) if x in layer.lora_A]
         a = torch.cat([layer.lora_A[x].weight for x in both], 0)
         b = torch.cat([layer.scaling[x] * layer.lora_B[x].weight for x in both], 1)
         factors[name], rank = (a, b), max(rank, len(a))
     config.r = config.lora_alpha = rank
-    for old in (BESIDE, NAME):
+    for old in (FROZEN, NAME):
         peft.delete_adapter(old)
     with torch.random.fork_rng(devices=[]):
         peft.add_adapter(NAME, config)

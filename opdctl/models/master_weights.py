@@ -1,4 +1,4 @@
-"""fp32 copies of bfloat16 parameters, which the optimizer moves.
+"""Master weights: fp32 copies of bfloat16 parameters, which the optimizer moves.
 
 bfloat16 keeps 8 bits of a weight, and AdamW moves it by about lr: small steps are rounded away
 (``graph.py`` has the measurement). Here forward and backward stay in bfloat16, so that sampler,
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 
-class Masters:
-    """The copies, by the name of their parameter.
+class MasterWeights:
+    """The fp32 copies of a model's trained parameters.
 
     Attributes:
-        named: what the optimizer moves; ``.grad`` is the fp32 sum of a step's gradients.
+        named: the copies by parameter name; ``.grad`` is the fp32 sum of a step's gradients.
     """
 
     def __init__(self, net: torch.nn.Module) -> None:
@@ -32,7 +32,7 @@ class Masters:
 
     @staticmethod
     def _take(master: Tensor) -> Any:
-        """A hook that moves a gradient from its parameter to the master's sum."""
+        """Return a hook that moves a gradient from its parameter to the master's sum."""
 
         def take(parameter: Tensor) -> None:
             grad = parameter.grad.float()

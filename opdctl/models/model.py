@@ -22,9 +22,13 @@ from opdctl.config.references import first_difference
 from opdctl.errors import UsageError
 from opdctl.kernels.head import Head
 from opdctl.models.chat.rendering import Chat, different_ends
-from opdctl.models.gradient_checkpointing import recompute, recomputing
-from opdctl.models.logits_check import keeps_apart, require_own_logits, shaped
-from opdctl.models.weights_check import require_whole, unreadable
+from opdctl.models.gradient_checkpointing import checkpointing, enable_checkpointing
+from opdctl.models.logits_check import (
+    isolates_packed_sequences,
+    require_own_logits,
+    softcap_and_scale,
+)
+from opdctl.models.weights_check import load_error, require_all_weights
 
 
 @dataclass
@@ -34,10 +38,10 @@ class Model(Chat):
     Attributes:
         net: the transformers module.
         tokenizer: its tokenizer.
-        name: where it came from, for messages.
-        adapter: what a student's stage trains in place of its weights, see models/lora.py.
+        name: the folder, public name or stage it came from, for messages.
+        adapter: the adapter that a stage trains in place of the weights, see models/lora.py.
         masters: fp32 copies of the parameters, see models/master_weights.py.
-        recomputed: a pass that needs a gradient computes activations again, see
+        gradient_checkpointing: a pass that needs a gradient computes activations again, see
             models/gradient_checkpointing.py.
         one_row: sequences stand one after another in a pass, without padding.
         before_forward: called before each forward; a teacher that is an adapter turns it on.
@@ -48,7 +52,7 @@ class Model(Chat):
     name: str = ""
     adapter: Any = None
     masters: Any = None
-    recomputed: bool = False
+    gradient_checkpointing: bool = False
     one_row: bool = False
     before_forward: Callable[[], None] = lambda: None
 
@@ -58,18 +62,20 @@ class Model(Chat):
         self.sampling_checked = False  # not yet compared with itself step by step
         ids = 1 + max(self.tokenizer.get_vocab().values())  # len() would miss ids after a hole
         self.valid_V = min(ids, self.net.config.get_text_config().vocab_size)
-        self.softcap, self.scale = shaped(self.net.config.get_text_config())
+        self.softcap, self.scale = softcap_and_scale(self.net.config.get_text_config())
         self.count()
 
     def count(self) -> None:
-        """Set ``parameters``, of them ``trained``, and ``flops`` of an update, a token: two a
-        parameter forward, two back through it, and two for its own gradient."""
+        """Set ``parameters``, ``trained`` (how many of them), and ``flops`` per token of an update.
+
+        Two a parameter forward, two back through it, and two for its own gradient.
+        """
         self.parameters = sum(p.numel() for p in self.net.parameters())
         self.trained = sum(p.numel() for p in self.net.parameters() if p.requires_grad)
         self.flops = 4.0 * self.parameters + 2.0 * self.trained
 
     def trainable_parameters(self) -> dict[str, Tensor]:
-        """What an optimizer moves, by name: fp32 masters, or the parameters that are trained."""
+        """Return the tensors an optimizer moves, by name: fp32 masters or trained parameters."""
         if self.masters is not None:
             return self.masters.named
         return {n: p for n, p in self.net.named_parameters() if p.requires_grad}
@@ -89,22 +95,22 @@ class Model(Chat):
         return self.net.score if hasattr(self.net, "score") else self.net.get_output_embeddings()
 
     def backbone(self, input_ids: Tensor, **options: Any) -> Any:
-        """The transformer without its head; causal, padding on the right. Hidden is [B, T, D]."""
+        """Run the transformer without its head; causal, right-padded. Hidden is [B, T, D]."""
         self.before_forward()
-        again = self.recomputed and torch.is_grad_enabled()
-        with recomputing(self.net) if again else contextlib.nullcontext():
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
+        with checkpointing(self.net) if again else contextlib.nullcontext():
             return self.net.base_model(input_ids=input_ids, **options)
 
     def own_logits(self, ids_BT: Tensor) -> Tensor:
-        """The model's own logits, [B, T, V], to compare."""
+        """Return the logits that the model itself computes, [B, T, V], to compare with."""
         self.before_forward()
         return self.net(ids_BT).logits
 
     def lm_head(self, temperature: float = 1.0, rounded: bool = False) -> Head:
-        """The head as a linear map, with the guarantees the mathematics needs.
+        """Return the head as a linear map, with the guarantees the mathematics needs.
 
         Raises:
-            UsageError: it is not one plain linear layer (LoRA, quantised); names its type.
+            UsageError: the head is no plain linear layer (LoRA, quantised); names its type.
         """
         layer = self.head
         if type(layer) is not nn.Linear:
@@ -118,7 +124,7 @@ class Model(Chat):
         return Head(layer.weight, valid_V, layer.bias, softcap, temperature, rounded, scale)
 
     def logits(self, hidden_ND: Tensor, temperature: float = 1.0) -> Tensor:
-        """Next-token logits [N, V] at a temperature, in at least fp32, invalid ids at -inf."""
+        """Return next-token logits [N, V] at a temperature, fp32 or wider, invalid ids at -inf."""
         logits_NV = self.lm_head(temperature).logits(hidden_ND)
         missing = self.head.out_features - logits_NV.shape[-1]
         return (
@@ -127,10 +133,10 @@ class Model(Chat):
 
 
 def pick_device(wanted: str) -> str:
-    """``auto`` is CUDA if there is one.
+    """Return ``cuda`` or ``cpu``; ``auto`` is CUDA if there is one.
 
     Raises:
-        UsageError: CUDA asked for and not there.
+        UsageError: CUDA is wanted and there is none.
     """
     there = torch.cuda.is_available()
     if wanted == "cuda" and not there:
@@ -139,14 +145,14 @@ def pick_device(wanted: str) -> str:
 
 
 def outline(folder: str, trust_remote_code: bool = False) -> Model:
-    """A language model without its weights, on the meta device: tokenizer, shapes, rendering.
+    """Load a language model without its weights, on the meta device: tokenizer, shapes, rendering.
 
     Raises:
-        UsageError: its tokenizer or its configuration cannot be read.
+        UsageError: the tokenizer or the configuration cannot be read.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    name, options = _source(folder, trust_remote_code)
+    name, options = _location(folder, trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         config = AutoConfig.from_pretrained(name, **options)
@@ -156,26 +162,26 @@ def outline(folder: str, trust_remote_code: bool = False) -> Model:
             net.generation_config = GenerationConfig.from_pretrained(name, **options)
         return Model(net.train(False), tokenizer, folder)
     except Exception as error:  # files of a stranger make transformers raise anything
-        raise unreadable(folder, error) from error
+        raise load_error(folder, error) from error
 
 
 def template_of(folder: str, trust_remote_code: bool = False) -> str | None:
-    """The chat template of a model's tokenizer; None without one.
+    """Return the chat template of a model's tokenizer; None if it has none.
 
     Raises:
-        UsageError: its tokenizer cannot be read.
+        UsageError: the tokenizer cannot be read.
     """
     from transformers import AutoTokenizer
 
-    name, options = _source(folder, trust_remote_code)
+    name, options = _location(folder, trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(name, **options).chat_template
     except Exception as error:  # files of a stranger make transformers raise anything
-        raise unreadable(folder, error) from error
+        raise load_error(folder, error) from error
 
 
-def _source(folder: str, trust_remote_code: bool) -> tuple[str, dict]:
-    """What transformers is to be asked for: a folder or a public name, and how."""
+def _location(folder: str, trust_remote_code: bool) -> tuple[str, dict]:
+    """Return the folder or public name to load, and the keyword arguments of from_pretrained."""
     name, _, revision = folder.partition("@") if not Path(folder).is_dir() else (folder, "", "")
     options = {"trust_remote_code": trust_remote_code}
     return name, options | ({"revision": revision} if revision else {})
@@ -189,21 +195,21 @@ def load(
     classifier: bool = False,
     trust_remote_code: bool = False,
     attn: str = "auto",
-    recomputed: bool = False,
+    gradient_checkpointing: bool = False,
     packing: str = "auto",
 ) -> Model:
-    """A model from a folder or a public name (``name@revision``).
+    """Load a model from a folder or a public name (``name@revision``).
 
     Args:
-        classifier: with one score per token in place of the language-model head; the score
-            starts at zero unless the folder has one.
+        classifier: load it with one score per token in place of the language-model head; the
+            score starts at zero unless the folder has one.
         trust_remote_code: run code that the model brings.
         attn: implementation of attention, by transformers' name; auto leaves it to transformers.
-        recomputed: gradient checkpointing.
+        gradient_checkpointing: gradient checkpointing.
         packing: ``packed`` without padding, ``padded``, or ``auto``: packed with flash attention.
 
     Raises:
-        UsageError: it cannot be loaded, or not all of it is there; says from where and why.
+        UsageError: the model cannot be loaded or is incomplete; says from where and why.
     """
     from transformers import (
         AutoConfig,
@@ -212,7 +218,7 @@ def load(
         AutoTokenizer,
     )
 
-    name, options = _source(folder, trust_remote_code)
+    name, options = _location(folder, trust_remote_code)
     kind = AutoModelForTokenClassification if classifier else AutoModelForCausalLM
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
@@ -221,7 +227,7 @@ def load(
             config.num_labels = 1
         if attn != "auto":
             options["attn_implementation"] = attn
-        net, found = kind.from_pretrained(
+        net, report = kind.from_pretrained(
             name,
             config=config,
             dtype=getattr(torch, dtype),
@@ -231,29 +237,29 @@ def load(
         )
         model = Model(net.to(device).train(False), tokenizer, folder)
     except Exception as error:  # files of a stranger make transformers raise anything
-        raise unreadable(folder, error) from error
-    require_whole(model, classifier, found)
+        raise load_error(folder, error) from error
+    require_all_weights(model, classifier, report)
     require_own_logits(model)
-    set_passes(model, packing, recomputed)
+    configure_forward(model, packing, gradient_checkpointing)
     return model
 
 
-def set_passes(model: Model, packing: str, recomputed: bool) -> None:
-    """How sequences stand in a pass, and whether its activations are computed again; see ``load``.
+def configure_forward(model: Model, packing: str, gradient_checkpointing: bool) -> None:
+    """Set how sequences are packed and whether gradients are checkpointed; see ``load``.
 
     Raises:
-        UsageError: the model cannot.
+        UsageError: the model does not support it.
     """
     implementation = str(model.net.config.get_text_config()._attn_implementation)
     if packing == "packed" or (packing == "auto" and implementation.startswith("flash")):
-        model.one_row = keeps_apart(model, required=packing == "packed")
-    if recomputed:
-        recompute(model.net, model.name)
-        model.recomputed = True
+        model.one_row = isolates_packed_sequences(model, required=packing == "packed")
+    if gradient_checkpointing:
+        enable_checkpointing(model.net, model.name)
+        model.gradient_checkpointing = True
 
 
 def different_tokens(student: Model, teacher: Model) -> tuple[str, str] | None:
-    """``(what, what to do)`` if an id, or the end token, is not the same on both sides."""
+    """Return ``(problem, hint)`` if an id or an end token differs between the two; else None."""
     ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
     difference = first_difference(ours, theirs)
     if difference:
@@ -266,14 +272,17 @@ def different_tokens(student: Model, teacher: Model) -> tuple[str, str] | None:
 
 
 def require_same_tokens(student: Model, teacher: Model, where: str) -> None:
-    """Token ids must mean the same on both sides.
+    """Check that token ids mean the same to student and teacher.
+
+    Args:
+        where: the recipe key that names the teacher, for messages.
 
     Raises:
-        UsageError: they do not; names the first that differs.
+        UsageError: they do not; names the first id that differs.
     """
-    wrong = different_tokens(student, teacher)
-    if wrong:
-        raise UsageError(f"{where}: {wrong[0]}", wrong[1])
+    difference = different_tokens(student, teacher)
+    if difference:
+        raise UsageError(f"{where}: {difference[0]}", difference[1])
     if student.valid_V != teacher.valid_V:
         fewer = min(student, teacher, key=lambda model: model.valid_V)
         raise UsageError(

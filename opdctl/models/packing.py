@@ -31,7 +31,7 @@ class Packed:
         target_N: the supervised ids.
         prediction_N: rows of the flattened [B*T] backbone output that predict them.
         token_N: rows of the flattened [B*T] backbone output that have seen them.
-        sequence_N: which sequence each belongs to.
+        sequence_N: the index of each token's sequence.
         length_B: supervised tokens of each sequence.
         positions: tokens that are not padding, for the ledger.
     """
@@ -47,28 +47,30 @@ class Packed:
 
     @property
     def inputs(self) -> dict:
-        """For the backbone; nothing is to be generated from its state."""
-        found = {"input_ids": self.ids_BT, "use_cache": False}
-        return found if self.position_BT is None else found | {"position_ids": self.position_BT}
+        """The keyword arguments of the backbone; without a cache, as nothing is generated."""
+        arguments = {"input_ids": self.ids_BT, "use_cache": False}
+        if self.position_BT is None:
+            return arguments
+        return arguments | {"position_ids": self.position_BT}
 
 
 def pack(spans: Sequence[ScoreRequest], pad: int, device="cpu", one_row: bool = False) -> Packed:
     """Pack spans; their targets are supervised. A span without a target is allowed."""
-    whole = [len(span.ids) for span in spans]
-    B, T = len(spans), max(whole, default=1)
+    length = [len(span.ids) for span in spans]
+    B, T = len(spans), max(length, default=1)
     position_BT = None
     if one_row:
-        B, T = 1, max(1, sum(whole))
+        B, T = 1, max(1, sum(length))
         position_BT = torch.zeros(1, T, dtype=torch.long)
     ids_BT = torch.full((B, T), pad, dtype=torch.long)
     target, token, sequence, lengths = [], [], [], []
     start = 0
     for b, span in enumerate(spans):
         if position_BT is not None:
-            position_BT[0, start : start + whole[b]] = torch.arange(whole[b])
+            position_BT[0, start : start + length[b]] = torch.arange(length[b])
         first = start if one_row else b * T
-        ids_BT.view(-1)[first : first + whole[b]] = torch.tensor(span.ids, dtype=torch.long)
-        start += whole[b]
+        ids_BT.view(-1)[first : first + length[b]] = torch.tensor(span.ids, dtype=torch.long)
+        start += length[b]
         places = span.targets
         target.extend(span.ids[p] for p in places)
         token.extend(first + p for p in places)
@@ -82,7 +84,7 @@ def pack(spans: Sequence[ScoreRequest], pad: int, device="cpu", one_row: bool = 
         token_N=token_N,
         sequence_N=torch.tensor(sequence, dtype=torch.long),
         length_B=torch.tensor(lengths, dtype=torch.long),
-        positions=sum(whole),
+        positions=sum(length),
         position_BT=position_BT,
     )
     for name, value in vars(packed).items():
@@ -92,32 +94,34 @@ def pack(spans: Sequence[ScoreRequest], pad: int, device="cpu", one_row: bool = 
 
 
 def per_sequence(values_N: Tensor, sequence_N: Tensor, count: int) -> Tensor:
-    """Sum of the tokens of each sequence. Shape [B]."""
+    """Return the sum of the values of each sequence's tokens. Shape [B]."""
     zeros_B = torch.zeros(count, dtype=values_N.dtype, device=values_N.device)
     return zeros_B.index_add_(0, sequence_N, values_N)
 
 
-def places(sequence_N: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Each token's place in its sequence, from 0, and that sequence's length. Shape [N] each."""
+def token_positions(sequence_N: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return each token's place in its sequence, from 0, and that sequence's length, [N] each."""
     length_B = torch.bincount(sequence_N, minlength=count)
     start_B = length_B.cumsum(0) - length_B
     index_N = torch.arange(len(sequence_N), device=sequence_N.device)
     return index_N - start_B[sequence_N], length_B[sequence_N]
 
 
-def so_far(values_N: Tensor, sequence_N: Tensor, count: int) -> Tensor:
-    """The sum of each token's value and of those before it in its sequence. Shape [N]."""
-    place_N, length_N = places(sequence_N, count)
+def cumulative_sum(values_N: Tensor, sequence_N: Tensor, count: int) -> Tensor:
+    """Return the sum of each token's value and those before it in its sequence. Shape [N]."""
+    place_N, length_N = token_positions(sequence_N, count)
     width = int(length_N.max()) if len(length_N) else 0
     value_BT = values_N.new_zeros(count, width)
     value_BT[sequence_N, place_N] = values_N
     return value_BT.cumsum(1)[sequence_N, place_N]
 
 
-def future(values_N: Tensor, sequence_N: Tensor, count: int, discount: float) -> Tensor:
-    """What comes after each token of its sequence: the sum of discount^(j - 1) x the j-th value
-    after it. Shape [N]."""
-    place_N, length_N = places(sequence_N, count)
+def discounted_future_sum(
+    values_N: Tensor, sequence_N: Tensor, count: int, discount: float
+) -> Tensor:
+    """Return for each token the sum of discount^(j - 1) x the j-th value after it, within its
+    sequence. Shape [N]."""
+    place_N, length_N = token_positions(sequence_N, count)
     width = int(length_N.max()) if len(length_N) else 0
     value_BT = values_N.new_zeros(count, width + 1)
     value_BT[sequence_N, place_N] = values_N
@@ -127,19 +131,19 @@ def future(values_N: Tensor, sequence_N: Tensor, count: int, discount: float) ->
     return after_BT[sequence_N, place_N]
 
 
-def split(values_N: Tensor, lengths: Sequence[int]) -> list[list[float]]:
-    """One list per sequence, for logs."""
+def lists_per_sequence(values_N: Tensor, lengths: Sequence[int]) -> list[list[float]]:
+    """Return one list of values per sequence, for logs."""
     return [part.tolist() for part in values_N.detach().cpu().split(list(lengths))]
 
 
-def last_of_each(values_N: Tensor, length_B: Tensor) -> Tensor:
-    """The value at the last supervised token of each sequence; 0 where there is none. Shape [B]."""
+def last_per_sequence(values_N: Tensor, length_B: Tensor) -> Tensor:
+    """Return the value at each sequence's last supervised token; 0 if it has none. Shape [B]."""
     last_B = length_B.cumsum(0) - 1
     return torch.where(length_B > 0, values_N[last_B.clamp(min=0)], values_N.new_zeros(()))
 
 
-def parts(lengths: Sequence[int], count: int) -> list[tuple[slice, slice]]:
-    """``count`` contiguous parts, as even as can be: slices over sequences and their tokens."""
+def minibatch_slices(lengths: Sequence[int], count: int) -> list[tuple[slice, slice]]:
+    """Cut into ``count`` contiguous parts, as even as can be: slices of sequences and of tokens."""
     out, token = [], 0
     for k in range(count):
         start, stop = k * len(lengths) // count, (k + 1) * len(lengths) // count
@@ -156,14 +160,14 @@ def micro_batches(
     device="cpu",
     first: Sequence[int] | None = None,
 ) -> list[tuple[list[int], Tensor]]:
-    """Sequences of like length together, so that little of a rectangle is padding.
+    """Group sequences of similar length, so that little of a rectangle is padding.
 
     Args:
-        size: most sequences in one; 0 is as many as differ by less than a third in length.
+        size: most sequences in a group; 0 is as many as differ by less than a third in length.
         first: a key per sequence to order by before its length (its teacher).
 
     Returns:
-        For each, the indices of its sequences and those of their supervised tokens, [N'].
+        For each group, the indices of its sequences and of their supervised tokens, [N'].
     """
     total = [len(span.ids) for span in spans]
     offset = [0]

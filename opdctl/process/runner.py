@@ -30,7 +30,7 @@ from opdctl.types import Finding
 
 @dataclass
 class Job:
-    """One run to carry out."""
+    """One run to carry out, with the status of each of its stages."""
 
     run: RunDir
     recipe: Recipe
@@ -39,7 +39,7 @@ class Job:
 
     @classmethod
     def of(cls, run: RunDir, recipe: Recipe, only: tuple[str, ...] = ()) -> Job:
-        """A job for what is not done yet."""
+        """Return the job of a run's unfinished stages, or of ``only`` and the stages they need."""
         planned = plan(recipe, run, only)
         return cls(
             run,
@@ -51,10 +51,10 @@ class Job:
 
 @dataclass
 class Outcome:
-    """How it ended.
+    """The result of carrying out jobs.
 
     Attributes:
-        code: 0, or the exit code of what went wrong first.
+        code: 0, or the exit code of the last failure.
         failed: (run, stage) of each failure.
     """
 
@@ -63,13 +63,13 @@ class Outcome:
 
 
 def slots(recipe: Recipe) -> int:
-    """Stages to run at once: as the cores allow on a CPU, one on a GPU, unless ``jobs`` says."""
+    """Return how many stages run at once: ``runtime.jobs``, else by cores on a CPU, 1 on a GPU."""
     cores = len(os.sched_getaffinity(0)) // recipe.runtime.threads
     return recipe.runtime.jobs or (max(1, cores) if on_cpu(recipe) else 1)
 
 
 def on_cpu(recipe: Recipe) -> bool:
-    """Whether stages will run on a CPU; found out without importing torch."""
+    """Return True where stages will run on a CPU; decided without importing torch."""
     device = recipe.runtime.device
     return device == "cpu" or (device == "auto" and not os.path.exists("/dev/nvidiactl"))
 
@@ -78,6 +78,7 @@ def carry_out(jobs: list[Job], watch: Callable[[list[Job]], None]) -> Outcome:
     """Run every pending stage of every job, ``slots`` at a time.
 
     Args:
+        jobs: the runs; those of one set share a runtime.
         watch: called with the jobs many times a second, to show progress.
     """
     outcome = Outcome()
@@ -85,13 +86,13 @@ def carry_out(jobs: list[Job], watch: Callable[[list[Job]], None]) -> Outcome:
     running: dict[tuple[int, str], _Process] = {}
     stopping = False
 
-    def ask(*_) -> None:
+    def request_stop(*_) -> None:
         nonlocal stopping
         stopping = True
         for process in running.values():
             process.stop()
 
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    old_handlers = {s: signal.signal(s, request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         while True:
             if not stopping:
@@ -109,12 +110,12 @@ def carry_out(jobs: list[Job], watch: Callable[[list[Job]], None]) -> Outcome:
                 if code is None:
                     continue
                 del running[index, stage]
-                _note(jobs[index], stage, code, outcome)
+                _record_exit(jobs[index], stage, code, outcome)
             watch(jobs)
     finally:
         for process in running.values():
             process.kill()
-        for number, action in before.items():
+        for number, action in old_handlers.items():
             signal.signal(number, action)
     interrupted = any("interrupted" in job.status.values() for job in jobs)
     if (stopping or interrupted) and not outcome.failed:
@@ -125,57 +126,66 @@ def carry_out(jobs: list[Job], watch: Callable[[list[Job]], None]) -> Outcome:
 def examine(
     recipe: Recipe, stages: list[str], run: RunDir | None = None, deep: bool = False
 ) -> list[Finding]:
-    """What ``preflight/`` says of stages whose models are all there, found in one worker.
+    """Run the checks of ``preflight/`` on stages whose models all exist, in one worker.
 
-    The recipe is put into a run directory that is thrown away, with links to the outputs of ``run``
-    in it: nothing is written to ``run``.
+    The worker gets a temporary run directory with links to the outputs of ``run``: nothing is
+    written to ``run``.
 
     Args:
-        deep: sample too.
+        run: the run whose finished stages may be read.
+        deep: run the checks that sample too.
 
     Raises:
-        StageFailed: the worker broke down; what it said went to stderr.
+        StageFailed: the worker crashed; its messages went to stderr.
     """
     if not stages:
         return []
-    asked = ["--preflight", "deep" if deep else "cheap", *stages]
-    found = _apart(recipe, run, asked, "preflight.json", list)
-    return [Finding(**f) for f in found]
+    arguments = ["--preflight", "deep" if deep else "cheap", *stages]
+    findings = _ask_worker(recipe, run, arguments, "preflight.json", list)
+    return [Finding(**f) for f in findings]
 
 
 def diagnose(
     recipe: Recipe, stages: list[str], run: RunDir | None = None, effort: dict | None = None
 ) -> list[dict]:
-    """What ``diagnosis/`` measures of stages whose models are all there, likewise.
+    """Run the diagnosis of these stages in a worker, as ``examine`` does with the checks.
 
     Args:
-        effort: what it may cost, see ``checks/diagnosis/measure.py``.
+        effort: the limits, see ``checks/diagnosis/measure.py``.
 
     Raises:
-        StageFailed: a server does not answer; or the worker broke down, and what it said went to
-            stderr.
+        StageFailed: a server does not answer; or the worker crashed, its messages went to stderr.
         UsageError: a model or the prompts of a stage cannot be read.
     """
-    asked = ["--diagnose", json.dumps(effort or {}), *stages]
-    found = _apart(recipe, run, asked, "diagnosis.json", dict)
-    if "error" in found:
-        usage, message, hint = found["error"]
+    arguments = ["--diagnose", json.dumps(effort or {}), *stages]
+    result = _ask_worker(recipe, run, arguments, "diagnosis.json", dict)
+    if "error" in result:
+        usage, message, hint = result["error"]
         raise (UsageError if usage else StageFailed)(message, hint)
-    return found["stages"]
+    return result["stages"]
 
 
-def _apart(
-    recipe: Recipe, run: RunDir | None, asked: list[str], result: str, kind: type
+def _ask_worker(
+    recipe: Recipe, run: RunDir | None, arguments: list[str], file: str, kind: type
 ) -> list | dict:
-    """Ask a worker about a recipe put into a run directory that is thrown away, with links to the
-    outputs of ``run`` in it; what it left in ``result``."""
+    """Run a worker on a temporary run directory, and return the content of the file it writes.
+
+    Args:
+        run: the run whose outputs are linked into the temporary directory.
+        arguments: the worker's arguments after the directory: an option, its value, stages.
+        file: the name of the JSON file.
+        kind: ``list`` or ``dict``, the type of its content.
+
+    Raises:
+        StageFailed: the worker ended with an error, or wrote no such file.
+    """
     with tempfile.TemporaryDirectory(prefix="opdctl-") as folder:
-        made = new_run(recipe, dump(recipe.to_dict()), Path(folder) / "run")
+        copy = new_run(recipe, dump(recipe.to_dict()), Path(folder) / "run")
         for name in recipe.stages if run else ():
             if run.record(name).get("status") == "done" and run.output(name).is_dir():
-                made.output(name).symlink_to(run.output(name), target_is_directory=True)
+                copy.output(name).symlink_to(run.output(name), target_is_directory=True)
         worker = subprocess.Popen(
-            [sys.executable, "-m", "opdctl.process.worker", str(made.path), *asked],
+            [sys.executable, "-m", "opdctl.process.worker", str(copy.path), *arguments],
             stdin=subprocess.PIPE,  # it ends when this process does
             stdout=sys.stderr.fileno(),
         )
@@ -184,27 +194,28 @@ def _apart(
         finally:
             worker.kill()
             worker.stdin.close()
-        found = read_json(made / result, kind)
-        if code or found is None:
+        content = read_json(copy / file, kind)
+        if code or content is None:
             raise StageFailed(
-                f"the checks of {', '.join(asked[2:])} ended with exit code {code}",
+                f"the checks of {', '.join(arguments[2:])} ended with exit code {code}",
                 "what they said stands above",
             )
-    return found
+    return content
 
 
 def _ready(jobs: list[Job]) -> list[tuple[int, str]]:
-    """(job, stage) that may start; the earliest in a recipe first, as most may wait for it."""
-    found = []
+    """Return the (job index, stage) that may start, those early in a recipe first: most other
+    stages may wait for them."""
+    startable = []
     for index, job in enumerate(jobs):
         done = {s for s, status in job.status.items() if status == "done"}
-        for place, planned in enumerate(job.planned):
+        for rank, planned in enumerate(job.planned):
             if job.status[planned.name] == "pending" and set(planned.upstream) <= done:
-                found.append((place, index, planned.name))
-    return [(index, stage) for _, index, stage in sorted(found)]
+                startable.append((rank, index, planned.name))
+    return [(index, stage) for _, index, stage in sorted(startable)]
 
 
-def _note(job: Job, stage: str, code: int, outcome: Outcome) -> None:
+def _record_exit(job: Job, stage: str, code: int, outcome: Outcome) -> None:
     if code == 0:
         job.status[stage] = "done"
     elif code in (EXIT_INTERRUPTED, -signal.SIGTERM):  # the latter: asked before it could listen
@@ -237,7 +248,7 @@ class _Process:
 
 
 class _Launcher:
-    """Starts workers: forked on a CPU, spawned otherwise."""
+    """The means to start a worker: forked on a CPU, spawned otherwise."""
 
     def __init__(self, recipe: Recipe) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(recipe.runtime.threads))

@@ -1,6 +1,7 @@
-"""What the fork server imports once, so that a stage starts in a tenth of a second.
+"""The modules that the fork server imports once, so that a stage starts in a tenth of a second.
 
-Imported in the server process alone. One thread, no CUDA call: forking is safe only so.
+Only the server process imports this module. It starts no thread and makes no CUDA call: forking
+would not be safe otherwise.
 """
 
 import contextlib

@@ -4,11 +4,11 @@
     python -m opdctl.process.worker DIR --preflight cheap|deep STAGE ...
     python -m opdctl.process.worker DIR --diagnose EFFORT STAGE ...
 
-The other forms run no stage: they leave what the checks say of some in ``preflight.json``, or what
-is measured of them in ``diagnosis.json``, for an effort in JSON.
+The other forms run no stage: they write the findings of the checks to ``preflight.json``, or the
+measurements of a diagnosis, with its limits EFFORT in JSON, to ``diagnosis.json``.
 
-Exit codes: 0 done, 75 stopped with a checkpoint committed, 2 bad input, 1 failed, 4 busy. It ends
-when its parent does, whatever the parent died of.
+Exit codes: 0 done, 75 stopped with a checkpoint committed, 2 bad input, 1 failed, 4 busy. The
+process ends when its parent does, whatever the parent died of.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import traceback
 from dataclasses import asdict
 from pathlib import Path
 
-from opdctl.checks.preflight._stage import check, lines, refuse
+from opdctl.checks.preflight._run_checks import check, finding_lines, raise_errors
 from opdctl.config.registry import member
 from opdctl.errors import EXIT_FAILED, EXIT_USAGE, Interrupted, OpdctlError, UsageError
 from opdctl.run import provenance
@@ -41,7 +41,7 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def run_stage(folder: str, stage: str) -> int:
-    """Run a stage to its end, and record how that went. Returns the exit code."""
+    """Run a stage to its end, and record the result in ``stage.json``. Return the exit code."""
     run = RunDir(folder)
     start = time.perf_counter()
     ctx = Context(run, read_recipe(run), stage)
@@ -55,45 +55,29 @@ def run_stage(folder: str, stage: str) -> int:
         return error.exit_code
     except OSError as error:  # not even its record could be written
         with contextlib.suppress(OSError):
-            print(f"[{stage}] {unwritten(run.stage(stage), error)}", file=sys.stderr, flush=True)
+            print(f"[{stage}] {disk_message(run.stage(stage), error)}", file=sys.stderr, flush=True)
         return EXIT_FAILED
 
 
-def by_disk(error: Exception) -> bool:
-    """Whether it was the disk that refused; safetensors says so in words alone."""
+def is_disk_error(error: Exception) -> bool:
+    """Return True where the disk refused a write; safetensors says so in its message only."""
     return getattr(error, "errno", None) in DISK or "(os error" in str(error)
 
 
-def unwritten(folder: Path, error: Exception) -> str:
-    """What to say of a disk that does not take what is written."""
+def disk_message(folder: Path, error: Exception) -> str:
+    """Return the message for a disk that refuses a write."""
     return f"cannot write under {folder}: {error}\n  make room on that disk, then resume"
 
 
 def _attempt(ctx: Context, start: float) -> int:
+    """Run one attempt of a stage and record it. Return the exit code."""
     before = ctx.run.record(ctx.name)
     fingerprint = fingerprints(ctx.recipe)[ctx.name]
     if is_stale(before, fingerprint):
         clear_stage(ctx.folder)  # made from other inputs: nothing of it may be used
         before = {}
     ctx.attempt = before.get("attempt", 0) + 1
-    record = {
-        "name": ctx.name,
-        "kind": ctx.config.kind,
-        "status": "running",
-        "fingerprint": fingerprint,
-        "attempt": ctx.attempt,
-        "total": ctx.recipe.total(ctx.name),
-        "semantic": semantic(ctx.recipe, ctx.name),
-        "revisions": revisions(ctx.recipe, ctx.name),
-        "attempts": before.get("attempts", []),
-        "seconds": before.get("seconds", 0.0),
-        "loop_seconds": before.get("loop_seconds", 0.0),
-        "seed": {"run": ctx.recipe.seed, "stage": ctx.seed},
-        "versions": provenance.versions(),
-        "code": provenance.code(),
-        "inputs": before.get("inputs", {}),
-        "data": before.get("data", {}),
-    }
+    record = _new_record(ctx, before, fingerprint)
     path = ctx.folder / "stage.json"
     passed = before.get("preflight")
     if passed is None or any(f["severity"] == "error" for f in passed):
@@ -101,31 +85,11 @@ def _attempt(ctx: Context, start: float) -> int:
     else:
         record["preflight"] = passed  # of an earlier attempt: the models are the same
     write_json(path, record)
-    code, problem = EXIT_FAILED, None
-    try:
-        prepare(ctx)
-        found = provenance.inputs(ctx.run, ctx.recipe, ctx.name, ctx.check)
-        provenance.require_unchanged(ctx.run, ctx.recipe, ctx.name, found)
-        record["inputs"] = found
-        write_json(path, record)
-        compute = member("stages", ctx.config.kind)().run(ctx)
-        record |= {"status": "done", "compute": asdict(compute)}
-        record |= {"output": provenance.model(ctx.run.output(ctx.name))}
-        code = 0
-    except Interrupted as stopped:
-        record["status"], code = "interrupted", stopped.exit_code
-    except OpdctlError as error:
-        problem, code = str(error), error.exit_code
-    except Exception as error:  # the boundary of the process: recorded, then reported
-        problem = f"{type(error).__name__}: {error}"
-        if by_disk(error):
-            problem = unwritten(ctx.folder, error)
-        else:
-            traceback.print_exc()
+    code, problem = _run_recorded(ctx, record, path)
     if code == EXIT_USAGE and not (ctx.folder / "metrics.jsonl").exists():
         record["inputs"] = before.get("inputs", {})  # nothing was made from what was refused
-    if ctx.counts:
-        record["data"] = ctx.counts
+    if ctx.prompts.counts:
+        record["data"] = ctx.prompts.counts
     if problem:
         record |= {"status": "failed", "error": problem}
         with contextlib.suppress(OSError):  # a log on a full disk
@@ -143,11 +107,57 @@ def _attempt(ctx: Context, start: float) -> int:
     return code
 
 
+def _new_record(ctx: Context, before: dict, fingerprint: str) -> dict:
+    """Return the record of an attempt as it begins, with the totals of earlier attempts."""
+    return {
+        "name": ctx.name,
+        "kind": ctx.config.kind,
+        "status": "running",
+        "fingerprint": fingerprint,
+        "attempt": ctx.attempt,
+        "total": ctx.recipe.total(ctx.name),
+        "semantic": semantic(ctx.recipe, ctx.name),
+        "revisions": revisions(ctx.recipe, ctx.name),
+        "attempts": before.get("attempts", []),
+        "seconds": before.get("seconds", 0.0),
+        "loop_seconds": before.get("loop_seconds", 0.0),
+        "seed": {"run": ctx.recipe.seed, "stage": ctx.seed},
+        "versions": provenance.versions(),
+        "code": provenance.code(),
+        "inputs": before.get("inputs", {}),
+        "data": before.get("data", {}),
+    }
+
+
+def _run_recorded(ctx: Context, record: dict, path: Path) -> tuple[int, str | None]:
+    """Run the stage and put its results into ``record``. Return the exit code and the error."""
+    try:
+        prepare(ctx)
+        inputs = provenance.inputs(ctx.run, ctx.recipe, ctx.name, ctx.check)
+        provenance.require_unchanged(ctx.run, ctx.recipe, ctx.name, inputs)
+        record["inputs"] = inputs
+        write_json(path, record)
+        compute = member("stages", ctx.config.kind)().run(ctx)
+        record |= {"status": "done", "compute": asdict(compute)}
+        record |= {"output": provenance.model(ctx.run.output(ctx.name))}
+    except Interrupted as stopped:
+        record["status"] = "interrupted"
+        return stopped.exit_code, None
+    except OpdctlError as error:
+        return error.exit_code, str(error)
+    except Exception as error:  # the boundary of the process: recorded, then reported
+        if is_disk_error(error):
+            return EXIT_FAILED, disk_message(ctx.folder, error)
+        traceback.print_exc()
+        return EXIT_FAILED, f"{type(error).__name__}: {error}"
+    return 0, None
+
+
 def prepare(ctx: Context) -> None:
-    """Set torch up as the run says: threads, type, device, no progress bars.
+    """Configure torch by ``runtime``: threads, type, device; no progress bars.
 
     Raises:
-        UsageError: a device asked for is not there.
+        UsageError: the device of ``runtime.device`` does not exist.
     """
     import torch
     from transformers.utils import logging
@@ -162,19 +172,19 @@ def prepare(ctx: Context) -> None:
 
 
 def _preflight(ctx: Context, student, record: dict, path: Path) -> None:
-    """The cheap checks before the first step: recorded, warnings to the log, errors raised."""
-    found = check(ctx, student)
-    record["preflight"] = [asdict(f) for f in found if f.severity != "ok"]
+    """Run the cheap checks before the first step: record all, log warnings, raise errors."""
+    findings = check(ctx, student)
+    record["preflight"] = [asdict(f) for f in findings if f.severity != "ok"]
     write_json(path, record)
-    for finding in found:
+    for finding in findings:
         if finding.severity == "warning":
-            print(f"[{ctx.name}] warning: {lines(finding)}", flush=True)
-    refuse(found)
+            print(f"[{ctx.name}] warning: {finding_lines(finding)}", flush=True)
+    raise_errors(findings)
 
 
-def examine(folder: str, how: str, *stages: str) -> int:
-    """Check stages whose models are there, deep or cheap. Returns the exit code."""
-    run, found = RunDir(folder), []
+def examine(folder: str, depth: str, *stages: str) -> int:
+    """Check stages whose models exist, deep or cheap. Return the exit code."""
+    run, findings = RunDir(folder), []
     recipe = read_recipe(run)
     for stage in stages:
         print(f"checking {stage}", file=sys.stderr, flush=True)
@@ -182,16 +192,16 @@ def examine(folder: str, how: str, *stages: str) -> int:
             ctx = Context(run, recipe, stage, wal=Wal(Path(aside)))
             try:
                 prepare(ctx)
-                found += check(ctx, deep=how == "deep")
+                findings += check(ctx, deep=depth == "deep")
             except UsageError as error:
                 more = {"why": "a stage cannot run where it cannot be checked", "check": "device"}
-                found.append(Finding("error", error.message, error.hint, stage=stage, **more))
-    write_json(run / "preflight.json", [asdict(f) for f in found])
+                findings.append(Finding("error", error.message, error.hint, stage=stage, **more))
+    write_json(run / "preflight.json", [asdict(f) for f in findings])
     return 0
 
 
 def diagnose(folder: str, effort: str, *stages: str) -> int:
-    """Measure stages whose models are there. Returns the exit code."""
+    """Measure stages whose models exist. Return the exit code."""
     from opdctl.checks.diagnosis.measure import Effort, measure
 
     run, result = RunDir(folder), {"stages": []}
@@ -209,25 +219,25 @@ def diagnose(folder: str, effort: str, *stages: str) -> int:
 
 
 def child(folder: str, stage: str, log: str) -> None:
-    """Body of a forked worker: log to a file, end with the parent, run the stage."""
+    """Run a stage in a forked worker: log to a file, end with the parent."""
     import multiprocessing
 
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     parent = multiprocessing.parent_process()
-    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     code = run_stage(folder, stage)
     sys.stdout.flush()
     os._exit(code)  # no interpreter teardown: everything is on disk
 
 
-def _follow(parent) -> None:
+def _end_with_parent(parent) -> None:
     parent.join()
     os._exit(EXIT_FAILED)
 
 
-def _follow_stdin() -> None:
+def _end_with_stdin() -> None:
     """End with the process at the other end of the pipe."""
     while os.read(0, 4096):  # not sys.stdin: its lock would abort an interpreter that ends first
         pass
@@ -241,7 +251,7 @@ if __name__ == "__main__":
         usage = "DIR STAGE | DIR --preflight cheap|deep STAGE ... | DIR --diagnose EFFORT STAGE ..."
         sys.exit(f"usage: python -m opdctl.process.worker {usage}")
     if aside or sys.argv[3:] == ["--follow-stdin"]:
-        threading.Thread(target=_follow_stdin, daemon=True).start()
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
     if aside:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to take
     sys.exit(aside(sys.argv[1], *sys.argv[3:]) if aside else run_stage(*sys.argv[1:3]))

@@ -57,7 +57,7 @@ def _engine(recipe: Any) -> list[Problem]:
         what = f"the engine is {runtime.engine}, which is in the stage's process"
         hint = "runtime.engine=vllm_server, or leave it out"
         return [Problem("runtime.engine_at", what, hint)]
-    return getattr(registry.member("engines", runtime.engine), "problems", lambda _: [])(recipe)
+    return registry.member("engines", runtime.engine).problems(recipe)
 
 
 def rounding(recipe: Any, lost: bool) -> list[Problem]:
@@ -140,7 +140,7 @@ def _judges(recipe, folders: bool) -> list[Problem]:
     """The models that verifiers name. That of a stage is an edge to every stage of the domain."""
     found = []
     for domain, config in recipe.data.items():
-        verifier = getattr(config, "verifier", {})
+        verifier = config.verifier
         for dotted, text in refs_of(verifier):
             target = recipe.models.get(text, text)
             reference = references.parse(target)
@@ -178,12 +178,12 @@ def _kind(recipe, reference, wanted: str, folders: bool) -> tuple[str, str] | No
 def _data(recipe, folders: bool) -> list[Problem]:
     found = []
     for domain, config in recipe.data.items():
-        path = getattr(config, "path", "")
+        path = config.path
         place = os.path.expanduser(path)
         if path and (config.kind == "jsonl" or os.path.exists(place)):
             config.path = str(Path(place).absolute())
-        check = getattr(registry.member("data", config.kind), "problems", lambda _: [])
-        wrong = config.own_problems() + _verifier(config) + _columns(config)
+        check = registry.member("data", config.kind).problems
+        wrong = config.common_problems() + _verifier(config) + _columns(config)
         wrong += check(config) if folders else []
         found += [replace(p, path=f"data.{domain}.{p.path}") for p in wrong]
     return found
@@ -191,13 +191,13 @@ def _data(recipe, folders: bool) -> list[Problem]:
 
 def _columns(config) -> list[Problem]:
     """Columns that nothing reads beside others."""
-    turns = getattr(config, "messages_column", "")
+    turns = config.messages_column
     if turns and config.thought_column:
         what = "a conversation's thinking stands in its turns: messages_column is read, not this"
         return [
             Problem("thought_column", what, "leave it out, or prompt_column for messages_column")
         ]
-    if getattr(config, "tools_column", "") and not turns:
+    if config.tools_column and not turns:
         what = "tools belong to a conversation, and there is no messages_column"
         return [Problem("tools_column", what, "messages_column=messages, or leave it out")]
     return []
@@ -205,18 +205,14 @@ def _columns(config) -> list[Problem]:
 
 def _verifier(config) -> list[Problem]:
     """A table has one verifier, and the columns that it reads."""
-    if not hasattr(config, "verifier"):
+    if registry.member("data", config.kind).procedural:
         return []  # the kind brings its own
     if len(config.verifier) != 1:
         return [Problem("verifier", f"{list(config.verifier)} given", "one: verifier: math")]
     ((name, keys),) = config.verifier.items()
     cls = registry.member("verifiers", name)
-    found = [
-        replace(p, path=f"verifier.{name}.{p.path}")
-        for p in getattr(cls, "problems", lambda _: [])(keys)
-    ]
-    needed = cls.needs_answer(keys) if callable(cls.needs_answer) else cls.needs_answer
-    if needed and not config.answer_column:
+    found = [replace(p, path=f"verifier.{name}.{p.path}") for p in cls.problems(keys)]
+    if cls.needs_answer(keys) and not config.answer_column:
         what = f"the verifier {name} compares with a reference answer"
         found.append(Problem("answer_column", what, "answer_column: the column that holds it"))
     return found

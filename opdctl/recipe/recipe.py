@@ -74,10 +74,10 @@ class Recipe:
         """What is allowed and has less effect than it seems, or none."""
         found = graph.rounding(self, lost=False)
         engine = registry.member("engines", self.runtime.engine)
-        found += getattr(engine, "notes", lambda _: [])(self)
+        found += engine.notes(self)
         for stage, config in self.stages.items():
-            notes = getattr(registry.member("stages", config.kind), "notes", lambda _: [])
-            found += [replace(n, path=f"stages.{stage}.{n.path}") for n in notes(config)]
+            notes = registry.member("stages", config.kind).notes(config)
+            found += [replace(n, path=f"stages.{stage}.{n.path}") for n in notes]
         return found
 
     def references(self, stage: str) -> list[tuple[str, str]]:
@@ -85,7 +85,7 @@ class Recipe:
         found = refs_of(self.stages[stage])
         if hasattr(self.stages[stage], "prompts"):
             for domain in self.domains(stage):
-                verifier = getattr(self.data[domain], "verifier", {})
+                verifier = self.data[domain].verifier
                 found += refs_of(verifier, f"data.{domain}.verifier")
         return found
 

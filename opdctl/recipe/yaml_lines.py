@@ -75,6 +75,9 @@ class _Reader:
             mark = getattr(error, "problem_mark", None)
             line = f":{mark.line + 1}" if mark else ""
             what = getattr(error, "problem", None) or str(error).split("\n")[0]
+            if "maximum nesting" in what:  # PyYAML 6.0.4 scans ahead to a limit of its own
+                what = f"{self.name}{line}: nested deeper than {DEEPEST} levels"
+                raise UsageError(what) from error
             hint = "quote what YAML reads as its own: a colon, a bracket, a tab"
             raise UsageError(f"{self.name}{line}: not YAML: {what}", hint) from error
         tree = None if node is None else self._node(node, "", (), False)

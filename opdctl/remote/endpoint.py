@@ -1,8 +1,9 @@
-"""Requests to a model behind HTTP: a deadline, retries with backoff, a bound on how many at once.
+"""Send requests to a model behind HTTP, with a deadline, retries and a bound on how many at once.
 
-A deadline is of one request with all its retries: what is refused, cut off, or answered by 429 or
-5xx is asked again while time is left; any other answer that is not 200, a redirect too, is an error
-at once. A key for the server is read from OPDCTL_API_KEY and stored nowhere.
+The deadline covers one request with all its retries. A request that is refused, cut off, or
+answered by 429 or 5xx is sent again while time is left; any other answer that is not 200, a
+redirect too, is an error at once. A key for the server is read from OPDCTL_API_KEY and stored
+nowhere.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ START = "start the server again, or raise runtime.server_timeout"
 
 
 class NoAnswer(StageFailed):
-    """Nothing came in time. ``elsewhere`` is the key that gives another address; may be empty."""
+    """No answer came in time. ``elsewhere`` is the key that gives another address; may be empty."""
 
     def __init__(self, message: str, elsewhere: str = "") -> None:
         self.elsewhere = elsewhere
@@ -42,19 +43,19 @@ class NoAnswer(StageFailed):
 
 
 class Endpoint:
-    """One server, under the name that messages give it.
+    """One server, with the name that messages use for it.
 
     Args:
-        who: such as ``teacher math (http://host:8000)``.
-        base: address without a path.
+        who: the name, such as ``teacher math (http://host:8000)``.
+        base: the address without a path.
         timeout: seconds that a request may take with all its retries.
         most: requests at once.
-        elsewhere: the key that gives another address.
-        key: a secret; that of OPDCTL_API_KEY if not given.
+        elsewhere: the key of the recipe that sets another address.
+        key: a secret; None takes that of OPDCTL_API_KEY.
 
     Attributes:
-        again: the codes that are asked again.
-        trouble: why the newest try failed; empty once one has not.
+        again: the codes after which a request is sent again.
+        trouble: the reason why the newest try failed; empty after one that did not.
     """
 
     def __init__(
@@ -65,13 +66,13 @@ class Endpoint:
         self.key = os.environ.get("OPDCTL_API_KEY", "") if key is None else key
 
     def ask(self, path: str, body: dict | None = None, stopped=None) -> dict:
-        """The JSON answer to a GET, or with a body to a POST.
+        """Send a GET, or with a body a POST, and return the JSON answer.
 
         Args:
-            stopped: an event; once it is set nothing is tried again.
+            stopped: an event; once it is set no request is sent again.
 
         Raises:
-            StageFailed: no answer in time, or one that says no; names the server.
+            StageFailed: no answer in time, or a refusal; the message names the server.
         """
         end, pause, tries = time.monotonic() + self.timeout, FIRST_PAUSE, 0
         while True:
@@ -95,8 +96,8 @@ class Endpoint:
             self.trouble = why
             pause = min(pause, end - time.monotonic() - FIRST_PAUSE)  # a last try has some time
             if pause <= 0 or (stopped and stopped.wait(pause)):
-                what = f"{self.who}: no answer to {path} within {self.timeout:g} s (tries: {tries})"
-                raise NoAnswer(f"{what}: {why}", self.elsewhere)
+                request = f"{path} within {self.timeout:g} s (tries: {tries})"
+                raise NoAnswer(f"{self.who}: no answer to {request}: {why}", self.elsewhere)
             if not stopped:
                 time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
@@ -104,20 +105,20 @@ class Endpoint:
     def each(
         self, path: str, bodies: list[dict | None], check: Callable[[], None], confirm=None
     ) -> Iterator[tuple[int, dict]]:
-        """(which, answer) of several requests, as they come.
+        """Send several requests at once, and yield (index, answer) as the answers come.
 
         Args:
             check: called several times a second while waiting; may raise to stop.
-            confirm: called with the event ``stopped`` of ``ask`` after each answer, before that is
-                given; may raise to refuse it.
+            confirm: called with the event ``stopped`` of ``ask`` after each answer, before it is
+                yielded; may raise to refuse it.
 
         Raises:
-            StageFailed: one of them failed; those that were answered have been given before, the
-                others are given up.
+            StageFailed: one of them failed. Earlier answers have been yielded, and the requests
+                still waiting are dropped.
         """
         stopped = threading.Event()
         pool = ThreadPoolExecutor(self.most)
-        begun, said = time.monotonic(), 0.0
+        begun, last_line_at = time.monotonic(), 0.0
 
         def confirmed(body):
             answer = self.ask(path, body, stopped)
@@ -126,44 +127,48 @@ class Endpoint:
             return answer
 
         try:
-            asked = {pool.submit(confirmed, b): i for i, b in enumerate(bodies)}
-            waiting = set(asked)
+            index_of = {pool.submit(confirmed, b): i for i, b in enumerate(bodies)}
+            waiting = set(index_of)
             while waiting:
                 check()
                 done, waiting = wait(waiting, POLL, FIRST_COMPLETED)
                 failed = [future for future in done if future.exception()]
                 for future in done.difference(failed):
-                    yield asked[future], future.result()
+                    yield index_of[future], future.result()
                 for future in failed:
                     future.result()
                 now = time.monotonic()
                 begun = now if done else begun
-                soon = FIRST_LINE if self.trouble and said < begun else SAY_EVERY
-                if waiting and now - max(begun, said) > soon:
-                    said, why = now, f": {self.trouble}" if self.trouble else ""
+                soon = FIRST_LINE if self.trouble and last_line_at < begun else SAY_EVERY
+                if waiting and now - max(begun, last_line_at) > soon:
+                    last_line_at, why = now, f": {self.trouble}" if self.trouble else ""
                     print(
                         f"{self.who}{WAITING}{path} since {now - begun:.0f} s "
                         f"(runtime.server_timeout {self.timeout:g} s){why}",
                         flush=True,
                     )
-            if said:
+            if last_line_at:
                 print(f"{self.who} answered", flush=True)
         finally:
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
     def all(self, path: str, bodies: list[dict | None], check: Callable[[], None]) -> list[dict]:
-        """The answers to several requests, in their order; else as ``each``."""
-        found = dict(self.each(path, bodies, check))
-        return [found[i] for i in range(len(bodies))]
+        """Send several requests at once, as ``each``, and return the answers in their order."""
+        answers = dict(self.each(path, bodies, check))
+        return [answers[i] for i in range(len(bodies))]
 
 
 @contextmanager
 def reading(who: str, whose: str = "vLLM's") -> Iterator[None]:
-    """Around what takes an answer apart: one of another form ends by name.
+    """Turn an error in reading an answer into one that names the server.
+
+    Args:
+        who: the name of the server.
+        whose: the owner of the expected form, for the message.
 
     Raises:
-        StageFailed: a part was missing, or of another type.
+        StageFailed: a part of the answer is missing, or has another type.
     """
     try:
         yield
@@ -178,15 +183,17 @@ def reading(who: str, whose: str = "vLLM's") -> Iterator[None]:
 def opened(
     who: str, reference: str, runtime, check: Callable[[], None], elsewhere: str = ""
 ) -> tuple[Endpoint, dict]:
-    """A server and what it says of the model that is meant.
+    """Ask a server for its models, and return its endpoint and its entry of the named model.
 
     Args:
+        who: the name of the server in messages.
+        reference: its address, with ``#NAME`` where it serves several models.
         check: called while waiting for it; may raise to stop.
-        elsewhere: the key that gives another address.
+        elsewhere: the key of the recipe that sets another address.
 
     Raises:
         StageFailed: it does not answer.
-        UsageError: it does not serve such a model; names those it does.
+        UsageError: it does not serve the model; the message names those it does serve.
     """
     base, name = references.address(reference)
     endpoint = Endpoint(who, base, runtime.server_timeout, runtime.server_requests, elsewhere)

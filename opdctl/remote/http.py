@@ -1,8 +1,8 @@
-"""One exchange of JSON over HTTP: by a deadline, of a limited size, and with no other server.
+"""One exchange of JSON over HTTP, with a deadline, a limit on the size, and no redirects.
 
-The standard library's timeout is of each read of the socket, so a server that writes a byte now and
-then would hold a request forever, and it follows redirects with the key. Here every read has what
-is left of the time, and a redirect is an answer like any other that is not 200.
+The standard library's timeout applies to each read of the socket, so a server that writes a byte
+now and then would hold a request forever; and it follows redirects with the key. Here every read
+has the rest of the time only, and a redirect is an answer like any other that is not 200.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from functools import partial
 
 PIECE = 1 << 20
 LARGEST = 1 << 30  # bytes of an answer: 32 log-probs a token are some 2 KB
-SAID = 2000  # bytes of a refusal that are read
+REFUSAL = 2000  # bytes of a refusal that are read
 
 
 class Refused(Exception):
     """An answer that is not 200.
 
     Args:
-        code: of HTTP.
-        said: what it says of it.
+        code: the HTTP status.
+        text: the body of the answer.
     """
 
-    def __init__(self, code: int, said: str) -> None:
-        super().__init__(f"it answered {code}: {said[:300]}")
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(f"it answered {code}: {text[:300]}")
         self.code = code
 
 
 def exchange(url: str, body: dict | None, key: str, seconds: float) -> dict:
-    """The JSON object that answers a GET, or with a body a POST.
+    """Send a GET, or with a body a POST, and return the JSON object of the answer.
 
     Args:
-        key: a secret to send along; empty is none.
-        seconds: from the connection to the last byte.
+        key: a secret to send along; empty for none.
+        seconds: the time from the connection to the last byte.
 
     Raises:
-        Refused: it says no, or sends on to another address.
+        Refused: the answer is not 200, redirects included.
         ValueError: the answer is no JSON object, or too large.
         OSError, http.client.HTTPException: no answer, or a part of one.
     """
@@ -55,17 +55,17 @@ def exchange(url: str, body: dict | None, key: str, seconds: float) -> dict:
             raw = _whole(reply)
     except urllib.error.HTTPError as error:
         with error:
-            said = error.read(SAID).decode(errors="replace").strip()
+            text = error.read(REFUSAL).decode(errors="replace").strip()
         if 300 <= error.code < 400:
-            said = f"ask {error.headers.get('Location')} instead; that is not done by itself"
-        raise Refused(error.code, said) from None
+            text = f"ask {error.headers.get('Location')} instead; that is not done by itself"
+        raise Refused(error.code, text) from None
     try:
-        found = json.loads(raw)
+        content = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its answer is no JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"its answer is no JSON object but a {type(found).__name__}")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(f"its answer is no JSON object but a {type(content).__name__}")
+    return content
 
 
 def _whole(reply) -> bytes:
@@ -81,7 +81,7 @@ def _whole(reply) -> bytes:
 
 
 class _Timed(io.RawIOBase):
-    """What a socket receives until ``end``."""
+    """A raw stream of a socket that can be read until ``end``, a time of ``time.monotonic``."""
 
     def __init__(self, sock, end: float) -> None:
         self.sock, self.raw, self.end = sock, sock.makefile("rb", 0), end
@@ -115,7 +115,7 @@ class _Connection(http.client.HTTPConnection):
 
 
 class _Secure(_Connection, http.client.HTTPSConnection):
-    """The same over TLS."""
+    """A connection over TLS."""
 
 
 class _Plain(urllib.request.HTTPHandler):
@@ -130,7 +130,7 @@ class _Tls(urllib.request.HTTPSHandler):
 
 class _Stay(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_):
-        """Nothing: the redirect is the answer."""
+        """Return None: the redirect itself is the answer."""
 
 
 OPENER = urllib.request.build_opener(_Plain, _Tls, _Stay)

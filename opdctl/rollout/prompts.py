@@ -1,4 +1,4 @@
-"""Which prompts a step takes: a pure function of (seed, epoch, position). No state to save.
+"""The prompts of each step: a pure function of (seed, epoch, position), with no state to save.
 
 Each domain has an order of its own per epoch. A step takes each domain's share of ``per_step``,
 rounded so that the totals over all steps are exact, so the cursor is the step's number.
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def fitting(ctx, model, domain: str, split: str, most: int = 0) -> Sequence[Prompt]:
-    """The first ``most`` prompts of a domain that are not too long for the stage; 0 is all.
+def prompts_within_limit(ctx, model, domain: str, split: str, most: int = 0) -> Sequence[Prompt]:
+    """Return the first ``most`` prompts of a domain that are not too long for the stage; 0 is all.
 
     Args:
-        model: who reads them.
+        model: the model that reads the prompts; it counts their tokens.
 
     Raises:
-        UsageError: one is too long, and the stage does not say that those are left out.
+        UsageError: a prompt is too long, and the stage's keys do not drop such prompts.
         Interrupted: a stop was asked for.
     """
-    keys, pool = ctx.config.prompts, ctx.prompts(domain, split)
+    keys, pool = ctx.config.prompts, ctx.prompts.of(domain, split)
     if not keys.max_tokens:
         return pool[: most or None]
     kept, long = array("Q"), 0
@@ -49,28 +49,30 @@ def fitting(ctx, model, domain: str, split: str, most: int = 0) -> Sequence[Prom
             )
         else:
             long += 1
-    ctx.counted(domain, split, {"too long": long})
-    return pool.pick(kept) if hasattr(pool, "pick") else [pool[i] for i in kept]
+    ctx.prompts.counted(domain, split, {"too long": long})
+    return [pool[i] for i in kept] if isinstance(pool, list) else pool.select(kept)  # on disk
 
 
 class PromptOrder:
-    """The prompts of each step of a stage, or those of some of its domains."""
+    """The order in which a stage, or a source of some of its domains, takes prompts."""
 
     def __init__(self, ctx, model, domains: dict[str, bool] | None = None) -> None:
         """
         Args:
-            model: who reads the prompts, for their length.
-            domains: only the prompts of these; empty is all.
+            model: the model that reads the prompts; it counts their tokens.
+            domains: ``{domain: True}`` for the domains to take; empty is all.
         """
         prompts = ctx.config.prompts
         self.domains = {d for d, on in (domains or {}).items() if on} or None
         self.per_step, self.samples = prompts.per_step, prompts.samples
         self.seed, self.ctx = ctx.seed, ctx
         self.shares = ctx.recipe.domains(ctx.name)
-        self.pools = {d: fitting(ctx, model, d, "train", prompts.pool) for d in self.shares}
+        self.pools = {
+            d: prompts_within_limit(ctx, model, d, "train", prompts.pool) for d in self.shares
+        }
         empty = [d for d, pool in self.pools.items() if not pool]
         if empty:
-            where = getattr(ctx.recipe.data[empty[0]], "path", "")
+            where = ctx.recipe.data[empty[0]].path
             raise UsageError(
                 f"data.{empty[0]} has no training prompts" + (f" in {where}" if where else ""),
                 "more rows, a smaller eval_share or more prompts.max_tokens: equal ones count once",
@@ -78,7 +80,7 @@ class PromptOrder:
         self.orders: dict[tuple[str, int], np.ndarray] = {}
 
     def at(self, step: int) -> list[Prompt]:
-        """The ``per_step`` prompts of a step, domains in the recipe's order."""
+        """Return the ``per_step`` prompts of a step, domains in the recipe's order."""
         taken = []
         for domain, start, stop in self._cursors(step):
             if self.domains is not None and domain not in self.domains:
@@ -86,19 +88,19 @@ class PromptOrder:
             taken += [self._prompt(domain, position) for position in range(start, stop)]
         return taken
 
-    def chosen(self, keep: Callable[[int], list[int]]) -> PromptOrder:
-        """The same order, of each step only the prompts at the places that ``keep(step)`` names."""
+    def subset(self, keep: Callable[[int], list[int]]) -> PromptOrder:
+        """Return the same order with only the prompts at the places ``keep(step)`` of each step."""
 
         def at(step: int) -> list[Prompt]:
             taken = self.at(step)
             return [taken[i] for i in keep(step)]
 
-        part = copy.copy(self)
-        part.at = at
-        return part
+        order = copy.copy(self)
+        order.at = at
+        return order
 
     def _cursors(self, step: int):
-        """(domain, first position, last position + 1) of each domain."""
+        """Yield (domain, first position, last position + 1) of each domain."""
         share_above = 0.0
         last = list(self.shares)[-1]
         for domain, share in self.shares.items():

@@ -1,7 +1,7 @@
-"""Prompts -> rollouts: render, give each sample its draws, sample, decode; turn by turn.
+"""Prompts -> rollouts: render, give each sample its draws, sample and decode, turn by turn.
 
-Where a domain has an environment, a turn that makes a call is answered and the response goes on;
-the answer's tokens are context. A later turn starts from the very ids of those before it.
+In a domain with an environment, a turn that makes a call is answered and the response goes on; the
+answer's tokens are context. A later turn continues the exact ids of the turns before it.
 """
 
 from __future__ import annotations
@@ -28,42 +28,45 @@ def sample_group(
     purpose: str = "",
     version: str = "",
 ) -> list[Rollout]:
-    """``samples`` responses to each prompt, a prompt's responses next to each other.
+    """Sample ``samples`` responses to each prompt, those of a prompt next to each other.
 
     Args:
         ctx: gives the stage seed, the engine, the environments, the log and the stop flag.
         step: part of every draw's name, and the version of the weights.
-        sampling: defaults to the stage's ``sampling``, as it is now.
+        source: the name of the source, as the rollouts carry it.
+        sampling: defaults to the stage's ``sampling`` with its current limit.
         samples: defaults to the stage's ``prompts.samples``.
-        blend: another model and its share in every token; by the transformers engine.
-        purpose: draws are of this use of the step, not its own; none is the step's rollouts.
-        version: names the weights where they are not those of the step.
+        blend: another model and its share in every token; transformers engine only.
+        purpose: a name for draws that are not the step's own; "" is the step's rollouts.
+        version: the name of the weights, if they are not those of the step.
 
     Raises:
         Interrupted: a stop was asked for.
     """
-    rollouts, keys = unanswered(ctx, model, prompts, step, source, samples, purpose)
+    rollouts, keys = empty_rollouts(ctx, model, prompts, step, source, samples, purpose)
     ctx.wal.at(step)
-    engine = ctx.engine(model, blend)
+    engine = ctx.models.engine(model, blend)
     engine.publish(version or step)
-    _turns(ctx, engine, model, rollouts, keys, sampling or ctx.sampling)
-    engine.rest()
+    _sample_turns(ctx, engine, model, rollouts, keys, sampling or ctx.sampling)
+    engine.release()
     return rollouts
 
 
-def continued(ctx, model, rollouts: list[Rollout], keys: list[int]) -> None:
-    """Finish responses whose first tokens stand there already: with the stage's sampling, cut where
-    a whole response would be at most. Nothing may have been observed yet.
+def finish_rollouts(ctx, model, rollouts: list[Rollout], keys: list[int]) -> None:
+    """Finish responses whose first tokens are there already, with the stage's sampling.
+
+    A finished response is at most as long as one sampled from its first token. No environment may
+    have answered yet.
 
     Args:
-        keys: 64 bits each, that determine the draws.
+        keys: 64 bits each, which determine the draws.
 
     Raises:
         Interrupted: a stop was asked for.
     """
     ctx.wal.at(0)
     sampling = replace(ctx.config.sampling, max_tokens=longest_turn(ctx.config))
-    engine = ctx.engine(model)
+    engine = ctx.models.engine(model)
     engine.publish(0)
     waiting: dict[int, list[int]] = {}
     for i, rollout in enumerate(rollouts):
@@ -71,31 +74,33 @@ def continued(ctx, model, rollouts: list[Rollout], keys: list[int]) -> None:
         rollout.truncated = not room and rollout.response_ids[-1] not in model.ends
         if room and (not rollout.response_ids or rollout.response_ids[-1] not in model.ends):
             waiting.setdefault(room, []).append(i)
-    for room, some in sorted(waiting.items(), reverse=True):
-        some_keys = [keys[i] for i in some]
-        _turn(engine, model, [rollouts[i] for i in some], 0, some_keys, sampling, room)
+    for room, indices in sorted(waiting.items(), reverse=True):
+        some_keys = [keys[i] for i in indices]
+        _sample_turn(engine, model, [rollouts[i] for i in indices], 0, some_keys, sampling, room)
     for rollout in rollouts:
         rollout.text = model.decode(rollout.response_ids)
-    _turns(ctx, engine, model, rollouts, keys, sampling, begun=True)
-    engine.rest()
+    _sample_turns(ctx, engine, model, rollouts, keys, sampling, begun=True)
+    engine.release()
 
 
-def _turns(ctx, engine, model, rollouts, keys: list[int], sampling, begun: bool = False) -> None:
-    """Turn by turn to the end; with ``begun`` from the answer to the first on."""
-    environments = {d: ctx.environment(d) for d in {r.prompt.domain for r in rollouts}}
+def _sample_turns(
+    ctx, engine, model, rollouts, keys: list[int], sampling, begun: bool = False
+) -> None:
+    """Sample turn by turn to the end; with ``begun`` the first turn is there already."""
+    environments = {d: ctx.prompts.environment(d) for d in {r.prompt.domain for r in rollouts}}
     going, turn = list(range(len(rollouts))), 0
     while going:
         if turn or not begun:
-            some, some_keys = [rollouts[i] for i in going], [keys[i] for i in going]
-            _turn(engine, model, some, turn, some_keys, sampling)
-        going = [i for i in going if answered(rollouts[i], turn, environments, model)]
+            unfinished, turn_keys = [rollouts[i] for i in going], [keys[i] for i in going]
+            _sample_turn(engine, model, unfinished, turn, turn_keys, sampling)
+        going = [i for i in going if append_reply(rollouts[i], turn, environments, model)]
         turn += 1
 
 
-def unanswered(
+def empty_rollouts(
     ctx, model, prompts: list[Prompt], step: int, source: str, samples: int = 0, purpose: str = ""
 ) -> tuple[list[Rollout], list[int]]:
-    """The rollouts of a step before anything is sampled, and the key of each one's draws."""
+    """Return the rollouts of a step before anything is sampled, and the key of each one's draws."""
     samples = samples or ctx.config.prompts.samples
     times: Counter[str] = Counter()  # a small pool may give a prompt twice in one step
     rollouts: list[Rollout] = []
@@ -112,8 +117,10 @@ def unanswered(
     return rollouts, keys
 
 
-def _turn(engine, model, rollouts, turn: int, keys: list[int], sampling, room: int = 0) -> None:
-    """One more turn of each, appended."""
+def _sample_turn(
+    engine, model, rollouts, turn: int, keys: list[int], sampling, room: int = 0
+) -> None:
+    """Sample one more turn of each rollout and append it."""
     drawn = engine.generate(
         [[*r.prompt_ids, *r.response_ids] for r in rollouts],
         [draws.key(k, "turn", turn) if turn else k for k in keys],
@@ -127,8 +134,8 @@ def _turn(engine, model, rollouts, turn: int, keys: list[int], sampling, room: i
         rollout.text = model.decode(sample.ids)
 
 
-def answered(rollout: Rollout, turn: int, environments: dict[str, Any], model) -> bool:
-    """Whether the domain's environment answered the turn; if so its answer is appended."""
+def append_reply(rollout: Rollout, turn: int, environments: dict[str, Any], model) -> bool:
+    """Append the environment's answer to the turn; return False if it has none."""
     environment = environments[rollout.prompt.domain]
     if environment is None or rollout.truncated or turn >= environment.turns:
         return False

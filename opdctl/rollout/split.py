@@ -1,7 +1,7 @@
 """Questions -> distinct prompts, split in two by a hash of the canonical question.
 
-Training and evaluation prompts can never overlap, whatever the order or the size of the pool:
-which side a question falls on depends on the question alone.
+Training and evaluation prompts never overlap, whatever the order or the size of the pool: the side
+of a question depends on the question alone.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.errors import Problem
-from opdctl.models.chat.messages import tagged
+from opdctl.models.chat.messages import with_tag
 from opdctl.models.chat.thinking import Thinking
 from opdctl.types import Prompt
 
@@ -23,7 +23,15 @@ Split = Literal["train", "eval"]
 
 @dataclass(kw_only=True)
 class DomainKeys:
-    """Keys of every domain; each kind adds ``eval_share``, with a default of its own."""
+    """The keys of every domain; each kind adds ``eval_share``, with a default of its own.
+
+    The class variables stand for keys that only tables have.
+    """
+
+    verifier: ClassVar[dict] = {}  # procedural data verifies its answers itself
+    messages_column: ClassVar[str] = ""
+    tools_column: ClassVar[str] = ""
+    path: ClassVar[str] = ""
 
     kind: str = key(REQUIRED, "the domain's kind; `opdctl ls data` lists them")
     thinking: Thinking = key(
@@ -36,63 +44,66 @@ class DomainKeys:
         {}, "what answers a call; one at most", family="environments", neutral=True
     )
 
-    def own_problems(self) -> list[Problem]:
-        """What the schema cannot see, whatever the domain's kind."""
-        found, thinking = [], self.thinking
+    def common_problems(self) -> list[Problem]:
+        """Return what the schema cannot check of the keys that all kinds share."""
+        problems, thinking = [], self.thinking
         if not (thinking.open and thinking.close) or thinking.open == thinking.close:
-            found.append(Problem("thinking.close", "two different marks open and close the block"))
+            problems.append(
+                Problem("thinking.close", "two different marks open and close the block")
+            )
         if thinking.switch and thinking.mode == "free":
-            what = "in mode free there is nothing to tell the chat template"
-            found.append(Problem("thinking.switch", what, "thinking.mode=think, or no_think"))
+            message = "in mode free there is nothing to tell the chat template"
+            hint = "thinking.mode=think, or no_think"
+            problems.append(Problem("thinking.switch", message, hint))
         if len(self.environment) > 1:
-            found.append(Problem("environment", "one at most", "remove all but one"))
+            problems.append(Problem("environment", "one at most", "remove all but one"))
         for name, config in self.environment.items():
             if not (config.open and config.close):
-                found.append(Problem(f"environment.{name}.close", "two marks enclose a call"))
-        return found
+                problems.append(Problem(f"environment.{name}.close", "two marks enclose a call"))
+        return problems
 
 
 def canonical(question: str) -> str:
-    """The question with case and white space levelled: what makes two questions the same."""
+    """Return the question in lower case with single spaces; equal ones are the same question."""
     return " ".join(question.lower().split())
 
 
-def digest(domain: str, question: str) -> str:
-    """16 hex digits for a question of a domain."""
+def question_id(domain: str, question: str) -> str:
+    """Return the id of a question of a domain: 16 hex digits."""
     text = f"{domain}\x1f{canonical(question)}".encode()
     return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
-def side(question: str, eval_share: float) -> Split:
-    """Which side of the split a question is on."""
+def split_of(question: str, eval_share: float) -> Split:
+    """Return the side of the split that a question is on."""
     text = hashlib.blake2b(canonical(question).encode(), digest_size=8).digest()
     return "eval" if int.from_bytes(text, "little") < eval_share * 2**64 else "train"
 
 
-def distinct(
+def distinct_prompts(
     prompts: Iterable[Prompt], split: Split, keys: DomainKeys, limit: int = 0
 ) -> list[Prompt]:
-    """All of ``chosen``, in memory."""
-    return list(chosen(prompts, split, keys, limit, Counter()))
+    """Return the prompts of ``iterate_distinct`` as a list."""
+    return list(iterate_distinct(prompts, split, keys, limit, Counter()))
 
 
-def chosen(
+def iterate_distinct(
     prompts: Iterable[Prompt], split: Split, keys: DomainKeys, limit: int, counts: Counter
 ) -> Iterator[Prompt]:
-    """The first ``limit`` distinct prompts of one side, in order; 0 is all.
+    """Yield the first ``limit`` distinct prompts of one side, in order; 0 is all.
 
-    The tag of a mode is put on after the split: a question is on one side in all of its modes. So
-    are the domain's system turn, and what the chat template is told.
+    The tag of a mode, the domain's system turn and ``enable_thinking`` are added after the split: a
+    question is on the same side in all of its modes.
 
     Args:
-        counts: what is left out of that side is added to it: ``empty`` and ``repeated`` questions.
+        counts: the prompts left out of that side are counted here, as ``empty`` or ``repeated``.
     """
     tag, switch = keys.thinking.tag, None
     if keys.thinking.switch:
         switch = keys.thinking.mode == "think"
     seen: set[int] = set()
     for prompt in prompts:
-        if side(prompt.text, keys.eval_share) != split:
+        if split_of(prompt.text, keys.eval_share) != split:
             continue
         number = int(prompt.id, 16)  # a third of the memory that its text would take
         if not prompt.text.strip() or number in seen:
@@ -102,7 +113,7 @@ def chosen(
         yield replace(
             prompt,
             text=prompt.text + tag,
-            messages=tagged(prompt.messages, tag) if prompt.messages else (),
+            messages=with_tag(prompt.messages, tag) if prompt.messages else (),
             system=keys.system,
             enable_thinking=switch,
         )

@@ -48,7 +48,7 @@ def revisions(recipe: Recipe, stage: str) -> dict[str, int]:
     for domain in recipe.domains(stage):
         names.append(f"data/{recipe.data[domain].kind}")
         for family, key in (("environments", "environment"), ("verifiers", "verifier")):
-            names += [f"{family}/{name}" for name in getattr(recipe.data[domain], key, {})]
+            names += [f"{family}/{name}" for name in getattr(recipe.data[domain], key)]
     names += members_named(config)
     numbers = {name: member(*name.split("/")).revision for name in names}
     return dict(sorted({f"stages/{config.kind}": kind.revision, **numbers}.items()))

@@ -211,8 +211,8 @@ def ready(
 
 def _asks_servers(recipe: Recipe, stage: str) -> bool:
     """Return whether a server writes texts for a stage, scores them or judges them."""
-    verifiers = [n for d in recipe.domains(stage) for n in getattr(recipe.data[d], "verifier", {})]
-    return any(hasattr(member("verifiers", name), "reach") for name in verifiers) or any(
+    verifiers = [n for d in recipe.domains(stage) for n in recipe.data[d].verifier]
+    return any(member("verifiers", name).asks_server for name in verifiers) or any(
         references.parse(text).form == "server" for _, text in recipe.references(stage)
     )
 

@@ -106,11 +106,11 @@ def local_inputs(
             path = run.output(ref.name) if ref.form == "stage" else Path(ref.name)
             entries[dotted] = {"path": str(path), **hashes(path)}
     for domain in recipe.domains(stage):
-        for name, keys in getattr(recipe.data[domain], "verifier", {}).items():
-            for path in getattr(member("verifiers", name), "files", lambda _: [])(keys):
+        for name, keys in recipe.data[domain].verifier.items():
+            for path in member("verifiers", name).files(keys):
                 where = f"data.{domain}.verifier.{name}"
                 entries[where] = {"path": str(Path(path).absolute()), "code": data(Path(path))}
-        path = Path(getattr(recipe.data[domain], "path", "") or "")
+        path = Path(recipe.data[domain].path)
         if path.name and (content := data(path)):
             entries[f"data.{domain}.path"] = {"path": str(path.absolute()), "data": content}
     return entries

@@ -1,13 +1,16 @@
-"""What the teachers and the reference of a step answer, checked on arrival and put in its columns.
+"""The answers of a step's teachers and its reference, checked on arrival and made into columns.
 
-Each rollout goes to the teachers of its domain. Their answers come by teacher; in the columns they
-stand in the order of the rollouts' tokens, pooled where a token has several. Log-probs alone are
-logged (``train/wal.py``) and not asked for twice.
+Each teacher is asked by requests of its own: it may be shown other ids than the student saw, while
+the targets are always the student's tokens. Its answers come in the order of its requests; in the
+columns they stand in the order of the rollouts' tokens, pooled where a token has several teachers.
+Log-probs alone are logged (``train/wal.py``) and not asked for twice.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,182 +19,294 @@ from torch import Tensor
 from opdctl import draws
 from opdctl.errors import StageFailed
 from opdctl.kernels.topk import overlap_ratio
-from opdctl.scoring.score import Scores, asked_of, listed_entropy
+from opdctl.scoring import columns
+from opdctl.scoring.asks import LOGPROBS, Asks, Pass
+from opdctl.scoring.columns import column_of
+from opdctl.scoring.quantities import TOPK_LIST, Quantity
+from opdctl.scoring.score import Scores
 from opdctl.scoring.teacher_cache import CachedTeacher, TeacherCache
-from opdctl.train.context import Context
-from opdctl.types import FORWARD, Compute, Rollout, ScoreRequest
+from opdctl.types import FORWARD, ScoreRequest
 
-if TYPE_CHECKING:
-    from opdctl.train.step import Step, TrainSetup
+
+@dataclass
+class TeacherRequests:
+    """The requests to one teacher in a step.
+
+    Attributes:
+        rollouts: the rollouts of the step that it scores, ascending.
+        requests: one for each of them; the ids before a target may differ from the student's, the
+            targets may not.
+        places: its place among the teachers of each of those rollouts.
+        names: of those rollouts, as messages name them.
+    """
+
+    rollouts: list[int] = field(default_factory=list)
+    requests: list[ScoreRequest] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+
+@dataclass
+class TeacherScores:
+    """The answer of a step's teachers.
+
+    Attributes:
+        columns: per token of the rollouts, [N], or [N, M] where they say which teacher.
+        cache: heads and hidden rows, or lists; None where log-probs and the like were all.
+        tokens: read by the teachers.
+        flops: spent on them.
+    """
+
+    columns: dict[str, Tensor]
+    cache: TeacherCache | None = None
+    tokens: int = 0
+    flops: float = 0.0
+
+    def count(self, requests: list[ScoreRequest], parameters: int) -> None:
+        """Add what a model of that size read."""
+        forwarded = sum(len(request.ids) for request in requests)
+        self.tokens += forwarded
+        self.flops += FORWARD * parameters * forwarded
+
+
+class _Table:
+    """The per-token numbers of all teachers, [N, M], in the order of the rollouts' tokens."""
+
+    def __init__(self, requests_by_teacher: dict[str, TeacherRequests], like: Tensor) -> None:
+        lengths, self.M = {}, 1
+        for mine in requests_by_teacher.values():
+            lengths |= dict(zip(mine.rollouts, map(len, mine.requests), strict=True))
+            self.M = max(self.M, 1 + max(mine.places))
+        sizes = [lengths[i] for i in range(len(lengths))]
+        self.N, self.like = sum(sizes), like
+        self.token_N = torch.arange(self.N, device=like.device).split(sizes)
+        self.weight_NM = like.new_zeros(self.N, self.M)
+        shape = (2, self.N, self.M)
+        self.index_NM, self.row_NM = like.new_zeros(shape, dtype=torch.long)
+        self.values: dict[str, Tensor] = {}
+
+    def places(self, mine: TeacherRequests) -> tuple[Tensor, Tensor]:
+        """Return where the answers of one teacher stand: their tokens and its place. [n] each."""
+        tokens = [self.token_N[i] for i in mine.rollouts]
+        places = zip(tokens, mine.places, strict=True)
+        return torch.cat(tokens), torch.cat([torch.full_like(t, place) for t, place in places])
+
+    def put(self, name: str, where: tuple[Tensor, Tensor], value_N: Tensor) -> None:
+        """Put one teacher's numbers in their place."""
+        if name not in self.values:
+            dtype = self.like.dtype if value_N.is_floating_point() else value_N.dtype
+            self.values[name] = self.like.new_zeros(self.N, self.M, dtype=dtype)
+        self.values[name][where] = value_N.to(self.values[name].dtype)
+
+    def pooled(self, name: str) -> Tensor:
+        """Return the mean over each token's teachers by weight. Shape [N]."""
+        total_N, value_NM = self.weight_NM.sum(1), self.values[name]
+        mean_N = (self.weight_NM * value_NM).sum(1) / torch.where(total_N > 0, total_N, 1.0)
+        return torch.where(total_N > 0, mean_N, value_NM[:, 0])
+
+    def column(self, row: Quantity) -> Tensor:
+        """Return the column of a quantity, [N].
+
+        Raises:
+            StageFailed: it cannot be pooled, and a token has several teachers.
+        """
+        if row.pooled == "mean":
+            # sum of w (log T - log S) is their total times (weighted mean of log T, minus log S)
+            return self.pooled(row.need)
+        if self.M > 1:
+            raise StageFailed(
+                f"teacher.{row.need} has no mean over several teachers: {row.doc}",
+                "pooled=false: one teacher for each domain",
+            )
+        return self.values[row.need][:, 0]
 
 
 def score_by_teachers(
-    step: Step,
-    requests: list[ScoreRequest],
-    parts: TrainSetup,
-    ctx: Context,
-    compute: Compute,
-    ours_NK: Tensor | None,
-) -> None:
-    """Ask each rollout's teachers; fill ``teacher``, ``teacher_*`` and ``step.teacher_cache``.
+    requests_by_teacher: dict[str, TeacherRequests],
+    teachers: dict[str, tuple[Any, float]],
+    asks: Asks,
+    run: Pass,
+    log: Any,
+    *,
+    like: Tensor,
+    ours_NK: Tensor | None = None,
+) -> TeacherScores:
+    """Ask the teachers of a step.
 
     Args:
-        requests: of the rollouts, in their order.
+        requests_by_teacher: in the order of the teachers' indices; every rollout is in one of them.
+        teachers: members of ``teachers/`` and their weights.
+        log: a write-ahead log: ``get`` and ``put``.
+        like: a tensor of the student's device and the type of its log-probs.
         ours_NK: the policy's most probable ids, where its overlap with theirs is wanted.
 
     Raises:
         StageFailed: a teacher answered short or with something that is not finite.
     """
-    device, wide = step.sequence_N.device, step.model.logits_dtype
-    lengths = list(map(len, requests))
-    token_N = torch.arange(sum(lengths), device=device).split(lengths)
-    columns, N = step.columns, sum(lengths)
-    routes = [parts.route[r.prompt.domain] for r in step.rollouts]
-    M = max(len(names) for names in routes)
-    index_NM, row_NM = torch.zeros(2, N, M, dtype=torch.long, device=device)
-    weight_NM = torch.zeros(N, M, dtype=wide, device=device)
-    logprob_NM, entropy_NM = torch.zeros_like(weight_NM), torch.zeros_like(weight_NM)
-    overlap_NM, above_NM = torch.zeros_like(weight_NM), torch.zeros_like(weight_NM)
-    modal_N, modal_id_N = torch.zeros_like(weight_NM[:, 0]), torch.zeros_like(index_NM[:, 0])
-    listed_NM = torch.zeros_like(weight_NM)
-    held: list[CachedTeacher] = []
-    for name, (teacher, weight) in parts.teachers.items():
-        mine = [i for i, names in enumerate(routes) if name in names]
-        if not mine:
-            continue
-        asked = [requests[i] for i in mine]
-        wants = tuple(sorted(asked_of(teacher, parts.teacher_wants)))
-        found, parameters = _asked(name, teacher, asked, parts, ctx, device, wants)
-        _check(name, found, [step.rollouts[i] for i in mine])
-        at_N = torch.cat([token_N[i] for i in mine])
-        place_N = torch.cat([torch.full_like(token_N[i], routes[i].index(name)) for i in mine])
-        weight_NM[at_N, place_N] = weight
-        if found.logprobs_N is not None:
-            logprob_NM[at_N, place_N] = found.logprobs_N
-        if found.entropy_N is not None:
-            entropy_NM[at_N, place_N] = found.entropy_N
-        if found.modal_N is not None:
-            modal_N[at_N], modal_id_N[at_N] = found.modal_N, found.modal_id_N
-        if found.above_N is not None:
-            above_NM[at_N, place_N] = found.above_N
+    table, cached = _Table(requests_by_teacher, like), []
+    answer, numbers = TeacherScores({}), [row for row in asks.numbers if row.pooled != "kept"]
+    for name, mine in requests_by_teacher.items():
+        teacher, weight = teachers[name]
+        its_asks = asks.of_teacher(teacher.provides)
+        scores, parameters = _ask(name, teacher, mine.requests, its_asks, run, log, like.device)
+        check_scores(name, scores, mine)
+        where = table.places(mine)
+        table.weight_NM[where] = weight
+        for need in (row.need for row in numbers if row.need in scores.per_token):
+            table.put(need, where, scores.per_token[need])
         if ours_NK is not None:
-            overlap_NM[at_N, place_N] = _overlap(ours_NK[at_N], found.top_NK).to(wide)
-        if "listed_entropy" in parts.teacher_wants:
-            listed_NM[at_N, place_N] = listed_entropy(found.top_logprob_NK)
-        if found.hidden_ND is None and "listed" in wants:
-            index_NM[at_N, place_N] = len(held)
-            row_NM[at_N, place_N] = torch.arange(len(at_N), device=at_N.device)
-            target_N1 = torch.tensor([[q.ids[t]] for q in asked for t in q.targets]).to(at_N)
-            ids_NJ = torch.cat([target_N1, found.top_NK], -1)
-            logq_NJ = torch.cat([found.logprobs_N[:, None], found.top_logprob_NK], -1)
-            held.append(CachedTeacher(top_NK=found.top_NK, name=name, listed=(ids_NJ, logq_NJ)))
-        if found.hidden_ND is not None or found.inner_NLD is not None:
-            index_NM[at_N, place_N] = len(held)
-            row_NM[at_N, place_N] = torch.arange(len(at_N), device=at_N.device)
-            head = None
-            if parts.rebuilds:
-                head = teacher.head(parts.temperature, ctx.runtime.rounded_logits)
-            kept = (found.hidden_ND, found.lse_N, found.top_NK, found.entropy_N)
-            held.append(CachedTeacher(head, *kept, teacher.stored, found.inner_NLD, name))
-        for i in mine:
-            step.rollouts[i].teacher = "+".join(routes[i])
-        forwarded = sum(len(q.ids) for q in asked)
-        compute.teacher_tokens += forwarded
-        compute.flops["teacher"] += FORWARD * parameters * forwarded
-    total_N = weight_NM.sum(1)
-    columns["teacher_weight"] = total_N
-
-    def mean(value_NM: Tensor) -> Tensor:
-        mean_N = (weight_NM * value_NM).sum(1) / torch.where(total_N > 0, total_N, 1.0)
-        return torch.where(total_N > 0, mean_N, value_NM[:, 0])
-
-    if "logprobs" in parts.teacher_wants:
-        # sum of w (log T - log S) is their total times (weighted mean of log T, minus log S)
-        columns["teacher"] = mean(logprob_NM)
-    if "entropy" in parts.teacher_wants:
-        columns["teacher_entropy"] = mean(entropy_NM)
-    if "above" in parts.teacher_wants:
-        columns["teacher_above"] = mean(above_NM)
+            overlap_N = _overlap(ours_NK[where[0]], scores.top_NK)
+            table.put(columns.DRIFT_OVERLAP, where, overlap_N.to(like.dtype))
+        entry = _cached(name, teacher, mine.requests, its_asks, scores, run)
+        if entry is not None:
+            table.index_NM[where] = len(cached)
+            table.row_NM[where] = torch.arange(len(where[0]), device=like.device)
+            cached.append(entry)
+        answer.count(mine.requests, parameters)
+    answer.columns[columns.TEACHER_WEIGHT] = table.weight_NM.sum(1)
+    for row in numbers:
+        answer.columns[column_of("teacher", row.need)] = table.column(row)
     if ours_NK is not None:
-        columns["drift_overlap"] = mean(overlap_NM)
-    if "listed_entropy" in parts.teacher_wants:
-        columns["teacher_listed_entropy"] = mean(listed_NM)
-    if "modal" in parts.teacher_wants:
-        columns |= {"teacher_modal": modal_N, "modal_id": modal_id_N}
-    if held:
-        columns |= {"teacher_index": index_NM, "teacher_row": row_NM, "pair_weight": weight_NM}
-        step.teacher_cache = TeacherCache(held, device)
-
-
-def _overlap(ours_NK: Tensor, theirs_NK: Tensor, rows: int = 1 << 16) -> Tensor:
-    """The overlap of both sides' most probable ids, some rows at a time. Shape [N]."""
-    pairs = zip(ours_NK.split(rows), theirs_NK[:, : ours_NK.shape[1]].split(rows), strict=True)
-    return torch.cat([overlap_ratio(*pair) for pair in pairs])
+        answer.columns[columns.DRIFT_OVERLAP] = table.pooled(columns.DRIFT_OVERLAP)
+    if cached:
+        answer.columns[columns.TEACHER_INDEX] = table.index_NM
+        answer.columns[columns.TEACHER_ROW] = table.row_NM
+        answer.columns[columns.PAIR_WEIGHT] = table.weight_NM
+        answer.cache = TeacherCache(cached, like.device)
+    return answer
 
 
 def score_by_reference(
-    step: Step, requests: list[ScoreRequest], parts: TrainSetup, ctx: Context, compute: Compute
-) -> None:
-    """Ask the reference, which is the same for all rollouts: the columns ``reference`` and, of the
-    teacher's most probable token, ``reference_modal``.
+    requests: list[ScoreRequest],
+    names: list[str],
+    reference: Any,
+    run: Pass,
+    log: Any,
+    *,
+    like: Tensor,
+    top1_id_N: Tensor | None = None,
+) -> TeacherScores:
+    """Ask the reference, which is the same for all rollouts: the column ``reference`` and, of the
+    teacher's most probable tokens, ``reference_top1``.
+
+    Args:
+        names: of the rollouts, as messages name them.
+        top1_id_N: those tokens.
 
     Raises:
         StageFailed: it answered short or with something that is not finite.
     """
-    device = step.sequence_N.device
-    asked, ids_N = ("/reference", parts.reference, requests), None  # no teacher's name
-    if "modal" in parts.reference_wants:
-        ids_N = step.columns["modal_id"]
-    wants = ("logprobs", "at") if ids_N is not None else ("logprobs",)
-    found, parameters = _asked(*asked, parts, ctx, device, wants, ids_N)
-    _check("reference", found, step.rollouts)
-    step.columns["reference"] = found.logprobs_N
-    if ids_N is not None:
-        step.columns["reference_modal"] = found.at_N
-    forwarded = sum(len(q.ids) for q in requests)
-    compute.teacher_tokens += forwarded
-    compute.flops["teacher"] += FORWARD * parameters * forwarded
+    question = ("/reference", reference, requests, LOGPROBS)  # no teacher's name
+    scores, parameters = _ask(*question, run, log, like.device, top1_id_N)
+    check_scores("reference", scores, TeacherRequests(requests=requests, names=names))
+    answer = TeacherScores({columns.REFERENCE: scores.logprobs_N})
+    if top1_id_N is not None:
+        answer.columns[columns.REFERENCE_TOP1] = scores.other_N
+    answer.count(requests, parameters)
+    return answer
 
 
-def _asked(
-    name: str, teacher, asked, parts, ctx, device, wants: tuple[str, ...], ids_N=None
+def _cached(
+    name: str, teacher: Any, requests: list[ScoreRequest], asks: Asks, scores: Scores, run: Pass
+) -> CachedTeacher | None:
+    """Return what is kept of a teacher for the update: a list, or its rows and the head."""
+    if scores.hidden_ND is None and TOPK_LIST in asks:
+        top_NK, target_N = scores.top_NK, [[q.ids[t]] for q in requests for t in q.targets]
+        ids_NJ = torch.cat([torch.tensor(target_N).to(top_NK), top_NK], -1)
+        logq_NJ = torch.cat([scores.logprobs_N[:, None], scores.top_logprob_NK], -1)
+        return CachedTeacher(top_NK=top_NK, name=name, listed=(ids_NJ, logq_NJ))
+    if scores.hidden_ND is None and scores.inner_NLD is None:
+        return None
+    return CachedTeacher(
+        teacher.head(run.temperature, run.rounded) if asks.head else None,
+        scores.hidden_ND,
+        scores.per_token.get("lse"),
+        scores.top_NK,
+        scores.per_token.get("entropy"),
+        teacher.stored,
+        scores.inner_NLD,
+        name,
+    )
+
+
+def _overlap(ours_NK: Tensor, theirs_NK: Tensor, rows: int = 1 << 16) -> Tensor:
+    """Return the overlap of both sides' most probable ids, some rows at a time. Shape [N]."""
+    pairs = zip(ours_NK.split(rows), theirs_NK[:, : ours_NK.shape[1]].split(rows), strict=True)
+    return torch.cat([overlap_ratio(*pair) for pair in pairs])
+
+
+def _ask(
+    name: str,
+    teacher: Any,
+    requests: list[ScoreRequest],
+    asks: Asks,
+    run: Pass,
+    log: Any,
+    device: torch.device,
+    other_ids_N: Tensor | None = None,
 ) -> tuple[Scores, int]:
-    """What a teacher says, and its parameters; log-probs alone are logged and not paid for twice:
-    a teacher that answered before the kill need not even be loaded. One that keeps its own answers
-    logs each as it comes."""
-    question = f"teacher {name} {draws.key(asked, parts.temperature):016x}"
-    logged = ctx.wal.get(question) if wants == ("logprobs",) and not teacher.keeps else []
+    """Return a teacher's scores and its parameters. Log-probs alone are logged and not paid for
+    twice: a teacher that answered before the kill need not even be loaded. One that keeps its own
+    answers logs each as it comes."""
+    if not asks.logprobs_alone or other_ids_N is not None or teacher.keeps:
+        rest = () if other_ids_N is None else (other_ids_N,)
+        return teacher.score(requests, asks, run, *rest), teacher.parameters
+    question = f"teacher {name} {draws.key(requests, run.temperature):016x}"
+    logged = log.get(question)
     if logged:
-        return Scores(torch.from_numpy(logged[0]["logprobs"]).to(device)), int(logged[0]["size"])
-    given = (asked, parts.temperature, wants, parts.teacher_top)
-    if "inner" in wants:
-        found = teacher.score(*given, layers=parts.layers)
-    else:
-        found = teacher.score(*given) if ids_N is None else teacher.score(*given, ids_N)
-    if wants == ("logprobs",) and not teacher.keeps and torch.isfinite(found.logprobs_N).all():
-        size = np.array(teacher.parameters)
-        ctx.wal.put(question, {"logprobs": found.logprobs_N.cpu().numpy(), "size": size})
-    return found, teacher.parameters
+        logprobs_N = torch.from_numpy(logged[0]["logprobs"]).to(device)
+        return Scores({"logprobs": logprobs_N}), int(logged[0]["size"])
+    scores = teacher.score(requests, asks, run)
+    if torch.isfinite(scores.logprobs_N).all():
+        arrays = {"logprobs": scores.logprobs_N.cpu().numpy()}
+        log.put(question, arrays | {"size": np.array(teacher.parameters)})
+    return scores, teacher.parameters
 
 
-def _check(name: str, found: Scores, rollouts: list[Rollout]) -> None:
-    """Length and finiteness of what a teacher said."""
-    owner = [r for r in rollouts for _ in range(r.length)]
-    flat = ("logprobs_N", "lse_N", "entropy_N", "modal_N", "at_N", "above_N")
-    for what in ("hidden_ND", "inner_NLD", "top_logprob_NK", *flat):
-        value_N = getattr(found, what)
-        if value_N is None:
-            continue
-        if len(value_N) != len(owner):
+def require_same_targets(
+    by_teacher: dict[str, TeacherRequests], requests: list[ScoreRequest]
+) -> None:
+    """Check that teachers which are shown other ids than the student still score its tokens.
+
+    Args:
+        requests: the student's own, of the step's rollouts in their order.
+
+    Raises:
+        StageFailed: a teacher would score other tokens.
+    """
+    for name, mine in by_teacher.items():
+        for rollout, request, label in zip(mine.rollouts, mine.requests, mine.names, strict=True):
+            if request is not requests[rollout] and targets(request) != targets(requests[rollout]):
+                raise StageFailed(
+                    f"teacher {name} is asked for other tokens than those of {label}",
+                    "what it is shown may differ before the response and between its turns",
+                )
+
+
+def targets(request: ScoreRequest) -> list[int]:
+    """Return the ids that a request scores."""
+    return [request.ids[place] for place in request.targets]
+
+
+def check_scores(name: str, scores: Scores, mine: TeacherRequests) -> None:
+    """Check the length and the finiteness of a teacher's scores.
+
+    Raises:
+        StageFailed: it answered short or with something that is not finite; names the rollout.
+    """
+    ends = list(accumulate(map(len, mine.requests)))
+    for value_N in scores.parts():
+        if len(value_N) != ends[-1]:
             raise StageFailed(
-                f"teacher {name} scored {len(value_N)} of {len(owner)} tokens, "
-                f"from {rollouts[0].name} on",
+                f"teacher {name} scored {len(value_N)} of {ends[-1]} tokens, "
+                f"from {mine.names[0]} on",
                 "it must score every token of a response it is sent",
             )
-        bad_N = ~torch.isfinite(value_N.view(len(owner), -1)).all(1)
+        bad_N = ~torch.isfinite(value_N.view(ends[-1], -1)).all(1)
         if bad_N.any():
             first = int(bad_N.nonzero()[0, 0])
+            owner = next(i for i, end in enumerate(ends) if first < end)
             raise StageFailed(
-                f"teacher {name} gave a score that is not finite in {owner[first].name}",
+                f"teacher {name} gave a score that is not finite in {mine.names[owner]}",
                 "its weights or its precision: try runtime.dtype=float32",
             )

@@ -1,6 +1,6 @@
-"""How two models agree, token by token, on the same text: the signature of Rethinking OPD (arXiv
-2604.13016). Where OPD succeeds the overlap of the two top-k sets grows, what is left to gain on
-them goes to zero, and their entropies close up; where it fails the overlap stays.
+"""The agreement of two models, token by token, on the same text: the signature of Rethinking OPD
+(arXiv 2604.13016). Where OPD succeeds the overlap of the two top-k sets grows, what is left to gain
+on them goes to zero, and their entropies close up; where it fails the overlap stays.
 
 Objectives with the teacher's logits at hand, or as many of its top ids, log these numbers in every
 step (``loss/token_view.py``). Elsewhere they are measured here, on some rollouts of some steps, in
@@ -26,15 +26,19 @@ from opdctl.kernels.head import Head
 from opdctl.kernels.reference import divergence
 from opdctl.kernels.topk import overlap_numbers
 from opdctl.models.model import Model
+from opdctl.scoring.ask_teachers import TeacherRequests
+from opdctl.scoring.asks import Asks, Pass
+from opdctl.scoring.quantities import HIDDEN
 from opdctl.scoring.score import score
-from opdctl.types import ScoreRequest
+from opdctl.types import Rollout, ScoreRequest
 
 TOP = 16  # k of the paper
+ROWS = Asks.of(HIDDEN)
 NAMES = ("overlap", "overlap_mass", "overlap_teacher_mass", "overlap_advantage", "entropy_gap")
 
 
 def top_of(head: Head) -> int:
-    """k: the paper's, or an eighth of a small vocabulary, so that chance does not make it."""
+    """Return k: the paper's, or an eighth of a small vocabulary, where chance would make it."""
     return max(1, min(TOP, head.valid_V // 8))
 
 
@@ -48,7 +52,7 @@ def agreement(
     size: int,
     divergences: bool = False,
 ) -> dict[str, Tensor]:
-    """Per token: overlap, overlap_mass, overlap_teacher_mass, overlap_advantage, entropy,
+    """Return per token overlap, overlap_mass, overlap_teacher_mass, overlap_advantage, entropy,
     teacher_entropy, entropy_gap. [N] each.
 
     Args:
@@ -61,65 +65,63 @@ def agreement(
         sides = [Rows(our_head.logits(ours_CD)), Rows(their_head.logits(theirs_CD))]
         ours_CK, theirs_CK = (side.top(top_of(our_head)) for side in sides)
         logp_CK, logq_CK = (side.at(theirs_CK, leaf=False) for side in sides)
-        found = overlap_numbers(logp_CK, logq_CK, ours_CK, theirs_CK)
-        found["entropy"], found["teacher_entropy"] = (side.entropy() for side in sides)
-        found["entropy_gap"] = (found["teacher_entropy"] - found["entropy"]).abs()
+        numbers = overlap_numbers(logp_CK, logq_CK, ours_CK, theirs_CK)
+        numbers["entropy"], numbers["teacher_entropy"] = (side.entropy() for side in sides)
+        numbers["entropy_gap"] = (numbers["teacher_entropy"] - numbers["entropy"]).abs()
         if divergences:
             for direction in ("reverse", "forward"):
                 logs = (side.logp_CV for side in sides)
-                found[direction] = divergence(*logs, direction)
-        for name, value_C in found.items():
+                numbers[direction] = divergence(*logs, direction)
+        for name, value_C in numbers.items():
             table.setdefault(name, []).append(value_C)
-    return {name: torch.cat(parts) for name, parts in table.items()}
+    return {name: torch.cat(chunks) for name, chunks in table.items()}
 
 
 def compared(
     ctx: Any, student: Model, teacher: Model, requests: Sequence[ScoreRequest], temperature: float
 ) -> tuple[dict[str, Tensor], list[tuple[Tensor, Head]]]:
-    """``agreement`` of two models on some requests, with the divergences; and of both the hidden
-    rows and the head that it was made of.
+    """Return ``agreement`` of two models on some requests, with the divergences; and of both the
+    hidden rows and the head that it was made of.
 
     Raises:
         Interrupted: a stop was asked for.
     """
+    run = Pass.of(ctx, temperature)
     sides = [
-        (_hidden(ctx, model, requests, temperature), model.lm_head(temperature))
+        (score(model, requests, ROWS, run).hidden_ND, model.lm_head(temperature))
         for model in (student, teacher)
     ]
-    size = max(1, rows_in(ctx.runtime.chunk_mib, sides[0][1]) // 4)  # the definition keeps more
+    size = max(1, rows_in(run.chunk_mib, sides[0][1]) // 4)  # the definition keeps more
     return agreement(*sides[0], *sides[1], size=size, divergences=True), sides
 
 
-def logged(ctx: Any, student: Model, parts: Any, rollouts: list) -> dict[str, float]:
-    """Means over the tokens of at most ``runtime.log_rollouts`` of the rollouts that the student
-    wrote; empty where it wrote none, or no teacher gives more than log-probs.
+def logged(
+    student: Model,
+    teachers: dict[str, tuple[Any, float]],
+    requests_by_teacher: dict[str, TeacherRequests],
+    rollouts: list[Rollout],
+    run: Pass,
+    most: int,
+) -> dict[str, float]:
+    """Return means over the tokens of at most ``most`` of the rollouts that the student wrote;
+    nothing where it wrote none, or no teacher gives more than log-probs.
 
     Raises:
         Interrupted: a stop was asked for.
     """
-    own = [r for r in rollouts if r.source == "student"]
-    apart = max(1, -(-len(own) // ctx.runtime.log_rollouts))
-    chosen, seen = own[::apart], []
-    for name, (teacher, _) in parts.teachers.items():
-        requests = [r.request for r in chosen if name in parts.route[r.prompt.domain]]
+    own = [i for i, rollout in enumerate(rollouts) if rollout.source == "student"]
+    apart = max(1, -(-len(own) // most))
+    chosen, tables = set(own[::apart]), []
+    for name, mine in requests_by_teacher.items():
+        teacher, _ = teachers[name]
+        pairs = zip(mine.rollouts, mine.requests, strict=True)
+        requests = {i: request for i, request in pairs if i in chosen}
         if not requests or "teacher.hidden" not in teacher.provides:
             continue
-        ours_ND = _hidden(ctx, student, requests, parts.temperature)
-        theirs_ND = teacher.score(requests, parts.temperature, ("hidden",)).hidden_ND
-        heads = [m.lm_head(parts.temperature) for m in (student, teacher.model)]
-        size = rows_in(ctx.runtime.chunk_mib, heads[0])
-        seen.append(agreement(ours_ND, heads[0], theirs_ND, heads[1], size=size))
-    whole = {n: torch.cat([table[n] for table in seen]) for n in (seen[0] if seen else ())}
+        ours_ND = score(student, [rollouts[i].request for i in requests], ROWS, run).hidden_ND
+        theirs_ND = teacher.score([*requests.values()], ROWS, run).hidden_ND
+        heads = [m.lm_head(run.temperature) for m in (student, teacher.model)]
+        size = rows_in(run.chunk_mib, heads[0])
+        tables.append(agreement(ours_ND, heads[0], theirs_ND, heads[1], size=size))
+    whole = {n: torch.cat([t[n] for t in tables]) for n in (tables[0] if tables else ())}
     return {name: float(value_N.mean()) for name, value_N in whole.items()}
-
-
-def _hidden(ctx: Any, model: Model, requests: Sequence[ScoreRequest], temperature: float) -> Tensor:
-    found = score(
-        model,
-        requests,
-        temperature=temperature,
-        want=("hidden",),
-        micro_batch=ctx.runtime.micro_batch,
-        check=ctx.check,
-    )
-    return found.hidden_ND

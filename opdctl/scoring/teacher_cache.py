@@ -1,13 +1,12 @@
-"""What the teachers of a step leave behind, and their logits when they are needed.
+"""The rows and heads that a step's teachers leave behind, and their logits when they are needed.
 
 Of each teacher only the last hidden rows of its tokens are kept, and those of inner layers that an
 objective compares; its logits are rebuilt through its head, a chunk at a time (DeepSeek-V4, arXiv
-2606.19348). Of one behind a server there is a list of ids with their log-probs instead. Rows come
-ordered by teacher. On a GPU
-one head is resident and the next is copied meanwhile; ``loads`` counts how often the resident head
-changed: once per teacher and mini-batch, or where teachers are pooled, and micro-batch; ``most``
-is how many heads were on the device at once. On a CPU heads are where their models are, unless
-``runtime.resident_teachers`` keeps them on disk.
+2606.19348). For a served teacher, a list of ids with log-probs is kept instead. Rows come ordered
+by teacher. On a GPU one head is resident and the next is copied meanwhile; ``loads`` counts how
+often the resident head changed: once per teacher and mini-batch, or where teachers are pooled, and
+micro-batch; ``most`` is how many heads were on the device at once. On a CPU heads are where their
+models are, unless ``runtime.resident_teachers`` keeps them on disk.
 """
 
 from __future__ import annotations
@@ -22,13 +21,14 @@ from torch import Tensor
 from opdctl.kernels.head import Head
 from opdctl.kernels.topk import divergence_on, log_outside
 from opdctl.models import tensor_file
+from opdctl.scoring.columns import PAIR_WEIGHT, TEACHER_INDEX, TEACHER_ROW
 
 TAIL_LEAST = 1e-6  # of a mass of 1; what a list in fp32 cannot tell from 0
 
 
 @dataclass
 class CachedTeacher:
-    """One teacher: its head (on any device) and a row for each token it scored; or, without a head,
+    """A teacher: its head (on any device) and a row for each token it scored; or, without a head,
     what it listed.
 
     Attributes:
@@ -57,7 +57,7 @@ class CachedTeacher:
     listed: tuple[Tensor, Tensor] | None = None
 
     def states(self, row_C: Tensor, places: list[int]) -> Tensor:
-        """Hidden states of some rows, [C, L, width].
+        """Return hidden states of some rows, [C, L, width].
 
         Args:
             places: which of the layers kept, the inner ones and then the last.
@@ -80,7 +80,7 @@ class TeacherCache:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def logits(self, index_C: Tensor, row_C: Tensor, use: str = "logits") -> Tensor:
-        """Logits of each token's own teacher, [C, V], in a buffer that the next call overwrites.
+        """Return logits of each token's teacher, [C, V], in a buffer that the next call overwrites.
 
         Args:
             index_C: which teacher, ascending.
@@ -100,7 +100,7 @@ class TeacherCache:
     def logprobs_at(
         self, index_C: Tensor, row_C: Tensor, ids_CK: Tensor, outside_CK: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probs of each token's own teacher at some ids, [C, K], by the cached normaliser.
+        """Return log-probs of each token's teacher at some ids, [C, K], by the cached normaliser.
 
         Few ids are read from their rows of the head; many cost less as one product with all. A
         teacher without a head is asked for ids it listed alone.
@@ -111,16 +111,16 @@ class TeacherCache:
         """
         if all(held.listed is None for held in self.held):
             return self._rebuilt(index_C, row_C, ids_CK, outside_CK)
-        found = []
+        scored = []
         for part, index in segments(index_C):
             outside = None if outside_CK is None else outside_CK[part]
             if self.held[index].listed is not None:
                 ids_NJ, logq_NJ = self.held[index].listed
                 listed = (ids_NJ[row_C[part]], logq_NJ[row_C[part]])
-                found.append(lookup(*listed, ids_CK[part], outside))
+                scored.append(lookup(*listed, ids_CK[part], outside))
             else:
-                found.append(self._rebuilt(index_C[part], row_C[part], ids_CK[part], outside))
-        logq, tails = zip(*found, strict=True)
+                scored.append(self._rebuilt(index_C[part], row_C[part], ids_CK[part], outside))
+        logq, tails = zip(*scored, strict=True)
         return torch.cat(logq), None if outside_CK is None else torch.cat(tails)
 
     def _rebuilt(self, index_C, row_C, ids_CK, outside_CK) -> tuple[Tensor, Tensor | None]:
@@ -141,21 +141,21 @@ class TeacherCache:
         return logits_CK - lse_C[:, None], tail_C
 
     def has_all(self, name: str) -> bool:
-        """Whether something is kept of every teacher."""
+        """Return True where something is kept of every teacher."""
         return all(getattr(held, name) is not None for held in self.held)
 
     def gather(self, name: str, index_C: Tensor, row_C: Tensor) -> Tensor:
-        """Rows of something kept of each token's own teacher: lse_N, top_NK, entropy_N."""
+        """Return rows of something kept of each token's own teacher: lse_N, top_NK, entropy_N."""
         parts = [getattr(self.held[i], name)[row_C[part]] for part, i in segments(index_C)]
         return torch.cat(parts)
 
     def states(self, index_C: Tensor, row_C: Tensor, places: list[int]):
-        """Runs of tokens of one teacher: where, its name, its hidden states, [run, L, width]."""
+        """Yield runs of tokens of one teacher: where, its name, its states, [run, L, width]."""
         for part, i in segments(index_C):
             yield part, self.held[i].name, self.held[i].states(row_C[part], places)
 
     def _head(self, index: int) -> Head:
-        """The head of a teacher, on the device; the next one's copy is started."""
+        """Return the head of a teacher, on the device; the next one's copy is started."""
         if self._resident is None or self._resident[0] != index:
             self.loads += 1
             coming, self._coming, self._resident = self._coming, None, None  # two heads at most
@@ -173,7 +173,7 @@ class TeacherCache:
         return self._resident[1]
 
     def _copy(self, index: int) -> Head:
-        """A head on the device: read from disk, or on a stream of its own copied there."""
+        """Return a head on the device: read from disk, or on a stream of its own copied there."""
         head, stored = self.held[index].head, self.held[index].stored
         if head.weight_VD.device == self.device:
             return head
@@ -204,7 +204,7 @@ def reverse_kl(
     size: int,
     top: int = 0,
 ) -> Tensor:
-    """KL(p || q) to each token's own teacher, without a gradient. Shape [N], never negative.
+    """Return KL(p || q) to each token's own teacher, no gradient. Shape [N], never negative.
 
     Args:
         hidden_ND: rows of the student's backbone, in the order of the columns.
@@ -212,9 +212,7 @@ def reverse_kl(
             teachers it is their weighted mean.
         top: on the student's ``top`` most probable ids, both renormalised; 0 is on all.
     """
-    index_NM, row_NM, weight_NM = (
-        columns[k] for k in ("teacher_index", "teacher_row", "pair_weight")
-    )
+    index_NM, row_NM, weight_NM = (columns[k] for k in (TEACHER_INDEX, TEACHER_ROW, PAIR_WEIGHT))
     value_NM = torch.zeros_like(weight_NM)
     for place in range(index_NM.shape[1]):
         index_N, row_N = index_NM[:, place], row_NM[:, place]
@@ -235,7 +233,7 @@ def reverse_kl(
 def lookup(
     ids_CJ: Tensor, logq_CJ: Tensor, ids_CK: Tensor, outside_CK: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs at some ids out of lists that hold them, [C, K], and of all others than some, [C].
+    """Return log-probs at some ids out of lists that hold them, [C, K], and of all others, [C].
 
     A list's log-probs are rounded, by some 1e-7 each, so the mass outside is what they leave of 1
     and not below TAIL_LEAST.
@@ -256,7 +254,7 @@ def _found(ids_CJ: Tensor, value_CJ: Tensor, ids_CK: Tensor) -> tuple[Tensor, Te
 
 
 def segments(index_C: Tensor) -> list[tuple[slice, int]]:
-    """Runs of equal values: where, and which value."""
+    """Return runs of equal values: where, and which value."""
     indices, counts = index_C.unique_consecutive(return_counts=True)
     stops = counts.cumsum(0)
     bounds = zip((stops - counts).tolist(), stops.tolist(), indices.tolist(), strict=True)

@@ -1,6 +1,6 @@
-"""Accuracy of one model on held-out prompts of every domain: mean@n, pass@k, length.
+"""The accuracy of one model on held-out prompts of every domain: mean@n, pass@k, length.
 
-The same prompts and the same draws' names for every model of a run. pass@k is the unbiased
+All models of a run get the same prompts and the same names of draws. pass@k is the unbiased
 estimator of Chen et al. 2021 (arXiv 2107.03374); the interval is over prompts, so several
 samples of one prompt do not count as independent.
 
@@ -14,18 +14,19 @@ from dataclasses import dataclass
 from opdctl.config.schema import REQUIRED, key
 from opdctl.config.settings import PromptLength, Sampling, StageConfig
 from opdctl.errors import Problem
+from opdctl.stages._stage import Stage
 
 
 @dataclass(kw_only=True)
 class HeldOut(PromptLength):
-    """Which held-out prompts."""
+    """The keys of the held-out prompts."""
 
     domains: dict[str, float] = key({}, "domains, each with any number above 0; empty is all")
     limit: int = key(500, "most prompts of a domain", least=1)
     samples: int = key(4, "responses per prompt", least=1)
 
 
-class Evaluate:
+class Evaluate(Stage):
     """mean@n, pass@k, 95 % interval and length of a model on every domain."""
 
     revision = 1
@@ -34,7 +35,7 @@ class Evaluate:
 
     @dataclass(kw_only=True)
     class Config(StageConfig):
-        """Keys of an evaluate stage."""
+        """The keys of an evaluate stage."""
 
         student: str = key(REQUIRED, "the model to evaluate", ref=True)
         prompts: HeldOut = key(HeldOut(), "which prompts")
@@ -43,7 +44,7 @@ class Evaluate:
 
     @staticmethod
     def problems(config, recipe, stage):
-        """What the schema cannot see."""
+        """Return what the schema cannot check of the stage's keys."""
         if recipe.domains(stage):
             return []
         return [

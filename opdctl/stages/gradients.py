@@ -1,11 +1,11 @@
-"""The gradients that several objectives would give on the same rollouts, measured, not applied.
+"""The gradients of several objectives on the same rollouts, measured and not applied.
 
 DeepSeek-V4 (arXiv 2606.19348) says that the sampled-token estimate of the reverse KL has a high
 variance and takes the full vocabulary instead. Here both are computed on the same batches of the
-student's own rollouts: trace variance of each, cosine of their means. And whether logits rebuilt
-from cached hidden rows are the teacher's own. With ``together`` it measures a composition: what an
-opd stage of these keys would descend, its reference, source and temperature included. What acts
-between steps (several updates, minibatches) is left out: nothing is trained.
+student's own rollouts: the trace variance of each and the cosine of their means. Logits rebuilt
+from cached hidden rows are compared with the teacher's own. With ``together`` the sum is measured
+too, which an opd stage of these keys would descend, with its reference, source and temperature.
+Everything that acts between steps (several updates, minibatches) is left out: nothing is trained.
 
     opdctl stage gradients --student FOLDER --teacher math=FOLDER data.math.kind=...
 """
@@ -18,9 +18,10 @@ from opdctl.config.registry import config_of, member
 from opdctl.config.schema import REQUIRED, key
 from opdctl.config.settings import Lora, Prompts, Sampling, StageConfig, Teacher
 from opdctl.errors import Problem
+from opdctl.stages._stage import Stage
 
 
-class Gradients:
+class Gradients(Stage):
     """Variance of each objective's gradient on the same rollouts, and cosines of their means."""
 
     revision = 1
@@ -29,7 +30,7 @@ class Gradients:
 
     @dataclass(kw_only=True)
     class Config(StageConfig):
-        """Keys of a gradients stage."""
+        """The keys of a gradients stage."""
 
         student: str = key(REQUIRED, "whose rollouts, whose gradient", ref=True)
         lora: Lora = key(Lora(), "gradients of an adapter, not of the weights", neutral=True)
@@ -62,19 +63,19 @@ class Gradients:
 
     @staticmethod
     def problems(config, recipe, stage):
-        """What the schema cannot see: what an opd stage of these keys would refuse."""
+        """Return what an opd stage of these keys would refuse, and what cannot be measured."""
         alone = not config.together
-        found = member("stages", "opd").problems(as_opd(config), recipe, stage, alone)
+        problems = member("stages", "opd").problems(as_opd(config), recipe, stage, alone)
         if config.lora.output == "adapter":
-            found.append(Problem("lora.output", "nothing is written here", "leave it out"))
+            problems.append(Problem("lora.output", "nothing is written here", "leave it out"))
         if sum(o.coef > 0 for o in config.objectives.values()) < 1 + alone:
             hint = "objectives: {policy_gradient: {}, divergence: {}}, or together: true for one"
-            found.append(Problem("objectives", "fewer than two to compare", hint))
+            problems.append(Problem("objectives", "fewer than two to compare", hint))
         for name in config.objectives:
             if hasattr(member("objectives", name), "fit"):
-                what = "is fitted before a first step, and nothing is trained here"
-                found.append(Problem(f"objectives.{name}", what, "leave it out"))
-        return found
+                message = "is fitted before a first step, and nothing is trained here"
+                problems.append(Problem(f"objectives.{name}", message, "leave it out"))
+        return problems
 
     def run(self, ctx):
         """Sample, score, and take each objective's gradient, batch by batch."""
@@ -82,12 +83,12 @@ class Gradients:
         from opdctl.train.gradients import measure
 
         config = ctx.config
-        model = ctx.student()
+        model = ctx.models.student()
         return measure(ctx, model, on_policy(ctx, model, config.teachers))
 
 
 def as_opd(config):
-    """The opd stage with one step of these keys."""
+    """Return the keys of an opd stage that would make one step with these keys."""
     shared = ("student", "prompts", "sampling", "teachers", "pooled", "signals", "objectives")
     shared += ("reference", "sources", "loss_temperature")
     return config_of("stages", "opd", kind="opd", **{n: getattr(config, n) for n in shared})

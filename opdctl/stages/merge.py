@@ -1,4 +1,4 @@
-"""Several models of one shape into one, without training: the baselines that OPD is compared with.
+"""Several models of one shape merged into one without training: the baselines of OPD.
 
     average           mean of the weights ("model soup", Wortsman et al., arXiv 2203.05482)
     task_arithmetic   student + scale x sum of (model - student) (Ilharco et al., arXiv 2212.04089)
@@ -17,18 +17,19 @@ from typing import ClassVar, Literal
 from opdctl.config.schema import REQUIRED, key
 from opdctl.config.settings import StageConfig
 from opdctl.errors import Problem
+from opdctl.stages._stage import Stage
 
 
 @dataclass(kw_only=True)
 class Ingredient:
-    """One model that is merged. ``NAME: REF`` is short for ``NAME: {model: REF}``."""
+    """A model that is merged. ``NAME: REF`` is short for ``NAME: {model: REF}``."""
 
     short: ClassVar[str] = "model"
     model: str = key(REQUIRED, "stage:NAME, a folder or a public name", ref=True)
     weight: float = key(1.0, "its weight in the sum", least=0.0)
 
 
-class Merge:
+class Merge(Stage):
     """Weights of several models averaged, or their differences from one start added."""
 
     revision = 1
@@ -37,7 +38,7 @@ class Merge:
 
     @dataclass(kw_only=True)
     class Config(StageConfig):
-        """Keys of a merge stage."""
+        """The keys of a merge stage."""
 
         student: str = key(REQUIRED, "the start that the models have in common", ref=True)
         models: dict[str, Ingredient] = key({}, "NAME: a reference, or {model, weight}")
@@ -46,14 +47,14 @@ class Merge:
 
     @staticmethod
     def problems(config, recipe, stage):
-        """What the schema cannot see."""
+        """Return what the schema cannot check of the stage's keys."""
         if sum(m.weight for m in config.models.values()):
             return []
         return [Problem("models", "no model with a weight above 0", "models: {math: stage:t_math}")]
 
     @staticmethod
     def notes(config):
-        """What is allowed and has no effect."""
+        """Return keys that are allowed and have no effect."""
         if config.method == "average" and config.scale != 1.0:
             return [Problem("scale", "an average has no scale", "method=task_arithmetic")]
         return []
@@ -72,13 +73,13 @@ class Merge:
         from opdctl.types import Compute
 
         config = ctx.config
-        student = ctx.load(config.student, device="cpu")
+        student = ctx.models.load(config.student, device="cpu")
         own = student.net.state_dict()
         total = sum(m.weight for m in config.models.values())
         merged = {n: w.double().clone() for n, w in own.items() if w.is_floating_point()}
         for name, ingredient in config.models.items():
             ctx.check()
-            model = ctx.load(ingredient.model, device="cpu")
+            model = ctx.models.load(ingredient.model, device="cpu")
             where = f"stages.{ctx.name}.models.{name}"
             require_same_tokens(student, model, where)
             factor = ingredient.weight * (config.scale if config.method != "average" else 1 / total)

@@ -1,6 +1,6 @@
-"""On-policy distillation: the student samples, the teacher of the prompt's domain scores every
-token, and the score is the token's advantage. With one teacher per domain it is MOPD.
+"""On-policy distillation: the student samples, and a teacher's scores are the tokens' advantages.
 
+The teacher of the prompt's domain scores every token; with one teacher per domain this is MOPD.
 MiMo-V2-Flash (arXiv 2601.02780) Eq. 7-9: advantage = sg[log T - log S] + alpha x outcome,
 importance weight zeroed outside [low, high], 1/|y| per response. With coefficient 0 a signal is
 off, so KL only and outcome only are this stage too. With ``pooled`` every teacher of a domain
@@ -21,11 +21,12 @@ from opdctl.config.settings import Teacher, routes
 from opdctl.errors import Problem
 from opdctl.estimate.shape import shape_of
 from opdctl.stages._combinations import combination_problems, source_problems
-from opdctl.stages.rl import OnPolicyConfig, cannot_act, in_use, member_problems
-from opdctl.stages.sft import needs_domains
+from opdctl.stages._stage import Stage
+from opdctl.stages.rl import OnPolicyConfig, active_members, ineffective_keys, member_problems
+from opdctl.stages.sft import domain_problems
 
 
-class Opd:
+class Opd(Stage):
     """The student samples, a teacher per domain scores every token."""
 
     revision = 1
@@ -40,7 +41,7 @@ class Opd:
 
     @dataclass(kw_only=True)
     class Config(OnPolicyConfig):
-        """Keys of an opd stage."""
+        """The keys of an opd stage."""
 
         teachers: dict[str, Teacher] = key({}, "NAME: a reference, or {model, serves, weight}")
         pooled: bool = key(
@@ -73,89 +74,93 @@ class Opd:
 
     @staticmethod
     def problems(config, recipe, stage, alone=False):
-        """What the schema cannot see.
+        """Return what the schema cannot check of the stage's keys.
 
         Args:
-            alone: objectives are looked at one by one, never summed.
+            alone: objectives are measured one by one, never summed.
         """
         local = member("teachers", "local").provides
         provided = set(local) if config.teachers else set()
         if config.reference:
             provided |= {n.replace("teacher.", "reference.") for n in local}
-        found = needs_domains(recipe, stage) + member_problems(config, provided)
-        found += _unused_reference(config)
-        found += source_problems(config, recipe) + combination_problems(config, alone)
-        found += _served(config) + _addresses(config) + _widths(config, recipe, stage)
-        return found + _routing(config, recipe, stage) + _tokenizers(config)
+        problems = domain_problems(recipe, stage) + member_problems(config, provided)
+        problems += _unused_reference(config)
+        problems += source_problems(config, recipe) + combination_problems(config, alone)
+        problems += (
+            _beyond_servers(config)
+            + _wrong_addresses(config)
+            + _unequal_widths(config, recipe, stage)
+        )
+        return problems + _routing(config, recipe, stage) + _different_tokenizers(config)
 
     @staticmethod
     def notes(config):
-        """What is allowed and has no effect."""
-        found, rewarded = cannot_act(config), config.signals.get("outcome")
+        """Return keys that are allowed and have no effect."""
+        notes, rewarded = ineffective_keys(config), config.signals.get("outcome")
         own = all(t.model in ("policy", config.student) for t in config.teachers.values())
         if config.teachers and own and not (rewarded and rewarded.coef):
-            what = "each is the student's own start: there is nothing to learn"
-            found.append(Problem("teachers", what, "teachers: {DOMAIN: REF}"))
-        return found
+            message = "each is the student's own start: there is nothing to learn"
+            notes.append(Problem("teachers", message, "teachers: {DOMAIN: REF}"))
+        return notes
 
     def run(self, ctx):
         """Load the start, train, write the output."""
         from opdctl.train.assemble import on_policy
         from opdctl.train.loop import train
 
-        model = ctx.aligned(ctx.student())
+        model = ctx.models.aligned(ctx.models.student())
         return train(ctx, model, lambda ctx, model: on_policy(ctx, model, ctx.config.teachers))
 
 
-def _served(config) -> list[Problem]:
-    """What is asked of a teacher that is behind a server, and it cannot give."""
+def _beyond_servers(config) -> list[Problem]:
+    """Return needs of members that a teacher behind a server cannot meet."""
     names = {n: t.model for n, t in config.teachers.items() if _form(t.model) == "server"}
     if not names:
         return []
     who = " and ".join(f"{name} ({ref})" for name, ref in names.items())
     provides = member("teachers", "server").provides
     active = {n: s for n, s in config.signals.items() if s.coef}
-    found = []
-    for path, keys in in_use(config, active).items():
+    problems = []
+    for path, keys in active_members(config, active).items():
         if path.startswith("sources."):
-            continue  # it says for itself whether it can sample from a server
+            continue  # a source's own problems say whether it can sample from a server
         needs = needs_of(member(*path.split(".")[-2:]), keys)
         lacking = [
             n for n in needs if n.startswith("teacher.") and parse_need(n)[0] not in provides
         ]
         if lacking:
-            what = f"needs {lacking[0]}, and teacher {who} is behind a server, which gives "
-            what += f"{', '.join(provides)} alone"
-            found.append(Problem(path, what, _instead(keys)))
+            message = f"needs {lacking[0]}, and teacher {who} is behind a server, which gives "
+            message += f"{', '.join(provides)} alone"
+            problems.append(Problem(path, message, _server_alternative(keys)))
     key = "loss_temperature" if config.loss_temperature else "sampling.temperature"
     if (config.loss_temperature or config.sampling.temperature) != 1.0:
-        what = f"teacher {who} is behind a server, whose log-probs are those at temperature 1"
-        found.append(Problem(key, what, f"{key.split('.')[-1]}=1.0, or a folder"))
-    return found
+        message = f"teacher {who} is behind a server, whose log-probs are those at temperature 1"
+        problems.append(Problem(key, message, f"{key.split('.')[-1]}=1.0, or a folder"))
+    return problems
 
 
-def _widths(config, recipe, stage) -> list[Problem]:
-    """States of two widths, where the sizes of both models are known without loading them."""
+def _unequal_widths(config, recipe, stage) -> list[Problem]:
+    """Return objectives that compare states of different widths, for models of known sizes."""
 
     def width(reference: str) -> int:
         shape = None if _form(reference) == "server" else shape_of(recipe, reference, stage)
         return shape.hidden if shape else 0  # 0 is not known
 
-    found = _ranks(config, recipe, stage)
+    problems = _excess_ranks_and_layers(config, recipe, stage)
     for name, objective in config.objectives.items():
         hint = getattr(member("objectives", name), "same_width", "")
         for teacher, keys in config.teachers.items() if objective.coef and hint else ():
             ours, theirs = width(config.student), width(keys.model)
             if ours and theirs and ours != theirs:
-                what = f"compares states of width {ours}, and those of teacher {teacher} "
-                what += f"({keys.model}) are {theirs} wide"
-                found.append(Problem(f"objectives.{name}", what, hint))
-    return found
+                message = f"compares states of width {ours}, and those of teacher {teacher} "
+                message += f"({keys.model}) are {theirs} wide"
+                problems.append(Problem(f"objectives.{name}", message, hint))
+    return problems
 
 
-def _ranks(config, recipe, stage) -> list[Problem]:
-    """More directions than a side has numbers, and layers that the student has not."""
-    found, known = [], {}
+def _excess_ranks_and_layers(config, recipe, stage) -> list[Problem]:
+    """Return objectives with more directions than a state has numbers, or with unknown layers."""
+    problems, known = [], {}
     for ref in (config.student, *(t.model for t in config.teachers.values())):
         shape = None if _form(ref) == "server" else shape_of(recipe, ref, stage)
         known[ref] = shape
@@ -165,43 +170,44 @@ def _ranks(config, recipe, stage) -> list[Problem]:
         rank = getattr(objective, "rank", 0)
         narrow = min((s.hidden for s in known.values() if s and s.hidden), default=0)
         if narrow and rank > narrow:
-            what = f"{rank} directions, and a side has {narrow} numbers"
-            found.append(Problem(f"objectives.{name}.rank", what, f"rank={min(8, narrow)}"))
+            message = f"{rank} directions, and a side has {narrow} numbers"
+            problems.append(Problem(f"objectives.{name}.rank", message, f"rank={min(8, narrow)}"))
         layers, student = getattr(objective, "layers", ""), known[config.student]
         depth = student.layers if student else 0
         if isinstance(layers, list) and depth and max(layers, default=0) > depth:
-            what = f"{layers}, and the student has the layers 1 to {depth}"
-            found.append(Problem(f"objectives.{name}.layers", what, "layers: all, last, even, odd"))
-    return found
+            message = f"{layers}, and the student has the layers 1 to {depth}"
+            hint = "layers: all, last, even, odd"
+            problems.append(Problem(f"objectives.{name}.layers", message, hint))
+    return problems
 
 
 def _unused_reference(config) -> list[Problem]:
-    """A reference that is loaded for nothing."""
+    """Return a problem if the reference is used by no active member."""
     active = {n: s for n, s in config.signals.items() if s.coef}
-    named = [(member(*p.split(".")[-2:]), k) for p, k in in_use(config, active).items()]
-    asked = [n for cls, keys in named if hasattr(cls, "needs") for n in needs_of(cls, keys)]
-    if not config.reference or any(n.startswith("reference.") for n in asked):
+    named = [(member(*p.split(".")[-2:]), k) for p, k in active_members(config, active).items()]
+    needs = [n for cls, keys in named for n in needs_of(cls, keys)]
+    if not config.reference or any(n.startswith("reference.") for n in needs):
         return []
     hint = "signals: {extrapolation: {}}, or leave it out"
     return [Problem("reference", "nothing here measures from it", hint)]
 
 
-def _addresses(config) -> list[Problem]:
-    """Another address of what is behind none, or one that is none."""
-    found = []
+def _wrong_addresses(config) -> list[Problem]:
+    """Return addresses of teachers that have none, and texts that are no address."""
+    problems = []
     for name, teacher in config.teachers.items():
         path = f"teachers.{name}.at"
         if teacher.at and _form(teacher.model) != "server":
-            what = f"{teacher.model} is not behind a server"
-            found.append(Problem(path, what, f"teachers.{name}.model=http://host:8000"))
+            message = f"{teacher.model} is not behind a server"
+            problems.append(Problem(path, message, f"teachers.{name}.model=http://host:8000"))
         elif teacher.at and (_form(teacher.at) != "server" or "#" in teacher.at):
-            what = f"{teacher.at!r} is no address; the model's name stands in model"
-            found.append(Problem(path, what, f"{path}=http://host:8000"))
-    return found
+            message = f"{teacher.at!r} is no address; the model's name stands in model"
+            problems.append(Problem(path, message, f"{path}=http://host:8000"))
+    return problems
 
 
-def _instead(keys) -> str:
-    """What a server can give in place of what a member asks for."""
+def _server_alternative(keys) -> str:
+    """Return a hint at what a member could use that a server provides."""
     if hasattr(keys, "support"):
         return "support=topk_teacher, whose ids a server lists, or a folder"
     if hasattr(keys, "over"):
@@ -215,17 +221,17 @@ def _form(text: str) -> str:
 
 def _routing(config, recipe, stage) -> list[Problem]:
     domains = recipe.domains(stage)
-    found = [
+    problems = [
         Problem(f"teachers.{name}.serves", "it serves no domain", "serves: {DOMAIN: true}")
         for name, teacher in config.teachers.items()
         if teacher.serves and not any(teacher.serves.values())
     ]
     if not config.teachers:
-        return found
+        return problems
     for domain, names in routes(domains, config.teachers).items():
         if domain not in domains:
             near = did_you_mean(domain, domains, "domains of this stage:")
-            found.append(
+            problems.append(
                 Problem(
                     f"teachers.{names[0]}",
                     f"no prompt here is of {domain!r}",
@@ -233,7 +239,7 @@ def _routing(config, recipe, stage) -> list[Problem]:
                 )
             )
         elif not names:
-            found.append(
+            problems.append(
                 Problem(
                     "teachers",
                     f"no teacher for the domain {domain!r}",
@@ -241,28 +247,28 @@ def _routing(config, recipe, stage) -> list[Problem]:
                 )
             )
         elif len(names) > 1 and not config.pooled:
-            found.append(
+            problems.append(
                 Problem(
                     "teachers",
                     f"{' and '.join(names)} both serve {domain!r}",
                     "one teacher per domain, or pooled: true",
                 )
             )
-    return found
+    return problems
 
 
-def _tokenizers(config) -> list[Problem]:
-    """Folders can be compared without loading a model; stages are compared when they run."""
+def _different_tokenizers(config) -> list[Problem]:
+    """Return teachers in folders whose tokenizer is another; stages are compared when they run."""
     student = references.parse(config.student)
     ours = references.vocabulary(student.name) if student.form == "folder" else None
-    found = []
+    problems = []
     for name, teacher in config.teachers.items():
         ref = references.parse(teacher.model)
         theirs = references.vocabulary(ref.name) if ref.form == "folder" else None
         if ours and theirs:
             difference = references.first_difference(ours, theirs)
             if difference:
-                found.append(
+                problems.append(
                     Problem(
                         f"teachers.{name}",
                         f"{Path(ref.name)} has another tokenizer than the student: {difference}",
@@ -270,4 +276,4 @@ def _tokenizers(config) -> list[Problem]:
                         "opdctl stage sft with sources.teacher",
                     )
                 )
-    return found
+    return problems

@@ -15,11 +15,12 @@ from opdctl.config.registry import config_of
 from opdctl.config.schema import key
 from opdctl.config.settings import Optim, TrainConfig
 from opdctl.errors import Problem
+from opdctl.stages._stage import Stage
 
 
 @dataclass(kw_only=True)
 class Shape:
-    """Size of the Qwen3 model made."""
+    """The keys of the size of the new Qwen3 model."""
 
     hidden: int = key(64, "width", least=8)
     layers: int = key(2, "transformer layers", least=1)
@@ -32,7 +33,7 @@ class Shape:
     context: int = key(512, "longest sequence", least=8)
 
 
-class Pretrain:
+class Pretrain(Stage):
     """From scratch on the data's own texts; trains the tokenizer first."""
 
     revision = 1
@@ -41,7 +42,7 @@ class Pretrain:
 
     @dataclass(kw_only=True)
     class Config(TrainConfig):
-        """Keys of a pretrain stage."""
+        """The keys of a pretrain stage."""
 
         model: Shape = key(Shape(), "the model made")
         corrupt: float = key(0.0, "share of the corpus's answers made wrong", least=0, most=1)
@@ -49,15 +50,17 @@ class Pretrain:
 
     @staticmethod
     def problems(config, recipe, stage):
-        """What the schema cannot see."""
-        from opdctl.stages.sft import needs_domains
+        """Return what the schema cannot check of the stage's keys."""
+        from opdctl.stages.sft import domain_problems
 
-        found, shape = needs_domains(recipe, stage), config.model
+        problems, shape = domain_problems(recipe, stage), config.model
         if shape.heads % shape.kv_heads:
-            found.append(Problem("model.heads", f"not a multiple of kv_heads ({shape.kv_heads})"))
+            problems.append(
+                Problem("model.heads", f"not a multiple of kv_heads ({shape.kv_heads})")
+            )
         if shape.head_dim % 2:
-            found.append(Problem("model.head_dim", "rotary positions need an even width"))
-        return found
+            problems.append(Problem("model.head_dim", "rotary positions need an even width"))
+        return problems
 
     def run(self, ctx):
         """Make tokenizer and model, train on the answers, write both."""
@@ -65,9 +68,9 @@ class Pretrain:
         from opdctl.train.assemble import TrainSetup, source_of, terms_of
         from opdctl.train.loop import train
 
-        def parts(ctx, model):
+        def setup(ctx, model):
             corpus = config_of("sources", "dataset", corrupt=ctx.config.corrupt)
             terms = terms_of({"nll": config_of("objectives", "nll", normalise="token_mean")})
             return TrainSetup(source_of(ctx, model, {"dataset": corpus}), terms)
 
-        return train(ctx, new_model(ctx), parts)
+        return train(ctx, new_model(ctx), setup)

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: on demonstrations of the data, or on a teacher's own verified samples.
 
-The cold start of every lab's pipeline, MiMo's expert-SFT kind of teacher, and off-policy
-(sequence-level) distillation. Leaves out packing across examples; each domain has one source.
+It is the cold start of every lab's pipeline, MiMo's expert-SFT kind of teacher, and off-policy
+(sequence-level) distillation. Leaves out packing across examples. Each domain has one source.
 
     opdctl stage sft --student FOLDER data.math.kind=jsonl data.math.path=train.jsonl
 """
@@ -14,10 +14,11 @@ from opdctl.config.references import parse
 from opdctl.config.schema import REQUIRED, key, references
 from opdctl.config.settings import Lora, TrainConfig
 from opdctl.errors import Problem
+from opdctl.stages._stage import Stage
 
 
-def needs_domains(recipe, stage) -> list[Problem]:
-    """A stage that takes prompts needs a domain, and room for each in every step."""
+def domain_problems(recipe, stage) -> list[Problem]:
+    """Return a problem if a stage that takes prompts has no domain, or steps too small for all."""
     domains = recipe.domains(stage)
     prompts = recipe.stages[stage].prompts
     if not domains:
@@ -40,18 +41,18 @@ def needs_domains(recipe, stage) -> list[Problem]:
     return []
 
 
-def _coverage(config, domains) -> list[Problem]:
-    """Every domain has one source."""
+def _source_coverage(config, domains) -> list[Problem]:
+    """Return a problem unless every domain has exactly one source."""
     if not config.sources or set(config.sources) - {"dataset", "teacher"}:
         hint = "sft takes dataset, teacher, or both"
         return [Problem("sources", f"{list(config.sources)} given", hint)]
     named = [d for s in config.sources.values() for d, on in s.domains.items() if on]
     rest = [n for n, s in config.sources.items() if not s.domains]
     left = [d for d in domains if d not in named]
-    nothing = [n for n, s in config.sources.items() if s.domains and not any(s.domains.values())]
+    unused = [n for n, s in config.sources.items() if s.domains and not any(s.domains.values())]
     wrong = ""
-    if nothing:
-        wrong = f"{nothing[0]} has no domain that is true"
+    if unused:
+        wrong = f"{unused[0]} has no domain that is true"
     elif unknown := [d for d in named if d not in domains]:
         wrong = f"no prompt here is of {unknown[0]!r}"
     elif twice := [d for d in named if named.count(d) > 1]:
@@ -64,22 +65,24 @@ def _coverage(config, domains) -> list[Problem]:
     return [Problem("sources", wrong, hint)] if wrong else []
 
 
-def _answerable(config, recipe, stage) -> list[Problem]:
-    """A model behind an API answers in one turn: no environment can answer it."""
+def _unanswered_environments(config, recipe, stage) -> list[Problem]:
+    """Return domains with an environment whose answers come from an API, in one turn each."""
     source = config.sources.get("teacher")
     served = {k: r for k, r in (references(source) if source else []) if parse(r).form == "server"}
-    found = []
+    problems = []
     for domain in recipe.domains(stage) if served else ():
         key = f"experts.{domain}" if domain in source.experts else "model"
         mine = source.domains.get(domain, not source.domains)
         if key in served and mine and recipe.data[domain].environment:
-            what = f"{served[key]} answers {domain} in one turn, and its environment is not asked"
+            message = (
+                f"{served[key]} answers {domain} in one turn, and its environment is not asked"
+            )
             hint = "a folder or a public name, or data without an environment"
-            found.append(Problem(f"sources.teacher.{key}", what, hint))
-    return found
+            problems.append(Problem(f"sources.teacher.{key}", message, hint))
+    return problems
 
 
-class Sft:
+class Sft(Stage):
     """On demonstrations, or on a teacher's verified samples."""
 
     revision = 1
@@ -88,7 +91,7 @@ class Sft:
 
     @dataclass(kw_only=True)
     class Config(TrainConfig):
-        """Keys of an sft stage."""
+        """The keys of an sft stage."""
 
         student: str = key(REQUIRED, "where it starts", ref=True)
         lora: Lora = key(Lora(), "an adapter in place of the weights", neutral=True)
@@ -101,22 +104,22 @@ class Sft:
 
     @staticmethod
     def problems(config, recipe, stage):
-        """What the schema cannot see."""
-        found = needs_domains(recipe, stage)
-        found += _coverage(config, recipe.domains(stage))
+        """Return what the schema cannot check of the stage's keys."""
+        problems = domain_problems(recipe, stage)
+        problems += _source_coverage(config, recipe.domains(stage))
         for name, objective in config.objectives.items():
             if name != "nll" or objective.weights:
-                found.append(
+                problems.append(
                     Problem(
                         f"objectives.{name}",
                         "a demonstration has no advantage, no reward and no sampler's log-probs",
                         "objectives: {nll: {}}",
                     )
                 )
-        found += _answerable(config, recipe, stage)
+        problems += _unanswered_environments(config, recipe, stage)
         if not any(o.coef for o in config.objectives.values()):
-            found.append(Problem("objectives", "nothing to minimise", "objectives: {nll: {}}"))
-        return found
+            problems.append(Problem("objectives", "nothing to minimise", "objectives: {nll: {}}"))
+        return problems
 
     def run(self, ctx):
         """Load the start, train, write the output."""
@@ -124,7 +127,7 @@ class Sft:
         from opdctl.train.loop import train
 
         config = ctx.config
-        model = ctx.student()
+        model = ctx.models.student()
         return train(
             ctx,
             model,

@@ -1,4 +1,5 @@
-"""A stage's Config -> the loop's parts: members are looked up by name and given what they need."""
+"""The loop's setup, made from a stage's Config: members are looked up by name and get what they
+need."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from opdctl.config.registry import member, parse_need
 from opdctl.config.settings import Teacher, routes
 from opdctl.loss.token_view import LossTerm, PerStep
 from opdctl.models.hidden_layers import layers_of
-from opdctl.scoring.score import LISTED
+from opdctl.scoring.asks import Asks
+from opdctl.scoring.quantities import HIDDEN, INNER, TOPK, TOPK_LIST
 from opdctl.train.context import Context
 from opdctl.train.step import TrainSetup
 from opdctl.types import Rollout
@@ -40,8 +42,8 @@ def terms_of(objectives: dict[str, Any]) -> list[LossTerm]:
 
 def source_of(ctx: Context, model: Any, sources: dict[str, Any]) -> Any:
     """The source of a stage; of several, each for its own domains."""
-    named = {d for c in sources.values() for d, on in getattr(c, "domains", {}).items() if on}
-    rest = {d: True for d in ctx.recipe.domains(ctx.name) if d not in named}
+    taken = {d for c in sources.values() for d, on in getattr(c, "domains", {}).items() if on}
+    rest = {d: True for d in ctx.recipe.domains(ctx.name) if d not in taken}
     each = [
         member("sources", name)(
             replace(c, domains=rest) if getattr(c, "domains", None) == {} else c, ctx, model
@@ -52,14 +54,14 @@ def source_of(ctx: Context, model: Any, sources: dict[str, Any]) -> Any:
 
 
 class Together:
-    """Several sources of one stage, each with domains of its own; a dataset samples nothing."""
+    """The several sources of one stage, each with domains of its own; a dataset samples nothing."""
 
     def __init__(self, sources: list[Any]) -> None:
         self.sources = sources
         self.samples_from = "teacher"
 
     def draw(self, step: int) -> list[Rollout]:
-        """What each draws, groups numbered through."""
+        """Return what each draws, groups numbered through."""
         rollouts: list[Rollout] = []
         for source in self.sources:
             first = 1 + max((r.group for r in rollouts), default=-1)
@@ -77,31 +79,70 @@ class Together:
         return sum(s.parameters * s.sampled for s in self.sources) / max(1, self.sampled)
 
 
-def asked_for(terms: list[LossTerm], signals: dict[str, tuple[float, Any]]) -> tuple[set[str], int]:
-    """What members need, and how many of a side's most probable tokens."""
+def needs_in(terms: list[LossTerm], signals: dict[str, tuple[float, Any]]) -> set[str]:
+    """Return what the members of a stage need."""
     needs = {n for _, s in signals.values() for n in s.needs}
     for term in terms:
         needs.update(term.objective.needs, term.needs)
-    return needs, max((getattr(t.objective.config, "k", 0) for t in terms), default=0)
+    return needs
+
+
+def named(needs: set[str], giver: str) -> set[str]:
+    """Return the needs of one giver, without its name: ``teacher.logprobs`` -> logprobs."""
+    return {n.removeprefix(f"{giver}.") for n in needs if n.startswith(f"{giver}.")}
+
+
+def asks_of_objectives(config: Any) -> Asks:
+    """Return what the objectives of a stage and their weights ask of a served teacher."""
+    terms = terms_of(config.objectives)
+    top = max([0, *(getattr(t.objective.config, "k", 0) for t in terms)])
+    return Asks(frozenset(named(needs_in(terms, {}), "teacher")), top)
 
 
 def reward_of(ctx: Context, reference: str) -> Any:
-    """The verifier, or the outcome model a reference names."""
+    """Return the verifier, or the outcome model a reference names."""
     if reference == "verifier":
         return member("rewards", "verifier")(ctx)
     return member("rewards", "model")(ctx, reference)
 
 
-def teacher_of(ctx: Context, model: Any, name: str, teacher: Teacher, wanted: set, top: int) -> Any:
-    """The member of ``teachers/`` for what a reference names; a server is asked whether it gives
-    what is wanted."""
+def teacher_of(ctx: Context, model: Any, name: str, teacher: Teacher, asks: Asks) -> Any:
+    """Return the member of ``teachers/`` for what a reference names; a server is tried on what it
+    will be asked."""
     if references.parse(teacher.model).form != "server":
         return member("teachers", "local")(ctx, model, name, teacher.model)
-    return member("teachers", "server")(ctx, model, name, teacher.address, sorted(wanted), top)
+    return member("teachers", "server")(ctx, model, name, teacher.address, asks)
+
+
+def teacher_asks(model: Any, needs: set[str], top: int) -> Asks:
+    """Return what a stage with these needs asks of its teachers."""
+    which = {about for name, about in map(parse_need, needs) if name == "student.hidden"}
+    layers = layers_of(model, which) if which else None
+    compared = {"teacher.hidden{" + about + "}" for about in which}
+    names = named(needs - compared, "teacher")
+    head = bool({HIDDEN, TOPK_LIST} & names)  # logits are rebuilt
+    if layers:
+        names |= {INNER} if layers.inner else set()
+        names |= {HIDDEN} if layers.depth in layers.selected else set()
+    return Asks(frozenset(names), top, layers, head)
+
+
+def policy_asks(needs: set[str], several: bool, top: int) -> Asks:
+    """Return what a no-grad pass of the student before the update is for.
+
+    Args:
+        several: the step makes several updates, so the policy that sampled is not the one trained.
+        top: k of the overlap with the teacher.
+    """
+    kinds = {"kl": HIDDEN, "overlap": TOPK}
+    names = {kinds.get(name, name) for name in named(needs, "policy")}
+    if "old.logprobs" in needs and several:
+        names.add("logprobs")
+    return Asks(frozenset(names), top)
 
 
 def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> TrainSetup:
-    """Parts of a stage whose student samples: rl and opd.
+    """Return the setup of a stage whose student samples: rl and opd.
 
     Raises:
         UsageError: the student cannot be taught by its teachers; see ``preflight/``.
@@ -111,44 +152,23 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> TrainSe
     signals = {
         n: (c.coef, member("signals", n)(c, ctx)) for n, c in config.signals.items() if c.coef
     }
-    needs, k = asked_for(terms, signals)
-    rewards = [
-        reward_of(ctx, c.reward)
-        for n, c in config.signals.items()
-        if c.coef and hasattr(c, "reward")
-    ]
-    local, route = {}, {}
-    which = {about for name, about in map(parse_need, needs) if name == "student.hidden"}
-    layers = layers_of(model, which) if which else None
-    compared = {"teacher.hidden{" + about + "}" for about in which}
-    wanted = {n.removeprefix("teacher.") for n in needs - compared if n.startswith("teacher.")}
-    rebuilds = bool({"hidden", "listed"} & wanted)
-    if layers:
-        wanted |= {"inner"} if layers.inner else set()
-        wanted |= {"hidden"} if layers.depth in layers.chosen else set()
-    refers = {n.removeprefix("reference.") for n in needs if n.startswith("reference.")}
-    reference, sources = None, getattr(config, "sources", {})
-    if refers:
+    needs, sources = needs_in(terms, signals), getattr(config, "sources", {})
+    compared = _listed_by_weights(config)
+    top = max([0, *(getattr(t.objective.config, "k", 0) for t in terms), *compared])
+    asks = teacher_asks(model, needs, top)
+    reference_asks = Asks(frozenset(named(needs, "reference")))
+    rewards = _rewards(ctx, config)
+    reference, route, members = None, {}, {}
+    if reference_asks:
         reference = member("teachers", "local")(ctx, model, "reference", config.reference)
-    weights = [w for o in config.objectives.values() if o.coef for w in o.weights.values()]
-    ids = [w.k for w in weights if hasattr(w, "k")]
-    k = max([k, *ids])
-    if wanted or sources:
-        local = {
-            n: (teacher_of(ctx, model, n, t, wanted, k), t.weight) for n, t in teachers.items()
-        }
-        if "listed" in wanted and all("teacher.hidden" in t.provides for t, _ in local.values()):
-            wanted = wanted - {"listed"} | set(LISTED["listed"])
+    if asks or sources:
+        members = {n: (teacher_of(ctx, model, n, t, asks), t.weight) for n, t in teachers.items()}
+        if all("teacher.hidden" in t.provides for t, _ in members.values()):
+            asks = asks.rebuilding()  # entropy has a column too
         route = routes(ctx.recipe.domains(ctx.name), teachers)
         ctx.inspect(model)
     updates = getattr(config, "updates_per_rollout", 1)  # gradients of one step are not applied
     minibatches = getattr(config, "minibatches", 1)
-    several = updates * minibatches > 1
-    policy = [n.removeprefix("policy.") for n in sorted(needs) if n.startswith("policy.")]
-    if "old.logprobs" in needs and several and "logprobs" not in policy:
-        policy.append("logprobs")
-    baseline = next((s.config for _, s in signals.values() if "policy.kl" in s.needs), None)
-    top = baseline.k if baseline and baseline.support != "full" else 0
     return TrainSetup(
         source=source_of(ctx, model, sources)
         if sources
@@ -160,17 +180,13 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> TrainSe
         },
         signals=signals,
         rewards=rewards,
-        teachers=local if wanted else {},
+        teachers=members if asks else {},
         reference=reference,
-        reference_wants=tuple(sorted(refers)),
         route=route,
-        teacher_wants=tuple(sorted(wanted)),
-        layers=layers,
-        rebuilds=rebuilds,
-        teacher_top=k,
-        policy_wants=tuple(policy),
-        policy_top=top,
-        overlap_top=max(ids, default=16),
+        teacher_asks=asks,
+        reference_asks=reference_asks,
+        policy_asks=policy_asks(needs, updates * minibatches > 1, max(compared, default=16)),
+        policy_kl_top=_kl_top(signals) if "policy.kl" in needs else None,
         judged="verdict" in needs,
         temperature=getattr(config, "loss_temperature", 0) or config.sampling.temperature,
         sampled_at=config.sampling.temperature,
@@ -178,3 +194,20 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> TrainSe
         updates=updates,
         minibatches=minibatches,
     )
+
+
+def _listed_by_weights(config: Any) -> list[int]:
+    """Return how many of the most probable ids each weight compares."""
+    weights = [w for o in config.objectives.values() if o.coef for w in o.weights.values()]
+    return [w.k for w in weights if hasattr(w, "k")]
+
+
+def _rewards(ctx: Context, config: Any) -> list[Any]:
+    signals = [c for c in config.signals.values() if c.coef and hasattr(c, "reward")]
+    return [reward_of(ctx, c.reward) for c in signals]
+
+
+def _kl_top(signals: dict[str, tuple[float, Any]]) -> int:
+    """Return k of the policy's divergence as a baseline reads it; 0 is the whole vocabulary."""
+    baseline = next((s.config for _, s in signals.values() if "policy.kl" in s.needs), None)
+    return baseline.k if baseline and baseline.support != "full" else 0

@@ -81,7 +81,7 @@ def write(
 
 
 def committed(folder: Path) -> list[int]:
-    """Steps of the committed checkpoints, ascending. Sweeps nothing, loads nothing."""
+    """Return the steps of the committed checkpoints, ascending. Sweeps nothing, loads nothing."""
     if not folder.is_dir():
         return []
     return sorted(int(p.name[5:]) for p in folder.glob("step-*") if p.is_dir())
@@ -93,10 +93,10 @@ def restore(folder: Path, model: Model, optimizer: torch.optim.AdamW) -> dict | 
     A checkpoint that cannot be read is named on stderr and the one before it is taken.
     """
     names = model.trainable_parameters()
-    found = read(folder, ("weights", "optimizer"), partial(_require_ours, names))
-    if found is None:
+    saved = read(folder, ("weights", "optimizer"), partial(_require_ours, names))
+    if saved is None:
         return None
-    (weights, moments), state = found
+    (weights, moments), state = saved
     with torch.no_grad():
         for name, parameter in names.items():
             parameter.copy_(weights[name])
@@ -148,7 +148,7 @@ def _give_back(state: dict, held: dict[str, torch.Tensor]) -> None:
 
 
 def _require_ours(names: dict, weights: dict, moments: dict) -> None:
-    """Raises ValueError where a checkpoint is not one of this model."""
+    """Raise ValueError where a checkpoint is not one of this model."""
     shapes = {name: parameter.shape for name, parameter in names.items()}
     if {name: weight.shape for name, weight in weights.items()} != shapes:
         raise ValueError("its weights are of another model")

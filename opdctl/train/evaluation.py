@@ -6,7 +6,7 @@ import math
 
 from opdctl.errors import UsageError
 from opdctl.intervals import wilson
-from opdctl.rollout.prompts import fitting
+from opdctl.rollout.prompts import prompts_within_limit
 from opdctl.rollout.sampling import sample_group
 from opdctl.run.rundir import read_json, write_json
 from opdctl.train.context import Clock, Context
@@ -15,14 +15,15 @@ from opdctl.types import FORWARD, Compute
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """1 - C(n - right, k) / C(n, k): unbiased for the chance that one of k samples is right."""
+    """Return 1 - C(n - right, k) / C(n, k): unbiased for the chance that one of k samples is
+    right."""
     if n - right < k:
         return 1.0
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def half_width(values: list[float]) -> float:
-    """1.96 standard errors of the mean of independent values; 0 for fewer than two."""
+    """Return 1.96 standard errors of the mean of independent values; 0 for fewer than two."""
     n = len(values)
     if n < 2:
         return 0.0
@@ -39,7 +40,7 @@ def record(
     lengths: list[int],
     obeyed: list[int],
 ) -> dict:
-    """One line of results.json.
+    """Return one line of results.json.
 
     Args:
         right: correct samples of each prompt.
@@ -74,26 +75,26 @@ def evaluate(ctx: Context) -> Compute:
         Interrupted: a stop was asked for; finished domains are kept.
     """
     config, compute = ctx.config, Compute()
-    model = ctx.frozen(config.student)
+    model = ctx.models.frozen(config.student)
     metrics = Metrics(ctx.folder, ctx.attempt)
     records = []
     name = config.student.removeprefix("stage:")
     for done, domain in enumerate(ctx.recipe.domains(ctx.name), 1):
         clock = Clock()
         kept = ctx.folder / "parts" / f"{domain}.json"
-        found = read_json(kept)
-        if not found:
-            found = _domain(ctx, model, name, domain)
-            write_json(kept, found)
-        compute.rollout_tokens += found["processed"]
-        compute.flops["rollout"] += FORWARD * model.parameters * found.pop("processed")
-        records.append(found)
+        summary = read_json(kept)
+        if not summary:
+            summary = _domain(ctx, model, name, domain)
+            write_json(kept, summary)
+        compute.rollout_tokens += summary["processed"]
+        compute.flops["rollout"] += FORWARD * model.parameters * summary.pop("processed")
+        records.append(summary)
         clock.lap("rollout")
         compute.seconds["rollout"] += clock.seconds["rollout"]
         ctx.loop_seconds += clock.seconds["rollout"]
         metrics.row(
             done,
-            {"domain": domain, "accuracy": found["accuracy"], "length": found["mean_tokens"]},
+            {"domain": domain, "accuracy": summary["accuracy"], "length": summary["mean_tokens"]},
             clock.seconds,
         )
     metrics.close()
@@ -103,17 +104,17 @@ def evaluate(ctx: Context) -> Compute:
 
 def _domain(ctx: Context, model, name: str, domain: str) -> dict:
     config = ctx.config
-    prompts = fitting(ctx, model, domain, "eval", config.prompts.limit)
+    prompts = prompts_within_limit(ctx, model, domain, "eval", config.prompts.limit)
     if not prompts:
         raise UsageError(f"data.{domain} holds out no prompts", "raise eval_share")
     rollouts = sample_group(ctx, model, prompts, 0, "student")
     if domain == next(iter(ctx.recipe.domains(ctx.name))):
         ctx.show_first(rollouts[0], model.tokenizer, trained=False)
     right, obeyed = [0] * len(prompts), [0] * len(prompts)
-    for rollout, verdict in zip(rollouts, ctx.verify(rollouts), strict=True):
+    for rollout, verdict in zip(rollouts, ctx.verdicts.verify(rollouts), strict=True):
         right[rollout.group] += int(verdict == 1.0)
-        obeyed[rollout.group] += int(ctx.obeyed(rollout))
+        obeyed[rollout.group] += int(ctx.verdicts.obeyed(rollout))
     lengths = [r.length for r in rollouts]
     summary = record(name, domain, config.prompts.samples, right, lengths, obeyed)
-    failed = {"verifier_errors": ctx.failed[domain]} if ctx.failed[domain] else {}
+    failed = {"verifier_errors": ctx.verdicts.failed[domain]} if ctx.verdicts.failed[domain] else {}
     return {**summary, **failed, "processed": sum(r.forwarded for r in rollouts)}

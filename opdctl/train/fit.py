@@ -1,4 +1,5 @@
-"""Hidden states of both sides, for an objective that is fitted to them before the first step."""
+"""The hidden states of both sides, for an objective that is fitted to them before the first
+step."""
 
 from __future__ import annotations
 
@@ -6,6 +7,9 @@ import torch
 from torch import Tensor
 
 from opdctl.models.model import Model
+from opdctl.scoring.asks import Asks, Pass
+from opdctl.scoring.columns import PAIR_WEIGHT, TEACHER_INDEX, TEACHER_ROW
+from opdctl.scoring.quantities import HIDDEN, INNER
 from opdctl.scoring.score import score
 from opdctl.scoring.teacher_cache import CachedTeacher
 from opdctl.train.context import Context
@@ -17,12 +21,12 @@ from opdctl.types import FORWARD, Compute, Rollout
 def states_for_fit(
     rollouts: list[Rollout],
     model: Model,
-    parts: TrainSetup,
+    setup: TrainSetup,
     ctx: Context,
     compute: Compute,
     which: str,
 ) -> list[tuple[str, Tensor, Tensor, Tensor]]:
-    """Hidden states of both sides at the same tokens, for an objective that is fitted to them.
+    """Return hidden states of both sides at the same tokens, for an objective fitted to them.
 
     Args:
         which: layers, as in the objective's needs.
@@ -31,24 +35,18 @@ def states_for_fit(
         For each teacher asked its name, the policy's states and its own, [N', L, width] each, and
         a number for the prompt of each token, [N'], the same wherever the prompt comes again.
     """
-    step, requests = score_step(rollouts, model, parts, ctx, compute), [r.request for r in rollouts]
-    found = score(
-        model,
-        requests,
-        temperature=parts.temperature,
-        want=("hidden", "inner"),
-        layers=parts.layers,
-        micro_batch=ctx.runtime.micro_batch,
-        check=ctx.check,
-    )
+    step, requests = score_step(rollouts, model, setup, ctx, compute), [r.request for r in rollouts]
+    layers = setup.teacher_asks.layers
+    asks, run = Asks.of(HIDDEN, INNER, layers=layers), Pass.of(ctx, setup.temperature)
+    scores = score(model, requests, asks, run)
     compute.flops["train"] += FORWARD * model.parameters * sum(len(q.ids) for q in requests)
-    own = CachedTeacher(None, found.hidden_ND, inner_NLD=found.inner_NLD)
+    own = CachedTeacher(None, scores.hidden_ND, inner_NLD=scores.inner_NLD)
     numbers = [int(r.prompt.id, 16) >> 1 for r in rollouts]  # 63 bits: a signed integer holds them
     prompt_N = torch.tensor(numbers, device=model.device)[step.sequence_N]
-    places, pairs = parts.layers.places(which), []
-    asked_NM = step.columns["pair_weight"] != 0
+    places, pairs = layers.state_indices(which), []
+    taught_NM = step.columns[PAIR_WEIGHT] != 0
     for i, held in enumerate(step.teacher_cache.held):
-        at_N, place_N = (asked_NM & (step.columns["teacher_index"] == i)).nonzero(as_tuple=True)
-        theirs_NLD = held.states(step.columns["teacher_row"][at_N, place_N], places)
+        at_N, place_N = (taught_NM & (step.columns[TEACHER_INDEX] == i)).nonzero(as_tuple=True)
+        theirs_NLD = held.states(step.columns[TEACHER_ROW][at_N, place_N], places)
         pairs.append((held.name, own.states(at_N, places), theirs_NLD, prompt_N[at_N]))
     return pairs

@@ -17,6 +17,8 @@ from opdctl.errors import Interrupted
 from opdctl.models.model import Model
 from opdctl.models.packing import pack
 from opdctl.run.rundir import write_json
+from opdctl.scoring.asks import Asks, Pass
+from opdctl.scoring.quantities import HIDDEN
 from opdctl.train import checkpoint, update
 from opdctl.train.context import Clock, Context
 from opdctl.train.loop import count_rollouts
@@ -30,7 +32,7 @@ SUM = "their sum"
 
 @dataclass
 class Sums:
-    """Over the batches done: of gradients (flat, float64), of their squared norms, the ledger.
+    """The sums over the batches done: gradients (flat, float64), their squared norms, the ledger.
 
     Attributes:
         gap: of rebuilt logits, of the first batch.
@@ -43,7 +45,7 @@ class Sums:
     gap: float = 0.0
 
 
-def measure(ctx: Context, model: Model, parts: TrainSetup) -> Compute:
+def measure(ctx: Context, model: Model, setup: TrainSetup) -> Compute:
     """Write ``facts.json``: variances, cosines, and how exact rebuilt logits are.
 
     Raises:
@@ -53,7 +55,7 @@ def measure(ctx: Context, model: Model, parts: TrainSetup) -> Compute:
     try:
         while so_far.done < ctx.config.batches:
             ctx.check()
-            _batch(ctx, model, parts, so_far, metrics)
+            _batch(ctx, model, setup, so_far, metrics)
             if so_far.done % ctx.runtime.checkpoint_every == 0:
                 _save(ctx, so_far)
     except Interrupted:
@@ -63,29 +65,29 @@ def measure(ctx: Context, model: Model, parts: TrainSetup) -> Compute:
     finally:
         metrics.close()
     facts = summary(so_far.sums, so_far.squares, so_far.done)
-    if "hidden" in parts.teacher_wants:
+    if HIDDEN in setup.teacher_asks:
         facts["gap of rebuilt logits"] = so_far.gap
     write_json(ctx.folder / "facts.json", facts)
     return so_far.compute
 
 
-def _batch(ctx: Context, model: Model, parts: TrainSetup, so_far: Sums, metrics: Metrics) -> None:
-    """One more batch; ``so_far`` changes when all of its gradients are there."""
+def _batch(ctx: Context, model: Model, setup: TrainSetup, so_far: Sums, metrics: Metrics) -> None:
+    """Take one more batch; ``so_far`` changes when all of its gradients are there."""
     clock, compute, gap = Clock(), copy.deepcopy(so_far.compute), so_far.gap
-    rollouts = [r for r in parts.source.draw(so_far.done) if r.response_ids]
+    rollouts = [r for r in setup.source.draw(so_far.done) if r.response_ids]
     if not so_far.done:
         ctx.show_first(rollouts[0], model.tokenizer)
-    count_rollouts(parts.source, compute)
+    count_rollouts(setup.source, compute)
     clock.lap("rollout")
-    step = score_step(rollouts, model, parts, ctx, compute)
-    set_advantage(step, parts.signals)
-    set_weights(step, parts.terms)
-    if not so_far.done and "hidden" in parts.teacher_wants:
-        gap = rebuilt(ctx, step, parts, compute)
+    step = score_step(rollouts, model, setup, ctx, compute)
+    set_advantage(step, setup.signals)
+    set_weights(step, setup.terms)
+    if not so_far.done and HIDDEN in setup.teacher_asks:
+        gap = rebuilt(ctx, step, setup, compute)
     clock.lap("score")
     gradients, names = {}, [n for n in so_far.sums if n != SUM]
-    for name, term in zip(names, parts.terms, strict=True):
-        gradients[name], processed = _gradient(ctx, model, parts, step, term)
+    for name, term in zip(names, setup.terms, strict=True):
+        gradients[name], processed = _gradient(ctx, model, setup, step, term)
         compute.train_tokens += processed
         compute.flops["train"] += model.flops * processed
     if SUM in so_far.sums:
@@ -103,7 +105,7 @@ def _batch(ctx: Context, model: Model, parts: TrainSetup, so_far: Sums, metrics:
 
 
 def _restored(ctx: Context, model: Model) -> Sums:
-    """From the newest checkpoint, or of nothing."""
+    """Return the sums of the newest checkpoint, or of nothing."""
     names = [n for n, o in ctx.config.objectives.items() if o.coef]
     names += [SUM] if ctx.config.together else []
     sizes = dict.fromkeys(names, model.trained)
@@ -112,14 +114,14 @@ def _restored(ctx: Context, model: Model) -> Sums:
         if {n: s.numel() for n, s in sums.items()} != sizes:
             raise ValueError("its sums are of another model, or of other objectives")
 
-    found = checkpoint.read(ctx.folder / "checkpoints", ("sums",), check)
-    if found is None:
+    saved = checkpoint.read(ctx.folder / "checkpoints", ("sums",), check)
+    if saved is None:
         zeros = {
             n: torch.zeros(size, dtype=torch.float64, device=model.device)
             for n, size in sizes.items()
         }
         return Sums(0, zeros, dict.fromkeys(names, 0.0), Compute())
-    (sums,), state = found
+    (sums,), state = saved
     # memory of a file begins anywhere, and where a vector begins decides how its products round
     sums = {n: sums[n].to(model.device, copy=True) for n in names}
     return Sums(state["step"], sums, state["squares"], Compute(**state["compute"]), state["gap"])
@@ -132,22 +134,17 @@ def _save(ctx: Context, so_far: Sums) -> None:
     ctx.wal.drop(so_far.done)
 
 
-def _gradient(ctx, model, parts, step, term) -> tuple[torch.Tensor, int]:
+def _gradient(ctx, model, setup, step, term) -> tuple[torch.Tensor, int]:
     """The gradient of one objective, flat, in float64."""
-    runtime = ctx.runtime
     model.net.zero_grad(set_to_none=True)
-    _, _, processed = update.accumulate(
+    result = update.accumulate(
         model,
         [r.request for r in step.rollouts],
         step.columns,
         [term],
-        temperature=parts.temperature,
-        micro_batch=runtime.micro_batch,
-        chunk_mib=runtime.chunk_mib,
-        kernel=runtime.kernel,
-        rounded=runtime.rounded_logits,
-        teacher_cache=step.teacher_cache,
-        layers=parts.layers,
+        Pass.of(ctx, setup.temperature),
+        step.teacher_cache,
+        setup.teacher_asks.layers,
     )
     flat = [  # an expert that no token went to has none
         (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
@@ -155,11 +152,11 @@ def _gradient(ctx, model, parts, step, term) -> tuple[torch.Tensor, int]:
         if p.requires_grad
     ]
     model.net.zero_grad(set_to_none=True)
-    return torch.cat(flat).double(), processed
+    return torch.cat(flat).double(), result.processed
 
 
 def summary(sums: dict, squares: dict[str, float], n: int) -> dict[str, float]:
-    """Facts by name, from sums of gradients and of their squared norms over n batches."""
+    """Return facts by name, from sums of gradients and of their squared norms over n batches."""
     facts = {}
     for name, sum_P in sums.items():
         spread = squares[name] - float(sum_P @ sum_P) / n
@@ -172,20 +169,18 @@ def summary(sums: dict, squares: dict[str, float], n: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def rebuilt(ctx: Context, step: Step, parts: TrainSetup, compute: Compute) -> float:
-    """Largest difference between a teacher's own logits and those of its cached hidden rows.
+def rebuilt(ctx: Context, step: Step, setup: TrainSetup, compute: Compute) -> float:
+    """Return the largest gap of a teacher's own logits and those of its cached hidden rows.
 
     Over the first few rollouts of each teacher; the logits at temperature 1, as the head gives
     them, in the widest type of the two.
     """
     gap = 0.0
-    for name, (teacher, _) in parts.teachers.items():
-        own = [r.request for r in step.rollouts if name in parts.route[r.prompt.domain]][:16]
-        if not own:
-            continue
-        cached = teacher.score(own, 1.0, ("hidden",))
+    for name, mine in step.teacher_requests.items():
+        (teacher, _), requests = setup.teachers[name], mine.requests[:16]
+        cached = teacher.score(requests, Asks.of(HIDDEN), Pass.of(ctx, 1.0))
         logits_NV = teacher.model.lm_head().logits(cached.hidden_ND)
-        packed = pack(own, teacher.model.pad, teacher.model.device)
+        packed = pack(requests, teacher.model.pad, teacher.model.device)
         direct = teacher.model.own_logits(packed.ids_BT).flatten(0, 1)
         direct_NV = direct[packed.prediction_N, : logits_NV.shape[1]].to(logits_NV.dtype)
         gap = max(gap, float((logits_NV - direct_NV).abs().max()))

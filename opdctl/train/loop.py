@@ -1,10 +1,11 @@
 """The one loop: draw, reward, score, advantage, update; a line of metrics; a checkpoint.
 
-Every stage that trains is a declaration of what goes into it. It knows no member by name and
-never pads, shifts, masks or normalises: tokens.py and update.py do. Within a step the weights
-change only in the update, so a stop before it commits the state of the step's start. What acts on
-the weights after it (controllers) gives them back if it is cut: that stop commits the step without
-them, with its row of metrics, and the controllers act when the stage goes on.
+Every stage that trains is a declaration of what goes into it. The loop knows no member by name and
+never pads, shifts, masks or normalises: packing.py and update.py do. Within a step the weights
+change only in the update, so a stop before it commits the state of the step's start. A controller
+that changes weights after the update must restore them if interrupted; the step is then
+checkpointed without its change, with its row of metrics, and the controllers act when the stage
+goes on.
 """
 
 from __future__ import annotations
@@ -15,43 +16,45 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from opdctl import draws
 from opdctl.errors import Interrupted, StageFailed
 from opdctl.kernels.select import rows_class
 from opdctl.models import packing
-from opdctl.models.master_weights import Masters
+from opdctl.models.master_weights import MasterWeights
 from opdctl.models.model import Model
 from opdctl.run.rundir import finite
 from opdctl.scoring import overlap
+from opdctl.scoring.asks import Pass
+from opdctl.scoring.columns import DOMAIN, TEACHER_INDEX
 from opdctl.train import checkpoint, update
 from opdctl.train.context import Clock, Context
 from opdctl.train.fit import states_for_fit
-from opdctl.train.metrics import Metrics, Watch, by_domain, mean, means
+from opdctl.train.metrics import Metrics, Watch
 from opdctl.train.score_step import score_step, set_advantage, set_weights
 from opdctl.train.step import Step, TrainSetup
+from opdctl.train.step_metrics import step_metrics
+from opdctl.train.update import UpdateResult
 from opdctl.types import FORWARD, Compute, Rollout
 
 
-def train(ctx: Context, model: Model, parts_of: Callable[[Context, Model], TrainSetup]) -> Compute:
+def train(ctx: Context, model: Model, setup_of: Callable[[Context, Model], TrainSetup]) -> Compute:
     """Run the loop to its end and commit the stage's ``output/``.
 
     Args:
         model: the weights to start from; a checkpoint of this stage replaces them.
-        parts_of: builds the loop's parts around the model.
+        setup_of: builds the loop's setup around the model.
 
     Raises:
         Interrupted: a stop was asked for; a checkpoint is committed.
     """
-    compute = Loop(ctx, model, parts_of(ctx, model)).run()
+    compute = Loop(ctx, model, setup_of(ctx, model)).run()
     checkpoint.commit(ctx.folder, model)
     return compute
 
 
 def count_rollouts(source: Any, compute: Compute) -> None:
     """Add to the ledger everything a source sampled last, what it then refused included."""
-    for part in getattr(source, "sources", [source]):
+    for part in source.sources:
         flops = FORWARD * part.parameters * part.sampled
         if part.samples_from == "teacher":
             compute.teacher_sampled_tokens += part.sampled
@@ -62,23 +65,24 @@ def count_rollouts(source: Any, compute: Compute) -> None:
 
 
 class Loop:
-    """Runs ``config.steps`` steps of a stage, from its newest checkpoint."""
+    """The loop over ``config.steps`` steps of a stage, from its newest checkpoint."""
 
-    def __init__(self, ctx: Context, model: Model, parts: TrainSetup) -> None:
-        self.ctx, self.model, self.parts = ctx, model, parts
+    def __init__(self, ctx: Context, model: Model, setup: TrainSetup) -> None:
+        self.ctx, self.model, self.setup = ctx, model, setup
+        self.pass_ = Pass.of(ctx, setup.temperature)
         self.steps, self.optim = ctx.config.steps, ctx.config.optim
         narrow = any(
             p.dtype.itemsize < 4 for p in model.trainable_parameters().values()
         )  # no adapter is
         if narrow and ctx.runtime.masters_of(self.optim.lr):
-            model.masters = Masters(model.net)
+            model.masters = MasterWeights(model.net)
             print(f"{ctx.name}: the optimizer moves float32 copies of the parameters", flush=True)
         self.optimizer = update.make_optimizer(model, self.optim)
         self.compute, self.watch = Compute(), Watch(ctx.config.watch, ctx.name)
         self.checkpoints = ctx.folder / "checkpoints"
         self.row: dict = {}  # of a step whose controllers have not acted yet
-        self.overlap_k = overlap.top_of(model.lm_head()) if parts.teachers else 0
-        held = max((getattr(t.objective, "compares", 0) for t in parts.terms), default=0)
+        self.overlap_k = overlap.top_of(model.lm_head()) if setup.teachers else 0
+        held = max((getattr(t.objective, "compares", 0) for t in setup.terms), default=0)
         self.apart = held < self.overlap_k  # nothing in the update logs the overlap
 
     def run(self) -> Compute:
@@ -135,7 +139,7 @@ class Loop:
         return self.compute
 
     def _whole(self, part: Callable[[int, Clock], dict], done: int, clock: Clock) -> dict:
-        """What a part of a step returns. Cut, it is taken again: ledger and members go back."""
+        """Run a part of a step. Cut, it is taken again: ledger and members go back."""
         before, members = copy.deepcopy(self.compute), self._states()
         try:
             return part(done, clock)
@@ -145,14 +149,14 @@ class Loop:
             raise
 
     def _with(self, method: str) -> list:
-        """The controllers that have a method."""
-        return [c for c in self.parts.controllers.values() if hasattr(c, method)]
+        """Return the controllers that have a method."""
+        return [c for c in self.setup.controllers.values() if hasattr(c, method)]
 
     def _members(self) -> dict[str, Any]:
-        """Signals, controllers and objectives that remember something between steps."""
-        named = {n: s for n, (_, s) in self.parts.signals.items()}
-        named |= {f"controllers.{n}": c for n, c in self.parts.controllers.items()}
-        own = (term.objective for term in self.parts.terms)
+        """Return signals, controllers and objectives that remember something between steps."""
+        named = {n: s for n, (_, s) in self.setup.signals.items()}
+        named |= {f"controllers.{n}": c for n, c in self.setup.controllers.items()}
+        own = (term.objective for term in self.setup.terms)
         named |= {f"objectives.{type(o).__name__}": o for o in own}
         return {n: m for n, m in named.items() if hasattr(m, "state")}
 
@@ -179,188 +183,140 @@ class Loop:
         self.ctx.wal.drop(done)
 
     def _act(self, done: int, clock: Clock) -> dict:
-        """What the controllers do to the weights of this step's end, and what that cost."""
+        """Let the controllers act on the weights of this step's end; return what to log of it."""
         values = {}
-        for name, controller in self.parts.controllers.items():
+        for name, controller in self.setup.controllers.items():
             if hasattr(controller, "act"):
                 values |= {f"{name}_{k}": v for k, v in controller.act(done + 1).items()}
-                found = controller.sampled
-                self.compute.rollout_tokens += found
-                self.compute.flops["rollout"] += FORWARD * self.model.parameters * found
+                sampled = controller.sampled
+                self.compute.rollout_tokens += sampled
+                self.compute.flops["rollout"] += FORWARD * self.model.parameters * sampled
                 clock.lap("rollout")
         return values
 
     def _step(self, done: int, clock: Clock) -> dict:
         values = {} if done else self._fit()
         self.ctx.wal.at(done)
-        failed = self.ctx.failed.total()
-        rollouts = [r for r in self.parts.source.draw(done) if r.response_ids]
+        failed = self.ctx.verdicts.failed.total()
+        rollouts = [r for r in self.setup.source.draw(done) if r.response_ids]
         for rollout in rollouts:
             assert 0 <= done - rollout.version <= 0, "rollouts are of the current weights"
-        count_rollouts(self.parts.source, self.compute)
+        count_rollouts(self.setup.source, self.compute)
         clock.lap("rollout")
         if not rollouts:
             return {"rollouts": 0, "tokens": 0}  # the source refused all of its samples
         if not done:
             self.ctx.show_first(rollouts[0], self.model.tokenizer)
-        if self.parts.minibatches > 1:
+        if self.setup.minibatches > 1:
             rollouts = self._shuffled(rollouts, done)
-        before = self.ctx.loads
-        step = score_step(rollouts, self.model, self.parts, self.ctx, self.compute)
-        values |= set_advantage(step, self.parts.signals) | set_weights(step, self.parts.terms)
-        for name, controller in self.parts.controllers.items():
+        before = self.ctx.models.loads
+        step = score_step(rollouts, self.model, self.setup, self.ctx, self.compute)
+        values |= set_advantage(step, self.setup.signals) | set_weights(step, self.setup.terms)
+        for name, controller in self.setup.controllers.items():
             if hasattr(controller, "read"):
                 values |= {f"{name}_{k}": v for k, v in controller.read(step).items()}
-        seen = {}
-        if self.apart and self._due(done + 1, self.ctx.runtime.log_overlap_every):
-            seen = overlap.logged(self.ctx, self.model, self.parts, rollouts)
+        seen = self._overlap(step, done)
         clock.lap("score")
         if step.teacher_cache is not None:
             step.teacher_cache.loads = 0  # those of the update alone
-        values = {**seen, **self._train(step, done), **values}
+        updates = self._update(step, done)
+        verdicts = None
+        if self.setup.source.samples_from == "student" and self.ctx.runtime.log_accuracy:
+            verdicts = self.ctx.verdicts.verify(rollouts)
+        values = {
+            **seen,
+            **step_metrics(step, updates, self.setup, self.kernel, verdicts),
+            **values,
+        }
         if "overlap" in values:
             values["overlap_k"] = self.overlap_k
         if step.teacher_cache is not None:
             values |= {
                 "head_loads": step.teacher_cache.loads,
                 "heads": step.teacher_cache.most,
-                "teacher_loads": self.ctx.loads - before,
+                "teacher_loads": self.ctx.models.loads - before,
             }
-        if self.ctx.failed.total() > failed:
-            values["verifier_errors"] = self.ctx.failed.total() - failed
+        if self.ctx.verdicts.failed.total() > failed:
+            values["verifier_errors"] = self.ctx.verdicts.failed.total() - failed
         clock.lap("train")
         self._log_rollouts(done + 1, step)
         return values
 
+    def _overlap(self, step: Step, done: int) -> dict[str, float]:
+        """Return how student and teachers overlap, where a pass of its own is due to measure it."""
+        due = self._due(done + 1, self.ctx.runtime.log_overlap_every)
+        if not (self.apart and due):
+            return {}
+        most = self.ctx.runtime.log_rollouts
+        pairs = (step.teacher_requests, step.rollouts)
+        return overlap.logged(self.model, self.setup.teachers, *pairs, self.pass_, most)
+
     def _fit(self) -> dict[str, float]:
-        """What objectives have of their own and is made before the first step."""
+        """Fit the objectives that are fitted before the first step; return what to log of it."""
         values = {}
-        for objective in (t.objective for t in self.parts.terms if hasattr(t.objective, "fit")):
+        for objective in (t.objective for t in self.setup.terms if hasattr(t.objective, "fit")):
             values |= objective.fit(self._pairs(objective.which))
         return values
 
     def _pairs(self, which: str) -> Iterator[list]:
-        """Hidden states of both sides, a step's rollouts of the start at a time. Such steps have
-        numbers below 0, so that no draw of theirs is one of training."""
+        """Yield hidden states of both sides, a step's rollouts of the start at a time. Such steps
+        have numbers below 0, so that no draw of theirs is one of training."""
         step = 0
         while True:
             step -= 1
             self.ctx.check()
             self.ctx.wal.at(step)
-            rollouts = [r for r in self.parts.source.draw(step) if r.response_ids]
-            count_rollouts(self.parts.source, self.compute)
+            rollouts = [r for r in self.setup.source.draw(step) if r.response_ids]
+            count_rollouts(self.setup.source, self.compute)
             if not rollouts:
                 raise StageFailed("nothing to fit on", "the source refused all of its samples")
-            yield states_for_fit(rollouts, self.model, self.parts, self.ctx, self.compute, which)
+            yield states_for_fit(rollouts, self.model, self.setup, self.ctx, self.compute, which)
 
-    def _train(self, step: Step, done: int) -> dict:
-        rollouts, model = step.rollouts, self.model
-        spans = [r.request for r in rollouts]
-        lengths = [r.length for r in rollouts]
-        runtime = self.ctx.runtime
+    def _update(self, step: Step, done: int) -> list[UpdateResult]:
+        """Move the weights: one result for each optimizer step."""
+        spans, lengths = [r.request for r in step.rollouts], [r.length for r in step.rollouts]
+        setup, results = self.setup, []
         lr = update.lr_at(done, self.steps, self.optim)
-        losses, norms, logged, asked, skipped = [], [], {}, 0, 0
         self.ctx.check()
-        for _ in range(self.parts.updates):
-            for sequences, part in packing.parts(lengths, self.parts.minibatches):
-                cut = {k: v[part] for k, v in step.columns.items()}
-                if step.teacher_cache is not None:
-                    asked += len(cut["teacher_index"].unique())
-                loss, table, processed = update.accumulate(
-                    model,
+        for _ in range(setup.updates):
+            for sequences, tokens in packing.minibatch_slices(lengths, setup.minibatches):
+                columns = {k: v[tokens] for k, v in step.columns.items()}
+                result = update.accumulate(
+                    self.model,
                     spans[sequences],
-                    cut,
-                    self.parts.terms,
-                    temperature=self.parts.temperature,
-                    micro_batch=runtime.micro_batch,
-                    chunk_mib=runtime.chunk_mib,
-                    kernel=runtime.kernel,
-                    rounded=runtime.rounded_logits,
-                    teacher_cache=step.teacher_cache,
-                    layers=self.parts.layers,
+                    columns,
+                    setup.terms,
+                    self.pass_,
+                    step.teacher_cache,
+                    setup.teacher_asks.layers,
                 )
-                clip = self.optim.clip_norm
-                norm, taken = update.step(model, self.optimizer, lr, clip, loss)
-                norms.append(norm)
-                losses.append(loss)
-                skipped += not taken
-                for name, vector_N in table.items():
-                    logged.setdefault(name, []).append(vector_N)
-                self.compute.train_tokens += processed
-                self.compute.flops["train"] += model.flops * processed
-        values = {
-            "loss": mean(losses),
-            "grad_norm": mean(norms),
-            "lr": lr,
-            "kernel": self.kernel,
-            "rollouts": len(rollouts),
-            "tokens": sum(lengths),
-            "length": mean(lengths),
-            "truncated": mean(float(r.truncated) for r in rollouts),
-        }
-        if skipped:
-            values["skipped"] = skipped
-        if step.teacher_cache is not None:
-            values["teachers"] = asked  # of each mini-batch, together
-        if self.parts.rewards:
-            values["reward"] = mean(r.reward for r in rollouts)
-            values["reward_by_domain"] = by_domain(rollouts, [r.reward for r in rollouts])
-        if self.parts.source.samples_from == "student" and runtime.log_accuracy:
-            values["accuracy"] = by_domain(rollouts, self.ctx.verify(rollouts))
-        logged = {name: torch.cat(parts) for name, parts in logged.items()}
-        kept_N = logged["masked"] == 0 if "masked" in logged else None
-        own_N = step.spread([r.source == "student" for r in rollouts]).bool()
-        own_N = own_N.repeat(self.parts.updates)
-        own = {name: logged.pop(name) for name in overlap.NAMES if name in logged}
-        values |= means(logged, kept_N) | means(own, own_N if kept_N is None else own_N & kept_N)
-        values |= self._sampler(step, logged)
-        if "divergence" in logged and self.parts.updates == 1:
-            kept_N = torch.ones_like(step.sequence_N) if kept_N is None else kept_N
-            sums_B, kept_B = (
-                packing.per_sequence(value_N, step.sequence_N, len(rollouts)).tolist()
-                for value_N in (logged["divergence"], kept_N.to(logged["divergence"].dtype))
-            )
-            each = [(r, s / n) for r, s, n in zip(rollouts, sums_B, kept_B, strict=True) if n]
-            values["divergence_by_domain"] = by_domain([r for r, _ in each], [v for _, v in each])
-        return values
-
-    def _sampler(self, step: Step, logged: dict) -> dict[str, float]:
-        """What the sampler's own log-probs say: ``surprise``, an unbiased estimate of the entropy
-        of what was sampled from, and how far the trainer's are from them, on average."""
-        if "behaviour" not in step.columns:
-            return {}
-        behaviour_N = step.columns["behaviour"]
-        values = {"surprise": -float(behaviour_N.mean())}
-        ours_N = step.columns.get("policy")
-        mixed = self.parts.source.samples_from != "student"
-        if mixed or self.parts.temperature != self.parts.sampled_at:
-            return values  # the two sides are not the same distribution
-        if ours_N is None and self.parts.updates * self.parts.minibatches == 1:
-            ours_N = logged.get("student_logprob")  # the weights that sampled
-        if ours_N is not None:
-            gap_N = (ours_N - behaviour_N).abs()
-            if "masked" in logged:
-                gap_N = gap_N[logged["masked"][: len(gap_N)] == 0]  # the same in each update
-            values["logprob_gap"] = float(gap_N.sum()) / max(1, len(gap_N))
-        return values
+                if step.teacher_cache is not None:
+                    result.teachers = len(columns[TEACHER_INDEX].unique())
+                result.lr, clip = lr, self.optim.clip_norm
+                moved = update.step(self.model, self.optimizer, lr, clip, result.loss)
+                result.norm, result.taken = moved
+                results.append(result)
+                self.compute.train_tokens += result.processed
+                self.compute.flops["train"] += self.model.flops * result.processed
+        return results
 
     def _shuffled(self, rollouts: list[Rollout], done: int) -> list[Rollout]:
-        """Groups in an order of the step's own, so that no minibatch is of one domain alone."""
+        """Return the groups in an order of the step's own, so that minibatches mix domains."""
         groups = list(dict.fromkeys(r.group for r in rollouts))
         order = draws.permutation(len(groups), self.ctx.seed, "minibatches", done)
         place = {groups[g]: i for i, g in enumerate(order)}
         return sorted(rollouts, key=lambda r: place[r.group])
 
     def _due(self, done: int, every: int) -> bool:
-        """Whether something is logged in a step: in each so many, the first and the last."""
+        """Return True where a step is logged: each so many, the first and the last."""
         return bool(every) and (done % every == 0 or done in (1, self.steps))
 
     def _log_rollouts(self, done: int, step: Step) -> None:
         if not self._due(done, self.ctx.runtime.log_rollouts_every):
             return
         lengths = [r.length for r in step.rollouts]
-        flat = {k: v for k, v in step.columns.items() if v.ndim == 1 and k != "domain"}
-        vectors = {k: packing.split(v, lengths) for k, v in flat.items()}
+        flat = {k: v for k, v in step.columns.items() if v.ndim == 1 and k != DOMAIN}
+        vectors = {k: packing.lists_per_sequence(v, lengths) for k, v in flat.items()}
         folder = self.ctx.folder / "rollouts"
         folder.mkdir(exist_ok=True)
         with open(folder / f"step-{done:06d}.jsonl", "w", encoding="utf-8") as file:

@@ -21,7 +21,7 @@ from opdctl.run.rundir import finite
 
 
 class Metrics:
-    """Appends to the metrics of one stage."""
+    """The metrics of one stage, appended line by line."""
 
     def __init__(self, folder: Path, attempt: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ class Metrics:
 
 
 class Watch:
-    """Shows every step to the watchdogs, and says what was wrong for long enough.
+    """The watchdogs of a stage: they see every step, and say what was wrong for long enough.
 
     A watchdog acts once it has seen the same thing ``steps`` times in a row; warning, it speaks
     again whenever that number has doubled.
@@ -71,15 +71,15 @@ class Watch:
         self.state: dict[str, dict] = {"row": {}, "first": {}}
 
     def look(self, step: int, values: dict) -> tuple[list[str], StageFailed | None]:
-        """What to warn of in this step, and the failure if the stage is to stop."""
+        """Return what to warn of in this step, and the failure if the stage is to stop."""
         if not self.state["first"] and values["tokens"]:
             self.state["first"] = {k: v for k, v in values.items() if isinstance(v, int | float)}
         before, self.state["row"] = self.state["row"], {}
         warnings, stop = [], None
         for name, dog in self.dogs.items():
             config = dog.config
-            for what, text in dog.look(values, self.state["first"]).items():
-                place = f"{name} {what}".strip()
+            for subject, text in dog.look(values, self.state["first"]).items():
+                place = f"{name} {subject}".strip()
                 row = self.state["row"][place] = before.get(place, 0) + 1
                 steps = "" if row == 1 else f", {row} steps in a row"
                 said = f"watch.{place}: {text}{steps}"
@@ -95,29 +95,30 @@ class Watch:
 
 
 def mean(values) -> float:
-    """Mean of a sequence; 0 of none."""
+    """Return the mean of a sequence; 0 of none."""
     values = list(values)
     return sum(values) / len(values) if values else 0.0
 
 
 def means(table: dict[str, Tensor], kept_N: Tensor | None) -> dict[str, float]:
-    """Mean of each per-token number, [N], over the tokens that some objective learns from: the
-    others stand there as 0 and were not measured. ``masked``, which counts those, is over all.
+    """Return the mean of each per-token number, [N]; tokens that no objective learns from are
+    stored as 0 and excluded. ``masked``, which counts those, is over all.
 
     Args:
         kept_N: which are meant, boolean; None is all. Where none is only ``masked`` is there.
     """
-    found = {}
+    averages = {}
     for name, value_N in table.items():
         if kept_N is not None and name != "masked":
             value_N = value_N[kept_N]
         if len(value_N):
-            found[name] = float(value_N.mean())
-    return found
+            averages[name] = float(value_N.mean())
+    return averages
 
 
 def by_domain(rollouts, values) -> dict[str, float]:
-    """Mean value of the rollouts of each domain, sorted by name. ``values`` has one a rollout."""
+    """Return the mean value of each domain's rollouts, sorted by name; ``values`` has one a
+    rollout."""
     groups: dict[str, list[float]] = {}
     for rollout, value in zip(rollouts, values, strict=True):
         groups.setdefault(rollout.prompt.domain, []).append(value)

@@ -8,6 +8,7 @@ objective changes it. Masks enter the count; gates and ratios do not.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,17 +16,24 @@ from torch import Tensor
 from opdctl.config.settings import Optim
 from opdctl.kernels.chunks import ScalarRows, rows_in
 from opdctl.kernels.select import rows_class
-from opdctl.loss.token_teacher import order_by_teacher, pairs, pooled_mean, share
+from opdctl.loss.token_teacher import (
+    gather_columns,
+    once_per_token,
+    order_by_teacher,
+    pooled_mean,
+)
 from opdctl.loss.token_view import LossTerm, weighted_sum
 from opdctl.models.hidden_layers import Layers, forward_kwargs, hidden_states
 from opdctl.models.model import Model
-from opdctl.models.packing import last_of_each, micro_batches, pack, per_sequence
+from opdctl.models.packing import last_per_sequence, micro_batches, pack, per_sequence
+from opdctl.scoring.asks import Pass
+from opdctl.scoring.columns import DOMAIN, PAIR_WEIGHT, TEACHER_INDEX
 from opdctl.scoring.teacher_cache import TeacherCache
 from opdctl.types import ScoreRequest
 
 
 def lr_at(step: int, steps: int, optim: Optim) -> float:
-    """Learning rate of a step, counted from 0. A pure function: there is no scheduler state."""
+    """Return the learning rate of a step, counted from 0; a pure function without state."""
     if step < optim.warmup:
         return optim.lr * (step + 1) / optim.warmup
     if optim.schedule == "constant":
@@ -37,7 +45,7 @@ def lr_at(step: int, steps: int, optim: Optim) -> float:
 
 
 def make_optimizer(model: Model, optim: Optim) -> torch.optim.AdamW:
-    """AdamW with decoupled weight decay on matrices only."""
+    """Return AdamW with decoupled weight decay on matrices only."""
     named = list(model.trainable_parameters().values())
     groups = [
         {"params": [p for p in named if p.ndim >= 2], "weight_decay": optim.weight_decay},
@@ -49,7 +57,7 @@ def make_optimizer(model: Model, optim: Optim) -> torch.optim.AdamW:
 
 
 def normalisers(term: LossTerm, sequence_N: Tensor, count: int, columns: dict) -> Tensor:
-    """Per-token factor of a term: its mask over its own count, times its factors. Shape [N].
+    """Return the per-token factor of a term: its mask over its count, times its factors. [N].
 
     seq_mean gives 1 / (|y| x responses), token_mean 1 / tokens; domain_mean 1 / tokens of the
     domain, times its share of the responses: long answers of one domain do not drown another's
@@ -70,7 +78,7 @@ def _counted(mask_N, normalise: str, sequence_N, count: int, columns: dict) -> T
         return mask_N / mask_N.sum().clamp(min=1)
     length_B = per_sequence(mask_N, sequence_N, count)
     if normalise == "domain_mean":
-        domain_N = columns["domain"]
+        domain_N = columns[DOMAIN]
         tokens_D = per_sequence(mask_N, domain_N, int(domain_N.max()) + 1)
         each_N = mask_N / length_B.clamp(min=1)[sequence_N]  # adds up to one per response
         share_D = per_sequence(each_N, domain_N, len(tokens_D)) / each_N.sum().clamp(min=1)
@@ -79,101 +87,136 @@ def _counted(mask_N, normalise: str, sequence_N, count: int, columns: dict) -> T
     return mask_N / (length_B.clamp(min=1)[sequence_N] * responses)
 
 
+@dataclass
+class UpdateResult:
+    """The result of one optimizer step: what ``accumulate`` made and what the loop did with it.
+
+    Attributes:
+        loss: its value.
+        table: what was logged per token, [N] each, 0 for a token that no objective gives a weight;
+            ``masked``, where masks or factors may take it, says which.
+        processed: tokens that went through the model.
+        norm: of the gradient before clipping; this and what follows is set by the loop.
+        taken: the weights moved.
+        lr: the learning rate.
+        teachers: how many have tokens in it.
+    """
+
+    loss: float = 0.0
+    table: dict[str, Tensor] = field(default_factory=dict)
+    processed: int = 0
+    norm: float = math.nan
+    taken: bool = False
+    lr: float = 0.0
+    teachers: int = 0
+
+
 def accumulate(
     model: Model,
     spans: list[ScoreRequest],
     columns: dict[str, Tensor],
     terms: list[LossTerm],
-    *,
-    temperature: float,
-    micro_batch: int,
-    chunk_mib: int,
-    kernel: str = "auto",
-    rounded: bool = False,
+    run: Pass,
     teacher_cache: TeacherCache | None = None,
     layers: Layers | None = None,
-) -> tuple[float, dict, int]:
-    """Gradient of the loss over ``spans``, added to ``.grad``.
+) -> UpdateResult:
+    """Add the gradient of the loss over ``spans`` to ``.grad``.
 
     Args:
         spans: their targets are supervised.
         columns: per-token vectors, [N], in the order of the spans.
-        kernel: level of the row pass, see kernels/select.py.
-        rounded: logits rounded to bfloat16.
         teacher_cache: teachers for the columns teacher_index and teacher_row.
-        layers: whose hidden states are compared; none of a layer before the last if not given.
-
-    Returns:
-        The loss, the per-token table of what was logged ([N] each, 0 for a token that no objective
-        gives a weight; ``masked``, where masks or factors may take it, says which), tokens
-        processed.
+        layers: the layers whose hidden states are compared; None means the last only.
     """
-    lengths = list(map(len, spans))
-    owner = torch.repeat_interleave(torch.arange(len(spans)), torch.tensor(lengths))
-    owner_N = owner.to(model.device)
-    factor = [t.coef * normalisers(t, owner_N, len(spans), columns) for t in terms]
-    weight_N = sum(f.abs() for f in factor)
-    which = {t.objective.rows for t in terms}
-    assert len(which) == 1, "objectives of one stage read the same rows"
-    head = model.lm_head(temperature, rounded)
-    options = {
-        "rows_of": ScalarRows
-        if "token" in which
-        else rows_class(kernel, model.device, head.logits_dtype),
-        "size": rows_in(chunk_mib, head, *_in_chunk(layers, terms)),
-        "teacher_cache": teacher_cache,
-    }
-    inner = ()
-    if layers is not None:
-        options["layers"], inner = layers, layers.inner
-    table: dict[str, Tensor] = {}
+    lengths = torch.tensor(list(map(len, spans)))
+    owner_N = torch.repeat_interleave(torch.arange(len(spans)), lengths).to(model.device)
+    factors = [t.coef * normalisers(t, owner_N, len(spans), columns) for t in terms]
+    weight_N = sum(factor_N.abs() for factor_N in factors)
+    (reads,) = {t.objective.rows for t in terms}  # objectives of one stage read the same rows
+    options = _loss_options(model, terms, run, reads == "token", layers)
+    options["teacher_cache"] = teacher_cache
+    inner = layers.inner if layers is not None else ()
+    result = UpdateResult()
     if any(t.masks or t.factors for t in terms):
-        table["masked"] = (weight_N == 0).to(torch.float32)
-    total, processed = 0.0, 0
-    teacher_NM = columns.get("teacher_index")
-    order = None
+        result.table["masked"] = (weight_N == 0).to(torch.float32)
+    teacher_NM = columns.get(TEACHER_INDEX)
+    pooled, order = teacher_NM is not None and teacher_NM.shape[1] > 1, None
     if teacher_NM is not None:  # sequences of one teacher together, so that its head is read once
-        order = last_of_each(teacher_NM[:, 0], torch.tensor(lengths)).tolist()
-    for group, tokens_N in micro_batches(spans, micro_batch, model.device, order):
+        order = last_per_sequence(teacher_NM[:, 0], lengths).tolist()
+    for group, tokens_N in micro_batches(spans, run.micro_batch, model.device, order):
         packed = pack([spans[i] for i in group], model.pad, model.device, model.one_row)
         out = model.backbone(**packed.inputs, **forward_kwargs(inner, model))
         hidden = out.last_hidden_state.flatten(0, 1)
-        index_N = packed.prediction_N if "prediction" in which else packed.token_N
+        index_N = packed.token_N if reads == "token" else packed.prediction_N
         kept_N = weight_N[tokens_N].nonzero()[:, 0]
         place_N = torch.zeros_like(kept_N)
         if teacher_NM is not None:
             kept_N, place_N = order_by_teacher(kept_N, tokens_N, columns)
         where_N = tokens_N[kept_N]
-        cut = pairs(columns, where_N, place_N)
+        cut = gather_columns(columns, where_N, place_N)
         if inner:
             options["inner_NLD"] = hidden_states(model, out, index_N[kept_N], inner)
         del out
-        loss, found = weighted_sum(
+        pairs = zip(terms, factors, strict=True)
+        loss, logged = weighted_sum(
             hidden[index_N[kept_N]],
-            head,
-            packed.target_N[kept_N],
-            cut,
-            [(t, share(t, f[where_N], place_N)) for t, f in zip(terms, factor, strict=True)],
+            target_N=packed.target_N[kept_N],
+            columns=cut,
+            terms=[(t, once_per_token(t, f_N[where_N], place_N)) for t, f_N in pairs],
             **options,
         )
-        for name, value_N in found.items():
-            if name not in table:
-                table[name] = torch.zeros(len(owner_N), device=model.device)
-            value_N = value_N.to(table[name].dtype)
-            if teacher_NM is not None and teacher_NM.shape[1] > 1:
-                weight_P = cut["pair_weight"].to(value_N.dtype)
-                table[name] += pooled_mean(value_N, weight_P, where_N, len(owner_N))
-            else:
-                table[name][where_N] = value_N
+        pair_weight_P = cut[PAIR_WEIGHT] if pooled else None
+        _scatter(result.table, logged, where_N, pair_weight_P, len(owner_N))
         loss.backward()
-        total += float(loss.detach())
-        processed += packed.positions
-    return total, table, processed
+        result.loss += float(loss.detach())
+        result.processed += packed.positions
+    return result
+
+
+def _loss_options(
+    model: Model,
+    terms: list[LossTerm],
+    run: Pass,
+    scalar: bool,
+    layers: Layers | None,
+) -> dict:
+    """Return the arguments of ``weighted_sum`` that are the same for every micro-batch."""
+    head = model.lm_head(run.temperature, run.rounded)
+    options = {
+        "head": head,
+        "rows_of": ScalarRows
+        if scalar
+        else rows_class(run.kernel, model.device, head.logits_dtype),
+        "size": rows_in(run.chunk_mib, head, *_in_chunk(layers, terms)),
+    }
+    return options if layers is None else options | {"layers": layers}
+
+
+def _scatter(
+    table: dict[str, Tensor],
+    logged: dict[str, Tensor],
+    where_P: Tensor,
+    weight_P: Tensor | None,
+    count: int,
+) -> None:
+    """Put what a micro-batch logged at its tokens, in rows of ``count``.
+
+    Args:
+        weight_P: of each pair, where teachers are pooled: then it is their mean.
+    """
+    for name, value_P in logged.items():
+        if name not in table:
+            table[name] = torch.zeros(count, device=where_P.device)
+        value_P = value_P.to(table[name].dtype)
+        if weight_P is not None:
+            table[name] += pooled_mean(value_P, weight_P.to(value_P.dtype), where_P, count)
+        else:
+            table[name][where_P] = value_P
 
 
 def _in_chunk(layers: Layers | None, terms: list[LossTerm]) -> tuple[int, bool]:
-    """How many hidden states of a row are compared, and whether any logits are made."""
-    return len(layers.chosen) if layers else 0, any(t.reads_logits for t in terms)
+    """Return how many hidden states of a row are compared, and whether any logits are made."""
+    return len(layers.selected) if layers else 0, any(t.reads_logits for t in terms)
 
 
 def step(

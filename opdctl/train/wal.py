@@ -54,10 +54,10 @@ class Wal:
         self._file.truncate(whole)  # a kill may have cut the last entry short
 
     def get(self, name: str) -> list[dict[str, np.ndarray]]:
-        """What an earlier attempt put under a name, in its order; empty if nothing."""
-        found = self._found.pop(name, [])
-        self.kept += len(found)
-        return found
+        """Return what an earlier attempt put under a name, in its order; empty if nothing."""
+        logged = self._found.pop(name, [])
+        self.kept += len(logged)
+        return logged
 
     def put(self, name: str, arrays: dict[str, np.ndarray]) -> None:
         """Append an entry. It is with the operating system when this returns."""
@@ -79,7 +79,7 @@ class Wal:
 
 
 def entries(content: bytes):
-    """(name, arrays, where it ends) of each whole entry, up to the first that is not."""
+    """Yield (name, arrays, where it ends) of each whole entry, up to the first that is not."""
     at = 0
     while at + HEAD.size <= len(content):
         label, payload, checksum = HEAD.unpack_from(content, at)

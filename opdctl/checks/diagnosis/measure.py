@@ -1,10 +1,10 @@
-"""Everything ``opdctl diagnose`` measures of one stage: a student, its teachers, its prompts.
+"""Measure all that ``opdctl diagnose`` reports of one stage: a student, its teachers, its prompts.
 
-The checks of ``preflight/`` come first, and one that finds an error ends it: two vocabularies have
-no divergence. Then of each teacher, on the student's own answers: how the two agree, by position;
-how much better it is, on the same prompts; whether its signals point where the task wants. Nothing
-is trained and nothing is written but ``diagnosis.json``. Seeds are the stage's, so the same command
-gives the same numbers.
+The checks of ``preflight/`` come first, and an error among them ends the diagnosis: between two
+vocabularies there is no divergence. Then each teacher is measured on the student's own answers: the
+agreement of the two by position, the gain in accuracy on the same prompts, and the alignment of its
+signals with the task. Nothing is trained, and only ``diagnosis.json`` is written. Seeds are the
+stage's, so the same command gives the same numbers.
 """
 
 from __future__ import annotations
@@ -18,24 +18,30 @@ from torch import Tensor
 
 from opdctl.checks.diagnosis import directions
 from opdctl.checks.diagnosis.alignment import alignment
-from opdctl.checks.diagnosis.served import ask, by_server, keeping_nothing
-from opdctl.checks.diagnosis.summary import owners, pooled, profile, spread, told_gain
-from opdctl.checks.preflight._pairing import Pairing
-from opdctl.checks.preflight._stage import check
-from opdctl.checks.preflight.gain import paired
+from opdctl.checks.diagnosis.served import ask_servers, measure_served, without_resume_hint
+from opdctl.checks.diagnosis.summary import (
+    mean_and_interval,
+    pool_domains,
+    profile,
+    rollout_of_token,
+    summarize_gain,
+)
+from opdctl.checks.preflight._checked_stage import CheckedStage
+from opdctl.checks.preflight._run_checks import check
+from opdctl.checks.preflight.gain import paired_accuracy
 from opdctl.kernels.chunks import rows_in
 from opdctl.scoring.overlap import compared, top_of
 
 
 @dataclass(frozen=True)
 class Effort:
-    """What a diagnosis may cost.
+    """The limits of a diagnosis.
 
     Attributes:
-        prompts: of each domain, answered once by the student and once by each teacher.
-        budget: continuations sampled for the alignment, for each teacher.
+        prompts: prompts of each domain, answered once by the student and once by each teacher.
+        budget: continuations sampled for the alignment of each teacher.
         top: tokens forced at each node.
-        samples: continuations of each.
+        samples: continuations of each forced token.
     """
 
     prompts: int = 100
@@ -44,27 +50,32 @@ class Effort:
     samples: int = 8
 
 
-class Told:
-    """Progress: one line each, on stderr."""
+class Progress:
+    """Print progress on stderr: a line for each call, with the seconds since the start."""
 
     def __init__(self, stage: str) -> None:
         self.stage, self.start = stage, time.monotonic()
 
-    def __call__(self, what: str) -> None:
+    def __call__(self, text: str) -> None:
         spent = time.monotonic() - self.start
-        print(f"[{spent:6.1f}s] {self.stage}: {what}", file=sys.stderr, flush=True)
+        print(f"[{spent:6.1f}s] {self.stage}: {text}", file=sys.stderr, flush=True)
 
 
 def measure(ctx: Any, effort: Effort) -> dict:
-    """What is found of a stage: ``checks``, and under ``teachers`` what stands in the module.
+    """Run the checks on a stage, then measure each of its teachers.
+
+    Returns:
+        One entry of ``diagnosis.json``: the keys of the stage, ``checks``, ``refused``, and
+        ``teachers`` with the measurements of each.
 
     Raises:
-        UsageError: a model cannot be read, there are no prompts, or a server is not what is named.
-        StageFailed: a server does not answer, or stops to.
+        UsageError: a model cannot be read, there are no prompts, or a server has another model or
+            other tokens than named.
+        StageFailed: a server does not answer, or stops answering.
     """
-    told = Told(ctx.name)
-    told("checks")
-    found = check(ctx)
+    progress = Progress(ctx.name)
+    progress("checks")
+    findings = check(ctx)
     result: dict[str, Any] = {
         "stage": ctx.name,
         "student": ctx.config.student,
@@ -72,66 +83,73 @@ def measure(ctx: Any, effort: Effort) -> dict:
         "temperature": ctx.config.sampling.temperature,
         "max_tokens": ctx.config.sampling.max_tokens,
         "effort": asdict(effort),
-        "checks": [asdict(f) for f in found if f.severity != "ok"],
-        "refused": any(f.severity == "error" and f.check != "distinct" for f in found),
+        "checks": [asdict(f) for f in findings if f.severity != "ok"],
+        "refused": any(f.severity == "error" and f.check != "distinct" for f in findings),
         "teachers": {},
     }
     if result["refused"]:
         return result
-    pairing = Pairing(ctx, sampled=effort.prompts)
-    with keeping_nothing():
-        ask(pairing, told)
-        _sampled(ctx, pairing, effort, result["teachers"], told)
+    stage = CheckedStage(ctx, sampled=effort.prompts)
+    with without_resume_hint():
+        ask_servers(stage, progress)
+        _measure_teachers(ctx, stage, effort, result["teachers"], progress)
     return result
 
 
-def _sampled(ctx, pairing: Pairing, effort: Effort, entries: dict, told: Told) -> None:
-    """Fill in the entry of each teacher."""
-    names = [*pairing.teachers, *pairing.served, *pairing.policy]
-    asked = [n for n in names if n in pairing.served or n in pairing.differing]
-    if asked:
-        told(f"the student answers {effort.prompts} prompts of {', '.join(pairing.route)}")
-        ctx.verify(pairing.rollouts)
+def _measure_teachers(
+    ctx, stage: CheckedStage, effort: Effort, entries: dict, progress: Progress
+) -> None:
+    """Fill in ``entries``, one for each teacher."""
+    names = [*stage.teachers, *stage.served, *stage.policy]
+    distinct = [n for n in names if n in stage.served or n in stage.differing]
+    if distinct:
+        progress(f"the student answers {effort.prompts} prompts of {', '.join(stage.route)}")
+        ctx.verdicts.verify(stage.rollouts)
     for name in names:
-        own = name not in asked
-        entry = {"model": ctx.config.teachers[name].model, "domains": pairing.domains(name)}
-        entry |= {"same": own, "served": name in pairing.served, "missing": {}}
-        if not own:
-            _teacher(ctx, pairing, name, effort, entry, told)
+        same = name not in distinct
+        entry = {"model": ctx.config.teachers[name].model, "domains": stage.domains(name)}
+        entry |= {"same": same, "served": name in stage.served, "missing": {}}
+        if not same:
+            _measure_teacher(ctx, stage, name, effort, entry, progress)
         entries[name] = entry
 
 
-def _teacher(ctx, pairing: Pairing, name: str, effort: Effort, entry: dict, told: Told) -> None:
-    """Fill in what is measured of one teacher."""
-    domains = pairing.domains(name)
-    told(f"teacher {name} answers the same prompts")
-    gains = {d: paired(pairing, name, d) for d in domains}
-    entry["gain"] = {d: told_gain(found) for d, found in gains.items()}
-    entry["gain"]["together"] = told_gain(pooled(list(gains.values())))
-    rollouts = [r for r in pairing.rollouts if r.prompt.domain in domains]
-    given = (rollouts, effort, entry, lambda text: told(f"teacher {name}: {text}"))
+def _measure_teacher(
+    ctx, stage: CheckedStage, name: str, effort: Effort, entry: dict, progress: Progress
+) -> None:
+    """Fill in the entry of one teacher."""
+    domains = stage.domains(name)
+    progress(f"teacher {name} answers the same prompts")
+    gains = {d: paired_accuracy(stage, name, d) for d in domains}
+    entry["gain"] = {d: summarize_gain(accuracy) for d, accuracy in gains.items()}
+    entry["gain"]["together"] = summarize_gain(pool_domains(list(gains.values())))
+    rollouts = [r for r in stage.rollouts if r.prompt.domain in domains]
+
+    def teacher_progress(text: str) -> None:
+        progress(f"teacher {name}: {text}")
+
     if entry["served"]:
-        by_server(pairing, name, *given)
+        measure_served(stage, name, rollouts, effort, entry, teacher_progress)
     else:
-        _by_weights(pairing.teachers[name], ctx, *given)
+        _measure_local(stage.teachers[name], ctx, rollouts, effort, entry, teacher_progress)
 
 
-def _by_weights(reference: str, ctx, rollouts, effort: Effort, entry: dict, told) -> None:
-    """Of a teacher whose weights are here."""
-    told("agreement on the student's answers")
-    models = [ctx.start(), ctx.frozen(reference)]
+def _measure_local(reference: str, ctx, rollouts, effort: Effort, entry: dict, progress) -> None:
+    """Fill in the entry of a teacher whose weights can be read here."""
+    progress("agreement on the student's answers")
+    models = [ctx.models.start(), ctx.models.frozen(reference)]
     requests = [r.request for r in rollouts]
     table, sides = compared(ctx, *models, requests, ctx.config.sampling.temperature)
     top = top_of(sides[0][1])
-    sequence_N = owners(rollouts, sides[0][0].device)
+    sequence_N = rollout_of_token(rollouts, sides[0][0].device)
     entry["step0"] = {"top": top, "tokens": len(sequence_N)}
-    entry["step0"] |= {what: spread(v_N, sequence_N) for what, v_N in table.items()}
+    entry["step0"] |= {column: mean_and_interval(v_N, sequence_N) for column, v_N in table.items()}
     entry["profile"] = profile(table, sequence_N, len(rollouts))
 
-    def see(_, at_N: Tensor) -> directions.Seen:
+    def score_at(_, at_N: Tensor) -> directions.NodeScores:
         rows = [(hidden_ND[at_N], head) for hidden_ND, head in sides]
         size = max(1, rows_in(ctx.runtime.chunk_mib, sides[0][1]) // 16)  # it keeps as many copies
         width = min(effort.top, sides[0][1].valid_V)
-        return directions.look(*rows[0], *rows[1], candidates=width, top=top, size=size)
+        return directions.score_nodes(*rows[0], *rows[1], candidates=width, top=top, size=size)
 
-    entry |= alignment(ctx, models, rollouts, see, effort, told)
+    entry |= alignment(ctx, models, rollouts, score_at, effort, progress)

@@ -1,8 +1,8 @@
-"""Which prefixes are looked at, and how often the student succeeds from there.
+"""Choose prefixes of the student's rollouts, and let a model go on from each to see if it succeeds.
 
-The depths of a response fall into windows 0, 1, 2-3, 4-7 and so on, one node in each, so what a
-node costs does not grow with the length of responses: the budget says how many there are (Unmasking
-OPD, arXiv 2605.10889). Wrong and right rollouts take turns.
+The depths of a response fall into windows 0, 1, 2-3, 4-7 and so on, one node in each, so the number
+of nodes grows with the logarithm of the length, and the budget bounds it (Unmasking OPD, arXiv
+2605.10889). Wrong and right rollouts take turns.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from opdctl import draws
-from opdctl.rollout.sampling import continued
+from opdctl.rollout.sampling import finish_rollouts
 from opdctl.types import Rollout
 
 
@@ -31,15 +31,17 @@ class Node:
 
 
 def window(depth: int) -> tuple[int, int]:
-    """First and last depth of the window a depth is in: (0, 0), (1, 1), (2, 3), (4, 7), ..."""
+    """Return the first and last depth of a depth's window: (0, 0), (1, 1), (2, 3), (4, 7), ..."""
     if not depth:
         return 0, 0
     first = 1 << (depth.bit_length() - 1)
     return first, 2 * first - 1
 
 
-def choose(rollouts: Sequence[Rollout], right: Sequence[float], most: int, seed: int) -> list[Node]:
-    """At most ``most`` nodes, whole rollouts at a time, wrong and right ones in turn.
+def choose_nodes(
+    rollouts: Sequence[Rollout], right: Sequence[float], most: int, seed: int
+) -> list[Node]:
+    """Return at most ``most`` nodes, whole rollouts at a time, wrong and right ones in turn.
 
     Only the first turn of a rollout has nodes. A pure function of the arguments.
     """
@@ -51,40 +53,40 @@ def choose(rollouts: Sequence[Rollout], right: Sequence[float], most: int, seed:
     for i in [*turn_by_turn, *rest]:
         rollout = rollouts[i]
         length = rollout.observed[0][0] if rollout.observed else len(rollout.response_ids)
-        depth, found = 0, []
+        depth, of_rollout = 0, []
         while depth < length:
             first, last = window(depth)
             last = min(last, length - 1)
             spot = draws.unit(seed, "depth", rollout.prompt.id, first)
             size = last - first + 1
-            found.append(Node(i, first + int(spot * size), size))
+            of_rollout.append(Node(i, first + int(spot * size), size))
             depth = last + 1
-        if nodes and len(nodes) + len(found) > most:
+        if nodes and len(nodes) + len(of_rollout) > most:
             break
-        nodes += found[:most]
+        nodes += of_rollout[:most]
     return nodes
 
 
-def success(
+def continuation_verdicts(
     ctx,
     model,
     rollouts: Sequence[Rollout],
     nodes: Sequence[Node],
     forced: Sequence[Sequence[int | None]],
     samples: int,
-    told: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[list[float]]]:
-    """The verifier's verdicts on continuations of each node: [N, K, samples].
+    """Return the verifier's verdicts on continuations of each node: [N, K, samples].
+
+    The draws of a sample are the same for every id of a node, so the id is the only difference.
 
     Args:
-        model: who continues.
-        forced: ids of each node, of which one is put after the prefix; None puts none.
-        told: called with the number of continuations done, now and then.
-
-    The draws of a sample are the same for every id of a node, so that what differs is the id.
+        model: the model that goes on.
+        forced: K ids for each node; each is put after the prefix in turn, None puts nothing.
+        progress: called with the number of continuations done, now and then.
 
     Raises:
-        Interrupted: a stop was asked for.
+        Interrupted: a stop was requested.
     """
     begun, keys = [], []
     for node, ids in zip(nodes, forced, strict=True):
@@ -100,14 +102,14 @@ def success(
     size = max(1, ctx.runtime.wave)
     for start in range(0, len(begun), size):
         part = slice(start, start + size)
-        continued(ctx, model, begun[part], keys[part])
-        verdicts += ctx.verify(begun[part])
-        told(min(start + size, len(begun)))
-    found, at = [], 0
+        finish_rollouts(ctx, model, begun[part], keys[part])
+        verdicts += ctx.verdicts.verify(begun[part])
+        progress(min(start + size, len(begun)))
+    by_node, at = [], 0
     for ids in forced:
         rows = []
         for _ in ids:
             rows.append(verdicts[at : at + samples])
             at += samples
-        found.append(rows)
-    return found
+        by_node.append(rows)
+    return by_node

@@ -1,7 +1,7 @@
-"""Are two models on disk the same? Their tensors are compared one at a time; nothing is loaded.
+"""Compare the weights of two models on disk, one tensor at a time; no model is loaded.
 
-An adapter is taken as what it makes of its base: W + (alpha / rank) B A, not as its two factors,
-which many others have the product of.
+An adapter is compared by the weights it makes of its base, W + (alpha / rank) B A, not by its two
+factors: many other pairs of factors have the same product.
 """
 
 from __future__ import annotations
@@ -14,33 +14,37 @@ from opdctl.errors import UsageError
 
 
 def folder_of(place: str) -> Path:
-    """The folder with a model's weights; those of a public name are fetched."""
+    """Return the folder with a model's weights; those of a public name are fetched.
+
+    Raises:
+        UsageError: a public name cannot be fetched.
+    """
     if Path(place).is_dir():
         return Path(place)
     from huggingface_hub import snapshot_download
 
     name, _, revision = place.partition("@")
     try:
-        found = snapshot_download(
+        folder = snapshot_download(
             name, revision=revision or None, allow_patterns="model*.safetensors"
         )
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot load {place}: {str(error).strip().splitlines()[0]}") from error
-    return Path(found)
+    return Path(folder)
 
 
 def same_weights(ours: str | Path, theirs: str | Path) -> bool:
-    """Whether two models have the same weights, whatever their files and types.
+    """Return True where two models have the same weights, whatever their files and types.
 
-    Reads no further than the first tensor that differs. An adapter that is more than pairs of A and
-    B cannot be compared, and is taken to be another model.
+    Reading stops at the first tensor that differs. An adapter that is more than pairs of A and B
+    cannot be compared, and is taken to be another model.
     """
     import torch
 
     from opdctl.models.lora import Incomparable
 
     try:
-        a, b = Weights(str(ours)), Weights(str(theirs))
+        a, b = StoredWeights(str(ours)), StoredWeights(str(theirs))
     except Incomparable:
         return str(ours) == str(theirs)
     if a.files.keys() != b.files.keys():
@@ -58,13 +62,13 @@ def same_weights(ours: str | Path, theirs: str | Path) -> bool:
     return True
 
 
-class Weights:
+class StoredWeights:
     """The tensors of a model, an adapter's product added to its base's.
 
     Attributes:
-        place: the folder or public name of the model, of an adapter that of its base.
-        files: where each tensor is.
-        deltas: what an adapter adds, made when called.
+        place: the folder or public name of the model; for an adapter that of its base.
+        files: the file of each tensor.
+        deltas: functions that compute what an adapter adds to a tensor.
     """
 
     def __init__(self, reference: str) -> None:
@@ -78,12 +82,12 @@ class Weights:
                 self.files |= dict.fromkeys(file.keys(), path)
         self.deltas: dict[str, Any] = {}
         if base:
-            from opdctl.models.lora import deltas
+            from opdctl.models.lora import weight_deltas
 
-            self.deltas = deltas(reference)
+            self.deltas = weight_deltas(reference)
 
     def read(self, name: str) -> Any:
-        """A tensor as the model has it."""
+        """Return a tensor as the model has it, an adapter's change added."""
         from safetensors import safe_open
 
         with safe_open(self.files[name], "pt") as file:

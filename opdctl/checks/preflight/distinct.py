@@ -1,14 +1,14 @@
 """A teacher with the student's own weights teaches nothing: every score is zero.
 
-Weights are compared as they stand on disk. Where every teacher is the student, and no outcome is
-learnt from either, the stage is refused; one among others may be meant to keep its domain as it is
-(GLM-5's last checkpoint, DeepSeek-V4's and MiMo's self-teachers) and is a warning. Written
-``policy`` it is meant, and nothing is said.
+Weights are compared as they stand on disk. The stage is refused where every teacher is the student
+and no signal learns from outcomes either. One such teacher among others is a warning: it may be
+meant to keep its domain as it is (GLM-5's last checkpoint, DeepSeek-V4's and MiMo's self-teachers).
+A teacher written ``policy`` is meant so, and is not reported.
 """
 
 from __future__ import annotations
 
-from opdctl.checks.preflight._pairing import Pairing
+from opdctl.checks.preflight._checked_stage import CheckedStage
 from opdctl.config.registry import member
 from opdctl.types import Finding
 
@@ -24,29 +24,27 @@ class Distinct:
         "on_policy_distillation/qwen3_5_35b_selfdistill/README.md)"
     )
 
-    def look(self, pairing: Pairing) -> list[Finding]:
-        """One finding a teacher."""
-        same = [name for name in pairing.teachers if pairing.same(name)]
-        nothing = not (pairing.differing or pairing.served) and not learns_otherwise(
-            pairing.ctx.config
-        )
-        found = []
-        for name in pairing.teachers:
+    def findings(self, stage: CheckedStage) -> list[Finding]:
+        """Return one finding for each teacher."""
+        same = [name for name in stage.teachers if stage.same(name)]
+        nothing = not (stage.differing or stage.served) and not learns_otherwise(stage.ctx.config)
+        findings = []
+        for name in stage.teachers:
             if name not in same:
-                found.append(Finding("ok", "its weights are not the student's", teacher=name))
+                findings.append(Finding("ok", "its weights are not the student's", teacher=name))
                 continue
-            what = f"{pairing.shown(name)} has the weights of the student"
+            message = f"{stage.label(name)} has the weights of the student"
             if nothing:
-                what += ", as every teacher here: nothing can be learnt"
+                message += ", as every teacher here: nothing can be learnt"
                 do = f"teachers.{name}: the checkpoint that was meant"
             else:
-                what += f": {', '.join(pairing.domains(name))} is kept as it is, and not taught"
+                message += f": {', '.join(stage.domains(name))} is kept as it is, and not taught"
                 do = f"if that is meant, write {name}: policy"
-            found.append(Finding("error" if nothing else "warning", what, do, name))
-        return found
+            findings.append(Finding("error" if nothing else "warning", message, do, name))
+        return findings
 
 
 def learns_otherwise(config) -> bool:
-    """Whether a signal is on that asks no teacher."""
+    """Return True where a signal that asks no teacher is on."""
     active = [member("signals", name) for name, s in config.signals.items() if s.coef]
     return any(not [n for n in s.needs if n.startswith("teacher.")] for s in active)

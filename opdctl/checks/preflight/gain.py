@@ -1,13 +1,13 @@
-"""Is the teacher better than the student at what it is to teach?
+"""Test that each teacher is better than the student on the domains it serves.
 
 Both answer the same training prompts with the same draws, once each; the verifier judges. The
-interval is of the paired differences, over prompts. A teacher may have something to teach that the
-verifier does not see, so only one that is worse with its whole interval is an error.
+interval is that of the paired differences, over prompts. A teacher may have something to teach that
+the verifier does not see, so it is an error only where the whole interval lies below zero.
 """
 
 from __future__ import annotations
 
-from opdctl.checks.preflight._pairing import Pairing
+from opdctl.checks.preflight._checked_stage import CheckedStage
 from opdctl.train.metrics import mean
 from opdctl.types import Finding
 
@@ -23,42 +23,48 @@ class Gain:
         "asked in github.com/NVIDIA-NeMo/RL/issues/1527"
     )
 
-    def look(self, pairing: Pairing) -> list[Finding]:
-        """One finding for each teacher and domain, but for a teacher that is the student, and one
-        behind a server where an environment would answer it."""
+    def findings(self, stage: CheckedStage) -> list[Finding]:
+        """Return one finding for each teacher and domain.
+
+        Left out: a teacher that is the student, and a domain with an environment of a served
+        teacher, since a server cannot be answered by an environment.
+        """
         return [
-            self._one(pairing, name, domain)
-            for name in (*pairing.differing, *pairing.reached)
-            for domain in pairing.domains(name)
-            if name in pairing.teachers or not pairing.ctx.environment(domain)
+            self._finding(stage, name, domain)
+            for name in (*stage.differing, *stage.answering)
+            for domain in stage.domains(name)
+            if name in stage.teachers or not stage.ctx.prompts.environment(domain)
         ]
 
-    def _one(self, pairing: Pairing, name: str, domain: str) -> Finding:
-        found = paired(pairing, name, domain)
-        low, high = found["ci95"]
-        what = (
-            f"{domain}: teacher {found['teacher']:.2f}, student {found['student']:.2f}, gain "
-            f"{found['gain']:+.2f} [{low:+.2f}, {high:+.2f}] on {found['prompts']} prompts"
+    def _finding(self, stage: CheckedStage, name: str, domain: str) -> Finding:
+        accuracy = paired_accuracy(stage, name, domain)
+        low, high = accuracy["ci95"]
+        message = (
+            f"{domain}: teacher {accuracy['teacher']:.2f}, student {accuracy['student']:.2f}, gain "
+            f"{accuracy['gain']:+.2f} [{low:+.2f}, {high:+.2f}] on {accuracy['prompts']} prompts"
         )
         if low > 0:
-            return Finding("ok", what, teacher=name)
+            return Finding("ok", message, teacher=name)
         if high < 0:
             do = "another teacher for this domain, or policy to keep it as it is"
-            return Finding("error", f"{what}: worse", do, name)
+            return Finding("error", f"{message}: worse", do, name)
         do = "train the teacher further, or leave it: what it teaches may not be what is verified"
-        if not found["teacher"]:
+        if not accuracy["teacher"]:
             do = "look at what it answers: the verifier, the format, or sampling.max_tokens"
-        return Finding("warning", f"{what}: not shown to be better", do, name)
+        return Finding("warning", f"{message}: not shown to be better", do, name)
 
 
-def paired(pairing: Pairing, name: str, domain: str) -> dict:
-    """Accuracy of student and teacher on the same prompts of a domain, the mean difference with its
-    95 % interval, and ``right``: the verdicts of both, a pair for each prompt."""
+def paired_accuracy(stage: CheckedStage, name: str, domain: str) -> dict:
+    """Return the accuracies of student and teacher on the same prompts of a domain.
+
+    Keys: ``student``, ``teacher``; ``gain`` and ``ci95``, the mean difference and its 95 %
+    interval; ``prompts``, how many; ``right``, a tuple of both verdicts for each prompt.
+    """
     from opdctl.train.evaluation import half_width
 
     student, teacher = (
-        pairing.ctx.verify([r for r in rollouts if r.prompt.domain == domain])
-        for rollouts in (pairing.rollouts, pairing.answers(name))
+        stage.ctx.verdicts.verify([r for r in rollouts if r.prompt.domain == domain])
+        for rollouts in (stage.rollouts, stage.answers(name))
     )
     right = list(zip(student, teacher, strict=True))
     gaps = [t - s for s, t in right]

@@ -6,7 +6,7 @@ Ids beyond the tokenizer's are cut off on both sides (kernels/head.py), so heads
 
 from __future__ import annotations
 
-from opdctl.checks.preflight._pairing import Pairing
+from opdctl.checks.preflight._checked_stage import CheckedStage
 from opdctl.types import Finding
 
 
@@ -21,30 +21,32 @@ class PaddedRows:
         "(github.com/huggingface/trl/issues/3028)"
     )
 
-    def look(self, pairing: Pairing) -> list[Finding]:
-        """One finding a model that is too short; else one a teacher."""
-        found = []
-        ours = self._rows(pairing.student)
+    def findings(self, stage: CheckedStage) -> list[Finding]:
+        """Return one finding for each teacher, and one for a student whose head is too short."""
+        findings = []
+        ours = self._rows(stage.student)
         if ours[0] < ours[1]:
-            found.append(self._short(f"the student {pairing.ctx.config.student}", ours, ""))
-        for name in pairing.teachers:
-            theirs = self._rows(pairing.outline(name))
+            findings.append(self._short(f"the student {stage.ctx.config.student}", ours, ""))
+        for name in stage.teachers:
+            theirs = self._rows(stage.outline(name))
             if theirs[0] < theirs[1]:
-                found.append(self._short(pairing.shown(name), theirs, name))
+                findings.append(self._short(stage.label(name), theirs, name))
                 continue
             text = f"heads of {ours[0]} and {theirs[0]} rows for {ours[1]} ids"
             spare = [max(0, rows - ids) for rows, ids in (ours, theirs)]
             cut = f"{spare[0]} and {spare[1]} are cut off" if any(spare) else "no padding"
-            found.append(Finding("ok", f"{text}: {cut}", teacher=name))
-        return found
+            findings.append(Finding("ok", f"{text}: {cut}", teacher=name))
+        return findings
 
     @staticmethod
     def _rows(model) -> tuple[int, int]:
-        """Rows of the head, ids of the tokenizer."""
+        """Return the number of rows of a model's head, and of ids of its tokenizer."""
         model.lm_head()  # refuses a head that is not one linear layer
         return model.head.out_features, 1 + max(model.tokenizer.get_vocab().values())
 
     @staticmethod
     def _short(who: str, rows: tuple[int, int], teacher: str) -> Finding:
-        what = f"the head of {who} has {rows[0]} rows, fewer than its tokenizer has ids: {rows[1]}"
-        return Finding("error", what, "resize its embedding to its tokenizer", teacher)
+        message = (
+            f"the head of {who} has {rows[0]} rows, fewer than its tokenizer has ids: {rows[1]}"
+        )
+        return Finding("error", message, "resize its embedding to its tokenizer", teacher)

@@ -1,9 +1,10 @@
-"""A teacher behind a server: is it there, of the student's tokens, and does it list what is asked?
+"""Test that each teacher behind a server answers, has the student's tokens and scores as needed.
 
-The server is spoken to as the stage will: name, vocabulary id by id, a known sequence scored with
-as many of the most probable tokens as the objectives want. A stage does this itself as it starts,
-so here it is done with ``--deep`` alone. Servers of texts, sources and judges, are asked for the
-name of their model (``services``), in stages without teachers too.
+The server is asked as the stage will ask it: for its name, its vocabulary id by id, and the scores
+of a known sequence with as many of the most probable tokens as the objectives want. A stage does
+this itself as it starts, so here it is done with ``--deep`` only. Servers of texts (sources and
+judges) are asked for the name of their model (``check_text_servers``), in stages without teachers
+too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from opdctl.checks.preflight._pairing import Pairing
+from opdctl.checks.preflight._checked_stage import CheckedStage
 from opdctl.config import references
 from opdctl.config.registry import member
 from opdctl.errors import StageFailed, UsageError
@@ -31,39 +32,40 @@ class Served:
     samples = True
     why = WHY
 
-    def look(self, pairing: Pairing) -> list[Finding]:
-        """One finding a served teacher."""
-        return [self._one(pairing, name) for name in pairing.served]
+    def findings(self, stage: CheckedStage) -> list[Finding]:
+        """Return one finding for each served teacher."""
+        return [self._finding(stage, name) for name in stage.served]
 
-    def _one(self, pairing: Pairing, name: str) -> Finding:
+    def _finding(self, stage: CheckedStage, name: str) -> Finding:
         try:
-            server = pairing.server(name)
+            server = stage.server(name)
         except (StageFailed, UsageError) as error:
             return Finding("error", error.message, error.hint, name)
-        what = f"{server.served} answers, {server.student.valid_V} ids are the student's"
+        message = f"{server.served} answers, {server.student.valid_V} ids are the student's"
         most = f", it reads {server.longest} tokens" if server.longest else ""
-        return Finding("ok", f"{what}, a known sequence is scored{most}", teacher=name)
+        return Finding("ok", f"{message}, a known sequence is scored{most}", teacher=name)
 
 
-def services(ctx) -> list[Finding]:
-    """One finding for each server of texts that a stage asks: its sources', its judges'."""
+def check_text_servers(ctx) -> list[Finding]:
+    """Return one finding for each server of texts that a stage asks: sources and judges."""
     from opdctl.remote.endpoint import opened
 
-    asked = []
+    requests = []
     for dotted, text in ctx.recipe.references(ctx.name):
         if references.parse(text).form == "server" and not dotted.startswith("teachers."):
-            asked.append((dotted, partial(opened, f"{dotted} ({text})", text, ctx.runtime)))
+            requests.append((dotted, partial(opened, f"{dotted} ({text})", text, ctx.runtime)))
     for domain in ctx.recipe.domains(ctx.name):
-        for name, keys in getattr(ctx.recipe.data[domain], "verifier", {}).items():
-            reach = getattr(member("verifiers", name), "reach", None)
-            if reach is not None:
-                asked.append((f"data.{domain}.verifier.{name}", partial(reach, keys, domain)))
-    found = []
-    for where, ask in asked:
+        for name, keys in ctx.recipe.data[domain].verifier.items():
+            cls = member("verifiers", name)
+            if cls.asks_server:
+                where = f"data.{domain}.verifier.{name}"
+                requests.append((where, partial(cls.require_served, keys, domain)))
+    findings = []
+    for where, request in requests:
         try:
-            ask(ctx.check)
+            request(ctx.check)
         except (StageFailed, UsageError) as error:
-            found.append(Finding("error", error.message, error.hint))
+            findings.append(Finding("error", error.message, error.hint))
         else:
-            found.append(Finding("ok", f"{where} answers, and serves the model that is named"))
-    return [replace(f, check="served", why=WHY, revision=1, stage=ctx.name) for f in found]
+            findings.append(Finding("ok", f"{where} answers, and serves the model that is named"))
+    return [replace(f, check="served", why=WHY, revision=1, stage=ctx.name) for f in findings]

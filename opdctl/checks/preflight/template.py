@@ -1,12 +1,13 @@
-"""The teacher is shown the student's rendered prompt; would it have rendered it so itself?
+"""Test that the teacher's chat template renders a prompt as the student's does.
 
-Real prompts of the stage are rendered by both tokenizers and compared id by id; where a domain has
-an environment, so is what stands between two turns. Templates that differ in text alone are fine.
+The teacher is shown the prompt as the student renders it. Real prompts of the stage are rendered by
+both tokenizers and compared id by id; where a domain has an environment, so are the tokens between
+two turns. Templates that differ in their source text only are fine.
 """
 
 from __future__ import annotations
 
-from opdctl.checks.preflight._pairing import Pairing
+from opdctl.checks.preflight._checked_stage import CheckedStage
 from opdctl.types import Finding
 
 RENDERED = 16  # prompts of each domain
@@ -23,20 +24,20 @@ class Template:
         "(github.com/thinking-machines-lab/tinker-cookbook/issues/796)"
     )
 
-    def look(self, pairing: Pairing) -> list[Finding]:
-        """One finding a teacher: the first prompt that differs, and where."""
-        return [self._one(pairing, name) for name in pairing.teachers]
+    def findings(self, stage: CheckedStage) -> list[Finding]:
+        """Return one finding for each teacher: the first prompt that differs, and where."""
+        return [self._finding(stage, name) for name in stage.teachers]
 
-    def _one(self, pairing: Pairing, name: str) -> Finding:
-        student, teacher = pairing.student, pairing.outline(name)
+    def _finding(self, stage: CheckedStage, name: str) -> Finding:
+        student, teacher = stage.student, stage.outline(name)
         count = 0
-        for domain in pairing.domains(name):
-            shown = [("prompt", p.text, "", p) for p in pairing.prompts(domain, RENDERED)]
-            environment = pairing.ctx.environment(domain)
+        for domain in stage.domains(name):
+            shown = [("prompt", p.text, "", p) for p in stage.prompts(domain, RENDERED)]
+            environment = stage.ctx.prompts.environment(domain)
             if environment:
                 role = environment.role
                 shown.append((f"{role} turn", environment.refusal, role, shown[0][3]))
-            for what, text, role, prompt in shown:
+            for kind, text, role, prompt in shown:
                 ours, theirs = (
                     m.observation(text, role, student.end_of_turn, prompt)
                     if role
@@ -45,28 +46,28 @@ class Template:
                 )
                 count += 1
                 if ours != theirs:
-                    told = difference(student.tokenizer, ours, theirs)
+                    where = difference(student.tokenizer, ours, theirs)
                     return Finding(
                         "error",
-                        f"the {what} {text[:40]!r} of {domain} is rendered differently: {told}",
-                        _mend(pairing, name),
+                        f"the {kind} {text[:40]!r} of {domain} is rendered differently: {where}",
+                        _mend(stage, name),
                         name,
                     )
         return Finding("ok", f"{count} texts are rendered to the same ids", teacher=name)
 
 
-def _mend(pairing: Pairing, name: str) -> str:
-    taken = f"prompt the student by the teacher's: template={pairing.teachers[name]}"
+def _mend(stage: CheckedStage, name: str) -> str:
+    taken = f"prompt the student by the teacher's: template={stage.teachers[name]}"
     copied = (
         "give both the same chat_template: copy the teacher's chat_template.jinja beside the "
         "student's tokenizer"
     )
-    how = taken if hasattr(pairing.ctx.config, "template") else copied
+    how = taken if hasattr(stage.ctx.config, "template") else copied
     return f"{how}, or train the student on it first (sft)"
 
 
 def difference(tokenizer, ours: list[int], theirs: list[int]) -> str:
-    """Where two renderings part, and how each goes on."""
+    """Describe where two renderings part, and how each goes on."""
     place = next(
         (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
         min(len(ours), len(theirs)),

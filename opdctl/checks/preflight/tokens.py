@@ -1,13 +1,13 @@
 """A teacher scores the student's token ids, so an id must be the same token on both sides.
 
-Equal sizes say nothing: two vocabularies of one size may have each id mean something else. The end
-token is compared apart: base and instruct models of one family share a vocabulary and end by
+Equal sizes prove nothing: two vocabularies of one size may give each id another meaning. The end
+token is compared separately: base and instruct models of one family share a vocabulary and end by
 different tokens of it.
 """
 
 from __future__ import annotations
 
-from opdctl.checks.preflight._pairing import Pairing
+from opdctl.checks.preflight._checked_stage import CheckedStage
 from opdctl.types import Finding
 
 
@@ -22,17 +22,17 @@ class Tokens:
         "(github.com/modelscope/ms-swift/issues/9526)"
     )
 
-    def look(self, pairing: Pairing) -> list[Finding]:
-        """One finding a teacher."""
+    def findings(self, stage: CheckedStage) -> list[Finding]:
+        """Return one finding for each teacher."""
         from opdctl.models.model import different_tokens
 
-        found = []
-        for name in pairing.teachers:
-            student, teacher = pairing.student, pairing.outline(name)
+        findings = []
+        for name in stage.teachers:
+            student, teacher = stage.student, stage.outline(name)
             wrong = different_tokens(student, teacher)
             if wrong:
-                found.append(Finding("error", *wrong, name))
+                findings.append(Finding("error", *wrong, name))
                 continue
             same = f"{len(student.tokenizer.get_vocab())} tokens, and {student.tokenizer.eos_token}"
-            found.append(Finding("ok", f"{same} ends a response on both sides", teacher=name))
-        return found
+            findings.append(Finding("ok", f"{same} ends a response on both sides", teacher=name))
+        return findings

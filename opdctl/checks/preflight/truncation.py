@@ -1,12 +1,12 @@
-"""The share of the student's responses that ``sampling.max_tokens`` cuts off, or where a controller
-moves the limit, the most that it may be.
+"""Measure the share of the student's responses that the length limit cuts off.
 
-A response without its end is wrong whatever it says, and the student is taught to go on.
+The limit is ``sampling.max_tokens``, or the largest that a controller may set. A response without
+its end is wrong whatever it says, and the student is taught to go on.
 """
 
 from __future__ import annotations
 
-from opdctl.checks.preflight._pairing import Pairing
+from opdctl.checks.preflight._checked_stage import CheckedStage
 from opdctl.config.settings import longest_turn
 from opdctl.train.metrics import by_domain
 from opdctl.types import Finding
@@ -15,7 +15,7 @@ SOME, MOST = 0.1, 0.5
 
 
 class Truncation:
-    """Few of the student's responses are cut at the length limit."""
+    """A small share of the student's responses is cut at the length limit."""
 
     revision = 1
     samples = True
@@ -25,12 +25,12 @@ class Truncation:
         "that grows until all are (github.com/modelscope/ms-swift/issues/9526)"
     )
 
-    def look(self, pairing: Pairing) -> list[Finding]:
-        """One finding a stage, by its worst domain."""
-        rollouts = pairing.rollouts
+    def findings(self, stage: CheckedStage) -> list[Finding]:
+        """Return one finding for the stage, by its worst domain."""
+        rollouts = stage.rollouts
         shares = by_domain(rollouts, [float(r.truncated) for r in rollouts])
-        limit = longest_turn(pairing.ctx.config)
-        told = ", ".join(f"{d} {share:.2f}" for d, share in shares.items())
+        limit = longest_turn(stage.ctx.config)
+        listed = ", ".join(f"{d} {share:.2f}" for d, share in shares.items())
         worst = max(shares.values())
         severity = "error" if worst > MOST else "warning" if worst > SOME else "ok"
         do = (
@@ -38,4 +38,4 @@ class Truncation:
             if worst > SOME
             else ""
         )
-        return [Finding(severity, f"share cut at {limit} tokens: {told}", do)]
+        return [Finding(severity, f"share cut at {limit} tokens: {listed}", do)]

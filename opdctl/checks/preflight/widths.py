@@ -1,12 +1,12 @@
-"""Hidden states of student and teacher can be compared number by number only if they are as wide.
+"""Hidden states of student and teacher can be compared number by number only at equal width.
 
-Where an objective compares them so and the sizes stand in a recipe or in a config.json that
-``validate`` reads, it has said so already; here the configurations themselves are looked at.
+``validate`` has refused unequal widths already where the recipe or a config.json says them; this
+check reads the configurations of the models themselves.
 """
 
 from __future__ import annotations
 
-from opdctl.checks.preflight._pairing import Pairing
+from opdctl.checks.preflight._checked_stage import CheckedStage
 from opdctl.config.registry import member
 from opdctl.types import Finding
 
@@ -22,19 +22,19 @@ class Widths:
         "which needs a bridge there)"
     )
 
-    def look(self, pairing: Pairing) -> list[Finding]:
-        """One finding a teacher; of the stage where no objective compares states so."""
-        used = [n for n, o in pairing.ctx.config.objectives.items() if o.coef]
+    def findings(self, stage: CheckedStage) -> list[Finding]:
+        """Return one finding for each teacher, or one where no objective compares hidden states."""
+        used = [n for n, o in stage.ctx.config.objectives.items() if o.coef]
         hints = [h for n in used if (h := getattr(member("objectives", n), "same_width", ""))]
         if not hints:
             return [Finding("ok", "no objective compares hidden states number by number")]
-        found = []
-        for name in pairing.teachers:
+        findings = []
+        for name in stage.teachers:
             ours, theirs = (
                 m.net.config.get_text_config().hidden_size
-                for m in (pairing.student, pairing.outline(name))
+                for m in (stage.student, stage.outline(name))
             )
-            what = f"hidden states of width {ours} and, of {pairing.shown(name)}, {theirs}"
+            message = f"hidden states of width {ours} and, of {stage.label(name)}, {theirs}"
             severity, do = ("ok", "") if ours == theirs else ("error", hints[0])
-            found.append(Finding(severity, what, do, name))
-        return found
+            findings.append(Finding(severity, message, do, name))
+        return findings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
-from opdctl.evidence.verdict import Part, name
+from opdctl.evidence.verdict import Condition, stage_name
 
 
 class D1:
@@ -19,14 +19,14 @@ class D1:
 
     @dataclass(kw_only=True)
     class Config:
-        """Who plays."""
+        """The stages and domains of the claim."""
 
         gradients: str = key(REQUIRED, "the gradients stage that compared them", ref=True)
 
     @staticmethod
-    def parts(roles, found) -> tuple[list[Part], str]:
-        """Ratio of the trace variances, and the cosine."""
-        stage = name(roles.gradients)
+    def conditions(roles, runs) -> tuple[list[Condition], str]:
+        """Test the ratio of the trace variances, and the cosine."""
+        stage = stage_name(roles.gradients)
 
         def ratio(s):
             sampled = s.fact(stage, "variance of policy_gradient")
@@ -36,6 +36,6 @@ class D1:
             return s.fact(stage, "cosine of policy_gradient and divergence")
 
         return [
-            Part("variance, sampled to full", ratio, least=2.0, delta=0.0),
-            Part("cosine of the means", cosine, least=0.95, delta=0.0),
+            Condition("variance, sampled to full", ratio, least=2.0, delta=0.0),
+            Condition("cosine of the means", cosine, least=0.95, delta=0.0),
         ], ""

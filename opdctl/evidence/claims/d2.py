@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
-from opdctl.evidence.verdict import Part, name
+from opdctl.evidence.verdict import Condition, stage_name
 
 
 class D2:
@@ -19,13 +19,13 @@ class D2:
 
     @dataclass(kw_only=True)
     class Config:
-        """Who plays."""
+        """The stages and domains of the claim."""
 
         gradients: str = key(REQUIRED, "the gradients stage that compared them", ref=True)
 
     @staticmethod
-    def parts(roles, found) -> tuple[list[Part], str]:
-        """The largest difference, over the teachers."""
-        stage = name(roles.gradients)
+    def conditions(roles, runs) -> tuple[list[Condition], str]:
+        """Test the largest difference, over the teachers."""
+        stage = stage_name(roles.gradients)
         value = lambda s: s.fact(stage, "gap of rebuilt logits")  # noqa: E731
-        return [Part("largest difference", value, most=1e-5, delta=0.0)], ""
+        return [Condition("largest difference", value, most=1e-5, delta=0.0)], ""

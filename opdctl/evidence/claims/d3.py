@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
-from opdctl.evidence.verdict import Part, name
+from opdctl.evidence.verdict import Condition, stage_name
 
 
 class D3:
-    """One head load per teacher and mini-batch, at most two heads resident."""
+    """Each teacher's head is loaded once per mini-batch, and at most two are resident."""
 
     revision = 1
     statement = "one head load per teacher and mini-batch"
@@ -19,20 +19,22 @@ class D3:
 
     @dataclass(kw_only=True)
     class Config:
-        """Who plays."""
+        """The stages and domains of the claim."""
 
         student: str = key(REQUIRED, "the opd stage", ref=True)
 
     @staticmethod
-    def parts(roles, found) -> tuple[list[Part], str]:
-        """The largest excess of loads over teachers, over the steps, and of resident heads."""
-        stage = name(roles.student)
+    def conditions(roles, runs) -> tuple[list[Condition], str]:
+        """Test the largest excess of loads over teachers in a step, and of resident heads."""
+        stage = stage_name(roles.student)
 
         def excess(s):
             pairs = zip(s.curve(stage, "head_loads"), s.curve(stage, "teachers"), strict=True)
             return max(0, *(loads - teachers for loads, teachers in pairs))
 
         return [
-            Part("loads beyond teachers", excess, most=0.0, delta=0.0),
-            Part("heads resident", lambda s: max(s.curve(stage, "heads")), most=2.0, delta=0.0),
+            Condition("loads beyond teachers", excess, most=0.0, delta=0.0),
+            Condition(
+                "heads resident", lambda s: max(s.curve(stage, "heads")), most=2.0, delta=0.0
+            ),
         ], ""

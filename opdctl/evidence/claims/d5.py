@@ -6,7 +6,14 @@ import itertools
 from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
-from opdctl.evidence.verdict import DELTA_RECOVERY, Part, gain, mean_gain, mean_score, name
+from opdctl.evidence.verdict import (
+    DELTA_RECOVERY,
+    Condition,
+    gain,
+    mean_gain,
+    mean_score,
+    stage_name,
+)
 
 
 class D5:
@@ -23,7 +30,7 @@ class D5:
 
     @dataclass(kw_only=True)
     class Config:
-        """Who plays."""
+        """The stages and domains of the claim."""
 
         student: str = key(REQUIRED, "the distilled student", ref=True)
         average: str = key(REQUIRED, "the parameter average of the specialists", ref=True)
@@ -35,22 +42,24 @@ class D5:
         )
 
     @staticmethod
-    def parts(roles, found) -> tuple[list[Part], str]:
-        """Each domain against its specialist, tokens by effort, the mean over the average."""
-        student, every = name(roles.student), dict.fromkeys(roles.specialists, True)
-        parts = [
-            Part(f"{d} to its specialist", gain(student, t, d), least=-DELTA_RECOVERY)
+    def conditions(roles, runs) -> tuple[list[Condition], str]:
+        """Test each domain against its specialist, tokens by effort, the mean over the average."""
+        student, every = stage_name(roles.student), dict.fromkeys(roles.specialists, True)
+        conditions = [
+            Condition(f"{d} to its specialist", gain(student, t, d), least=-DELTA_RECOVERY)
             for d, t in roles.specialists.items()
         ]
         efforts = list(roles.efforts.items())
         for (less, few), (more, many) in itertools.pairwise(efforts):
             value = longer(student, many, few)
-            parts.append(Part(f"tokens, {more} minus {less}", value, least=1e-6, delta=0.0))
+            conditions.append(
+                Condition(f"tokens, {more} minus {less}", value, least=1e-6, delta=0.0)
+            )
         ahead = mean_gain(student, roles.average, every)
-        return [*parts, Part("ahead of the average", ahead, least=0.0)], ""
+        return [*conditions, Condition("ahead of the average", ahead, least=0.0)], ""
 
 
 def longer(model: str, many: dict[str, bool], few: dict[str, bool]):
-    """How many more tokens a model writes on some domains than on others."""
+    """Return the function for the tokens a model writes on some domains beyond those on others."""
     high, low = (mean_score(model, d, "tokens") for d in (many, few))
     return lambda scores: high(scores) - low(scores)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
-from opdctl.evidence.verdict import DELTA, Part, gain
+from opdctl.evidence.verdict import DELTA, Condition, gain
 
 
 class G1:
@@ -19,7 +19,7 @@ class G1:
 
     @dataclass(kw_only=True)
     class Config:
-        """Who plays."""
+        """The stages and domains of the claim."""
 
         end: str = key(REQUIRED, "the model after the last RL stage", ref=True)
         after: dict[str, str] = key(
@@ -27,9 +27,9 @@ class G1:
         )
 
     @staticmethod
-    def parts(roles, found) -> tuple[list[Part], str]:
-        """The change of each earlier domain; one fall is enough."""
+    def conditions(roles, runs) -> tuple[list[Condition], str]:
+        """Test the change of each earlier domain; one fall is enough."""
         return [
-            Part(f"change of {d}", gain(roles.end, a, d), most=-DELTA, alternative=True)
+            Condition(f"change of {d}", gain(roles.end, a, d), most=-DELTA, alternative=True)
             for d, a in roles.after.items()
         ], ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
-from opdctl.evidence.verdict import DELTA, DELTA_RECOVERY, Part, gain, name
+from opdctl.evidence.verdict import DELTA, DELTA_RECOVERY, Condition, gain, stage_name
 
 
 class G2:
@@ -22,7 +22,7 @@ class G2:
 
     @dataclass(kw_only=True)
     class Config:
-        """Who plays."""
+        """The stages and domains of the claim."""
 
         student: str = key(REQUIRED, "the distilled student", ref=True)
         before: str = key(REQUIRED, "its start: the model after the last RL stage", ref=True)
@@ -32,22 +32,22 @@ class G2:
         last: dict[str, bool] = key(REQUIRED, "domains of the last stage", domains=True)
 
     @staticmethod
-    def parts(roles, found) -> tuple[list[Part], str]:
-        """Each domain's distance to its best stage, and the cost."""
-        student = name(roles.student)
-        chain, rl = ([name(r) for r in m.values()] for m in (roles.stages, roles.rl))
+    def conditions(roles, runs) -> tuple[list[Condition], str]:
+        """Test each domain's distance to its best stage, and the cost."""
+        student = stage_name(roles.student)
+        chain, rl = ([stage_name(r) for r in m.values()] for m in (roles.stages, roles.rl))
 
         def to_best(domain: str):
-            means = {c: sum(m.scores()[c, domain] for m in found) for c in chain}
+            means = {c: sum(m.scores()[c, domain] for m in runs) for c in chain}
             best = max(chain, key=means.get)
             return best, gain(student, best, domain)
 
-        parts = []
+        conditions = []
         for d in (d for d, on in roles.domains.items() if on):
             best, value = to_best(d)
-            parts.append(Part(f"{d} to {best}", value, least=-DELTA_RECOVERY))
-        parts += [
-            Part(f"change of {d}", gain(student, roles.before, d), least=-DELTA)
+            conditions.append(Condition(f"{d} to {best}", value, least=-DELTA_RECOVERY))
+        conditions += [
+            Condition(f"change of {d}", gain(student, roles.before, d), least=-DELTA)
             for d, on in roles.last.items()
             if on
         ]
@@ -55,4 +55,4 @@ class G2:
         def share(s):
             return s.fact(student, "all flops") / sum(s.fact(r, "all flops") for r in rl)
 
-        return [*parts, Part("share of the RL flops", share, most=0.25, delta=0.0)], ""
+        return [*conditions, Condition("share of the RL flops", share, most=0.25, delta=0.0)], ""

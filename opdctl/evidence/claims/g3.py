@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
-from opdctl.evidence.verdict import DELTA, Part, mean_gain
+from opdctl.evidence.verdict import DELTA, Condition, mean_gain
 
 
 class G3:
@@ -19,14 +19,14 @@ class G3:
 
     @dataclass(kw_only=True)
     class Config:
-        """Who plays."""
+        """The stages and domains of the claim."""
 
         one: str = key(REQUIRED, "the student of groups of one", ref=True)
         several: str = key(REQUIRED, "the student of larger groups", ref=True)
         domains: dict[str, bool] = key(REQUIRED, "domains of the mean", domains=True)
 
     @staticmethod
-    def parts(roles, found) -> tuple[list[Part], str]:
-        """The difference of the mean scores."""
+    def conditions(roles, runs) -> tuple[list[Condition], str]:
+        """Test the difference of the mean scores."""
         ahead = mean_gain(roles.one, roles.several, roles.domains)
-        return [Part("G = 1 minus G = 4", ahead, least=-DELTA)], ""
+        return [Condition("G = 1 minus G = 4", ahead, least=-DELTA)], ""

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.errors import Problem
-from opdctl.evidence.verdict import DELTA_RECOVERY, Part, name, recovery, wide_gaps
+from opdctl.evidence.verdict import DELTA_RECOVERY, Condition, recovery, stage_name, wide_gaps
 
 
 class G4:
-    """Without its teacher a domain does not recover."""
+    """A domain does not recover without its teacher."""
 
     revision = 1
     statement = "no recovery without the teacher"
@@ -20,7 +20,7 @@ class G4:
 
     @dataclass(kw_only=True)
     class Config:
-        """Who plays."""
+        """The stages and domains of the claim."""
 
         start: str = key(REQUIRED, "the student's starting checkpoint", ref=True)
         teachers: dict[str, str] = key(
@@ -32,21 +32,21 @@ class G4:
 
     @staticmethod
     def problems(roles) -> list[Problem]:
-        """What the schema cannot see."""
+        """Return the problems that the schema cannot see."""
         if roles.teachers.keys() == roles.without.keys():
             return []
         return [Problem("without", "its domains are not those of teachers", "one student for each")]
 
     @staticmethod
-    def parts(roles, found) -> tuple[list[Part], str]:
-        """The recovery of each left-out domain whose gap is wide enough."""
-        start = name(roles.start)
-        kept, left = wide_gaps(start, {d: name(t) for d, t in roles.teachers.items()}, found)
+    def conditions(roles, runs) -> tuple[list[Condition], str]:
+        """Test the recovery of each left-out domain whose gap is wide enough."""
+        start = stage_name(roles.start)
+        kept, left = wide_gaps(start, {d: stage_name(t) for d, t in roles.teachers.items()}, runs)
         note = f"left out, gap below .10: {', '.join(left)}" if left else ""
         return [
-            Part(
+            Condition(
                 f"r_{d} without its teacher",
-                recovery(name(roles.without[d]), start, t, d),
+                recovery(stage_name(roles.without[d]), start, t, d),
                 most=0.3,
                 delta=DELTA_RECOVERY,
             )

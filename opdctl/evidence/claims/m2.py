@@ -1,11 +1,11 @@
-"""M2, MOPD paper section 4: MOPD's student has a higher Norm than what one would do instead."""
+"""M2, MOPD paper section 4: MOPD's student has a higher Norm than five other methods give."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
-from opdctl.evidence.verdict import DELTA_RECOVERY, Part, norm, wide_gaps
+from opdctl.evidence.verdict import DELTA_RECOVERY, Condition, norm, wide_gaps
 
 
 class M2:
@@ -21,7 +21,7 @@ class M2:
 
     @dataclass(kw_only=True)
     class Config:
-        """Who plays."""
+        """The stages and domains of the claim."""
 
         student: str = key(REQUIRED, "the distilled student", ref=True)
         start: str = key(REQUIRED, "the student's starting checkpoint", ref=True)
@@ -31,12 +31,12 @@ class M2:
         baselines: dict[str, str] = key(REQUIRED, "name: a stage it is compared with", ref=True)
 
     @staticmethod
-    def parts(roles, found) -> tuple[list[Part], str]:
-        """Norm of the student minus that of each baseline."""
+    def conditions(roles, runs) -> tuple[list[Condition], str]:
+        """Test the Norm of the student minus that of each baseline."""
         student = roles.student.removeprefix("stage:")
         start = roles.start.removeprefix("stage:")
         plain = {d: t.removeprefix("stage:") for d, t in roles.teachers.items()}
-        kept, left = wide_gaps(start, plain, found)
+        kept, left = wide_gaps(start, plain, runs)
         note = f"left out, gap below .10: {', '.join(left)}" if left else ""
         if not kept:
             return [], note
@@ -47,6 +47,6 @@ class M2:
             return lambda scores: own(scores) - other(scores)
 
         return [
-            Part(f"ahead of {name}", ahead(stage), least=0.0, delta=DELTA_RECOVERY)
+            Condition(f"ahead of {name}", ahead(stage), least=0.0, delta=DELTA_RECOVERY)
             for name, stage in roles.baselines.items()
         ], note

@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
-from opdctl.evidence.claims.m1 import Roles, cast
-from opdctl.evidence.verdict import DELTA_RECOVERY, Part, norm
+from opdctl.evidence.claims.m1 import Roles, resolve_roles
+from opdctl.evidence.verdict import DELTA_RECOVERY, Condition, norm
 
 
 @dataclass(kw_only=True)
@@ -29,18 +29,18 @@ class M3:
     threshold = "ORM-only Norm <= .3; KL-only >= .7; KL + ORM >= KL-only - .05"
 
     @staticmethod
-    def parts(roles, found) -> tuple[list[Part], str]:
-        """Norm of two arms, and the difference of the third to one of them."""
-        student, start, kept, note = cast(roles, found)
+    def conditions(roles, runs) -> tuple[list[Condition], str]:
+        """Test the Norm of two arms, and the difference of the third to one of them."""
+        student, start, kept, note = resolve_roles(roles, runs)
         if not kept:
             return [], note
         orm = norm(roles.orm_only.removeprefix("stage:"), start, kept)
         kl = norm(roles.kl_only.removeprefix("stage:"), start, kept)
         both = norm(student, start, kept)
         return [
-            Part("Norm(ORM only)", orm, most=0.3, delta=DELTA_RECOVERY),
-            Part("Norm(KL only)", kl, least=0.7, delta=DELTA_RECOVERY),
-            Part(
+            Condition("Norm(ORM only)", orm, most=0.3, delta=DELTA_RECOVERY),
+            Condition("Norm(KL only)", kl, least=0.7, delta=DELTA_RECOVERY),
+            Condition(
                 "Norm(KL + ORM) - Norm(KL)",
                 lambda s: both(s) - kl(s),
                 least=-0.05,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
-from opdctl.evidence.verdict import DELTA_RECOVERY, Part, name, norm, wide_gaps
+from opdctl.evidence.verdict import DELTA_RECOVERY, Condition, norm, stage_name, wide_gaps
 
 
 class M4:
@@ -19,7 +19,7 @@ class M4:
 
     @dataclass(kw_only=True)
     class Config:
-        """Who plays."""
+        """The stages and domains of the claim."""
 
         start: str = key(REQUIRED, "the start of both students", ref=True)
         student: str = key(REQUIRED, "taught by teachers of its own origin", ref=True)
@@ -32,13 +32,17 @@ class M4:
         )
 
     @staticmethod
-    def parts(roles, found) -> tuple[list[Part], str]:
-        """Ratio of the divergences at the first step, and the difference of the Norms."""
-        start, ours, theirs = name(roles.start), name(roles.student), name(roles.other)
+    def conditions(roles, runs) -> tuple[list[Condition], str]:
+        """Test the ratio of the divergences at the first step, and the difference of the Norms."""
+        start, ours, theirs = (
+            stage_name(roles.start),
+            stage_name(roles.student),
+            stage_name(roles.other),
+        )
 
-        same, left = wide_gaps(start, {d: name(t) for d, t in roles.teachers.items()}, found)
+        same, left = wide_gaps(start, {d: stage_name(t) for d, t in roles.teachers.items()}, runs)
         away, narrow = wide_gaps(
-            start, {d: name(t) for d, t in roles.other_teachers.items()}, found
+            start, {d: stage_name(t) for d, t in roles.other_teachers.items()}, runs
         )
         both = [d for d in same if d in away]
         left = sorted({*left, *narrow})
@@ -59,6 +63,6 @@ class M4:
         own = norm(ours, start, {d: same[d] for d in both})
         other = norm(theirs, start, {d: away[d] for d in both})
         return [
-            Part("initial KL, other to own", ratio, least=3.0, delta=0.0),
-            Part("Norm, own minus other", ahead, least=1e-6, delta=DELTA_RECOVERY),
+            Condition("initial KL, other to own", ratio, least=3.0, delta=0.0),
+            Condition("Norm, own minus other", ahead, least=1e-6, delta=DELTA_RECOVERY),
         ], note

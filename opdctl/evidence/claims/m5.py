@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
-from opdctl.evidence.verdict import DELTA, Part
+from opdctl.evidence.verdict import DELTA, Condition
 
 
 class M5:
@@ -20,7 +20,7 @@ class M5:
 
     @dataclass(kw_only=True)
     class Config:
-        """Who plays."""
+        """The stages and domains of the claim."""
 
         student: str = key(REQUIRED, "the distilled student", ref=True)
         start: str = key(REQUIRED, "the student's starting checkpoint", ref=True)
@@ -29,12 +29,12 @@ class M5:
         )
 
     @staticmethod
-    def parts(roles, found) -> tuple[list[Part], str]:
-        """The change of each self-taught domain."""
+    def conditions(roles, runs) -> tuple[list[Condition], str]:
+        """Test the change of each self-taught domain."""
         student = roles.student.removeprefix("stage:")
         start = roles.start.removeprefix("stage:")
         return [
-            Part(
+            Condition(
                 f"change of {d}",
                 lambda s, d=d: s[student, d] - s[start, d],
                 least=-DELTA,

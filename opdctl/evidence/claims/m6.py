@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
-from opdctl.evidence.verdict import Part
+from opdctl.evidence.verdict import Condition
 
 
 class M6:
@@ -19,19 +19,19 @@ class M6:
 
     @dataclass(kw_only=True)
     class Config:
-        """Who plays."""
+        """The stages and domains of the claim."""
 
         first: str = key(REQUIRED, "the student after the first round", ref=True)
         second: str = key(REQUIRED, "the student after the second", ref=True)
         domains: dict[str, bool] = key(REQUIRED, "domains of the mean", domains=True)
 
     @staticmethod
-    def parts(roles, found) -> tuple[list[Part], str]:
-        """Mean score after the second round minus that after the first."""
+    def conditions(roles, runs) -> tuple[list[Condition], str]:
+        """Test the mean score after the second round minus that after the first."""
         first, second = (r.removeprefix("stage:") for r in (roles.first, roles.second))
         domains = [d for d, on in roles.domains.items() if on]
 
         def gain(scores):
             return sum(scores[second, d] - scores[first, d] for d in domains) / len(domains)
 
-        return [Part("gain of the second round", gain, least=0.0)], ""
+        return [Condition("gain of the second round", gain, least=0.0)], ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
-from opdctl.evidence.verdict import DELTA, Part, mean_gain, name
+from opdctl.evidence.verdict import DELTA, Condition, mean_gain, stage_name
 
 
 class Q1:
@@ -20,21 +20,21 @@ class Q1:
 
     @dataclass(kw_only=True)
     class Config:
-        """Who plays."""
+        """The stages and domains of the claim."""
 
         opd: str = key(REQUIRED, "the student after OPD", ref=True)
         rl: str = key(REQUIRED, "the student after RL, from the same start", ref=True)
         domains: dict[str, bool] = key(REQUIRED, "domains of the mean score", domains=True)
 
     @classmethod
-    def parts(cls, roles, found) -> tuple[list[Part], str]:
-        """Difference of the mean scores, and the ratio of what they cost."""
-        opd, rl = name(roles.opd), name(roles.rl)
+    def conditions(cls, roles, runs) -> tuple[list[Condition], str]:
+        """Test the difference of the mean scores, and the ratio of the costs."""
+        opd, rl = stage_name(roles.opd), stage_name(roles.rl)
 
         def ratio(s):
             return s.fact(opd, cls.count) / s.fact(rl, cls.count)
 
         return [
-            Part("OPD minus RL", mean_gain(opd, rl, roles.domains), least=0.0, delta=DELTA),
-            Part("flops, OPD to RL", ratio, most=0.1, delta=0.0),
+            Condition("OPD minus RL", mean_gain(opd, rl, roles.domains), least=0.0, delta=DELTA),
+            Condition("flops, OPD to RL", ratio, most=0.1, delta=0.0),
         ], ""

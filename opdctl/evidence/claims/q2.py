@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
-from opdctl.evidence.verdict import Part, mean_gain
+from opdctl.evidence.verdict import Condition, mean_gain
 
 
 class Q2:
@@ -19,7 +19,7 @@ class Q2:
 
     @dataclass(kw_only=True)
     class Config:
-        """Who plays."""
+        """The stages and domains of the claim."""
 
         opd: str = key(REQUIRED, "the student after OPD", ref=True)
         rl: str = key(REQUIRED, "the student after RL", ref=True)
@@ -27,12 +27,12 @@ class Q2:
         domains: dict[str, bool] = key(REQUIRED, "domains of the mean", domains=True)
 
     @staticmethod
-    def parts(roles, found) -> tuple[list[Part], str]:
-        """Both differences."""
+    def conditions(roles, runs) -> tuple[list[Condition], str]:
+        """Test both differences."""
         opd, rl = (
             mean_gain(r, roles.start, roles.domains, "pass@32") for r in (roles.opd, roles.rl)
         )
         return [
-            Part("pass@32, OPD minus S0", opd, least=1e-6),
-            Part("pass@32, RL minus S0", rl, most=0.0, touches=True),
+            Condition("pass@32, OPD minus S0", opd, least=1e-6),
+            Condition("pass@32, RL minus S0", rl, most=0.0, touches=True),
         ], ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
-from opdctl.evidence.verdict import DELTA, Part, gain
+from opdctl.evidence.verdict import DELTA, Condition, gain
 
 
 class Q3:
@@ -19,17 +19,17 @@ class Q3:
 
     @dataclass(kw_only=True)
     class Config:
-        """Who plays."""
+        """The stages and domains of the claim."""
 
         opd: str = key(REQUIRED, "the student after OPD", ref=True)
         start: str = key(REQUIRED, "its start", ref=True)
         domains: dict[str, bool] = key(REQUIRED, "domains that OPD did not train", domains=True)
 
     @staticmethod
-    def parts(roles, found) -> tuple[list[Part], str]:
-        """The change of each."""
+    def conditions(roles, runs) -> tuple[list[Condition], str]:
+        """Test the change of each domain."""
         return [
-            Part(f"change of {d}", gain(roles.opd, roles.start, d), least=-DELTA)
+            Condition(f"change of {d}", gain(roles.opd, roles.start, d), least=-DELTA)
             for d, on in roles.domains.items()
             if on
         ], ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
-from opdctl.evidence.verdict import DELTA, Part, mean_gain
+from opdctl.evidence.verdict import DELTA, Condition, mean_gain
 
 
 class Q4:
@@ -19,7 +19,7 @@ class Q4:
 
     @dataclass(kw_only=True)
     class Config:
-        """Who plays."""
+        """The stages and domains of the claim."""
 
         student: str = key(REQUIRED, "the distilled student", ref=True)
         teacher: str = key(REQUIRED, "its teacher", ref=True)
@@ -27,11 +27,11 @@ class Q4:
         no_think: dict[str, bool] = key(REQUIRED, "domains that ask for none", domains=True)
 
     @staticmethod
-    def parts(roles, found) -> tuple[list[Part], str]:
-        """Obedience of student minus teacher, by mode."""
-        parts = []
+    def conditions(roles, runs) -> tuple[list[Condition], str]:
+        """Test the obedience of the student minus the teacher's, by mode."""
+        conditions = []
         for mode in ("think", "no_think"):
             domains = getattr(roles, mode)
             value = mean_gain(roles.student, roles.teacher, domains, "obedience")
-            parts.append(Part(f"{mode}, student minus teacher", value, least=-DELTA))
-        return parts, ""
+            conditions.append(Condition(f"{mode}, student minus teacher", value, least=-DELTA))
+        return conditions, ""

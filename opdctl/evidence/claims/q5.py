@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
-from opdctl.evidence.verdict import DELTA, Part, mean_gain
+from opdctl.evidence.verdict import DELTA, Condition, mean_gain
 
 
 class Q5:
@@ -19,7 +19,7 @@ class Q5:
 
     @dataclass(kw_only=True)
     class Config:
-        """Who plays."""
+        """The stages and domains of the claim."""
 
         before: str = key(REQUIRED, "after reasoning RL", ref=True)
         after: str = key(REQUIRED, "after general RL", ref=True)
@@ -27,11 +27,11 @@ class Q5:
         general: dict[str, bool] = key(REQUIRED, "domains of the general stages", domains=True)
 
     @staticmethod
-    def parts(roles, found) -> tuple[list[Part], str]:
-        """The fall of the one mean and the rise of the other."""
+    def conditions(roles, runs) -> tuple[list[Condition], str]:
+        """Test the fall of the one mean and the rise of the other."""
         fall = mean_gain(roles.before, roles.after, roles.reasoning)
         rise = mean_gain(roles.after, roles.before, roles.general)
         return [
-            Part("fall of reasoning", fall, least=0.0, most=0.10),
-            Part("rise of general", rise, least=DELTA),
+            Condition("fall of reasoning", fall, least=0.0, most=0.10),
+            Condition("rise of general", rise, least=DELTA),
         ], ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
-from opdctl.evidence.verdict import Part, mean_gain
+from opdctl.evidence.verdict import Condition, mean_gain
 
 
 class S2:
@@ -19,14 +19,14 @@ class S2:
 
     @dataclass(kw_only=True)
     class Config:
-        """Who plays."""
+        """The stages and domains of the claim."""
 
         raw: str = key(REQUIRED, "the student of the teacher before its RL", ref=True)
         direct: str = key(REQUIRED, "the student after RL of its own", ref=True)
         domains: dict[str, bool] = key(REQUIRED, "domains of the mean score", domains=True)
 
     @staticmethod
-    def parts(roles, found) -> tuple[list[Part], str]:
-        """Difference of the mean scores."""
+    def conditions(roles, runs) -> tuple[list[Condition], str]:
+        """Test the difference of the mean scores."""
         gain = mean_gain(roles.direct, roles.raw, roles.domains)
-        return [Part("direct RL minus raw teacher", gain, least=1e-6, delta=0.0)], ""
+        return [Condition("direct RL minus raw teacher", gain, least=1e-6, delta=0.0)], ""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
-from opdctl.evidence.verdict import Part, mean_gain
+from opdctl.evidence.verdict import Condition, mean_gain
 
 
 class S3:
-    """Without the teacher's RL, the bridge or OPD the student is worse."""
+    """The student is worse without the teacher's RL, the bridge or OPD."""
 
     revision = 1
     statement = "each stage counts: the teacher's RL, the bridge, OPD"
@@ -19,21 +19,21 @@ class S3:
 
     @dataclass(kw_only=True)
     class Config:
-        """Who plays."""
+        """The stages and domains of the claim."""
 
         student: str = key(REQUIRED, "the student after all stages", ref=True)
         without: dict[str, str] = key(REQUIRED, "what is left out: that student", ref=True)
         domains: dict[str, bool] = key(REQUIRED, "domains of the mean score", domains=True)
 
     @staticmethod
-    def parts(roles, found) -> tuple[list[Part], str]:
-        """What each is worth."""
+    def conditions(roles, runs) -> tuple[list[Condition], str]:
+        """Test the loss in the mean score without each of the stages."""
         return [
-            Part(
-                f"worth of {what}",
+            Condition(
+                f"worth of {omitted}",
                 mean_gain(roles.student, stage, roles.domains),
                 least=1e-6,
                 delta=0.0,
             )
-            for what, stage in roles.without.items()
+            for omitted, stage in roles.without.items()
         ], ""

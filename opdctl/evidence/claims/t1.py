@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
-from opdctl.evidence.verdict import DELTA, Part, name
+from opdctl.evidence.verdict import DELTA, Condition, stage_name
 
 WINDOW = 3  # steps over which the accuracy of the rollouts is averaged
 
@@ -21,19 +21,19 @@ class T1:
 
     @dataclass(kw_only=True)
     class Config:
-        """Who plays."""
+        """The stages and domains of the claim."""
 
         opd: str = key(REQUIRED, "the opd stage, from the start of the RL", ref=True)
         teacher: str = key(REQUIRED, "the rl stage that made the teacher", ref=True)
         domain: str = key(REQUIRED, "domain of both", domains=True)
 
     @staticmethod
-    def parts(roles, found) -> tuple[list[Part], str]:
-        """Steps until the rollouts are as accurate as the teacher on held-out prompts, less .03.
+    def conditions(roles, runs) -> tuple[list[Condition], str]:
+        """Test the steps until the rollouts are within .03 of the teacher on held-out prompts.
 
-        A run that does not come there counts as one that took all of RL's steps.
+        A run that never gets there counts as one that took all of RL's steps.
         """
-        opd, teacher, domain = name(roles.opd), name(roles.teacher), roles.domain
+        opd, teacher, domain = stage_name(roles.opd), stage_name(roles.teacher), roles.domain
 
         def steps(s, stage: str) -> float:
             level = float(s[teacher, domain].mean()) - DELTA
@@ -46,7 +46,7 @@ class T1:
         def share(s):
             return min(1.0, steps(s, opd) / len(s.curve(teacher, "accuracy")))
 
-        took = [steps(m.scores(), teacher) for m in found]
+        took = [steps(m.scores(), teacher) for m in runs]
         taken = ", ".join("never" if t == float("inf") else str(t) for t in took)
         note = f"step at which RL's own rollouts came to that level: {taken}"
-        return [Part("share of RL's steps", share, most=0.2, delta=0.0)], note
+        return [Condition("share of RL's steps", share, most=0.2, delta=0.0)], note

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
-from opdctl.evidence.verdict import DELTA_RECOVERY, Part, name, recovery, wide_gaps
+from opdctl.evidence.verdict import DELTA_RECOVERY, Condition, recovery, stage_name, wide_gaps
 
 
 class T2:
@@ -19,7 +19,7 @@ class T2:
 
     @dataclass(kw_only=True)
     class Config:
-        """Who plays."""
+        """The stages and domains of the claim."""
 
         opd: str = key(REQUIRED, "the student of OPD on one prompt", ref=True)
         sft: str = key(REQUIRED, "the student of SFT on it", ref=True)
@@ -28,13 +28,15 @@ class T2:
         domain: str = key(REQUIRED, "domain", domains=True)
 
     @staticmethod
-    def parts(roles, found) -> tuple[list[Part], str]:
-        """The recovery of each on held-out prompts."""
-        start, teacher = name(roles.start), name(roles.teacher)
-        if not wide_gaps(start, {roles.domain: teacher}, found)[0]:
+    def conditions(roles, runs) -> tuple[list[Condition], str]:
+        """Test the recovery of each on held-out prompts."""
+        start, teacher = stage_name(roles.start), stage_name(roles.teacher)
+        if not wide_gaps(start, {roles.domain: teacher}, runs)[0]:
             return [], f"the teacher's gap over the start is below .10 on {roles.domain}"
-        opd, sft = (recovery(name(r), start, teacher, roles.domain) for r in (roles.opd, roles.sft))
+        opd, sft = (
+            recovery(stage_name(r), start, teacher, roles.domain) for r in (roles.opd, roles.sft)
+        )
         return [
-            Part("recovery, OPD", opd, least=0.7, delta=DELTA_RECOVERY),
-            Part("recovery, SFT", sft, most=0.2, delta=DELTA_RECOVERY),
+            Condition("recovery, OPD", opd, least=0.7, delta=DELTA_RECOVERY),
+            Condition("recovery, SFT", sft, most=0.2, delta=DELTA_RECOVERY),
         ], ""

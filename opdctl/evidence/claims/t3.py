@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
-from opdctl.evidence.verdict import DELTA, DELTA_RECOVERY, Part, mean_gain, mean_score, name
+from opdctl.evidence.verdict import (
+    DELTA,
+    DELTA_RECOVERY,
+    Condition,
+    mean_gain,
+    mean_score,
+    stage_name,
+)
 
 
 class T3:
@@ -19,7 +26,7 @@ class T3:
 
     @dataclass(kw_only=True)
     class Config:
-        """Who plays."""
+        """The stages and domains of the claim."""
 
         before: str = key(REQUIRED, "the old self", ref=True)
         trained: str = key(REQUIRED, "after the domain training", ref=True)
@@ -28,11 +35,11 @@ class T3:
         learned: dict[str, bool] = key(REQUIRED, "domains that it taught", domains=True)
 
     @staticmethod
-    def parts(roles, found) -> tuple[list[Part], str]:
-        """The share regained, and the change of what was learned."""
-        models = [name(r) for r in (roles.before, roles.trained, roles.student)]
+    def conditions(roles, runs) -> tuple[list[Condition], str]:
+        """Test the share regained, and the change on the learned domains."""
+        models = [stage_name(r) for r in (roles.before, roles.trained, roles.student)]
         before, trained, student = (mean_score(m, roles.lost) for m in models)
-        losses = [before(m.scores()) - trained(m.scores()) for m in found]
+        losses = [before(m.scores()) - trained(m.scores()) for m in runs]
         if min(losses) < 0.10:  # a share divides by it, seed by seed
             return [], "on a seed the training lost less than .10: too little to regain"
         kept = mean_gain(roles.student, roles.trained, roles.learned)
@@ -41,6 +48,6 @@ class T3:
             return (student(s) - trained(s)) / (before(s) - trained(s))
 
         return [
-            Part("share regained", regained, least=0.95, delta=DELTA_RECOVERY),
-            Part("change of what was learned", kept, least=-DELTA),
+            Condition("share regained", regained, least=0.95, delta=DELTA_RECOVERY),
+            Condition("change of what was learned", kept, least=-DELTA),
         ], ""

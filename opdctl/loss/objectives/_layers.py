@@ -6,7 +6,7 @@ from opdctl.errors import Problem
 
 
 def text_of(layers: str | list[int]) -> str:
-    """How a need names layers: ``all``, or ``2,5``."""
+    """Return how a need names layers: ``all``, or ``2,5``."""
     return layers if isinstance(layers, str) else ",".join(map(str, layers))
 
 
@@ -19,12 +19,12 @@ def unnumbered(layers: str | list[int]) -> list[Problem]:
     """The problem with a list of layers, if it has one."""
     if isinstance(layers, str) or (layers and min(layers) > 0 and len(set(layers)) == len(layers)):
         return []
-    what = f"{layers}: layers are numbered from 1, each once, and one at least is compared"
-    return [Problem("layers", what, "layers: all, last, even, odd, or such as [2, 4]")]
+    message = f"{layers}: layers are numbered from 1, each once, and one at least is compared"
+    return [Problem("layers", message, "layers: all, last, even, odd, or such as [2, 4]")]
 
 
 class OnLayers:
-    """What objectives share that bring the student's states to the teacher's on some layers."""
+    """The base of objectives that bring the student's states to the teacher's on some layers."""
 
     @staticmethod
     def needs_for(config) -> tuple[str, ...]:
@@ -33,10 +33,10 @@ class OnLayers:
 
     @staticmethod
     def kl_direction(config) -> str:
-        """What of the teacher it brings the student to."""
+        """Return what of the teacher it brings the student to."""
         return "states"
 
     @staticmethod
     def problems(config, stage) -> list[Problem]:
-        """Numbers that no model has as layers."""
+        """Refuse numbers that no model has as layers."""
         return unnumbered(config.layers)

@@ -26,6 +26,7 @@ from opdctl.config.schema import key
 from opdctl.config.settings import ObjectiveConfig
 from opdctl.errors import StageFailed
 from opdctl.loss.objectives._layers import OnLayers, text_of
+from opdctl.scoring.columns import PAIR_WEIGHT
 
 HELD_OUT = 10  # every so many distinct prompts of a teacher one is held out, wherever it comes
 RIDGES = (1e-8, 1e-6, 1e-4, 1e-2, 1.0)
@@ -40,7 +41,7 @@ class Bridge(OnLayers):
 
     @dataclass(kw_only=True)
     class Config(ObjectiveConfig):
-        """Keys of bridge."""
+        """The keys of bridge."""
 
         layers: Literal["all", "last", "even", "odd"] | list[int] = key(
             "all", "transformer layers of the student, from 1: all, last, even, odd, or a list"
@@ -69,7 +70,7 @@ class Bridge(OnLayers):
         import torch
 
         seen: dict[str, list] = {}
-        found, tokens = [], 0
+        fits, tokens = [], 0
         while tokens < self.config.tokens:
             for name, *rows in next(pairs):
                 seen.setdefault(name, []).append(rows)
@@ -80,25 +81,25 @@ class Bridge(OnLayers):
             held_N = order % HELD_OUT == 0
             narrow = min(ours_NLD.shape[-1], theirs_NLE.shape[-1])
             if held_N.all() or narrow < self.config.rank:
-                what = f"{narrow} numbers are fewer than its rank {self.config.rank}"
-                what = "it has one prompt, and one is held out" if held_N.all() else what
-                raise StageFailed(f"the bridge to teacher {name} cannot be fitted: {what}")
+                reason = f"{narrow} numbers are fewer than its rank {self.config.rank}"
+                reason = "it has one prompt, and one is held out" if held_N.all() else reason
+                raise StageFailed(f"the bridge to teacher {name} cannot be fitted: {reason}")
             maps = []
             for n in range(ours_NLD.shape[1]):
                 layer = (ours_NLD[:, n].double(), theirs_NLE[:, n].double(), held_N)
                 *each, fitted = bridge(*layer, self.config.rank)
                 maps.append(each)
-                found.append(fitted)
+                fits.append(fitted)
                 said = ", ".join(f"{k} {v:.3g}" for k, v in fitted.items())
                 where = f"layers {self.which}, {n + 1} of {ours_NLD.shape[1]}"
                 print(f"bridge to {name}, {where}: {said}", flush=True)
             wide = torch.promote_types(ours_NLD.dtype, torch.float32)
             self.maps[name] = tuple(torch.stack(m).to(wide) for m in zip(*maps, strict=True))
         kinds = ("r2", "fit", "variance")
-        return {f"bridge_{k}": sum(f[k] for f in found) / len(found) for k in kinds}
+        return {f"bridge_{k}": sum(f[k] for f in fits) / len(fits) for k in kinds}
 
     def state(self) -> dict:
-        """For a checkpoint: the maps, once they are there."""
+        """Return the maps for a checkpoint, once they are there."""
         kinds = ("student", "teacher", "mean")
         return {
             f"{name}|{kind}": tensor
@@ -107,14 +108,14 @@ class Bridge(OnLayers):
         }
 
     def load(self, state: dict) -> None:
-        """What a checkpoint kept."""
+        """Take up what a checkpoint kept."""
         names = {flat.rpartition("|")[0] for flat in state}
         kinds = ("student", "teacher", "mean")
         # copied: where the memory of a file begins decides how products round
         self.maps = {n: tuple(state[f"{n}|{kind}"].clone() for kind in kinds) for n in names}
 
     def loss(self, view):
-        """Shape [C]."""
+        """Return the loss of each token. Shape [C]."""
         import torch
 
         ours_CLD, seen = view.states(self.which), []
@@ -129,11 +130,11 @@ class Bridge(OnLayers):
             a_CLR, b_CLR = (torch.nn.functional.normalize(h, dim=-1) for h in (a_CLR, b_CLR))
         value_C = (a_CLR - b_CLR).square().mean((-1, -2))
         view.log("bridge_distance", value_C)
-        return value_C * view["pair_weight"]
+        return value_C * view[PAIR_WEIGHT]
 
 
 def bridge(ours_ND, theirs_NE, held_N, rank: int) -> tuple:
-    """P_S [r, D], P_T [r, E], the teacher's mean [E], and how well they fit the held-out rows.
+    """Return P_S [r, D], P_T [r, E], the teacher's mean [E], and the fit of the held-out rows.
 
     Args:
         ours_ND, theirs_NE: states of one layer in float64.

@@ -22,6 +22,7 @@ from typing import Literal
 from opdctl.config.schema import key
 from opdctl.config.settings import ON_TOP, ObjectiveConfig
 from opdctl.errors import Problem
+from opdctl.scoring.columns import PAIR_WEIGHT
 
 
 class Divergence:
@@ -33,7 +34,7 @@ class Divergence:
 
     @dataclass(kw_only=True)
     class Config(ObjectiveConfig):
-        """Keys of divergence."""
+        """The keys of divergence."""
 
         direction: Literal["reverse", "forward", "jsd"] = key("reverse", "student first is reverse")
         beta: float = key(0.5, "weight of the teacher in jsd's mixture", least=0, most=1)
@@ -53,33 +54,33 @@ class Divergence:
         """A truncated teacher has no mass elsewhere: only its forward KL is finite."""
         if config.form != "truncated" or config.direction == "forward":
             return []
-        what = f"the {config.direction} direction to a truncated teacher has no finite value"
-        return [Problem("form", what, "direction=forward, or form=tail")]
+        message = f"the {config.direction} direction to a truncated teacher has no finite value"
+        return [Problem("form", message, "direction=forward, or form=tail")]
 
     @staticmethod
     def notes(config) -> list[Problem]:
-        """Keys that do nothing here, and what the form for comparison does not see."""
-        found = []
+        """Return notes on keys that do nothing here, and on the blind form for comparison."""
+        problems = []
         if config.direction != "jsd" and config.beta != 0.5:
-            found.append(Problem("beta", "only a jsd has a beta", "direction=jsd"))
+            problems.append(Problem("beta", "only a jsd has a beta", "direction=jsd"))
         if config.support == "full" and config.form != "tail":
             hint = "support=topk_student, topk_teacher or topk_union"
-            found.append(Problem("form", "the whole vocabulary has no form", hint))
+            problems.append(Problem("form", "the whole vocabulary has no form", hint))
         elif config.support == "full" and config.k != 16:
             hint = "support=topk_student, topk_teacher or topk_union"
-            found.append(Problem("k", "the whole vocabulary has no k", hint))
+            problems.append(Problem("k", "the whole vocabulary has no k", hint))
         elif config.form == "renormalised":
-            found.append(Problem("form", "blind to mass that leaves the k ids", "form=tail"))
-        return found
+            problems.append(Problem("form", "blind to mass that leaves the k ids", "form=tail"))
+        return problems
 
     @staticmethod
     def needs_for(config) -> tuple[str, ...]:
-        """What its support asks of a teacher."""
+        """Return what its support asks of a teacher."""
         return ("teacher.hidden",) if config.support == "full" else ON_TOP[config.support]
 
     @staticmethod
     def kl_direction(config) -> str:
-        """Direction of the KL to the teacher whose gradient it has."""
+        """Return the direction of the KL to the teacher whose gradient it has."""
         ends = {0.0: "forward", 1.0: "reverse"}  # what a jsd of these betas means, see above
         return ends.get(config.beta, "jsd") if config.direction == "jsd" else config.direction
 
@@ -89,7 +90,7 @@ class Divergence:
         self.compares = ids if config.overlap else 0
 
     def loss(self, view):
-        """Shape [C]."""
+        """Return the loss of each token. Shape [C]."""
         config = self.config
         if config.support == "full":
             value_C = view.divergence(config.direction, config.beta, config.overlap)
@@ -101,4 +102,4 @@ class Divergence:
             how = (config.form, config.direction, config.beta, top.tails)
             value_C = divergence_on(top.logp_CK, top.logq_CK, top.keep_CK, *how)
             view.log("divergence", value_C)
-        return value_C * view["pair_weight"]
+        return value_C * view[PAIR_WEIGHT]

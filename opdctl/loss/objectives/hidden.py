@@ -23,6 +23,7 @@ from opdctl.config.schema import key
 from opdctl.config.settings import ObjectiveConfig
 from opdctl.errors import StageFailed
 from opdctl.loss.objectives._layers import OnLayers, text_of
+from opdctl.scoring.columns import PAIR_WEIGHT
 
 WIDER = "opdctl stage opd --method oprd_bridge takes teachers of other widths"
 
@@ -37,7 +38,7 @@ class Hidden(OnLayers):
 
     @dataclass(kw_only=True)
     class Config(ObjectiveConfig):
-        """Keys of hidden."""
+        """The keys of hidden."""
 
         layers: Literal["all", "last", "even", "odd"] | list[int] = key(
             "last", "transformer layers, from 1: all, last, even, odd, or a list", neutral=True
@@ -49,7 +50,7 @@ class Hidden(OnLayers):
         self.needs = self.needs_for(config)
 
     def loss(self, view):
-        """Shape [C].
+        """Return the loss of each token. Shape [C].
 
         Raises:
             StageFailed: a teacher's states are of another width.
@@ -61,8 +62,8 @@ class Hidden(OnLayers):
         for _, name, part_CLD in parts:
             if part_CLD.shape[-1] != ours_CLD.shape[-1]:
                 widths = f"{ours_CLD.shape[-1]} and {part_CLD.shape[-1]}"
-                what = f"teacher {name}: hidden states of widths {widths} cannot be compared"
-                raise StageFailed(what, WIDER)
+                message = f"teacher {name}: hidden states of widths {widths} cannot be compared"
+                raise StageFailed(message, WIDER)
         theirs_CLD = torch.cat([part_CLD for _, _, part_CLD in parts])
         view.log("cosine", torch.cosine_similarity(ours_CLD, theirs_CLD, dim=-1).mean(-1))
         if self.config.unit:
@@ -72,4 +73,4 @@ class Hidden(OnLayers):
         wide = torch.promote_types(ours_CLD.dtype, torch.float32)
         value_C = (ours_CLD.to(wide) - theirs_CLD.to(wide)).square().mean((-1, -2))
         view.log("hidden_distance", value_C)
-        return value_C * view["pair_weight"]
+        return value_C * view[PAIR_WEIGHT]

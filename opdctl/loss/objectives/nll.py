@@ -22,6 +22,6 @@ class Nll:
         self.config = config
 
     def loss(self, view):
-        """Shape [C]."""
+        """Return the loss of each token. Shape [C]."""
         view.log("nll", -view.logprob_C)
         return -view.logprob_C

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.settings import ObjectiveConfig
+from opdctl.scoring.columns import REWARD
 
 
 class Outcome:
@@ -26,10 +27,10 @@ class Outcome:
         self.config = config
 
     def loss(self, view):
-        """Shape [C]."""
+        """Return the loss of each token. Shape [C]."""
         import torch
 
-        right_C = view["reward"]
+        right_C = view[REWARD]
         view.log("guessed", ((view.score_C > 0) == (right_C > 0.5)).float())
         return torch.nn.functional.binary_cross_entropy_with_logits(
             view.score_C.float(), right_C.float(), reduction="none"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.config.settings import ObjectiveConfig
+from opdctl.scoring.columns import ADVANTAGE
 
 
 class PolicyGradient:
@@ -23,7 +24,7 @@ class PolicyGradient:
 
     @dataclass(kw_only=True)
     class Config(ObjectiveConfig):
-        """Keys of policy_gradient."""
+        """The keys of policy_gradient."""
 
         clip_low: float = key(
             0.0, "the ratio is cut below 1 - clip_low; both 0: no clip", least=0, most=1
@@ -37,12 +38,12 @@ class PolicyGradient:
         self.config = config
 
     def loss(self, view):
-        """Shape [C]."""
+        """Return the loss of each token. Shape [C]."""
         import torch
 
         view.log("entropy", view.entropy_C)
         view.log("student_logprob", view.logprob_C)
-        advantage_C = view["advantage"]
+        advantage_C = view[ADVANTAGE]
         if self.config.advantage_clip:
             bound = self.config.advantage_clip
             view.log("advantage_clipped", (advantage_C.abs() > bound).float())

@@ -19,6 +19,7 @@ from typing import Literal
 from opdctl.config.schema import key
 from opdctl.config.settings import ObjectiveConfig
 from opdctl.errors import Problem
+from opdctl.scoring.columns import TEACHER, TEACHER_WEIGHT
 
 GRADIENT = {"k2": "reverse", "k3": "forward"}  # what differentiating each one gives
 
@@ -33,48 +34,48 @@ class SampledKl:
 
     @dataclass(kw_only=True)
     class Config(ObjectiveConfig):
-        """Keys of sampled_kl."""
+        """The keys of sampled_kl."""
 
         estimator: Literal["k1", "k2", "k3"] = key("k2", "k2 for reverse, k3 for forward")
         direction: Literal["reverse", "forward"] = key("reverse", "the KL whose gradient it has")
 
     @staticmethod
     def problems(config, stage) -> list[Problem]:
-        """Estimators whose gradient is not that of the divergence asked for."""
+        """Refuse estimators whose gradient is not that of the divergence asked for."""
         right = {way: name for name, way in GRADIENT.items()}[config.direction]
-        found = []
+        problems = []
         if config.estimator != right:
             gives = GRADIENT.get(config.estimator)
             gives = f"the gradient of the {gives} KL" if gives else "no gradient on average"
-            what = f"{config.estimator}, differentiated, has {gives}"
-            found.append(Problem("estimator", what, f"estimator={right}"))
+            message = f"{config.estimator}, differentiated, has {gives}"
+            problems.append(Problem("estimator", message, f"estimator={right}"))
         if config.estimator == "k3" and getattr(stage, "pooled", False):
-            what = "k3 of a weighted mean of teachers is not the weighted mean of theirs"
-            found.append(Problem("estimator", what, "pooled=false, or estimator=k2"))
+            message = "k3 of a weighted mean of teachers is not the weighted mean of theirs"
+            problems.append(Problem("estimator", message, "pooled=false, or estimator=k2"))
         if stage.updates_per_rollout * stage.minibatches > 1:
-            found.append(
+            problems.append(
                 Problem(
                     "",
                     "after the first update the rollouts are no longer the policy's own",
                     "updates_per_rollout=1 and minibatches=1, or policy_gradient with reverse_kl",
                 )
             )
-        return found
+        return problems
 
     @staticmethod
     def kl_direction(config) -> str:
-        """Direction of the KL to the teacher whose gradient it has."""
+        """Return the direction of the KL to the teacher whose gradient it has."""
         return config.direction
 
     def __init__(self, config) -> None:
         self.config = config
 
     def loss(self, view):
-        """Shape [C]."""
-        u_C = view["teacher"] - view.logprob_C
+        """Return the loss of each token. Shape [C]."""
+        u_C = view[TEACHER] - view.logprob_C
         value_C = 0.5 * u_C**2 if self.config.estimator == "k2" else u_C.exp() - 1 - u_C
         view.log("sampled_kl", value_C)
         view.log("entropy", view.entropy_C)
         view.log("student_logprob", view.logprob_C)
-        view.log("teacher_logprob", view["teacher"])
-        return value_C * view["teacher_weight"]
+        view.log("teacher_logprob", view[TEACHER])
+        return value_C * view[TEACHER_WEIGHT]

@@ -13,6 +13,7 @@ from typing import Literal
 
 from opdctl.config.schema import key
 from opdctl.config.settings import ON_TOP, ObjectiveConfig
+from opdctl.scoring.columns import PAIR_WEIGHT
 
 
 class TopkPg:
@@ -24,7 +25,7 @@ class TopkPg:
 
     @dataclass(kw_only=True)
     class Config(ObjectiveConfig):
-        """Keys of topk_pg."""
+        """The keys of topk_pg."""
 
         support: Literal["topk_student", "topk_teacher", "topk_union"] = key(
             "topk_student", "whose k most probable ids"
@@ -36,12 +37,12 @@ class TopkPg:
 
     @staticmethod
     def needs_for(config) -> tuple[str, ...]:
-        """What its support asks of a teacher."""
+        """Return what its support asks of a teacher."""
         return ON_TOP[config.support]
 
     @staticmethod
     def kl_direction(config) -> str:
-        """Direction of the KL to the teacher whose gradient it has."""
+        """Return the direction of the KL to the teacher whose gradient it has."""
         return "reverse"
 
     def __init__(self, config) -> None:
@@ -49,7 +50,8 @@ class TopkPg:
         self.compares = config.k  # of as many ids it can log the overlap
 
     def loss(self, view):
-        """Shape [C]; its value is the weighted log-ratio at p = p_old."""
+        """Return the loss of each token. Shape [C]; its value is the weighted log-ratio at p =
+        p_old."""
         import torch
 
         top = view.topk(self.config.support, self.config.k)
@@ -62,4 +64,4 @@ class TopkPg:
         advantage_CK = top.logq_CK - old_CK
         view.log("topk_advantage", (weight_CK * advantage_CK).sum(-1))
         ratio_CK = (top.logp_CK - old_CK).exp()
-        return -(weight_CK * advantage_CK * ratio_CK).sum(-1) * view["pair_weight"]
+        return -(weight_CK * advantage_CK * ratio_CK).sum(-1) * view[PAIR_WEIGHT]

@@ -15,6 +15,7 @@ from typing import Literal
 from opdctl.config.schema import key
 from opdctl.config.settings import ON_TOP, ObjectiveConfig
 from opdctl.errors import Problem
+from opdctl.scoring.columns import PAIR_WEIGHT
 
 
 class TopkTail:
@@ -27,7 +28,7 @@ class TopkTail:
 
     @dataclass(kw_only=True)
     class Config(ObjectiveConfig):
-        """Keys of topk_tail."""
+        """The keys of topk_tail."""
 
         support: Literal["topk_student", "topk_teacher", "topk_union"] = key(
             "topk_student", "whose k most probable ids"
@@ -39,17 +40,17 @@ class TopkTail:
         """The sampled part holds for rollouts of the policy as it is."""
         if stage.updates_per_rollout * stage.minibatches == 1:
             return []
-        what = "after the first update the rollouts are no longer the policy's own"
-        return [Problem("", what, "updates_per_rollout=1 and minibatches=1, or divergence")]
+        message = "after the first update the rollouts are no longer the policy's own"
+        return [Problem("", message, "updates_per_rollout=1 and minibatches=1, or divergence")]
 
     @staticmethod
     def needs_for(config) -> tuple[str, ...]:
-        """What its support asks of a teacher."""
+        """Return what its support asks of a teacher."""
         return ON_TOP[config.support]
 
     @staticmethod
     def kl_direction(config) -> str:
-        """Direction of the KL to the teacher whose gradient it has."""
+        """Return the direction of the KL to the teacher whose gradient it has."""
         return "reverse"
 
     def __init__(self, config) -> None:
@@ -57,7 +58,8 @@ class TopkTail:
         self.compares = config.k  # of as many ids it can log the overlap
 
     def loss(self, view):
-        """Shape [C]; its value is an unbiased estimate of the divergence and may be negative."""
+        """Return the loss of each token. Shape [C]; its value is an unbiased estimate of the
+        divergence and may be negative."""
         import torch
 
         top = view.topk(self.config.support, self.config.k)
@@ -67,4 +69,4 @@ class TopkTail:
         tail_C = (view.logprob_C - logprob_C).exp() * (logprob_C - top.teacher_C)
         value_C = head_C + torch.where(top.holds_C, 0.0, tail_C)
         view.log("divergence_estimate", value_C)
-        return value_C * view["pair_weight"]
+        return value_C * view[PAIR_WEIGHT]

@@ -1,4 +1,4 @@
-"""Where extrapolation leaves what an importance clip can hold: an estimate, a heuristic.
+"""The edge at which extrapolation leaves what an importance clip can hold: a heuristic.
 
 arXiv 2605.08737 reports a threshold lambda*(p, b, c) above which format collapses at tokens that
 are nearly determined; its formula was not found. This one is ours: the fixed point of lambda has
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 
 def threshold(logp_N, logb_N, clip: float):
-    """lambda* of each token, in float64. Shape [N].
+    """Return lambda* of each token, in float64. Shape [N].
 
     Args:
         logp_N: the teacher's log-prob of its most probable token.

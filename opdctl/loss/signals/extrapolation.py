@@ -21,6 +21,14 @@ from typing import Literal
 from opdctl.config.schema import key
 from opdctl.config.settings import SignalConfig
 from opdctl.errors import Problem
+from opdctl.scoring.columns import (
+    POLICY,
+    REFERENCE,
+    REFERENCE_TOP1,
+    TEACHER,
+    TEACHER_TOP1,
+    TEACHER_WEIGHT,
+)
 
 
 class Extrapolation:
@@ -31,7 +39,7 @@ class Extrapolation:
 
     @dataclass(kw_only=True)
     class Config(SignalConfig):
-        """Keys of extrapolation."""
+        """The keys of extrapolation."""
 
         lam: float = key(1.25, "lambda: 1 is plain reverse_kl, above it extrapolates", least=0.0)
         guard: Literal["none", "neutral", "reference"] = key(
@@ -47,47 +55,50 @@ class Extrapolation:
 
     @staticmethod
     def needs_for(config) -> tuple[str, ...]:
-        """What the guard needs."""
-        neutral, reference = ("teacher.modal",), ("teacher.modal", "reference.modal")
+        """Return what the guard needs."""
+        neutral = ("teacher.top1",)
+        reference = (*neutral, "teacher.top1_id", "reference.top1")
         return {"none": (), "neutral": neutral, "reference": reference}[config.guard]
 
     @staticmethod
     def problems(config, stage) -> list[Problem]:
         """A reference that is the teacher; a cap that pooled teachers do not have, or for another
         clip than the one that acts."""
-        found = []
+        problems = []
         if stage.teachers and {t.model for t in stage.teachers.values()} == {stage.reference}:
-            what = f"the reference is the teacher, {stage.reference}: there is no gain to scale"
+            message = f"the reference is the teacher, {stage.reference}: there is no gain to scale"
             hint = "reference: its model before it was trained, or the student's start"
-            found.append(Problem("", what, hint))
+            problems.append(Problem("", message, hint))
         if config.guard != "none" and stage.pooled:
-            what = "pooled teachers have no one most probable token"
-            found.append(Problem("guard", what, "pooled=false, or guard=none"))
+            message = "pooled teachers have no one most probable token"
+            problems.append(Problem("guard", message, "pooled=false, or guard=none"))
         for name, objective in stage.objectives.items():
             weight = objective.weights.get("truncated")
             if config.guard != "none" and weight and weight.cap != config.guard_clip:
-                what = f"the cap of lambda is for a clip of {config.guard_clip:g}, "
-                what += f"objectives.{name} clips at {weight.cap:g}"
-                found.append(Problem("guard_clip", what, f"guard_clip={weight.cap:g}"))
-        return found
+                message = f"the cap of lambda is for a clip of {config.guard_clip:g}, "
+                message += f"objectives.{name} clips at {weight.cap:g}"
+                problems.append(Problem("guard_clip", message, f"guard_clip={weight.cap:g}"))
+        return problems
 
     @staticmethod
     def notes(config) -> list[Problem]:
-        """Keys that do nothing here."""
-        found, own = [], {f.name: f.default for f in fields(config)}
+        """Return notes on keys that do nothing here."""
+        problems, own = [], {f.name: f.default for f in fields(config)}
         if config.lam == 1.0:
-            what = "at lambda 1 the reference cancels, and is paid for"
-            found.append(Problem("lam", what, "lam=1.25, or signals: {reverse_kl: {}}"))
+            message = "at lambda 1 the reference cancels, and is paid for"
+            problems.append(Problem("lam", message, "lam=1.25, or signals: {reverse_kl: {}}"))
         for name in ("guard_clip", "guard_margin", "guard_above"):
             if config.guard == "none" and getattr(config, name) != own[name]:
-                found.append(Problem(name, "there is no guard", "guard=neutral"))
+                problems.append(Problem(name, "there is no guard", "guard=neutral"))
         if not config.format_drop and config.format_steps != own["format_steps"]:
-            found.append(Problem("format_steps", "nothing watches the format", "format_drop=0.1"))
-        return found
+            problems.append(
+                Problem("format_steps", "nothing watches the format", "format_drop=0.1")
+            )
+        return problems
 
     @staticmethod
     def kl_direction(config) -> str:
-        """Direction of the KL to the teacher whose gradient it has."""
+        """Return the direction of the KL to the teacher whose gradient it has."""
         return "reverse"
 
     def __init__(self, config, ctx) -> None:
@@ -97,7 +108,7 @@ class Extrapolation:
         self.logged: dict[str, float] = {}
 
     def state(self) -> dict:
-        """What a checkpoint keeps."""
+        """Return what a checkpoint keeps."""
         return dict(self._state)
 
     def load(self, state: dict) -> None:
@@ -105,31 +116,31 @@ class Extrapolation:
         self._state = dict(state)
 
     def credit(self, step):
-        """Shape [N]."""
+        """Return the credit of each token. Shape [N]."""
         columns = step.columns
         if self.config.format_drop:
             self._look(step.rollouts)
         lam_N = self.strength(columns)
-        gain_N = columns["teacher"] - columns["reference"]
-        credit_N = columns["teacher"] - columns["policy"] + (lam_N - 1) * gain_N
-        return credit_N * columns["teacher_weight"]
+        gain_N = columns[TEACHER] - columns[REFERENCE]
+        credit_N = columns[TEACHER] - columns[POLICY] + (lam_N - 1) * gain_N
+        return credit_N * columns[TEACHER_WEIGHT]
 
     def strength(self, columns):
-        """lambda of each token, [N]."""
+        """Return lambda of each token, [N]."""
         import torch
 
         config = self.config
         lam = config.lam
         if lam > 1:
             lam = 1 + (lam - 1) * self._state["share"]
-        lam_N = torch.full_like(columns["teacher"], lam)
+        lam_N = torch.full_like(columns[TEACHER], lam)
         if config.guard != "none":
             from opdctl.loss.signals._cliff import threshold
 
-            logb_N = columns["reference_modal"] if config.guard == "reference" else None
-            modal_N = columns["teacher_modal"]
-            edge_N = threshold(modal_N, logb_N, config.guard_clip) - config.guard_margin
-            sure_N = modal_N.exp() > config.guard_above
+            logb_N = columns[REFERENCE_TOP1] if config.guard == "reference" else None
+            top1_N = columns[TEACHER_TOP1]
+            edge_N = threshold(top1_N, logb_N, config.guard_clip) - config.guard_margin
+            sure_N = top1_N.exp() > config.guard_above
             cap_N = torch.where(sure_N, edge_N.clamp(min=1.0), torch.inf).to(lam_N.dtype)
             self.logged["capped"] = float((cap_N < lam_N).double().mean())
             lam_N = lam_N.minimum(cap_N)
@@ -138,7 +149,7 @@ class Extrapolation:
 
     def _look(self, rollouts) -> None:
         """Compare the share of well-formed responses with the first step's; lower lambda."""
-        formed = [not r.truncated and self.ctx.obeyed(r) for r in rollouts]
+        formed = [not r.truncated and self.ctx.verdicts.obeyed(r) for r in rollouts]
         share, state = sum(formed) / len(formed), self._state
         if state["first"] < 0:
             state["first"] = share

@@ -15,6 +15,7 @@ from typing import Literal
 from opdctl.config.schema import key
 from opdctl.config.settings import SignalConfig
 from opdctl.errors import Problem
+from opdctl.scoring.columns import POLICY_KL, TEACHER_WEIGHT
 
 
 class KlBaseline:
@@ -25,7 +26,7 @@ class KlBaseline:
 
     @dataclass(kw_only=True)
     class Config(SignalConfig):
-        """Keys of kl_baseline."""
+        """The keys of kl_baseline."""
 
         support: Literal["full", "topk_student"] = key(
             "full", "the whole vocabulary, or the student's k most probable ids, renormalised"
@@ -38,12 +39,12 @@ class KlBaseline:
         beside = stage.signals.get("reverse_kl")
         if beside and beside.coef:
             return []
-        what = "a baseline without reverse_kl beside it has no gradient on average"
-        return [Problem("", what, "signals={reverse_kl: {}, kl_baseline: {}}")]
+        message = "a baseline without reverse_kl beside it has no gradient on average"
+        return [Problem("", message, "signals={reverse_kl: {}, kl_baseline: {}}")]
 
     def __init__(self, config, ctx) -> None:
         self.config = config
 
     def credit(self, step):
-        """Shape [N]; never negative."""
-        return step.columns["policy_kl"] * step.columns["teacher_weight"]
+        """Return the credit of each token. Shape [N]; never negative."""
+        return step.columns[POLICY_KL] * step.columns[TEACHER_WEIGHT]

@@ -23,7 +23,7 @@ class Outcome:
 
     @dataclass(kw_only=True)
     class Config(SignalConfig):
-        """Keys of outcome."""
+        """The keys of outcome."""
 
         reward: str = key(
             "verifier", "verifier, or the orm stage whose score it is: stage:NAME", ref=True
@@ -41,7 +41,7 @@ class Outcome:
             self.per_token = config.length_penalty / ctx.config.sampling.max_tokens
 
     def credit(self, step):
-        """Shape [N]."""
+        """Return the credit of each token. Shape [N]."""
         groups: dict[int, list] = {}
         for rollout in step.rollouts:
             groups.setdefault(rollout.group, []).append(rollout)

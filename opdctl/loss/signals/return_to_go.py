@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from opdctl.config.schema import key
 from opdctl.config.settings import SignalConfig
 from opdctl.errors import Problem
+from opdctl.scoring.columns import POLICY, TEACHER, TEACHER_WEIGHT
 
 
 class ReturnToGo:
@@ -28,7 +29,7 @@ class ReturnToGo:
 
     @dataclass(kw_only=True)
     class Config(SignalConfig):
-        """Keys of return_to_go."""
+        """The keys of return_to_go."""
 
         discount: float = key(1.0, "factor per token; 0 is the token itself alone", least=0, most=1)
         own: bool = key(True, "with the token's own log-ratio; else from the next one on")
@@ -37,31 +38,31 @@ class ReturnToGo:
 
     @staticmethod
     def problems(config, stage) -> list[Problem]:
-        """Keys that leave nothing, or a mean of a discounted sum."""
-        found = []
+        """Refuse keys that leave nothing, or a mean of a discounted sum."""
+        problems = []
         if not config.own and not config.discount:
-            what = "without the token's own part nothing is left at discount 0"
-            found.append(Problem("discount", what, "discount=1, or own=true"))
+            message = "without the token's own part nothing is left at discount 0"
+            problems.append(Problem("discount", message, "discount=1, or own=true"))
         if config.length_norm and config.discount != 1:
-            what = "a discounted sum is not divided by the number of its terms"
-            found.append(Problem("length_norm", what, "discount=1, or length_norm=false"))
-        return found
+            message = "a discounted sum is not divided by the number of its terms"
+            problems.append(Problem("length_norm", message, "discount=1, or length_norm=false"))
+        return problems
 
     @staticmethod
     def kl_direction(config) -> str:
-        """Direction of the KL to the teacher whose gradient it has."""
+        """Return the direction of the KL to the teacher whose gradient it has."""
         return "reverse" if config.own else ""
 
     def __init__(self, config, ctx) -> None:
         self.config = config
 
     def credit(self, step):
-        """Shape [N]."""
+        """Return the credit of each token. Shape [N]."""
         config = self.config
-        ratio_N = step.columns["teacher"] - step.columns["policy"]
+        ratio_N = step.columns[TEACHER] - step.columns[POLICY]
         if config.clip:
             ratio_N = ratio_N.clamp(-config.clip, config.clip)
-        ratio_N = ratio_N * step.columns["teacher_weight"]
+        ratio_N = ratio_N * step.columns[TEACHER_WEIGHT]
         found_N = step.future(ratio_N, config.discount)
         if config.own:
             found_N = ratio_N + config.discount * found_N

@@ -15,6 +15,7 @@ from typing import Literal
 from opdctl.config.schema import key
 from opdctl.config.settings import SignalConfig
 from opdctl.errors import Problem
+from opdctl.scoring.columns import POLICY, TEACHER, TEACHER_WEIGHT
 
 
 class ReverseKl:
@@ -25,7 +26,7 @@ class ReverseKl:
 
     @dataclass(kw_only=True)
     class Config(SignalConfig):
-        """Keys of reverse_kl."""
+        """The keys of reverse_kl."""
 
         clip: float = key(
             0.0, "largest absolute value of a token (MOPD paper: 5); 0 does not clip", least=0.0
@@ -41,25 +42,25 @@ class ReverseKl:
 
     @staticmethod
     def problems(config, stage) -> list[Problem]:
-        """Estimators whose policy gradient is not that of the reverse KL."""
+        """Refuse estimators whose policy gradient is not that of the reverse KL."""
         if config.estimator == "k1":
             return []
-        what = f"as a credit {config.estimator} does not give the gradient of the reverse KL"
-        return [Problem("estimator", what, "estimator=k1, or the objective sampled_kl")]
+        message = f"as a credit {config.estimator} does not give the gradient of the reverse KL"
+        return [Problem("estimator", message, "estimator=k1, or the objective sampled_kl")]
 
     @staticmethod
     def kl_direction(config) -> str:
-        """Direction of the KL to the teacher whose gradient it has."""
+        """Return the direction of the KL to the teacher whose gradient it has."""
         return "reverse"
 
     def __init__(self, config, ctx) -> None:
         self.config = config
 
     def credit(self, step):
-        """Shape [N]; zero where teacher and student agree."""
-        credit_N = step.columns["teacher"] - step.columns["policy"]
+        """Return the credit of each token. Shape [N]; zero where teacher and student agree."""
+        credit_N = step.columns[TEACHER] - step.columns[POLICY]
         if self.config.floor:
             credit_N = credit_N.clamp(min=math.log(self.config.floor) / (1 - self.config.floor))
         if self.config.clip:
             credit_N = credit_N.clamp(-self.config.clip, self.config.clip)
-        return credit_N * step.columns["teacher_weight"]
+        return credit_N * step.columns[TEACHER_WEIGHT]

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opdctl.scoring.columns import TEACHER_ENTROPY
+
 
 class Confidence:
     """1 - H(teacher) / log |V|: a confident teacher counts more (GUI-SD)."""
@@ -24,7 +26,7 @@ class Confidence:
         self.config = config
 
     def factor(self, step):
-        """Shape [N], from 0 to 1."""
+        """Return the factor of each token. Shape [N], from 0 to 1."""
         import math
 
-        return 1 - step.columns["teacher_entropy"] / math.log(step.model.lm_head().valid_V)
+        return 1 - step.columns[TEACHER_ENTROPY] / math.log(step.model.lm_head().valid_V)

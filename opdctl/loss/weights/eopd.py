@@ -18,6 +18,7 @@ from typing import Literal
 
 from opdctl.config.schema import key
 from opdctl.errors import Problem
+from opdctl.scoring.columns import TEACHER_ENTROPY, TEACHER_LIST_ENTROPY
 
 
 class Eopd:
@@ -28,7 +29,7 @@ class Eopd:
 
     @dataclass(kw_only=True)
     class Config:
-        """Keys of eopd."""
+        """The keys of eopd."""
 
         tau: float = key(0.8, "nats; the whole vocabulary's entropy is compared", least=0.0)
         over: Literal["vocabulary", "listed"] = key(
@@ -39,22 +40,26 @@ class Eopd:
 
     @staticmethod
     def needs_for(config) -> tuple[str, ...]:
-        """Whose entropy."""
-        return ("teacher.entropy",) if config.over == "vocabulary" else ("teacher.listed_entropy",)
+        """Return the need of the entropy it compares."""
+        listed = config.over == "listed"
+        return ("teacher.topk_list_entropy" if listed else "teacher.entropy",)
 
     @staticmethod
     def problems(config, stage) -> list[Problem]:
         """A list is as long as some objective says."""
-        asked = [o for o in stage.objectives.values() if o.coef and hasattr(o, "k")]
-        if config.over == "vocabulary" or asked:
+        listing = [o for o in stage.objectives.values() if o.coef and hasattr(o, "k")]
+        if config.over == "vocabulary" or listing:
             return []
-        what = "no objective here says how many of the teacher's tokens are listed"
-        return [Problem("over", what, "objectives: {divergence: {support: topk_teacher, k: 16}}")]
+        message = "no objective here says how many of the teacher's tokens are listed"
+        return [
+            Problem("over", message, "objectives: {divergence: {support: topk_teacher, k: 16}}")
+        ]
 
     def __init__(self, config) -> None:
         self.config, self.needs = config, self.needs_for(config)
 
     def factor(self, step):
-        """Shape [N]; of pooled teachers the mean entropy decides."""
-        listed = "listed_" if self.config.over == "listed" else ""
-        return step.columns[f"teacher_{listed}entropy"] > self.config.tau
+        """Return the factor of each token. Shape [N]; of pooled teachers the mean entropy
+        decides."""
+        listed = self.config.over == "listed"
+        return step.columns[TEACHER_LIST_ENTROPY if listed else TEACHER_ENTROPY] > self.config.tau

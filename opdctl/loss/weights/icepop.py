@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.errors import Problem
+from opdctl.scoring.columns import BEHAVIOUR
 
 
 class Icepop:
@@ -21,7 +22,7 @@ class Icepop:
 
     @dataclass(kw_only=True)
     class Config:
-        """Keys of icepop."""
+        """The keys of icepop."""
 
         low: float = key(0.5, "smallest ratio let through", least=0)
         high: float = key(5.0, "largest ratio let through", least=0)
@@ -37,8 +38,8 @@ class Icepop:
         self.config = config
 
     def gate(self, view):
-        """Shape [C], no gradient."""
-        ratio_C = (view.old_C - view["behaviour"]).exp()
+        """Return the gate of each token. Shape [C], no gradient."""
+        ratio_C = (view.old_C - view[BEHAVIOUR]).exp()
         inside_C = (ratio_C >= self.config.low) & (ratio_C <= self.config.high)
         view.log("mismatch", ratio_C)
         view.log("gate_open", inside_C.float())

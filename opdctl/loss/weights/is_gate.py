@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.errors import Problem
+from opdctl.scoring.columns import BEHAVIOUR
 
 
 class IsGate:
@@ -21,7 +22,8 @@ class IsGate:
 
     @dataclass(kw_only=True)
     class Config:
-        """Keys of is_gate. MiMo does not disclose its bounds; these are Nemotron-Cascade 2's."""
+        """The keys of is_gate. MiMo does not disclose its bounds; these are Nemotron-Cascade
+        2's."""
 
         low: float = key(0.5, "smallest ratio let through", least=0)
         high: float = key(2.0, "largest ratio let through", least=0)
@@ -37,8 +39,8 @@ class IsGate:
         self.config = config
 
     def gate(self, view):
-        """Shape [C], no gradient."""
-        ratio_C = (view.logprob_C.detach() - view["behaviour"]).exp()
+        """Return the gate of each token. Shape [C], no gradient."""
+        ratio_C = (view.logprob_C.detach() - view[BEHAVIOUR]).exp()
         inside_C = (ratio_C >= self.config.low) & (ratio_C <= self.config.high)
         view.log("ratio", ratio_C)
         view.log("gate_open", inside_C.float())

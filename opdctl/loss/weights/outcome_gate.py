@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from opdctl.config.schema import key
+from opdctl.scoring.columns import RIGHT
 
 
 class OutcomeGate:
@@ -23,18 +24,18 @@ class OutcomeGate:
 
     @dataclass(kw_only=True)
     class Config:
-        """Keys of outcome_gate."""
+        """The keys of outcome_gate."""
 
         on: Literal["wrong", "right"] = key("wrong", "which rollouts count")
 
     @staticmethod
     def lets_through(config) -> str:
-        """Which rollouts it lets through."""
+        """Return the rollouts that it lets through."""
         return config.on
 
     def __init__(self, config) -> None:
         self.config = config
 
     def mask(self, step):
-        """Shape [N]."""
-        return step.columns["right"] == (self.config.on == "right")
+        """Return the mask. Shape [N]."""
+        return step.columns[RIGHT] == (self.config.on == "right")

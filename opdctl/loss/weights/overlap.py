@@ -20,6 +20,7 @@ from typing import Literal
 
 from opdctl.config.schema import key
 from opdctl.errors import Problem
+from opdctl.scoring.columns import DECAY, DRIFT_OVERLAP, TEACHER_MASS_ABOVE
 
 
 class Overlap:
@@ -30,7 +31,7 @@ class Overlap:
 
     @dataclass(kw_only=True)
     class Config:
-        """Keys of overlap."""
+        """The keys of overlap."""
 
         by: Literal["overlap", "nucleus"] = key(
             "overlap", "a token is bad by the overlap of both top k, or outside the teacher's top p"
@@ -43,14 +44,14 @@ class Overlap:
 
     @staticmethod
     def needs_for(config) -> tuple[str, ...]:
-        """What it needs with these keys."""
+        """Return what it needs with these keys."""
         if config.by == "nucleus":
-            return ("teacher.above",)
+            return ("teacher.mass_above",)
         return ("teacher.topk", "policy.overlap")
 
     @staticmethod
     def problems(config, stage) -> list[Problem]:
-        """Another one with other keys: a response has one effective length."""
+        """Refuse another one with other keys: a response has one effective length."""
         used = [o.weights["overlap"] for o in stage.objectives.values() if "overlap" in o.weights]
         if all(keys == config for keys in used):
             return []
@@ -58,16 +59,18 @@ class Overlap:
 
     @staticmethod
     def notes(config) -> list[Problem]:
-        """Keys of the other test, and a test that no token fails."""
-        plain, found = Overlap.Config(), []
+        """Return notes on keys of the other test, and on a test that no token fails."""
+        plain, problems = Overlap.Config(), []
         for name in ("k", "tau") if config.by == "nucleus" else ("top_p",):
             if getattr(config, name) != getattr(plain, name):
-                what = f"is not read where a token is bad by {config.by}"
-                found.append(Problem(name, what, "leave it out, or another by"))
+                message = f"is not read where a token is bad by {config.by}"
+                problems.append(Problem(name, message, "leave it out, or another by"))
         if (config.by == "overlap" and not config.tau) or not config.drop:
             name = "drop" if not config.drop else "tau"
-            found.append(Problem(name, "0: nothing ever decays", f"{name}={getattr(plain, name)}"))
-        return found
+            problems.append(
+                Problem(name, "0: nothing ever decays", f"{name}={getattr(plain, name)}")
+            )
+        return problems
 
     def __init__(self, config) -> None:
         self.config = config
@@ -75,17 +78,18 @@ class Overlap:
         self.logged = {}
 
     def bad(self, step):
-        """Where the teacher is no guide, [N], boolean; of pooled teachers the mean decides."""
+        """Return where the teacher is no guide, [N], boolean; of pooled teachers the mean
+        decides."""
         if self.config.by == "nucleus":
-            return step.columns["teacher_above"] >= self.config.top_p
-        return step.columns["drift_overlap"] < self.config.tau
+            return step.columns[TEACHER_MASS_ABOVE] >= self.config.top_p
+        return step.columns[DRIFT_OVERLAP] < self.config.tau
 
     def factor(self, step):
-        """Shape [N]; leaves the decay in the column ``decay``."""
+        """Return the factor of each token. Shape [N]; leaves the decay in the column ``decay``."""
         bad_N = self.bad(step).double()
         self.logged = {"drift_bad": float(bad_N.mean())}
         if self.config.by == "overlap":
-            self.logged["drift_overlap"] = float(step.columns["drift_overlap"].mean())
+            self.logged["drift_overlap"] = float(step.columns[DRIFT_OVERLAP].mean())
         decay_N = (1 - self.config.drop * step.so_far(bad_N)).clamp(0, 1)
-        step.columns["decay"] = decay_N
+        step.columns[DECAY] = decay_N
         return decay_N + self.config.base

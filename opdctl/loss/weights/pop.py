@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import key
+from opdctl.scoring.columns import BEHAVIOUR, POLICY
 
 
 class Pop:
@@ -20,7 +21,7 @@ class Pop:
 
     @dataclass(kw_only=True)
     class Config:
-        """Keys of pop."""
+        """The keys of pop."""
 
         beta: float = key(2.0, "the interval is [1/beta, beta]", least=1.0)
 
@@ -28,8 +29,8 @@ class Pop:
         self.config = config
 
     def gate(self, view):
-        """Shape [C], no gradient."""
-        ratio_C = (view["policy"] - view["behaviour"]).exp()
+        """Return the gate of each token. Shape [C], no gradient."""
+        ratio_C = (view[POLICY] - view[BEHAVIOUR]).exp()
         inside_C = (ratio_C >= 1 / self.config.beta) & (ratio_C <= self.config.beta)
         view.log("mismatch", ratio_C)
         view.log("gate_open", inside_C.float())

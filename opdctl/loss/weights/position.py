@@ -23,7 +23,7 @@ class Position:
 
     @dataclass(kw_only=True)
     class Config:
-        """Keys of position."""
+        """The keys of position."""
 
         shape: Literal["late", "early"] = key(REQUIRED, "which tokens count more: late or early")
         least: float = key(0.25, "weight far from the favoured end", least=0, most=1)
@@ -34,7 +34,7 @@ class Position:
         self.config = config
 
     def factor(self, step):
-        """Shape [N]."""
+        """Return the factor of each token. Shape [N]."""
         place_N, length_N = step.places()
         config = self.config
         z_N = ((place_N + 1).to(step.model.logits_dtype) / length_N - config.middle) / config.slope

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.errors import Problem
+from opdctl.scoring.columns import POLICY, POLICY_ENTROPY, TEACHER
 
 
 class Reopold:
@@ -27,7 +28,7 @@ class Reopold:
 
     @dataclass(kw_only=True)
     class Config:
-        """Keys of reopold."""
+        """The keys of reopold."""
 
         floor: float = key(0.1, "lambda, of log(lambda) / (1 - lambda)", least=1e-9, most=0.999)
         until: float = key(0.5, "share of the steps that are the first phase", least=0, most=1)
@@ -38,16 +39,16 @@ class Reopold:
         """A mask at another floor than the reward's."""
         beside = stage.signals.get("reverse_kl")
         if beside and beside.coef and beside.floor != config.floor:
-            what = f"the reward's floor is {beside.floor:g}, the mask's {config.floor:g}"
-            return [Problem("floor", what, f"signals.reverse_kl.floor={config.floor:g}")]
+            message = f"the reward's floor is {beside.floor:g}, the mask's {config.floor:g}"
+            return [Problem("floor", message, f"signals.reverse_kl.floor={config.floor:g}")]
         return []
 
     def __init__(self, config) -> None:
         self.config = config
 
     def mask(self, step):
-        """Shape [N]."""
+        """Return the mask. Shape [N]."""
         if step.done < self.config.until * step.steps:
             floor = math.log(self.config.floor) / (1 - self.config.floor)
-            return step.columns["teacher"] - step.columns["policy"] >= floor
-        return step.largest(step.columns["policy_entropy"], self.config.keep)
+            return step.columns[TEACHER] - step.columns[POLICY] >= floor
+        return step.largest(step.columns[POLICY_ENTROPY], self.config.keep)

@@ -18,6 +18,7 @@ from typing import Literal
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.errors import Problem
+from opdctl.scoring.columns import POLICY, RIGHT, TEACHER
 
 
 class Scope:
@@ -28,7 +29,7 @@ class Scope:
 
     @dataclass(kw_only=True)
     class Config:
-        """Keys of scope."""
+        """The keys of scope."""
 
         path: Literal["right", "wrong"] = key(
             REQUIRED, "right: PPL_S^(1/tau); wrong: PPL_T^(-1/tau)"
@@ -42,26 +43,27 @@ class Scope:
     def problems(config, stage) -> list[Problem]:
         """A switch of the path that it does not change."""
         if config.path == "wrong" and config.sign == "released":
-            what = "on the wrong path the released scripts are the formula"
-            return [Problem("sign", what, "sign=formula")]
+            message = "on the wrong path the released scripts are the formula"
+            return [Problem("sign", message, "sign=formula")]
         return []
 
     @staticmethod
     def lets_through(config) -> str:
-        """Which rollouts it lets through."""
+        """Return the rollouts that it lets through."""
         return config.path
 
     def __init__(self, config) -> None:
         self.config = config
 
     def mask(self, step):
-        """Shape [N]: 1 on the path."""
-        return step.columns["right"] == (self.config.path == "right")
+        """Return the mask. Shape [N]: 1 on the path."""
+        return step.columns[RIGHT] == (self.config.path == "right")
 
     def factor(self, step):
-        """Shape [N]; the mean over a group's rollouts on the path is 1."""
+        """Return the factor of each token. Shape [N]; the mean over a group's rollouts on the path
+        is 1."""
         right = self.config.path == "right"
-        nll_B = -step.mean(step.columns["policy" if right else "teacher"])
+        nll_B = -step.mean(step.columns[POLICY if right else TEACHER])
         up = right and self.config.sign == "formula"
         score_B = (nll_B if up else -nll_B) / self.config.tau
         groups: dict[int, list[int]] = {}

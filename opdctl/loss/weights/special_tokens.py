@@ -23,7 +23,7 @@ class SpecialTokens:
 
     @dataclass(kw_only=True)
     class Config:
-        """Keys of special_tokens."""
+        """The keys of special_tokens."""
 
         texts: list[str] = key(["<think>", "</think>"], "special too, where they are one token")
 
@@ -31,7 +31,7 @@ class SpecialTokens:
         self.config = config
 
     def mask(self, step):
-        """Shape [N]."""
+        """Return the mask. Shape [N]."""
         import torch
 
         tokenizer = step.model.tokenizer

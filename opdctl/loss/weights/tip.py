@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.errors import Problem
+from opdctl.scoring.columns import POLICY_ENTROPY, POLICY_KL
 
 
 class Tip:
@@ -27,7 +28,7 @@ class Tip:
 
     @dataclass(kw_only=True)
     class Config:
-        """Keys of tip."""
+        """The keys of tip."""
 
         keep: float = key(0.5, "share of the step's tokens", least=1e-6, most=1.0)
         cut: float = key(
@@ -40,26 +41,26 @@ class Tip:
         baseline = stage.signals.get("kl_baseline")
         if baseline is None or not baseline.coef or baseline.support == "full":
             return []
-        what = "ranks by the divergence over all ids, and kl_baseline asks for that over some"
-        return [Problem("", what, "signals.kl_baseline.support=full, or leave one of them out")]
+        message = "ranks by the divergence over all ids, and kl_baseline asks for that over some"
+        return [Problem("", message, "signals.kl_baseline.support=full, or leave one of them out")]
 
     def __init__(self, config) -> None:
         self.config = config
 
     def score(self, step):
-        """h + d - h d of every token, [N], from 0 to 1."""
-        entropy_N, kl_N = (step.columns[c].double() for c in ("policy_entropy", "policy_kl"))
+        """Return h + d - h d of every token, [N], from 0 to 1."""
+        entropy_N, kl_N = (step.columns[c].double() for c in (POLICY_ENTROPY, POLICY_KL))
         ranked_N = entropy_N.sort().values  # torch.quantile takes 16 million numbers at most
         threshold = ranked_N[round((1 - self.config.cut) * (len(ranked_N) - 1))]
         h_N, d_N = scaled(entropy_N.clamp(max=threshold)), scaled(kl_N)
         return h_N + d_N - h_N * d_N
 
     def mask(self, step):
-        """Shape [N]."""
+        """Return the mask. Shape [N]."""
         return step.largest(self.score(step), self.config.keep)
 
 
 def scaled(value_N):
-    """To [0, 1] by its least and its largest; all 0 where they are equal."""
+    """Scale to [0, 1] by its least and its largest; all 0 where they are equal."""
     low, high = value_N.min(), value_N.max()
     return (value_N - low) / (high - low) if high > low else value_N - low

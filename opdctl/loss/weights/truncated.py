@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import key
+from opdctl.scoring.columns import BEHAVIOUR
 
 
 class Truncated:
@@ -21,7 +22,7 @@ class Truncated:
 
     @dataclass(kw_only=True)
     class Config:
-        """Keys of truncated."""
+        """The keys of truncated."""
 
         cap: float = key(5.0, "largest weight", least=1e-3)
 
@@ -29,8 +30,8 @@ class Truncated:
         self.config = config
 
     def gate(self, view):
-        """Shape [C], no gradient."""
-        ratio_C = (view.old_C - view["behaviour"]).exp()
+        """Return the gate of each token. Shape [C], no gradient."""
+        ratio_C = (view.old_C - view[BEHAVIOUR]).exp()
         view.log("mismatch", ratio_C)
         view.log("gate_open", (ratio_C <= self.config.cap).float())
         return ratio_C.clamp(max=self.config.cap)

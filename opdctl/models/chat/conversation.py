@@ -1,11 +1,11 @@
-"""A whole conversation as ids, and which of them the assistant wrote.
+"""A whole conversation as ids, with the spans that the assistant wrote.
 
-Supervised are the assistant's tokens with the token that ends each of its turns; system, user and
-tool turns never are. Where the chat template marks what the assistant says ({% generation %}) its
-marks are taken. Otherwise the conversation is rendered up to each turn and the renderings must be
-prefixes of one another, or it is refused: a template that rewrites what went before (Qwen3 leaves
-the thinking out of earlier turns) shows a turn, when it is trained, otherwise than when it was
-sampled. Text between two turns is encoded apart, as ``Chat.observation`` does.
+The assistant's tokens are supervised, with the token that ends each of its turns; system, user and
+tool turns never are. If the chat template marks the assistant's text ({% generation %}), its marks
+are used. Otherwise the conversation is rendered up to each turn, and each rendering must be a
+prefix of the next, or the conversation is refused: a template that rewrites earlier turns (Qwen3
+drops their thinking) would show a turn in training differently from how it was sampled. Text
+between two turns is encoded by itself, as ``Chat.observation`` does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
-class Spoken:
+class RenderedConversation:
     """A rendered conversation.
 
     Attributes:
@@ -34,11 +34,11 @@ class Spoken:
     spans: list[tuple[int, int]]
 
 
-def spoken(chat: Chat, prompt: Prompt, every: bool) -> Spoken:
-    """The conversation of a prompt whose last turn is the assistant's.
+def render_conversation(chat: Chat, prompt: Prompt, every: bool) -> RenderedConversation:
+    """Render the conversation of a prompt whose last turn is the assistant's.
 
     Args:
-        every: supervise all of its turns; else the last.
+        every: supervise all of the assistant's turns; else the last only.
 
     Raises:
         UsageError: the turns cannot be told apart in the rendering; says where and what to do.
@@ -55,7 +55,9 @@ def spoken(chat: Chat, prompt: Prompt, every: bool) -> Spoken:
     return _by_prefix(chat, prompt, turns, every)
 
 
-def _by_prefix(chat: Chat, prompt: Prompt, turns: tuple[Message, ...], every: bool) -> Spoken:
+def _by_prefix(
+    chat: Chat, prompt: Prompt, turns: tuple[Message, ...], every: bool
+) -> RenderedConversation:
     whole = chat.apply(turns, prompt)
     places = [i for i, m in enumerate(turns) if m["role"] == "assistant"]
     ids: list[int] = []
@@ -67,13 +69,13 @@ def _by_prefix(chat: Chat, prompt: Prompt, turns: tuple[Message, ...], every: bo
         _require_prefix(chat, before, whole, i, "is asked for")
         _require_prefix(chat, before, after, i, "is asked for")
         _require_prefix(chat, after, whole, i, "is over")
-        turn, end = _ended(chat, after[len(before) :], whole[len(after) :], i == places[-1])
+        turn, end = _split_end(chat, after[len(before) :], whole[len(after) :], i == places[-1])
         ids += chat.ids(whole[at : len(before)])
         start = len(ids)
         ids += [*chat.ids(turn), end]
         spans.append((start, len(ids)))
         at = len(before) + len(turn) + len(chat.tokenizer.convert_ids_to_tokens(end))
-    return Spoken(ids, spans)
+    return RenderedConversation(ids, spans)
 
 
 def _require_prefix(chat: Chat, part: str, whole: str, turn: int, when: str) -> None:
@@ -88,8 +90,8 @@ def _require_prefix(chat: Chat, part: str, whole: str, turn: int, when: str) -> 
     )
 
 
-def _ended(chat: Chat, turn: str, rest: str, last: bool) -> tuple[str, int]:
-    """A turn without its end and what follows it, and the token that ends it."""
+def _split_end(chat: Chat, turn: str, rest: str, last: bool) -> tuple[str, int]:
+    """Return a turn up to its end token, without what follows, and the token that ends it."""
     body = turn.rstrip()
     for end in chat.ends:
         mark = chat.tokenizer.convert_ids_to_tokens(end)
@@ -106,18 +108,20 @@ def _ended(chat: Chat, turn: str, rest: str, last: bool) -> tuple[str, int]:
     )
 
 
-def _marked(chat: Chat, prompt: Prompt, turns: tuple[Message, ...], every: bool) -> Spoken:
+def _marked(
+    chat: Chat, prompt: Prompt, turns: tuple[Message, ...], every: bool
+) -> RenderedConversation:
     options = {}
     if prompt.enable_thinking is not None:
         options["enable_thinking"] = prompt.enable_thinking
-    found = chat.tokenizer.apply_chat_template(
+    rendered = chat.tokenizer.apply_chat_template(
         list(turns),
         tools=list(prompt.tools) or None,
         return_dict=True,
         return_assistant_tokens_mask=True,
         **options,
     )
-    ids, mask = list(found["input_ids"]), list(found["assistant_masks"])
+    ids, mask = list(rendered["input_ids"]), list(rendered["assistant_masks"])
     starts = [i for i, m in enumerate(mask) if m and not (i and mask[i - 1])]
     spans = []
     for start in starts:
@@ -140,11 +144,11 @@ def _marked(chat: Chat, prompt: Prompt, turns: tuple[Message, ...], every: bool)
                 f"{chat.name}: turn {turn} of the assistant ends by no token that ends a response",
                 "put the end of the turn inside the {% generation %} mark",
             )
-    asked = chat.ids(chat.apply(turns[: places[0]], prompt, generate=True))
-    if ids[: spans[0][0]] != asked:
+    prompt_ids = chat.ids(chat.apply(turns[: places[0]], prompt, generate=True))
+    if ids[: spans[0][0]] != prompt_ids:
         raise UsageError(
             f"{chat.name}: the {{% generation %}} mark does not begin where a response does",
             "put it after the header that add_generation_prompt writes",
         )
     spans = spans if every else spans[-1:]
-    return Spoken(ids[: spans[-1][1]], spans)
+    return RenderedConversation(ids[: spans[-1][1]], spans)

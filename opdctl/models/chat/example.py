@@ -1,6 +1,6 @@
-"""The first prompt of a stage as a person may read it: what the model sees, and what is trained.
+"""The first prompt of a stage for a person to read: what the model sees and what is trained.
 
-Special tokens are shown as they are. Long parts are cut in the middle; ``tokens`` count them whole.
+Special tokens are shown as they are. Long parts are cut in the middle; ``tokens`` counts all.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from opdctl.types import Rollout
 LONGEST = 600  # characters of a part
 
 
-def example(rollout: Rollout, tokenizer: Any, trained: bool) -> dict[str, Any]:
-    """``{domain, tokens, written, trained, parts}``; a part is ``{text, written}``.
+def build_example(rollout: Rollout, tokenizer: Any, trained: bool) -> dict[str, Any]:
+    """Return ``{domain, tokens, written, trained, parts}``; a part is ``{text, written}``.
 
     Args:
-        trained: whether the stage has a loss on what was written; else it was only sampled.
+        trained: True if the stage has a loss on the written tokens, False if it only samples them.
     """
     request = rollout.request
     places = set(request.targets)
@@ -29,7 +29,7 @@ def example(rollout: Rollout, tokenizer: Any, trained: bool) -> dict[str, Any]:
             ids.append([])
         ids[-1].append(token)
     for part, run in zip(parts, ids, strict=True):
-        part["text"] = cut(tokenizer.decode(run, skip_special_tokens=False))
+        part["text"] = shorten(tokenizer.decode(run, skip_special_tokens=False))
     return {
         "domain": rollout.prompt.domain,
         "tokens": len(request.ids),
@@ -39,23 +39,22 @@ def example(rollout: Rollout, tokenizer: Any, trained: bool) -> dict[str, Any]:
     }
 
 
-def cut(text: str) -> str:
-    """A long text without its middle."""
+def shorten(text: str) -> str:
+    """Cut the middle out of a text longer than ``LONGEST`` characters."""
     if len(text) <= LONGEST:
         return text
     half = LONGEST // 2
     return f"{text[:half]} (... {len(text) - 2 * half} characters ...) {text[-half:]}"
 
 
-def heading(found: dict[str, Any]) -> str:
-    """What is shown, in a line."""
-    what = "trained on" if found["trained"] else "sampled"
-    return (
-        f"first prompt, of {found['domain']}: {found['written']} of {found['tokens']} tokens {what}"
-    )
+def heading(example: dict[str, Any]) -> str:
+    """Return one line that says how many tokens of the example were sampled or trained on."""
+    use = "trained on" if example["trained"] else "sampled"
+    counts = f"{example['written']} of {example['tokens']} tokens"
+    return f"first prompt, of {example['domain']}: {counts} {use}"
 
 
-def plain(found: dict[str, Any]) -> str:
-    """The example without colours: what was written stands in [[ ]]."""
-    shown = (f"[[{p['text']}]]" if p["written"] else p["text"] for p in found["parts"])
-    return f"{heading(found)}\n{''.join(shown)}"
+def plain_text(example: dict[str, Any]) -> str:
+    """Return the example without colours: written tokens stand in [[ ]]."""
+    shown = (f"[[{p['text']}]]" if p["written"] else p["text"] for p in example["parts"])
+    return f"{heading(example)}\n{''.join(shown)}"

@@ -1,6 +1,6 @@
-"""Conversations as data gives them: which part asks, which part answers, and are they well formed.
+"""The conversations of a data set: the part that asks, the part that answers, and their form.
 
-A message is a mapping with a role and a content, and what else its chat template reads
+A message is a mapping with a role, a content and any other field its chat template reads
 (``tool_calls``, ``name``, ``reasoning_content``). Text only: no images. No torch here.
 """
 
@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Message = Mapping[str, Any]
-WRITTEN = ("assistant", "tool", "function", "ipython")  # what a response is made of
+RESPONSE_ROLES = ("assistant", "tool", "function", "ipython")  # a response is made of these
 
 
-def complaint(messages: Any) -> str:
-    """What is wrong with a conversation, in words; empty if nothing is."""
+def invalid_reason(messages: Any) -> str:
+    """Return why a conversation is malformed, in words; "" if it is not."""
     if not isinstance(messages, list | tuple) or not messages:
         return f"expected a list of messages, got {type(messages).__name__} {str(messages)[:40]!r}"
     for i, message in enumerate(messages):
@@ -31,34 +31,34 @@ def complaint(messages: Any) -> str:
 
 
 def question(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """The turns up to where a response starts.
+    """Return the turns before the response.
 
-    Where the assistant speaks last, its response began after the last turn that is neither its own
-    nor a tool's; otherwise everything is asked.
+    If the assistant speaks last, its response starts after the last turn that is neither its own
+    nor a tool's; otherwise all turns are the question.
     """
     stop = len(messages)
     if messages[-1]["role"] == "assistant":
-        while stop and messages[stop - 1]["role"] in WRITTEN:
+        while stop and messages[stop - 1]["role"] in RESPONSE_ROLES:
             stop -= 1
     return tuple(messages[:stop])
 
 
-def text_of(messages: Sequence[Message]) -> str:
-    """The question as one text: it names the prompt, and decides its side of the split."""
-    asked = question(messages)
-    if len(asked) == 1:
-        return asked[0]["content"]
-    return "\n".join(f"{m['role']}: {m.get('content') or ''}" for m in asked)
+def question_text(messages: Sequence[Message]) -> str:
+    """Return the question as one text, which determines the prompt's id and side of the split."""
+    turns = question(messages)
+    if len(turns) == 1:
+        return turns[0]["content"]
+    return "\n".join(f"{m['role']}: {m.get('content') or ''}" for m in turns)
 
 
-def answer_of(messages: Sequence[Message]) -> str:
-    """What the assistant says last; empty where it does not speak last."""
+def last_answer(messages: Sequence[Message]) -> str:
+    """Return the last turn if it is the assistant's, else ""."""
     last = messages[-1]
     return (last.get("content") or "") if last["role"] == "assistant" else ""
 
 
-def tagged(messages: Sequence[Message], tag: str) -> tuple[Message, ...]:
-    """The tag of a mode put after the last user turn of the question."""
+def with_tag(messages: Sequence[Message], tag: str) -> tuple[Message, ...]:
+    """Put the tag of a mode after the last user turn of the question."""
     users = [i for i, m in enumerate(question(messages)) if m["role"] == "user"]
     if not tag or not users:
         return tuple(messages)

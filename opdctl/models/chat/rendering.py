@@ -1,8 +1,9 @@
-"""What a tokenizer and its chat template make of a prompt, an answer, a turn of an environment.
+"""Prompts, answers and an environment's turns as token ids, through a model's chat template.
 
-A response may end by any of several tokens: those of the model's generation config, the
-tokenizer's end token, and the one by which its template ends a turn of the assistant. The last is
-what a demonstration ends by. Every rendering is checked for what the template must not drop.
+A response may end with any of several tokens: those of the model's generation config, the
+tokenizer's end token, and the token with which the template ends an assistant's turn. A
+demonstration ends with the last of these. Every rendering is checked for text that the template
+must not drop.
 """
 
 from __future__ import annotations
@@ -16,35 +17,37 @@ from opdctl.errors import UsageError
 from opdctl.models.chat.messages import Message, question
 from opdctl.types import Prompt
 
-MOST = 2**21  # ids, or characters, that a cache keeps: a stream brings new prompts for ever
-SAID = "\x02said\x03"  # a turn's content, cut out again: it does not matter how it is shown
+CACHE_LIMIT = (
+    2**21
+)  # ids, or characters, that a cache keeps: a stream never stops bringing new prompts
+PLACEHOLDER = "\x02said\x03"  # stands for a turn's content, and is cut out of the rendering again
 
 
-class Recent(dict):
-    """Values of some length, the newest ones: no more than MOST in all, but for the last."""
+class RecentCache(dict):
+    """A cache of the newest values, dropping old ones while their lengths exceed CACHE_LIMIT."""
 
     def __init__(self) -> None:
         super().__init__()
         self.length = 0
 
     def keep(self, key: Any, value: Any) -> Any:
-        """Add a value, the oldest ones go; returns it."""
+        """Add a value and return it; the oldest values make room."""
         self[key] = value
         self.length += len(value)
-        while self.length > MOST and len(self) > 1:
+        while self.length > CACHE_LIMIT and len(self) > 1:
             self.length -= len(self.pop(next(iter(self))))
         return value
 
 
 class Chat:
-    """The rendering half of a model; has ``tokenizer`` and ``name``.
+    """The rendering half of a model, which has ``tokenizer``, ``name`` and ``rows``.
 
     Attributes:
         eos: the tokenizer's end token.
-        end_of_turn: what ends a demonstration: the template's own end of a turn, else ``eos``.
+        end_of_turn: the token that ends a demonstration: the template's own, else ``eos``.
         ends: every token that ends a response.
-        pad: what fills a rectangle.
-        rows: ids that the model has an embedding for.
+        pad: the token that fills a rectangle.
+        rows: rows of the model's embedding; every id is below this number.
     """
 
     tokenizer: Any
@@ -62,28 +65,28 @@ class Chat:
         """
         self.generation = generation
         vars(self).pop("reads_thinking", None)
-        self.rendered: Recent = Recent()  # ids by prompt
-        self.answers: Recent = Recent()  # ids by what an environment said
-        self.readable: Recent = Recent()  # texts
+        self.rendered: RecentCache = RecentCache()  # ids by prompt
+        self.answers: RecentCache = RecentCache()  # ids by what an environment said
+        self.readable: RecentCache = RecentCache()  # texts
         token = self.tokenizer.eos_token_id
         if token is None:
             hint = "name one as eos_token in tokenizer_config.json: a response has to end"
             raise UsageError(f"{self.name}: its tokenizer has no end token", hint)
-        stops = [i for i in _listed(generation) if 0 <= i < self.rows]  # others are never sampled
+        stops = [i for i in _end_ids(generation) if 0 <= i < self.rows]  # others are never sampled
         self.eos: int = token
         self.end_of_turn: int = self._end_of_turn(stops)
         self.ends: tuple[int, ...] = tuple(dict.fromkeys((self.end_of_turn, self.eos, *stops)))
         pad = self.tokenizer.pad_token_id
         self.pad: int = token if pad is None else pad
-        for ids, what in (([self.eos], "its end token"), ([self.pad], "padding")):
-            self._known(ids, what)
+        for ids, name in (([self.eos], "its end token"), ([self.pad], "padding")):
+            self._require_embedded(ids, name)
 
     def take_template(self, template: Any, whose: str) -> None:
-        """Speak by another model's chat template from now on; what is saved has it too.
+        """Use another model's chat template from now on; it is saved with this model too.
 
         Args:
-            template: of a tokenizer; None where it has none.
-            whose: names that model.
+            template: a tokenizer's chat template; None if it has none.
+            whose: the name of that model.
 
         Raises:
             UsageError: it has none.
@@ -96,20 +99,23 @@ class Chat:
             self.begin_chat(self.generation)
 
     def write_ends(self, generation: Any) -> None:
-        """Have other programs stop where this one does: the ends into the generation config."""
-        if generation is not None and not set(self.ends) <= set(_listed(generation)):
+        """Write the end tokens into the generation config: other programs stop there too."""
+        if generation is not None and not set(self.ends) <= set(_end_ids(generation)):
             generation.eos_token_id = list(self.ends) if len(self.ends) > 1 else self.eos
 
     def _end_of_turn(self, stops: list[int]) -> int:
-        """The token after an assistant's content, if it is a special one. Where the last turn has
-        none (GLM), the first of the next turn, if the generation config stops there."""
-        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": SAID}]
+        """Return the token after an assistant's content, if it is a special one.
+
+        If the last turn has none (GLM): the first token of the next turn, if it is among ``stops``.
+        If there is no such token either: the tokenizer's end token.
+        """
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": PLACEHOLDER}]
         special = set(self.tokenizer.all_special_ids)
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         special |= {i for i, added_token in added.items() if added_token.special}
         for more, allowed in (([], special), ([turns[0]], set(stops))):
             try:
-                after = self.apply([*turns, *more]).rpartition(SAID)[2]
+                after = self.apply([*turns, *more]).rpartition(PLACEHOLDER)[2]
             except UsageError:
                 break
             ids = self.tokenizer(after, add_special_tokens=False)["input_ids"]
@@ -120,11 +126,11 @@ class Chat:
     def apply(
         self, messages: Sequence[Message], prompt: Prompt | None = None, generate: bool = False
     ) -> str:
-        """A conversation as text.
+        """Render a conversation as text.
 
         Args:
-            prompt: whose tools, and whose word to the template on thinking.
-            generate: with the header of the response that is to come.
+            prompt: gives the tools and ``enable_thinking``.
+            generate: end with the header of the coming response.
 
         Raises:
             UsageError: there is no template, or it refuses the conversation; says why.
@@ -135,7 +141,7 @@ class Chat:
         tools = list(prompt.tools) if prompt and prompt.tools else None
         if not self.tokenizer.chat_template:
             raise UsageError(
-                f"{self.name}: its tokenizer has no chat template for {shown(messages)}",
+                f"{self.name}: its tokenizer has no chat template for {roles_of(messages)}",
                 "put a chat_template.jinja beside the tokenizer, or ask by a text alone",
             )
         try:
@@ -148,36 +154,38 @@ class Chat:
             )
         except Exception as error:  # a template may raise anything
             raise UsageError(
-                f"{self.name}: its chat template refuses {shown(messages)}: {error!s:.200}",
+                f"{self.name}: its chat template refuses {roles_of(messages)}: {error!s:.200}",
                 "leave out what it has no place for, or use a model whose template has one",
             ) from error
 
     def ids(self, text: str) -> list[int]:
-        """Ids of rendered text; the template has put its own begin token there."""
-        return self._known(self.tokenizer(text, add_special_tokens=False)["input_ids"], text)
+        """Return the ids of rendered text; the template has written the begin token itself."""
+        return self._require_embedded(
+            self.tokenizer(text, add_special_tokens=False)["input_ids"], text
+        )
 
-    def _known(self, ids: list[int], text: str) -> list[int]:
-        """The ids, each of which the embedding has a row for.
+    def _require_embedded(self, ids: list[int], text: str) -> list[int]:
+        """Return the ids, after checking that the embedding has a row for each.
 
         Raises:
-            UsageError: one has none: the tokenizer is larger than the model.
+            UsageError: it has not: the tokenizer is larger than the model.
         """
         if ids and max(ids) >= self.rows:
-            what = f"its tokenizer gives id {max(ids)} in {text[:60]!r}"
+            too_large = f"its tokenizer gives id {max(ids)} in {text[:60]!r}"
             raise UsageError(
-                f"{self.name}: {what}, and its embedding has {self.rows} rows",
+                f"{self.name}: {too_large}, and its embedding has {self.rows} rows",
                 "resize its embedding to its tokenizer",
             )
         return list(ids)
 
     def render(self, prompt: Prompt | str) -> list[int]:
-        """Ids up to where the response starts.
+        """Return the ids of a prompt, up to the start of the response.
 
         Args:
-            prompt: or the text of a user turn alone.
+            prompt: a prompt, or the text of a single user turn.
 
         Raises:
-            UsageError: the template drops a turn, does not hear of thinking, or begins twice.
+            UsageError: the template drops a turn, ignores enable_thinking, or begins twice.
         """
         key = prompt if isinstance(prompt, str) else (prompt.domain, prompt.id, prompt.text)
         if key not in self.rendered:
@@ -187,7 +195,7 @@ class Chat:
         return self.rendered[key]
 
     def prompt_length(self, prompt: Prompt) -> int:
-        """Tokens of a rendered prompt, which is not kept."""
+        """Return the number of tokens of a rendered prompt, without caching it."""
         return len(self._render(prompt))
 
     def _render(self, prompt: Prompt) -> list[int]:
@@ -196,9 +204,11 @@ class Chat:
             self.require_readable(message.get("content") or "")
         plain = len(turns) == 1 and not prompt.tools and prompt.enable_thinking is None
         if plain and not self.tokenizer.chat_template:
-            return self._known(self.tokenizer(prompt.text)["input_ids"], prompt.text) or [self.eos]
+            return self._require_embedded(
+                self.tokenizer(prompt.text)["input_ids"], prompt.text
+            ) or [self.eos]
         text = self.apply(turns, prompt, generate=True)
-        self._require_heard(turns, prompt, text)
+        self._require_rendered(turns, prompt, text)
         ids, begin = self.ids(text), self.tokenizer.bos_token_id
         if begin is not None and ids[:2] == [begin, begin]:
             raise UsageError(
@@ -208,20 +218,20 @@ class Chat:
         return ids
 
     def turns(self, prompt: Prompt) -> tuple[Message, ...]:
-        """A prompt's conversation, the domain's system turn first where it has none."""
+        """Return a prompt's conversation, with the domain's system turn first if it has none."""
         turns = tuple(prompt.messages) or ({"role": "user", "content": prompt.text},)
         if prompt.system and turns[0]["role"] not in ("system", "developer"):
             turns = ({"role": "system", "content": prompt.system}, *turns)
         return turns
 
-    def _require_heard(self, turns: Sequence[Message], prompt: Prompt, text: str) -> None:
+    def _require_rendered(self, turns: Sequence[Message], prompt: Prompt, text: str) -> None:
         last = [m for m in turns if m["role"] == "user"][-1:]
         for message in [*(m for m in turns if m["role"] in ("system", "developer")), *last]:
-            said = message["content"] or ""
-            if said.strip() not in text:
-                what = "question" if message["role"] == "user" else f"{message['role']} turn"
+            content = message["content"] or ""
+            if content.strip() not in text:
+                turn = "question" if message["role"] == "user" else f"{message['role']} turn"
                 raise UsageError(
-                    f"{self.name}: its chat template leaves the {what} out: {said[:40]!r}",
+                    f"{self.name}: its chat template leaves the {turn} out: {content[:40]!r}",
                     "mend chat_template.jinja, or use a model whose template has a place for it",
                 )
         if prompt.enable_thinking is not None and not self.reads_thinking:
@@ -233,28 +243,31 @@ class Chat:
 
     @cached_property
     def reads_thinking(self) -> bool:
-        """Whether the template looks at ``enable_thinking``."""
+        """A flag: the template reads ``enable_thinking``."""
         template = self.tokenizer.chat_template or ""
         return bool(re.search(r"\benable_thinking\b", str(template)))
 
     def after_prompt(self, prompt: Prompt, text: str, opened: str, closed: str) -> str:
-        """A demonstration without the marks of thinking that the rendered prompt ends in.
+        """Remove from a demonstration the marks of thinking that its rendered prompt ends in.
 
-        Some templates open the block of thought, or write an empty one, as they ask.
+        Some templates open the block of thought, or write an empty one, at the end of the prompt.
         """
-        asked = self.tokenizer.decode(self.render(prompt)[-16:]).rstrip()
-        if asked.endswith(closed.strip()):
+        tail = self.tokenizer.decode(self.render(prompt)[-16:]).rstrip()
+        if tail.endswith(closed.strip()):
             bare = text.removeprefix(opened)
             return bare.removeprefix(closed) if bare.startswith(closed) else text
-        return text.removeprefix(opened) if asked.endswith(opened.strip()) else text
+        return text.removeprefix(opened) if tail.endswith(opened.strip()) else text
 
     def observation(
         self, text: str, role: str, end: int | None = None, prompt: Prompt | None = None
     ) -> list[int]:
-        """Ids from the end of a turn of the model, past an environment's answer, to its next turn.
+        """Return the ids between two turns of the model, with an environment's answer in them.
 
         Args:
-            end: the token the turn ended by; the template's own unless given.
+            text: the environment's answer.
+            role: the role of its turn.
+            end: the token that ended the model's turn; None is the template's own.
+            prompt: gives ``enable_thinking``.
 
         Raises:
             UsageError: the tokenizer's chat template has no place for it.
@@ -269,37 +282,39 @@ class Chat:
     def _observation(self, text: str, role: str, end: int, prompt: Prompt | None) -> list[int]:
         turns = [
             {"role": "user", "content": "x"},
-            {"role": "assistant", "content": SAID},
+            {"role": "assistant", "content": PLACEHOLDER},
             {"role": role, "content": text},
         ]
         try:
-            _, found, after = self.apply(turns, prompt, generate=True).rpartition(SAID)
+            _, content, after = self.apply(turns, prompt, generate=True).rpartition(PLACEHOLDER)
         except UsageError as error:
             raise UsageError(
                 f"{self.name}: no place for a turn of role {role}; {error.message}",
                 "another role of the environment: role=user",
             ) from error
-        if not found or text not in after:
+        if not content or text not in after:
             raise UsageError(
                 f"{self.name}: its chat template does not show a turn and the answer to it",
                 "use a model with a chat template of several turns",
             )
-        # the model has written its end; where the template ends a turn by another, that one stays
+        # the model has written its end token; if the template ends a turn by another, that stays
         return self.ids(after.removeprefix(self.tokenizer.convert_ids_to_tokens(end)))
 
     def encode(self, answer: str) -> list[int]:
-        """Ids of a response, with the token that ends a turn."""
+        """Return the ids of a response, with the token that ends a turn."""
         self.require_readable(answer)
         return [*self.ids(answer), self.end_of_turn]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of a response without its end token. Other special tokens stay: a verifier must not
-        be shown a cleaner answer than was given."""
+        """Return the text of a response without its end token.
+
+        Other special tokens stay: a verifier must not be shown a cleaner answer than was sampled.
+        """
         body = ids[:-1] if ids and ids[-1] in self.ends else ids
         return self.tokenizer.decode(body, skip_special_tokens=False)
 
     def require_readable(self, text: str) -> None:
-        """Every character must reach the model: some tokenizers drop what they do not know.
+        """Check that the tokenizer drops no character of a text, as some do with unknown ones.
 
         Raises:
             UsageError: one would be dropped; says which.
@@ -317,28 +332,28 @@ class Chat:
         self.readable.keep(text, text)
 
 
-def _listed(generation: Any) -> list[int]:
-    """The end tokens of a generation config, which names none, one or several.
+def _end_ids(generation: Any) -> list[int]:
+    """Return the end tokens of a generation config, which names none, one or several.
 
     Raises:
         UsageError: it names something else.
     """
-    found = getattr(generation, "eos_token_id", None)
-    ids = [] if found is None else [found] if isinstance(found, int) else found
+    named = getattr(generation, "eos_token_id", None)
+    ids = [] if named is None else [named] if isinstance(named, int) else named
     if not isinstance(ids, list | tuple) or not all(isinstance(i, int) for i in ids):
         raise UsageError(
-            f"eos_token_id of the generation config is {found!r:.60}", "one id, or a list of ids"
+            f"eos_token_id of the generation config is {named!r:.60}", "one id, or a list of ids"
         )
     return list(ids)
 
 
 def different_ends(student: Chat, teacher: Chat) -> tuple[str, str] | None:
-    """``(what, what to do)`` if the teacher ends a response by a token that the student does not.
+    """Return ``(problem, hint)`` if the teacher has an end token that the student has not.
 
-    The student would learn to say it, and go on.
+    The student would learn to write that token and to go on after it.
     """
-    said = [i for i in teacher.ends if i not in student.ends]
-    if student.end_of_turn in teacher.ends and not said:
+    foreign = [i for i in teacher.ends if i not in student.ends]
+    if student.end_of_turn in teacher.ends and not foreign:
         return None
     ends = [
         " or ".join(repr(chat.tokenizer.convert_ids_to_tokens(i)) for i in chat.ends)
@@ -351,6 +366,6 @@ def different_ends(student: Chat, teacher: Chat) -> tuple[str, str] | None:
     )
 
 
-def shown(messages: Sequence[Message]) -> str:
-    """How messages name a conversation: its roles."""
+def roles_of(messages: Sequence[Message]) -> str:
+    """Return the name of a conversation in error messages: its roles."""
     return "a conversation of " + ", ".join(m["role"] for m in messages)

@@ -1,4 +1,4 @@
-"""Reasoning before the answer: which mode a domain asks for, how it is written, how it is read.
+"""Reasoning before the answer: the mode a domain asks for, how it is written and read.
 
 A mode is part of the question (Qwen3's ``/think`` and ``/no_think``, arXiv 2505.09388; the efforts
 of DeepSeek-V4, arXiv 2606.19348), so a task in a mode is a domain of its own, with its own teacher.
@@ -20,7 +20,7 @@ from opdctl.config.schema import key
 
 @dataclass(kw_only=True)
 class Thinking:
-    """How a domain's questions ask for thinking and its responses show it."""
+    """The way a domain's questions ask for thinking and its responses show it."""
 
     mode: Literal["free", "think", "no_think"] = key(
         "free", "free: all of a response is the answer; else a response of the other mode is wrong"
@@ -33,23 +33,23 @@ class Thinking:
     close: str = key("</think>", "closes it")
 
     def lead(self, thought: str) -> str:
-        """What a demonstration writes before its answer."""
+        """Return the text of a demonstration before its answer: the thought in its marks."""
         if self.mode == "free":
             return thought
         return self.open + (thought if self.mode == "think" else "") + self.close
 
     def split(self, text: str) -> tuple[str, str]:
-        """(thought, answer) of a response. Without a closing mark there is no thought."""
+        """Split a response into (thought, answer). Without a closing mark there is no thought."""
         if self.mode == "free":
             return "", text
         before, mark, after = text.rpartition(self.close.strip() or self.close)
         opened = self.open.strip()
         return (before.strip().removeprefix(opened).strip() if mark else ""), after
 
-    def obeyed(self, text: str) -> bool:
-        """Whether a response thinks if and only if its mode says so.
+    def follows_mode(self, text: str) -> bool:
+        """Return True if a response thinks exactly when its mode says so.
 
-        A block that is opened and not closed is a thought without an answer: it obeys no mode.
+        A block that is opened and not closed is a thought without an answer: it follows no mode.
         """
         if self.mode == "free":
             return True
@@ -71,7 +71,7 @@ class Trace:
     every: int = key(1, "items between two entries; the last one is always there", least=1)
 
     def write(self, metadata: dict, lowercase: bool = False) -> str:
-        """The thought of one question, its items in lower case if the question is.
+        """Return the thought of one question, its items in lower case if the question is.
 
         Raises:
             KeyError: the metadata has no such field.
@@ -79,11 +79,11 @@ class Trace:
         """
         if self.fold == "none":
             return ""
-        found = metadata[self.over]
+        values = metadata[self.over]
         if self.fold == "sort":
-            items = [str(i).removesuffix(".0") for i in found]
+            items = [str(i).removesuffix(".0") for i in values]
         else:
-            text = "".join(found)
+            text = "".join(values)
             items = list(text.lower() if lowercase else text)
         ends = [n for n in range(1, len(items) + 1) if n % self.every == 0 or n == len(items)]
         return self.separator.join(self._answer(items[:n], metadata) for n in ends)

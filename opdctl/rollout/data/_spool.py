@@ -1,9 +1,9 @@
-"""Prompts on disk, read when asked for: a sequence of any length in eight bytes a prompt.
+"""Prompts on disk, read on access: a sequence that needs eight bytes of memory a prompt.
 
-Written once, in the order of the rows, then only read: which prompt stands at a place never
-changes, so the order of a stage stays what it is in memory, a function of (seed, epoch, position),
-and a resumed stage reads the rows of its step alone. A spool is committed by rename; it is derived,
-and may be deleted between runs.
+A spool is written once, in the order of the rows, then only read. The prompt at a place never
+changes, so a stage takes prompts in the same order as from memory, a function of (seed, epoch,
+position), and a resumed stage reads the rows of its step alone. A spool is committed by rename; it
+is derived, and may be deleted between runs.
 """
 
 from __future__ import annotations
@@ -25,30 +25,34 @@ PROMPTS, OFFSETS, COUNTS = "prompts.jsonl", "offsets.npy", "counts.json"
 
 
 def write(folder: Path, prompts: Iterable[Prompt], counts: dict[str, int]) -> None:
-    """Write a spool, unless another process is faster. ``counts`` is read when all are written."""
+    """Write a spool, unless another process is faster.
+
+    Args:
+        counts: counts of rows, saved with the spool after the last prompt was taken.
+    """
     import numpy as np
 
-    aside = folder.with_name(f"{folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     offsets = array("Q", [0])
-    with open(aside / PROMPTS, "wb") as file:
+    with open(temporary / PROMPTS, "wb") as file:
         for prompt in prompts:
             file.write(json.dumps(vars(prompt)).encode() + b"\n")
             offsets.append(file.tell())
         _synced(file)
-    with open(aside / OFFSETS, "wb") as file:
+    with open(temporary / OFFSETS, "wb") as file:
         np.save(file, np.frombuffer(offsets, dtype=np.uint64))
         _synced(file)
-    with open(aside / COUNTS, "wb") as file:
+    with open(temporary / COUNTS, "wb") as file:
         file.write(json.dumps({**counts, "kept": len(offsets) - 1}).encode())
         _synced(file)
     try:
-        aside.rename(folder)
-    except OSError:  # the other one's stands there, and is the same
+        temporary.rename(folder)
+    except OSError:  # another process wrote the same spool
         if not (folder / COUNTS).is_file():
             raise
-        shutil.rmtree(aside)
+        shutil.rmtree(temporary)
 
 
 def _synced(file) -> None:
@@ -60,7 +64,10 @@ class Spool(Sequence[Prompt]):
     """The prompts of a spool, or some of them. Slices are spools too and read nothing."""
 
     def __init__(self, folder: Path, places: np.ndarray | range | None = None) -> None:
-        """``places``: which prompts, by their number in the file; None is all."""
+        """
+        Args:
+            places: the numbers of the prompts in the file; None is all.
+        """
         import numpy as np
 
         self.folder = folder
@@ -70,7 +77,7 @@ class Spool(Sequence[Prompt]):
 
     @property
     def counts(self) -> dict[str, int]:
-        """What was counted when it was written."""
+        """The counts that were saved when the spool was written."""
         return json.loads((self.folder / COUNTS).read_bytes())
 
     def __len__(self) -> int:
@@ -86,8 +93,8 @@ class Spool(Sequence[Prompt]):
     def __iter__(self) -> Iterator[Prompt]:
         return (self[i] for i in range(len(self)))
 
-    def pick(self, indices: array) -> Spool:
-        """Those at some places."""
+    def select(self, indices: array) -> Spool:
+        """Return the spool of the prompts at some indices of this one."""
         import numpy as np
 
         return Spool(self.folder, np.asarray(self.places, dtype=np.int64)[np.asarray(indices)])

@@ -1,11 +1,11 @@
-"""What file and Hugging Face data share: columns -> prompts, split, what the verifier is given."""
+"""The base of data in tables (files, Hugging Face): columns -> prompts, split, verifier fields."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,8 +16,9 @@ from opdctl.config.registry import member
 from opdctl.config.schema import did_you_mean, key, with_role
 from opdctl.config.shards import shards
 from opdctl.errors import UsageError
-from opdctl.models.chat.messages import answer_of, complaint, question, text_of
-from opdctl.rollout.split import DomainKeys, Split, chosen, digest
+from opdctl.models.chat.messages import invalid_reason, last_answer, question, question_text
+from opdctl.rollout.data._domain_data import DomainData
+from opdctl.rollout.split import DomainKeys, Split, iterate_distinct, question_id
 from opdctl.types import Prompt
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class ColumnKeys(DomainKeys):
-    """Keys of every tabular domain."""
+    """The keys of every tabular domain."""
 
     prompt_column: str = key("prompt", "column of the question")
     answer_column: str = key("answer", "column of the reference answer; empty: there is none")
@@ -52,12 +53,12 @@ class ColumnKeys(DomainKeys):
     )
 
 
-class TableData(ABC):
-    """Prompts from rows; a subclass says where the rows come from.
+class TableData(DomainData):
+    """Prompts from the rows of a table, which a subclass reads.
 
     Attributes:
-        counts: by side: ``rows`` read, prompts ``kept``, and of that side left out ``empty`` and
-            ``repeated`` ones.
+        counts: by side: ``rows`` read, prompts ``kept``, and the ``empty`` and ``repeated`` ones
+            that were left out.
     """
 
     def __init__(self, config, domain: str, seed: int) -> None:
@@ -68,24 +69,25 @@ class TableData(ABC):
 
     @abstractmethod
     def rows(self, split: Split) -> Iterator[dict]:
-        """Rows of the table."""
+        """Yield the rows of the table."""
 
     def prompts(self, split: Split) -> list[Prompt]:
-        """Distinct prompts of one side of the split.
+        """Return the distinct prompts of one side of the split.
 
         Raises:
             UsageError: a column is missing, or a value is no text; says in which row.
         """
         counts = self.counts[split] = Counter()
-        found = list(chosen(self._read(split), split, self.config, self.config.limit, counts))
-        counts["kept"] = len(found)
-        return found
+        limit = self.config.limit
+        prompts = list(iterate_distinct(self._read(split), split, self.config, limit, counts))
+        counts["kept"] = len(prompts)
+        return prompts
 
     def stored(self, split: Split, cache: Path) -> Spool:
-        """The same prompts, on disk under ``cache``: written there once, in one pass over the rows.
+        """Return the same prompts on disk under ``cache``, written once in one pass over the rows.
 
         Raises:
-            UsageError: as ``prompts``.
+            UsageError: as ``prompts``; or a row cannot be kept as JSON.
         """
         from opdctl.rollout.data._spool import Spool, write
 
@@ -100,18 +102,20 @@ class TableData(ABC):
         folder = cache / f"{self.domain}-{split}-{code}"
         if not folder.is_dir():
             counts = self.counts[split] = Counter()
-            rows = chosen(self._read(split), split, self.config, self.config.limit, counts)
+            rows = iterate_distinct(
+                self._read(split), split, self.config, self.config.limit, counts
+            )
             try:
                 write(folder, rows, counts)
             except TypeError as error:  # a date or bytes, in a column that a verifier reads
-                what = f"data.{self.domain}.stream: a row cannot be kept as JSON: {error}"
-                raise UsageError(what, "stream: false, or write that column as text") from None
-        found = Spool(folder)
-        self.counts[split] = Counter(found.counts)
-        return found
+                message = f"data.{self.domain}.stream: a row cannot be kept as JSON: {error}"
+                raise UsageError(message, "stream: false, or write that column as text") from None
+        spool = Spool(folder)
+        self.counts[split] = Counter(spool.counts)
+        return spool
 
     def version(self) -> list:
-        """What tells the files of a path from later ones: name, size and time of change of each."""
+        """Return name, size and time of change of each file: they change when the rows may have."""
         path = Path(self.config.path)
         files = sorted(path.rglob("*")) if path.is_dir() else shards(self.config.path)
         stats = [(os.path.relpath(f, path.parent), f.stat()) for f in files]
@@ -131,12 +135,10 @@ class TableData(ABC):
         thought = self._text(row, config.thought_column, where)
         item = {"answer": answer, **self._item(row, where)}
         lead = config.thinking.lead(thought)
-        return Prompt(digest(self.domain, text), self.domain, text, answer, item, lead)
+        return Prompt(question_id(self.domain, text), self.domain, text, answer, item, lead)
 
     def _item(self, row: dict, where: str) -> dict:
-        """What the verifier is given of a row."""
-        if not hasattr(self.verifier, "item"):
-            return {}
+        """Return the fields of a row that the verifier reads."""
         try:
             return self.verifier.item(self.keys, row)
         except KeyError as error:
@@ -145,16 +147,16 @@ class TableData(ABC):
             raise UsageError(f"{where}: {error}", "the domain's verifier reads it") from None
 
     def _conversation(self, row: dict, where: str) -> Prompt:
-        """A prompt of several turns; its answer is the answer column's, or the last turn."""
+        """Build a prompt of several turns, whose answer is the answer column's or the last turn."""
         config = self.config
         for name in filter(None, (config.messages_column, config.tools_column)):
             if name not in row:
                 raise _missing(name, row, where)
         messages = row[config.messages_column]
-        wrong = complaint(messages)
-        if wrong:
+        reason = invalid_reason(messages)
+        if reason:
             raise UsageError(
-                f"{where}: column {config.messages_column!r}: {wrong}",
+                f"{where}: column {config.messages_column!r}: {reason}",
                 '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]',
             )
         # a table gives every message the fields that any of them has
@@ -168,12 +170,12 @@ class TableData(ABC):
         named = config.answer_column not in ("", ColumnKeys.answer_column)
         if named and row.get(config.answer_column) is None:  # else the last turn may be it
             raise _missing(config.answer_column, row, where)
-        text, given = text_of(messages), row.get(config.answer_column)
-        answer = answer_of(messages) if given is None else str(given)
+        text, reference = question_text(messages), row.get(config.answer_column)
+        answer = last_answer(messages) if reference is None else str(reference)
         calls = [m["tool_calls"] for m in question(messages) if m.get("tool_calls")]
-        told = json.dumps([calls, tools], default=str) if calls or tools else ""
+        beside = json.dumps([calls, tools], default=str) if calls or tools else ""
         return Prompt(
-            digest(self.domain, text + told),  # two of one text may differ in their calls and tools
+            question_id(self.domain, text + beside),  # equal texts may differ in calls and tools
             self.domain,
             text,
             answer,

@@ -20,7 +20,7 @@ class Hf(TableData):
 
     @dataclass(kw_only=True)
     class Config(ColumnKeys):
-        """Keys of a Hugging Face domain."""
+        """The keys of a Hugging Face domain."""
 
         path: str = key(REQUIRED, "public name, or a folder written by save_to_disk")
         subset: str = key("", "configuration of the data set, where it has several")
@@ -31,54 +31,54 @@ class Hf(TableData):
 
     @staticmethod
     def problems(config) -> list[Problem]:
-        """What the schema cannot see."""
+        """Return what the schema cannot check of the domain's keys."""
         if os.path.isdir(config.path) and (config.revision or config.subset):
             name = "revision" if config.revision else "subset"
-            what = f"{config.path} is a folder, which has no {name}"
-            return [Problem(name, what, "leave it out, or name a public data set")]
+            message = f"{config.path} is a folder, which has no {name}"
+            return [Problem(name, message, "leave it out, or name a public data set")]
         if any(mark in config.path for mark in WILD):
-            what = f"{config.path} is a pattern of files, and a data set is named here"
-            return [Problem("path", what, "kind: jsonl reads .jsonl and .parquet files")]
+            message = f"{config.path} is a pattern of files, and a data set is named here"
+            return [Problem("path", message, "kind: jsonl reads .jsonl and .parquet files")]
         return []
 
     @property
     def public(self) -> bool:
-        """Whether it is a name, behind which there may be other rows tomorrow."""
+        """A flag: the data set is a public name, whose rows may be others tomorrow."""
         return not os.path.isdir(self.config.path)
 
     def rows(self, split: Split) -> Iterator[dict]:
-        """Rows of the data set.
+        """Yield the rows of the data set.
 
         Raises:
-            UsageError: it cannot be loaded; says why.
+            UsageError: the data set cannot be loaded; says why.
         """
         import datasets
 
         config = self.config
         try:
             if os.path.isdir(config.path):
-                found = datasets.load_from_disk(config.path)
-                if isinstance(found, datasets.DatasetDict):
-                    if config.split not in found:
-                        near = did_you_mean(config.split, found, "splits:")
-                        what = f"data.{self.domain}.split: no split {config.split!r}"
-                        raise UsageError(f"{what} in {config.path}", near)
-                    found = found[config.split]
+                table = datasets.load_from_disk(config.path)
+                if isinstance(table, datasets.DatasetDict):
+                    if config.split not in table:
+                        near = did_you_mean(config.split, table, "splits:")
+                        message = f"data.{self.domain}.split: no split {config.split!r}"
+                        raise UsageError(f"{message} in {config.path}", near)
+                    table = table[config.split]
             else:
-                found = datasets.load_dataset(
+                table = datasets.load_dataset(
                     config.path,
                     config.subset or None,
                     split=config.split,
                     revision=config.revision or None,
                     streaming=config.stream,  # row by row, without a copy of the whole
                 )
-            yield from found
+            yield from table
         except UsageError:
             raise
         except Exception as error:  # files of a stranger make datasets raise anything
-            what = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+            cause = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
             raise UsageError(
-                f"data.{self.domain}.path: cannot load {config.path}: {what}",
+                f"data.{self.domain}.path: cannot load {config.path}: {cause}",
                 "a public name, or a folder that save_to_disk wrote; split names one of its splits;"
                 " files in a folder: kind: jsonl, path: FOLDER/*.parquet",
             ) from None

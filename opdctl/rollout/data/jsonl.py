@@ -1,4 +1,4 @@
-"""Prompts from a file of one's own: JSON lines or parquet, with column names as keys."""
+"""Prompts from a user's file: JSON lines or parquet, with column names as keys."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Jsonl(TableData):
 
     @dataclass(kw_only=True)
     class Config(ColumnKeys):
-        """Keys of a file domain."""
+        """The keys of a file domain."""
 
         path: str = key(
             REQUIRED,
@@ -34,7 +34,7 @@ class Jsonl(TableData):
 
     @staticmethod
     def problems(config) -> list[Problem]:
-        """What the schema cannot see."""
+        """Return what the schema cannot check of the domain's keys."""
         if shards(config.path):
             return []
         hint = "a .jsonl or .parquet file"
@@ -43,10 +43,10 @@ class Jsonl(TableData):
         return [Problem("path", f"no file {config.path}", hint)]
 
     def rows(self, split: Split) -> Iterator[dict]:
-        """Rows of the files.
+        """Yield the rows of the files.
 
         Raises:
-            UsageError: no such file, or a line that is not a JSON object; says which.
+            UsageError: there is no such file, or a line is no JSON object; says which.
         """
         files = shards(self.config.path)
         if not files:
@@ -62,8 +62,8 @@ class Jsonl(TableData):
         try:
             file = open(path, "rb")  # noqa: SIM115
         except OSError as error:
-            what = f"data.{self.domain}.path: cannot read {path}: {error.strerror}"
-            raise UsageError(what, "its owner may let you: chmod +r") from None
+            message = f"data.{self.domain}.path: cannot read {path}: {error.strerror}"
+            raise UsageError(message, "its owner may let you: chmod +r") from None
         with file:
             lines = iter(lambda: file.readline(LONGEST + 1), b"")
             for number, line in enumerate(lines, 1):
@@ -82,7 +82,7 @@ class Jsonl(TableData):
 
 
 def parquet_rows(path: Path, domain: str) -> Iterator[dict]:
-    """Rows of a parquet file, a batch at a time."""
+    """Yield the rows of a parquet file, reading a batch at a time."""
     import pyarrow
     from pyarrow import parquet
 
@@ -90,5 +90,5 @@ def parquet_rows(path: Path, domain: str) -> Iterator[dict]:
         for batch in parquet.ParquetFile(path).iter_batches():
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        what = f"data.{domain}.path: {path} is not parquet: {error!s:.200}"
-        raise UsageError(what, "anything that is not .parquet is read as JSON lines") from None
+        message = f"data.{domain}.path: {path} is not parquet: {error!s:.200}"
+        raise UsageError(message, "anything that is not .parquet is read as JSON lines") from None

@@ -1,9 +1,9 @@
 """Procedural tasks with their own verifiers: reasoning-gym's generators and ``score_answer``.
 
 Its questions carry long boilerplate; for a model of 0.1 M parameters the prompt is a template over
-the item's metadata. The scorer stays reasoning-gym's, and only a score of 1 counts: it gives
-partial credit to near misses. No scorer gets to execute an answer: some would hand it to eval,
-which is made to read literals only, and some to sympy's parser, which is shown arithmetic only.
+the item's metadata. The scorer stays reasoning-gym's, and only a score of 1 counts, since it gives
+partial credit to near misses. No scorer may execute an answer: some would pass it to eval, which is
+replaced by a reader of literals, and some to sympy's parser, which gets arithmetic only.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from typing import Any, Literal
 from opdctl.config.schema import REQUIRED, key
 from opdctl.errors import Problem, UsageError
 from opdctl.models.chat.thinking import Trace
-from opdctl.rollout.split import DomainKeys, Split, digest, distinct
+from opdctl.rollout.data._domain_data import DomainData
+from opdctl.rollout.split import DomainKeys, Split, distinct_prompts, question_id
 from opdctl.types import Prompt
 
 ARITHMETIC = re.compile(r"[\d\s.+*/()-]*")
 OF_ARITHMETIC = ("countdown", "puzzle24")  # their scorers parse an answer with sympy
 
 
-class ReasoningGym:
+class ReasoningGym(DomainData):
     """reasoning-gym tasks: its generators, its verifiers, compact prompts."""
 
     revision = 1
@@ -35,7 +36,7 @@ class ReasoningGym:
 
     @dataclass(kw_only=True)
     class Config(DomainKeys):
-        """Keys of a reasoning-gym domain."""
+        """The keys of a reasoning-gym domain."""
 
         task: str = key(REQUIRED, "name of the reasoning-gym data set, such as gcd")
         config: dict[str, Any] = key({}, "its own settings, such as max_value")
@@ -64,33 +65,33 @@ class ReasoningGym:
                 f"data.{domain}.task: reasoning-gym refuses {config.task!r:.80}: {error!s:.300}",
                 "its names and settings stand in reasoning-gym's gallery",
             ) from error
-        self.arithmetic = disarm(config.task, self.dataset, f"data.{domain}.task")
+        self.arithmetic = make_scorer_safe(config.task, self.dataset, f"data.{domain}.task")
 
     @staticmethod
     def problems(config) -> list[Problem]:
-        """What the schema cannot see."""
-        found = []
+        """Return what the schema cannot check of the domain's keys."""
+        problems = []
         for name in ("prompt", "call"):
             try:
                 list(string.Formatter().parse(getattr(config, name)))
             except ValueError as error:
-                found.append(Problem(name, f"not a template: {error}", "write {field}"))
+                problems.append(Problem(name, f"not a template: {error}", "write {field}"))
         trace = config.trace
         if trace.fold != "none" and not trace.over:
-            found.append(Problem("trace.over", "a fold is over a field of the metadata"))
+            problems.append(Problem("trace.over", "a fold is over a field of the metadata"))
         if trace.fold == "count" and not trace.target:
-            found.append(Problem("trace.target", "what is counted?", "a character, or a field"))
+            problems.append(Problem("trace.target", "what is counted?", "a character, or a field"))
         if trace.fold != "none" and config.thinking.mode == "free":
-            what = "in mode free the thought would be part of the answer"
-            found.append(Problem("trace.fold", what, "thinking: {mode: think}"))
+            message = "in mode free the thought would be part of the answer"
+            problems.append(Problem("trace.fold", message, "thinking: {mode: think}"))
         if config.call and not config.environment:
             hint = "environment: {calculator: {}}"
-            found.append(Problem("call", "no environment would answer it", hint))
-        return found
+            problems.append(Problem("call", "no environment would answer it", hint))
+        return problems
 
     def prompts(self, split: Split) -> list[Prompt]:
-        """Distinct prompts of one side of the split."""
-        return distinct(
+        """Return the distinct prompts of one side of the split."""
+        return distinct_prompts(
             (self._prompt(i) for i in range(self.config.items)),
             split,
             self.config,
@@ -101,28 +102,28 @@ class ReasoningGym:
         try:
             item = self.dataset[index]
         except Exception as error:
-            what = f"{type(error).__name__}: {error!s:.200}"
+            cause = f"{type(error).__name__}: {error!s:.200}"
             raise UsageError(
-                f"data.{self.domain}.config: {config.task} makes no question {index}: {what}",
+                f"data.{self.domain}.config: {config.task} makes no question {index}: {cause}",
                 "settings that pass its checks may still leave nothing to draw from",
             ) from error
         text = self._filled("prompt", item) if config.prompt else item["question"]
         calls = (self._filled("call", item),) if config.call else ()
         thought, answer = self._filled("trace", item), item["answer"]
         if config.answer == "list":
-            answer = fields_of(json.loads(answer.replace("'", '"')), config.separator)
+            answer = format_value(json.loads(answer.replace("'", '"')), config.separator)
         if config.lowercase:
             text, answer = text.lower(), answer.lower()
         lead = config.thinking.lead(thought)
         item = {"index": index}
-        return Prompt(digest(self.domain, text), self.domain, text, answer, item, lead, calls)
+        return Prompt(question_id(self.domain, text), self.domain, text, answer, item, lead, calls)
 
     def _filled(self, name: str, item: dict) -> str:
-        """A template, or the trace, over the metadata of an item."""
+        """Fill a template, or the trace, with the metadata of an item."""
         try:
             if name == "trace":
                 return self.config.trace.write(item["metadata"], self.config.lowercase)
-            fields = Fields(self.config.separator)
+            fields = FieldFormatter(self.config.separator)
             return fields.vformat(getattr(self.config, name), (), item["metadata"])
         except (ValueError, TypeError) as error:
             raise UsageError(f"data.{self.domain}.{name}: {error}") from None
@@ -133,7 +134,7 @@ class ReasoningGym:
             ) from None
 
     def score(self, prompt: Prompt, text: str) -> float:
-        """1 if reasoning-gym's scorer gives an answer, without its thinking, full marks; else 0."""
+        """Return 1 if the scorer gives the answer, without its thinking, full marks; else 0."""
         answer = self.config.thinking.split(text)[1].strip()
         if self.config.answer == "list":
             separator = self.config.separator
@@ -149,32 +150,32 @@ class ReasoningGym:
             return 0.0
 
 
-def disarm(task: str, dataset: Any, where: str) -> bool:
-    """Make a data set's scorer safe. Returns whether it is to be shown arithmetic only.
+def make_scorer_safe(task: str, dataset: Any, where: str) -> bool:
+    """Make a data set's scorer safe; return True if it may get arithmetic only.
 
     Raises:
-        UsageError: it would execute an answer, and cannot be made safe.
+        UsageError: the scorer would execute an answer, and cannot be made safe.
     """
-    parts = [disarm(n, d, where) for n, d in getattr(dataset, "datasets", {}).items()]
+    inner = [make_scorer_safe(n, d, where) for n, d in getattr(dataset, "datasets", {}).items()]
     scorer = type(dataset).score_answer
-    called = names_in(scorer.__code__)
+    called = global_names(scorer.__code__)
     if "eval" in called:
         sys.modules[scorer.__module__].eval = ast.literal_eval
     executes = called & {"parse_expr", "sympify", "exec", "compile", "__import__"}
     if executes and task not in OF_ARITHMETIC:
         hint = "another task, or data of your own with verifier: math"
         raise UsageError(f"{where}: {task}: its scorer would execute a model's answer", hint)
-    return bool(executes) or any(parts)
+    return bool(executes) or any(inner)
 
 
-def names_in(code: CodeType) -> set[str]:
-    """Names that a function looks up, its inner functions included."""
-    inner = [names_in(c) for c in code.co_consts if isinstance(c, CodeType)]
+def global_names(code: CodeType) -> set[str]:
+    """Return the names that a function looks up, its inner functions included."""
+    inner = [global_names(c) for c in code.co_consts if isinstance(c, CodeType)]
     return set(code.co_names).union(*inner)
 
 
-class Fields(string.Formatter):
-    """``{field}`` only: no attributes, no indexing. A list is joined by the separator."""
+class FieldFormatter(string.Formatter):
+    """A formatter of ``{field}`` only: no attributes, no indexing. It joins lists."""
 
     def __init__(self, separator: str) -> None:
         self.separator = separator
@@ -183,12 +184,12 @@ class Fields(string.Formatter):
         return kwargs[name], name
 
     def format_field(self, value, spec):
-        return format(fields_of(value, self.separator), spec)
+        return format(format_value(value, self.separator), spec)
 
 
-def fields_of(value: Any, separator: str) -> Any:
-    """A list, nested or not, as text; whole numbers without ``.0``; anything else as it is."""
+def format_value(value: Any, separator: str) -> Any:
+    """Return a list, nested or not, as text, a whole number without ``.0``, other values as is."""
     if isinstance(value, list | tuple):
-        return separator.join(str(fields_of(v, separator)) for v in value)
+        return separator.join(str(format_value(v, separator)) for v in value)
     text = str(value)
     return text[:-2] if text.endswith(".0") and text[:-2].lstrip("-").isdigit() else value

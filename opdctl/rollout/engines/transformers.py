@@ -1,90 +1,81 @@
 """Batched sampling with a KV cache through transformers, with the sampler's own log-probs.
 
-Draw t of a sample is an inverse CDF in float64 at the sample's own counter-based number, so its
-tokens do not depend on the batch it happens to be in. The whole distribution is sampled: no
-top-k, no top-p, so the log-probs are those of what was drawn from. With a log, each token is
-logged before the next is drawn; a wave that was logged whole is not sampled again, and one that was
-cut goes on where it was.
+Token t of a sample is an inverse CDF in float64 at the sample's own counter-based number, so its
+tokens do not depend on the other samples of its batch. The full distribution is sampled, without
+top-k or top-p, so the log-probs are those of the distribution drawn from. With a log, each token is
+logged before the next is drawn; a batch that was logged to its end is not sampled again, and one
+that was cut goes on where it stopped.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from opdctl import draws
 from opdctl.errors import UsageError
+from opdctl.rollout.engines._engine import Engine, Sample
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-@dataclass
-class Sample:
-    """One response.
-
-    Attributes:
-        ids: its tokens, with the end token if it came to one.
-        logprobs: of each token under the distribution sampled from.
-        truncated: cut at the limit.
-    """
-
-    ids: list[int]
-    logprobs: list[float]
-    truncated: bool
-
-
-class Transformers:
+class Transformers(Engine):
     """Sampling in this process with the weights as they stand; nothing to publish."""
 
     revision = 1
-    holds = False
 
     def __init__(
-        self, model, wave: int, check: Callable[[], None] = lambda: None, wal=None, blend=None
+        self, model, batch: int, check: Callable[[], None] = lambda: None, wal=None, blend=None
     ) -> None:
-        """``blend``: another model of the same tokens and its share in every token's draw."""
-        self.model, self.wave, self.check, self.wal = model, wave, check, wal
+        """
+        Args:
+            batch: most samples in a batch.
+            check: called at every token; may raise to stop.
+            wal: the log of tokens; None logs nothing.
+            blend: another model of the same tokens, and its share in every token's distribution.
+        """
+        self.model, self.batch, self.check, self.wal = model, batch, check, wal
         self.blend = blend
         self.version: int | str = 0
 
     def publish(self, version: int | str) -> None:
-        """The weights are the trainer's own; what is logged answers for this version of them."""
+        """Name the version of the trainer's weights that the log's entries are of."""
         self.version = version
 
-    def rest(self) -> None:
-        """Nothing is held between rollouts."""
+    def release(self) -> None:
+        """Do nothing: no memory is held between rollouts."""
 
     def generate(
         self, prompts: list[list[int]], keys: list[int], *, temperature: float, max_tokens: int
     ) -> list[Sample]:
-        """One sample for each prompt and key.
+        """Return one sample for each prompt and key.
 
         Args:
             prompts: token ids; ragged.
-            keys: 64 bits each; they determine the draws.
+            keys: 64 bits each, which determine the draws.
 
         Raises:
-            UsageError: the model cannot be sampled from step by step, padded on the left.
-            Interrupted: the stop flag was seen, at any token.
+            UsageError: the model cannot be sampled from step by step with left padding.
+            Interrupted: a stop was asked for, at any token.
         """
         import numpy as np
 
         for model in [self.model, *(self.blend or ())[:1]]:
-            if not model.sampling_checked and not reads_additive(model):
-                require_own_states(model)
+            if not model.sampling_checked and not reads_additive_mask(model):
+                require_stepwise_sampling(model)
             model.sampling_checked = True
         samples: list[Sample] = []
-        for start in range(0, len(prompts), self.wave):
-            part = slice(start, start + self.wave)
-            samples += self._wave(
-                prompts[part], np.array(keys[part], np.uint64), temperature, max_tokens
+        for start in range(0, len(prompts), self.batch):
+            some = slice(start, start + self.batch)
+            samples += self._sample_batch(
+                prompts[some], np.array(keys[some], np.uint64), temperature, max_tokens
             )
         return samples
 
-    def _wave(self, prompts, keys_B, temperature, max_tokens) -> list[Sample]:
+    def _sample_batch(self, prompts, keys_B, temperature, max_tokens) -> list[Sample]:
         import numpy as np
         import torch
         from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -92,30 +83,31 @@ class Transformers:
         model, device = self.model, self.model.device
         tokens_BT = np.full((len(prompts), max_tokens), model.eos)
         logprobs_BT = np.zeros((len(prompts), max_tokens))
-        asked = (model.name, self.version, prompts, keys_B.tolist(), temperature, max_tokens)
+        request = (model.name, self.version, prompts, keys_B.tolist(), temperature, max_tokens)
         if self.blend:
-            asked += (self.blend[0].name, self.blend[1])
-        name = f"wave {draws.key(*asked):016x}"
+            request += (self.blend[0].name, self.blend[1])
+        name = f"wave {draws.key(*request):016x}"
         logged = self._recall(name, tokens_BT, logprobs_BT)
         ended_B = np.isin(tokens_BT[:, :logged], model.ends).any(1)
         if logged == max_tokens or ended_B.all():
-            return cut(tokens_BT, logprobs_BT, model.ends)
-        distinct = list(dict.fromkeys(map(tuple, prompts)))
-        place = {prompt: u for u, prompt in enumerate(distinct)}
+            return to_samples(tokens_BT, logprobs_BT, model.ends)
+        unique_prompts = list(dict.fromkeys(map(tuple, prompts)))
+        place = {prompt: u for u, prompt in enumerate(unique_prompts)}
         owner_B = torch.tensor([place[tuple(p)] for p in prompts], device=device)
-        T = max(map(len, distinct))
-        ids_UT = torch.full((len(distinct), T), model.pad, dtype=torch.long)
-        pads = [T - len(p) for p in distinct]
-        for u, prompt in enumerate(distinct):
+        T = max(map(len, unique_prompts))
+        ids_UT = torch.full((len(unique_prompts), T), model.pad, dtype=torch.long)
+        pads = [T - len(p) for p in unique_prompts]
+        for u, prompt in enumerate(unique_prompts):
             ids_UT[u, pads[u] :] = torch.tensor(prompt)
         pad_U = torch.tensor(pads, device=device)
         seen_UT = torch.arange(T + max_tokens, device=device) >= pad_U[:, None]
         models = [model, self.blend[0]] if self.blend else [model]
         caches = [DynamicCache(config=m.net.config) for m in models]
+        names = [cache_name(m.net.base_model) for m in models]
         layers = [layer for cache in caches for layer in cache.layers]
-        known = all(map(reads_additive, models))
-        known = known and all(type(layer) is DynamicLayer for layer in layers)
-        mask = additive(next(model.net.parameters()).dtype) if known else own_mask
+        additive_only = all(map(reads_additive_mask, models))
+        additive_only = additive_only and all(type(layer) is DynamicLayer for layer in layers)
+        mask = additive_mask(next(model.net.parameters()).dtype) if additive_only else padding_mask
         inputs = {
             "input_ids": ids_UT.to(device),
             "attention_mask": mask(seen_UT[:, :T], T),
@@ -132,8 +124,8 @@ class Transformers:
             for t in range(max_tokens):
                 self.check()
                 last = [
-                    m.backbone(**inputs, past_key_values=cache, use_cache=True)
-                    for m, cache in zip(models, caches, strict=True)
+                    m.backbone(**inputs, **{name: cache}, use_cache=True)
+                    for m, name, cache in zip(models, names, caches, strict=True)
                 ]
                 last = [out.last_hidden_state[:, -1] for out in last]
                 if t == 0:  # a prompt is read once, whatever the size of its group
@@ -143,7 +135,7 @@ class Transformers:
                 if t < logged:
                     token_B = torch.from_numpy(tokens_BT[alive, t]).to(device)
                 else:
-                    token_B, logprob_B = draw(
+                    token_B, logprob_B = draw_tokens(
                         self._logits(last, temperature), draws.uniform(keys_B[alive], t)
                     )
                     tokens_BT[alive, t] = token_B.cpu().numpy()
@@ -164,10 +156,10 @@ class Transformers:
                     "position_ids": position_B1,
                     "attention_mask": mask(seen_UT[:, : T + t + 1], 1),
                 }
-        return cut(tokens_BT, logprobs_BT, model.ends)
+        return to_samples(tokens_BT, logprobs_BT, model.ends)
 
     def _logits(self, last, temperature: float):
-        """Of the model, or the log of the mixture's probabilities. Shape [B, V]."""
+        """Return the model's logits, or the log of the mixture's probabilities. Shape [B, V]."""
         logits_BV = self.model.logits(last[0], temperature)
         if not self.blend:
             return logits_BV
@@ -180,37 +172,38 @@ class Transformers:
         return ours_BV.logaddexp(theirs_BV + math.log(alpha))
 
     def _recall(self, name: str, tokens_BT, logprobs_BT) -> int:
-        """Fill in what an earlier attempt drew; for how many tokens of a response."""
-        found = self.wal.get(name) if self.wal else []
-        for t, entry in enumerate(found):
+        """Fill in the tokens an earlier attempt drew; return how many per response."""
+        entries = self.wal.get(name) if self.wal else []
+        for t, entry in enumerate(entries):
             tokens_BT[entry["alive"], t] = entry["tokens"]
             logprobs_BT[entry["alive"], t] = entry["logprobs"]
-        return len(found)
+        return len(entries)
 
     def _log(self, name: str, alive, tokens_B, logprobs_B) -> None:
         if self.wal is not None:
             self.wal.put(name, {"alive": alive, "tokens": tokens_B, "logprobs": logprobs_B})
 
 
-def reads_additive(model) -> bool:
-    """Whether a model is what a pretrain stage makes: the architecture and attention that are known
-    to read an additive mask, and to keep nothing but keys and values."""
+def reads_additive_mask(model) -> bool:
+    """Return True for a model as pretrain stages make: architecture and attention are known to read
+    an additive mask and to cache nothing but keys and values."""
     config = model.net.config
     return config.model_type == "qwen3" and config._attn_implementation in ("eager", "sdpa")
 
 
-def require_own_states(model) -> None:
-    """What is sampled from, step by step beside a longer prompt, is what the model says of the
-    whole sequence alone. Catches states that are not kept, and padding that is not left out.
+def require_stepwise_sampling(model) -> None:
+    """Check that sampling step by step, padded, has the log-probs of the full sequence alone.
+
+    This catches states that the cache does not keep, and padding that is not masked.
 
     Raises:
-        UsageError: it is not; says by how much.
+        UsageError: the log-probs differ; says by how much.
     """
     import numpy as np
     import torch
 
     prompts = [[i % model.valid_V for i in range(n)] for n in (3, 7)]
-    samples = Transformers(model, 2)._wave(prompts, np.array([1, 2], np.uint64), 1.0, 3)
+    samples = Transformers(model, 2)._sample_batch(prompts, np.array([1, 2], np.uint64), 1.0, 3)
     gap = 0.0
     with torch.inference_mode():
         for prompt, sample in zip(prompts, samples, strict=True):
@@ -230,10 +223,13 @@ def require_own_states(model) -> None:
         )
 
 
-def additive(dtype):
-    """Makes masks [B, 1, queries, T]: 0 where allowed, else the lowest number, which eager and sdpa
-    read alike. For what a pretrain stage makes, where every layer sees all that was before: at tiny
-    sizes transformers' own way of making it costs as much as the layers."""
+def additive_mask(dtype):
+    """Return a function that makes masks [B, 1, queries, T] from the tokens that are no padding.
+
+    A mask is 0 where attention is allowed, else the lowest number, which eager and sdpa read alike.
+    It is for models as a pretrain stage makes, where every layer sees all earlier tokens: at tiny
+    sizes transformers' own way of making masks costs as much as the layers.
+    """
     import torch
 
     def mask(seen_BT, queries: int):
@@ -248,9 +244,17 @@ def additive(dtype):
     return mask
 
 
+def cache_name(module) -> str:
+    """Return the argument in which a module of transformers takes its cache: ``cache`` since 5.24,
+    ``past_key_values`` before."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+
+
 def keep_rows(cache, index_B) -> None:
-    """Take these rows of a batch, in this order, of each layer's state: keys and values, and what a
-    linear attention keeps, which transformers takes in another method."""
+    """Keep these rows of a batch, in this order, in each layer's state.
+
+    The state is keys and values, or that of a linear attention, which has a method of its own.
+    """
     from transformers import cache_utils
 
     linear = getattr(cache_utils, "LinearAttentionCacheLayerMixin", ())
@@ -261,14 +265,17 @@ def keep_rows(cache, index_B) -> None:
             layer.batch_select_indices(index_B)
 
 
-def own_mask(seen_BT, queries: int):
-    """What is no padding, [B, T]: the model makes the mask of each layer from it, windows and all,
-    and attentions without a mask of that kind (flash) read it."""
+def padding_mask(seen_BT, queries: int):
+    """Return the tokens that are no padding, [B, T], as 1.
+
+    The model makes the mask of each layer from it, windows included, and attentions without such a
+    mask (flash) read it directly.
+    """
     return seen_BT.long()
 
 
-def draw(logits_BV, uniform_B: np.ndarray):
-    """Inverse CDF in float64: the first id whose cumulative probability exceeds the draw.
+def draw_tokens(logits_BV, uniform_B: np.ndarray):
+    """Draw tokens by inverse CDF in float64: the first id whose cumulative probability exceeds u.
 
     Returns:
         Ids [B] and their log-probs [B] in the logits' precision.
@@ -283,7 +290,9 @@ def draw(logits_BV, uniform_B: np.ndarray):
     return token_B, logprob_B
 
 
-def cut(tokens_BT: np.ndarray, logprobs_BT: np.ndarray, ends: tuple[int, ...]) -> list[Sample]:
+def to_samples(
+    tokens_BT: np.ndarray, logprobs_BT: np.ndarray, ends: tuple[int, ...]
+) -> list[Sample]:
     """Cut each row after the first token that ends a response; without one it is truncated."""
     samples = []
     for row, logprobs in zip(tokens_BT.tolist(), logprobs_BT.tolist(), strict=True):

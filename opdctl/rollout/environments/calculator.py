@@ -1,8 +1,8 @@
 """A calculator: a response that ends in a call, as in ``[12 * (3 + 4)]``, is answered and goes on.
 
-Exact arithmetic on numbers with + - * / // % and brackets, read from the syntax tree: nothing is
-executed. Leaves out powers, functions and variables. Any turn that ends in the closing mark is a
-call, a list or an interval too: choose marks that answers do not end in.
+Exact arithmetic on numbers with + - * / // % and brackets, evaluated from the syntax tree: no text
+is executed. Leaves out powers, functions and variables. Any turn that ends in the closing mark
+counts as a call, even a list or an interval: choose marks that answers do not end in.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ BINARY = {
 
 
 class Calculator:
-    """Answers a turn that ends in a call with the value of its expression."""
+    """A calculator that answers a turn ending in a call with the value of its expression."""
 
     revision = 1
-    alphabet = "0123456789.-+error"  # of its answers
-    refusal = "error"
+    alphabet = "0123456789.-+error"  # the characters of its answers
+    refusal = "error"  # the answer to a call that it cannot evaluate
 
     @dataclass(kw_only=True)
     class Config:
-        """Keys of a calculator."""
+        """The keys of a calculator."""
 
         open: str = key("[", "opens a call")
         close: str = key("]", "closes it; the turn ends there")
@@ -46,39 +46,39 @@ class Calculator:
         self.turns, self.role = config.turns, config.role
 
     def reply(self, text: str) -> str | None:
-        """The answer to a turn, or None: it makes no call and is the response's last."""
+        """Return the answer to a turn; None if it makes no call and so ends the response."""
         body = text.strip()
         if not body.endswith(self.config.close) or self.config.open not in body:
             return None
         inner = body.removesuffix(self.config.close).rpartition(self.config.open)[2]
         try:
-            return written(value(ast.parse(inner.strip(), mode="eval").body))
+            return format_number(evaluate(ast.parse(inner.strip(), mode="eval").body))
         except (ArithmeticError, ValueError, SyntaxError, RecursionError, MemoryError):
             return self.refusal
 
 
-def value(node: ast.AST) -> Fraction:
-    """Value of an expression's syntax tree.
+def evaluate(node: ast.AST) -> Fraction:
+    """Return the value of an expression's syntax tree.
 
     Raises:
-        ValueError: it holds something that is not arithmetic on numbers.
+        ValueError: a node is not arithmetic on numbers.
         ArithmeticError: division by zero.
     """
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return Fraction(str(node.value))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-        inner = value(node.operand)
+        inner = evaluate(node.operand)
         return -inner if isinstance(node.op, ast.USub) else inner
     if isinstance(node, ast.BinOp) and type(node.op) in BINARY:
-        return Fraction(BINARY[type(node.op)](value(node.left), value(node.right)))
+        return Fraction(BINARY[type(node.op)](evaluate(node.left), evaluate(node.right)))
     raise ValueError("not arithmetic")
 
 
-def written(number: Fraction) -> str:
-    """A whole number of up to fifteen digits as it is, any other with twelve significant ones.
+def format_number(number: Fraction) -> str:
+    """Write an integer of up to fifteen digits in full, any other number with twelve digits.
 
     Raises:
-        OverflowError: no float is as large.
+        OverflowError: the number is larger than any float.
     """
     whole = number.denominator == 1 and abs(number) < 10**15
     return str(number.numerator) if whole else f"{float(number):.12g}"

@@ -10,15 +10,15 @@ class Model:
 
     def __init__(self, ctx, reference: str) -> None:
         self.ctx = ctx
-        self.model = ctx.load(reference, classifier=True)
+        self.model = ctx.models.load(reference, classifier=True)
         self.model.net.requires_grad_(False)
         self.parameters = self.model.parameters
 
     def score(self, rollouts) -> None:
-        """Sets ``reward`` of every rollout to a probability in (0, 1)."""
+        """Set ``reward`` of every rollout to a probability in (0, 1)."""
         import torch
 
-        from opdctl.models.packing import last_of_each, micro_batches, pack
+        from opdctl.models.packing import last_per_sequence, micro_batches, pack
 
         spans = [r.request for r in rollouts]
         with torch.no_grad():
@@ -28,6 +28,6 @@ class Model:
                 packed = pack([spans[i] for i in group], model.pad, model.device, model.one_row)
                 hidden = model.backbone(**packed.inputs).last_hidden_state.flatten(0, 1)
                 score_N = self.model.head(hidden[packed.token_N])[:, 0].float()
-                right_B = last_of_each(score_N, packed.length_B).sigmoid().tolist()
+                right_B = last_per_sequence(score_N, packed.length_B).sigmoid().tolist()
                 for i, right in zip(group, right_B, strict=True):
                     rollouts[i].reward = right

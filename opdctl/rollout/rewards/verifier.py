@@ -1,4 +1,4 @@
-"""Reward 1 for an answer that the domain's own verifier passes, else 0."""
+"""A reward of 1 for an answer that the domain's verifier passes, else 0."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ class Verifier:
         self.ctx = ctx
 
     def score(self, rollouts) -> None:
-        """Sets ``reward`` of every rollout."""
-        for rollout, right in zip(rollouts, self.ctx.verify(rollouts), strict=True):
-            rollout.reward = right
+        """Set ``reward`` of every rollout to the verifier's verdict."""
+        for rollout, verdict in zip(rollouts, self.ctx.verdicts.verify(rollouts), strict=True):
+            rollout.reward = verdict

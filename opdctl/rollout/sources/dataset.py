@@ -1,7 +1,7 @@
 """Demonstrations from the data itself: thinking, calls and reference answers, some corrupted.
 
-Corruption stands in for the mistakes of a real corpus. It leaves something for sampling to find
-that imitation does not: a model that learns the corpus at temperature 1 makes its mistakes too.
+Corruption stands in for the mistakes of a real corpus. It leaves something that sampling can
+improve and imitation cannot: a model that learns the corpus at temperature 1 makes its mistakes.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from typing import Literal
 from opdctl import draws
 from opdctl.config.schema import key
 from opdctl.errors import UsageError
-from opdctl.models.chat.conversation import spoken
-from opdctl.models.chat.retold import opening, retold
+from opdctl.models.chat.conversation import render_conversation
+from opdctl.models.chat.retemplated import retemplate, thought_opening
 from opdctl.rollout.prompts import PromptOrder
-from opdctl.rollout.sampling import answered
+from opdctl.rollout.sampling import append_reply
+from opdctl.rollout.sources._source import Source
 from opdctl.types import Prompt, Rollout
 
 
-class Dataset:
+class Dataset(Source):
     """The reference answers of the data, a stated share of them corrupted."""
 
     revision = 1
-    samples_from, parameters, sampled = "dataset", 0, 0
+    samples_from = "dataset"
 
     @dataclass(kw_only=True)
     class Config:
-        """Keys of a dataset source."""
+        """The keys of a dataset source."""
 
         domains: dict[str, bool] = key(
             {}, "domain: true; empty is all, or all no other source has", neutral=True
@@ -41,17 +42,17 @@ class Dataset:
     def __init__(self, config, ctx, model) -> None:
         self.config, self.ctx, self.model, self.seed = config, ctx, model, ctx.seed
         self.order = PromptOrder(ctx, model, config.domains)
-        self.environments = {d: ctx.environment(d) for d in self.order.pools}
+        self.environments = {d: ctx.prompts.environment(d) for d in self.order.pools}
 
     def draw(self, step: int):
-        """One demonstration per prompt and sample of the step."""
+        """Return one demonstration per prompt and sample of the step."""
         rollouts = []
         for group, prompt in enumerate(self.order.at(step)):
             for sample in range(self.order.samples):
                 lead, answer = prompt.lead, prompt.answer
                 name = (self.seed, "corrupt", step, group, sample)
                 if draws.unit(*name) < self.config.corrupt:
-                    lead, answer = corrupted(prompt, self.order.pools[prompt.domain], *name)
+                    lead, answer = corrupt_answer(prompt, self.order.pools[prompt.domain], *name)
                 if prompt.messages and prompt.messages[-1]["role"] == "assistant":
                     rollouts.append(self._conversation(prompt, group, step))
                     continue
@@ -64,61 +65,63 @@ class Dataset:
                     version=step,
                 )
                 for turn, call in enumerate(prompt.calls):
-                    self._write(rollout, call)
+                    self._append(rollout, call)
                     environment = self.environments[prompt.domain]
-                    said = answered(rollout, turn, self.environments, self.model)
-                    if not said or rollout.before[-1] == environment.refusal:
+                    replied = append_reply(rollout, turn, self.environments, self.model)
+                    if not replied or rollout.before[-1] == environment.refusal:
                         raise UsageError(
                             f"data.{prompt.domain}.call: the environment does not answer {call!r}",
                             "write a call as its environment reads it",
                         )
-                if not self.ctx.data(prompt.domain).config.thinking.obeyed(lead + answer):
+                if not self.ctx.prompts.data(prompt.domain).config.thinking.follows_mode(
+                    lead + answer
+                ):
                     raise UsageError(
                         f"data.{prompt.domain}: a demonstration without the thinking it asks for",
                         "a trace, a thought_column, or a teacher as the source",
                     )
-                self._write(rollout, self._unprompted(prompt, lead, answer))
+                self._append(rollout, self._after_prompt(prompt, lead, answer))
                 rollouts.append(rollout)
         return rollouts
 
     def _conversation(self, prompt: Prompt, group: int, step: int) -> Rollout:
-        """What the assistant says in a conversation; the other turns between are context."""
-        thinking = self.ctx.data(prompt.domain).config.thinking
+        """Return a conversation as a rollout of the assistant's turns; others are context."""
+        thinking = self.ctx.prompts.data(prompt.domain).config.thinking
         if self.config.corrupt:
             raise UsageError(
                 f"data.{prompt.domain}: a conversation has no answer that could be corrupted",
                 "sources.dataset.corrupt=0",
             )
-        found = spoken(self.model, prompt, self.config.turns == "all")
-        first, end = found.spans[0][0], found.spans[-1][1]
-        gaps = [(a[1] - first, b[0] - first) for a, b in pairwise(found.spans)]
-        said = [self.model.decode(found.ids[a:b]) for a, b in found.spans]
-        heard = [self.model.tokenizer.decode(found.ids[first:][a:b]) for a, b in gaps]
-        before = [t for pair in zip(said, heard, strict=False) for t in pair]
-        if thinking.mode != "free" and not thinking.obeyed(said[-1]):
+        rendered = render_conversation(self.model, prompt, self.config.turns == "all")
+        first, end = rendered.spans[0][0], rendered.spans[-1][1]
+        gaps = [(a[1] - first, b[0] - first) for a, b in pairwise(rendered.spans)]
+        written = [self.model.decode(rendered.ids[a:b]) for a, b in rendered.spans]
+        between = [self.model.tokenizer.decode(rendered.ids[first:][a:b]) for a, b in gaps]
+        before = [text for turns in zip(written, between, strict=False) for text in turns]
+        if thinking.mode != "free" and not thinking.follows_mode(written[-1]):
             raise UsageError(
                 f"data.{prompt.domain}: a conversation without the thinking it asks for",
                 "thinking.mode=free, or conversations that show it",
             )
         return Rollout(
             prompt,
-            found.ids[:first],
-            found.ids[first:end],
+            rendered.ids[:first],
+            rendered.ids[first:end],
             source="dataset",
             group=group,
             version=step,
-            text=said[-1],
+            text=written[-1],
             before=tuple(before),
             observed=tuple(gaps),
         )
 
-    def _unprompted(self, prompt: Prompt, lead: str, answer: str) -> str:
-        """A demonstration without what the rendered prompt has of its thinking already.
+    def _after_prompt(self, prompt: Prompt, lead: str, answer: str) -> str:
+        """Return a demonstration without the marks of thinking that its prompt ends in.
 
         Raises:
             UsageError: the prompt ends in a closed block, and the demonstration thinks.
         """
-        thinking = self.ctx.data(prompt.domain).config.thinking
+        thinking = self.ctx.prompts.data(prompt.domain).config.thinking
         text = lead + answer
         if prompt.calls:
             return text
@@ -127,26 +130,26 @@ class Dataset:
             return after + answer
         if not text.lstrip().startswith(thinking.open.strip() or thinking.open):
             return text
-        written = opening(self.model, self.model.render(prompt), thinking)
+        written = thought_opening(self.model, self.model.render(prompt), thinking)
         try:
-            return retold(text, "", written, thinking)
+            return retemplate(text, "", written, thinking)
         except UsageError as error:
             raise UsageError(f"data.{prompt.domain}: {error.message}", error.hint) from error
 
-    def _write(self, rollout: Rollout, text: str) -> None:
+    def _append(self, rollout: Rollout, text: str) -> None:
         rollout.response_ids = [*rollout.response_ids, *self.model.encode(text)]
         rollout.text = text
 
 
-def corrupted(prompt: Prompt, pool: list[Prompt], *name: object) -> tuple[str, str]:
-    """(lead, answer) with a wrong answer that looks like one of its domain; never the right one.
+def corrupt_answer(prompt: Prompt, pool: list[Prompt], *name: object) -> tuple[str, str]:
+    """Return (lead, answer) with a wrong answer that looks like one of its domain.
 
-    Half the time another prompt's, its thinking with it; half the time one character of the answer
-    replaced by a character of another prompt's, after the right thinking.
+    Half the time it is another prompt's answer with its thinking; half the time the right thinking
+    and the answer with one character replaced by a character of another prompt's answer.
 
     Args:
         pool: the domain's prompts.
-        name: what the draws are named after.
+        name: the name of the draws.
     """
     answer = prompt.answer
     for trial in range(20):

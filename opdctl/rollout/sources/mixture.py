@@ -1,11 +1,11 @@
 """Rollouts of the student, of its teachers and of the data, each in its share.
 
-Each prompt of a step is given to one of them by a draw of its own. GKD (arXiv 2306.13649): its
-lambda is the share of the student, the rest is data. DAgger (Ross et al. 2011, arXiv 1011.0686):
-its beta is the teacher's share, which decays from step to step; that a whole response is of one of
-them, not each token, is ours. All of the teacher is sequence-level distillation (arXiv 1606.07947).
-Teachers are those of the stage, by domain; what they write is trained on as written, unverified.
-Log-probs of the samplers are not kept: an objective over the student's own samples is refused.
+Each prompt of a step is assigned to one of them by a draw. GKD (arXiv 2306.13649): its lambda is
+the student's share, the rest is data. DAgger (Ross et al. 2011, arXiv 1011.0686): its beta is the
+teacher's share, which decays from step to step; here a whole response, not each token, comes from
+one of them, which is our choice. The teacher's share at 1 is sequence-level distillation (arXiv
+1606.07947). Teachers are those of the stage, by domain; their responses are trained on unverified.
+The samplers' log-probs are not kept: an objective over the student's own samples is refused.
 
     opdctl stage opd --student DIR --teacher math=DIR --method gkd sources.mixture.student=1 ...
 """
@@ -22,18 +22,19 @@ from opdctl.config.settings import routes
 from opdctl.errors import Problem
 from opdctl.rollout.prompts import PromptOrder
 from opdctl.rollout.sampling import sample_group
+from opdctl.rollout.sources._source import Source
 
 
-class Mixture:
+class Mixture(Source):
     """Each prompt to the student, its teacher or the data, by given shares (GKD, DAgger)."""
 
     revision = 1  # to be raised with that of dataset too, which only this one names
     samples_from = "mixture"
-    has_logprobs = False
+    in_opd = True
 
     @dataclass(kw_only=True)
     class Config:
-        """Keys of mixture. The shares sum to 1."""
+        """The keys of mixture. The shares sum to 1."""
 
         student: float = key(0.5, "share of prompts the student answers", least=0, most=1)
         teacher: float = key(0.0, "share the teacher of the domain answers", least=0, most=1)
@@ -47,63 +48,63 @@ class Mixture:
 
     @staticmethod
     def student_share(config) -> float:
-        """Share of the rollouts that the student samples: between first and last, if it changes."""
+        """Return the share of the student's rollouts; with a decay, the mean of first and last."""
         return config.student + (config.teacher / 2 if config.decay < 1 else 0)
 
     @staticmethod
     def problems(config, stage) -> list[Problem]:
-        """Shares that are not shares, and a teacher's that nothing can fill."""
-        found, total = [], config.student + config.teacher + config.dataset
+        """Return shares that do not sum to 1, and a teacher's share that no teacher can fill."""
+        wrong, total = [], config.student + config.teacher + config.dataset
         if abs(total - 1) > 1e-9:
-            found.append(Problem("", f"the shares sum to {total:g}", "student=.5 dataset=.5"))
+            wrong.append(Problem("", f"the shares sum to {total:g}", "student=.5 dataset=.5"))
         if config.decay != 1 and not config.teacher:
-            found.append(Problem("decay", "the teacher has no share to decay", "decay=1"))
+            wrong.append(Problem("decay", "the teacher has no share to decay", "decay=1"))
         if config.teacher and not stage.teachers:
-            found.append(Problem("teacher", "the stage has no teachers", "teachers: {DOMAIN: REF}"))
+            wrong.append(Problem("teacher", "the stage has no teachers", "teachers: {DOMAIN: REF}"))
         served = [n for n, t in stage.teachers.items() if parse(t.model).form == "server"]
         if config.teacher and served:
-            what = f"{served[0]} is behind a server, which scores and does not answer here"
-            found.append(Problem("teacher", what, "a stage, a folder or a public name"))
+            message = f"{served[0]} is behind a server, which scores and does not answer here"
+            wrong.append(Problem("teacher", message, "a stage, a folder or a public name"))
         if config.teacher and stage.pooled:
-            what = "with pooled teachers nothing says which of them answers"
-            found.append(Problem("teacher", what, "pooled=false"))
-        return found
+            message = "with pooled teachers nothing says which of them answers"
+            wrong.append(Problem("teacher", message, "pooled=false"))
+        return wrong
 
     def __init__(self, config, ctx, model) -> None:
         self.config, self.seed = config, ctx.seed
         self.order = PromptOrder(ctx, model)
-        self.parts = {}
+        self.samplers = {}
         if config.student or config.decay < 1:
-            self.parts["student"] = member("sources", "student")(None, ctx, model)
+            self.samplers["student"] = member("sources", "student")(None, ctx, model)
         if config.teacher:
-            self.parts["teacher"] = TeacherCache(ctx, model)
+            self.samplers["teacher"] = TeacherSamples(ctx, model)
         if config.dataset:
             keys = config_of("sources", "dataset")
-            self.parts["dataset"] = member("sources", "dataset")(keys, ctx, model)
-        for name, source in self.parts.items():
-            source.order = self.order.chosen(lambda step, name=name: self.places(step)[name])
+            self.samplers["dataset"] = member("sources", "dataset")(keys, ctx, model)
+        for name, source in self.samplers.items():
+            source.order = self.order.subset(lambda step, name=name: self.assignment(step)[name])
 
     @property
     def sources(self) -> list:
-        """For the ledger."""
-        return list(self.parts.values())
+        """The sources that have a share."""
+        return list(self.samplers.values())
 
-    def places(self, step: int) -> dict[str, list[int]]:
-        """Places of a step's prompts that student, teacher and data answer."""
+    def assignment(self, step: int) -> dict[str, list[int]]:
+        """Assign each prompt of a step, by its place, to the student, the teacher or the data."""
         teacher = self.config.teacher * self.config.decay ** max(0, step)
-        found: dict[str, list[int]] = {"student": [], "teacher": [], "dataset": []}
+        places: dict[str, list[int]] = {"student": [], "teacher": [], "dataset": []}
         for place in range(len(self.order.at(step))):
             u = draws.unit(self.seed, "mixture", step, place)
-            who = "teacher" if u < teacher else "student"
+            source = "teacher" if u < teacher else "student"
             if teacher <= u < teacher + self.config.dataset:
-                who = "dataset"
-            found[who].append(place)
-        return found
+                source = "dataset"
+            places[source].append(place)
+        return places
 
     def draw(self, step: int):
-        """What each draws, groups numbered through, without the samplers' log-probs."""
+        """Return the rollouts of all, groups numbered through, without the samplers' log-probs."""
         rollouts: list = []
-        for source in self.parts.values():
+        for source in self.samplers.values():
             first = 1 + max((r.group for r in rollouts), default=-1)
             for rollout in source.draw(step):
                 rollout.group += first
@@ -112,29 +113,31 @@ class Mixture:
         return rollouts
 
 
-class TeacherCache:
-    """Samples of the stage's teachers, each for its domains, under the student's prompt."""
+class TeacherSamples(Source):
+    """The samples of the stage's teachers, each for its domains, under the student's prompt."""
 
     samples_from = "teacher"
+    order: PromptOrder  # set by the mixture
 
     def __init__(self, ctx, model) -> None:
         self.ctx, self.model, self.parameters = ctx, model, 0.0
         self.routes = routes(ctx.recipe.domains(ctx.name), ctx.config.teachers)
 
     def draw(self, step: int):
+        """Return the samples of a step's prompts that are the teachers'."""
         by_teacher: dict[str, list] = {}
         for prompt in self.order.at(step):
             by_teacher.setdefault(self.routes[prompt.domain][0], []).append(prompt)
         rollouts, flops = [], 0.0
         for name, prompts in by_teacher.items():
-            teacher = self.ctx.frozen(self.ctx.config.teachers[name].model)
-            found = sample_group(self.ctx, teacher, prompts, step, "teacher")
+            teacher = self.ctx.models.frozen(self.ctx.config.teachers[name].model)
+            samples = sample_group(self.ctx, teacher, prompts, step, "teacher")
             first = 1 + max((r.group for r in rollouts), default=-1)
-            for rollout in found:
+            for rollout in samples:
                 rollout.group += first
                 rollout.prompt_ids = self.model.render(rollout.prompt)
-            flops += teacher.parameters * sum(r.forwarded for r in found)
-            rollouts += found
+            flops += teacher.parameters * sum(r.forwarded for r in samples)
+            rollouts += samples
         self.sampled = sum(r.forwarded for r in rollouts)
         self.parameters = flops / max(1, self.sampled)
         return rollouts

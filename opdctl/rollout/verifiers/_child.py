@@ -1,7 +1,7 @@
-"""A function in a process of its own: asked over pipes, one question at a time, within a time.
+"""A function in a process of its own, called over pipes, one call at a time, with a time limit.
 
-For code that is trusted and may hang or grow on what a model wrote. It guards against no malice:
-see ``_sandbox.py``. The process starts when first asked, and again after it had to be ended.
+It is for trusted code that may hang or grow on a model's text. It does not guard against malice:
+see ``_sandbox.py``. The process starts at the first call, and again after it had to be ended.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAIN = "from opdctl.rollout.verifiers._child import serve; serve()"
 
 
 class Child:
-    """``function`` of ``module``, elsewhere. Arguments and results are plain JSON."""
+    """A child process that runs ``module.function``. Arguments and results are plain JSON."""
 
     def __init__(
         self,
@@ -40,21 +40,21 @@ class Child:
     ) -> None:
         """
         Args:
-            first: asked when it starts, so that what it imports is not counted in an answer's time.
-            seconds: that one answer may take.
+            seconds: the most that one call may take.
             memory_mib: most address space of the process.
-            check: called while it waits; may raise.
+            first: arguments of a call at its start, so that imports do not count in a call's time.
+            check: called while waiting; may raise.
         """
         self.what, self.seconds, self.check = [module, function, memory_mib], seconds, check
         self.first = first
         self.process: subprocess.Popen | None = None
 
     def ask(self, *arguments: Any) -> Any:
-        """What the function gives.
+        """Call the function and return its result.
 
         Raises:
-            TimeoutError: it did not answer in time; its process was ended.
-            RuntimeError: it raised, says what; or its process died.
+            TimeoutError: it did not return in time; its process was ended.
+            RuntimeError: it raised, with its message; or its process died.
         """
         if self.process is None or self.process.poll() is not None:
             self._start()
@@ -117,7 +117,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def serve() -> None:
-    """Body of the child: answer until the pipe closes. What the function prints goes nowhere."""
+    """Answer calls until the pipe closes, in the child; the function's output is discarded."""
     questions, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)

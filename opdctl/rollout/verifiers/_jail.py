@@ -47,10 +47,15 @@ def alone():
 
 def furnish(root, owner):
     # A root of its own: Python and the system's libraries, read only; a small disk in memory.
+    os.umask(0o022)  # the solution's user goes through the folders made here
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     size = f"size={keys['disk_mib']}m,mode=0755"
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, size)
+    for name in ("box", "tmp"):  # before what is wanted, which may lie below /tmp
+        os.mkdir(f"{root}/{name}", 0o700)
+        os.chown(f"{root}/{name}", owner, owner if user == 0 else group)
     wanted = ["/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", sys.base_prefix, sys.prefix]
+    wanted += [os.path.realpath(p) for p in wanted[-2:]]  # they may be links
     wanted += [os.path.dirname(os.path.realpath(sys.executable))]
     wanted += ["/dev/null", "/dev/zero", "/dev/urandom"]
     placed = []
@@ -69,9 +74,6 @@ def furnish(root, owner):
         if not path.startswith("/dev/"):
             mount(None, place, None, MS_REMOUNT | MS_BIND | MS_RDONLY | kept)
         placed.append(path)
-    for name in ("box", "tmp"):
-        os.mkdir(f"{root}/{name}", 0o700)
-        os.chown(f"{root}/{name}", owner, owner if user == 0 else group)
     os.chroot(root)
     os.chdir("/box")
 

@@ -1,10 +1,11 @@
 """Run Python that a model wrote, under limits, in processes of its own. Linux only.
 
-Held to: seconds of CPU and of wall clock, address space, size of files, number of processes, an
-empty environment and a folder of its own that is gone afterwards. Where the kernel grants
-namespaces (as root, or to users): no network, no sight of other processes, a root with nothing but
-Python and the system's libraries, read only. ``Sandbox.isolated`` says which of the two it is.
-It guards a training run against what a model comes to write, not against an attack on the kernel.
+A solution is limited in seconds of CPU and of wall clock, address space, size of files and number
+of processes; it has an empty environment and a folder of its own that is removed afterwards. If the
+kernel grants namespaces (as root, or to users), it also has no network, sees no other processes,
+and its root holds nothing but Python and the system's libraries, read only: ``Sandbox.isolated``.
+This guards a training run against the programs a model may write, not against attacks on the
+kernel.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SHOWN = 1 << 20  # bytes of output that are read
 
 @dataclass(frozen=True)
 class Limits:
-    """What one solution may use; ``wall`` seconds run on while it sleeps."""
+    """The limits of one solution; ``wall`` seconds pass while it sleeps, too."""
 
     seconds: int = 5
     wall: float = 15.0
@@ -39,12 +40,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a solution ended.
+    """The way a solution ended.
 
     Attributes:
         passed: all tests ran to their end; False without tests.
         clean: it ended by itself, with no error and in time.
-        output: what it printed, the first MiB of it.
+        output: the first MiB of its output.
     """
 
     passed: bool
@@ -55,10 +56,10 @@ class Ending:
 
 
 class Sandbox:
-    """Starts solutions, one process tree each; may be used from several threads.
+    """A sandbox that runs solutions, one process tree each; may be used from several threads.
 
     Attributes:
-        isolated: whether solutions are without network, files and other processes.
+        isolated: solutions see no network, no files and no other processes.
     """
 
     def __init__(self, limits: Limits, namespaces: bool = True, python: str = "") -> None:
@@ -83,13 +84,13 @@ class Sandbox:
             )
         self.isolated = seen.isolated
 
-    def run(self, solution: str, *, tests: list[str] | None = None, given: str = "") -> Ending:
-        """One solution, to its end.
+    def run(self, solution: str, *, tests: list[str] | None = None, stdin: str = "") -> Ending:
+        """Run one solution to its end.
 
         Args:
             tests: Python that runs after the solution, in sight of its names; it is sent when the
                 solution has been loaded. None runs the solution as a script.
-            given: its standard input.
+            stdin: its standard input.
 
         Raises:
             OSError: no process can be started.
@@ -100,7 +101,7 @@ class Sandbox:
             tempfile.TemporaryFile() as entered,
             tempfile.TemporaryFile() as printed,
         ):
-            entered.write(given.encode("utf-8", "replace"))
+            entered.write(stdin.encode("utf-8", "replace"))
             entered.seek(0)
             ours, theirs = socket.socketpair()
             with ours, theirs:
@@ -130,7 +131,7 @@ class Sandbox:
         )
 
     def _converse(self, ours: socket.socket, solution: str, tests: list[str] | None) -> bool:
-        """Whether the token came back that only the end of the tests sends."""
+        """Return True if the token came back, which only the end of the tests sends."""
         token = secrets.token_hex(16)
         try:
             _send(ours, {"solution": solution, "script": tests is None})
@@ -152,11 +153,11 @@ class Sandbox:
         try:
             report = json.loads(said)
         except ValueError:
-            what = errors.decode("utf-8", "replace").strip()[-300:]
-            raise RuntimeError(f"the sandbox broke down: {what}") from None
+            cause = errors.decode("utf-8", "replace").strip()[-300:]
+            raise RuntimeError(f"the sandbox broke down: {cause}") from None
         if report["code"] == 70:
-            what = errors.decode("utf-8", "replace").strip()[-300:]
-            raise RuntimeError(f"the sandbox cannot be set up: {what}")
+            cause = errors.decode("utf-8", "replace").strip()[-300:]
+            raise RuntimeError(f"the sandbox cannot be set up: {cause}")
         if not report["cleared"]:
             raise RuntimeError("the sandbox left processes behind")
         return report

@@ -4,10 +4,10 @@ A row's tests are one of
 - Python that runs after the answer, a text or a list of texts, as in HumanEval and MBPP;
 - cases of standard input and output, ``{"inputs": [...], "outputs": [...]}`` or a list of
   ``{"input": ..., "output": ...}``, themselves or as JSON text (APPS, TACO, LiveCodeBench).
-All must pass. Of an answer the last fenced block is run, or all of it. Expected outputs of cases
+All must pass. The last fenced block of an answer is run, or all of it. Expected outputs of cases
 never enter the sandbox; assertions do, and code that searches its interpreter's frames can read
-them. What the sandbox holds back, and what not: ``_sandbox.py`` and docs/data.md. Verdicts near the
-limits depend on how busy the machine is.
+them. ``_sandbox.py`` and docs/data.md say what the sandbox guards against. Verdicts near the limits
+depend on how busy the machine is.
 """
 
 from __future__ import annotations
@@ -21,20 +21,19 @@ from typing import Any
 
 from opdctl.config.schema import key
 from opdctl.errors import UsageError
-from opdctl.rollout.verifiers._answers import OneByOne, fenced
 from opdctl.rollout.verifiers._sandbox import Limits, Sandbox
+from opdctl.rollout.verifiers._verifier import SingleAnswerVerifier, last_fenced_block
 from opdctl.types import Prompt
 
 
-class Code(OneByOne):
+class Code(SingleAnswerVerifier):
     """Python that passes its row's unit tests, run in a sandbox."""
 
     revision = 1
-    needs_answer = False
 
     @dataclass(kw_only=True)
     class Config:
-        """Keys of a sandbox and of where the tests are."""
+        """The keys of a sandbox and of where the tests are."""
 
         tests_column: str = key("tests", "column of the tests: asserts, or inputs and outputs")
         entry_column: str = key(
@@ -53,24 +52,29 @@ class Code(OneByOne):
         jobs: int = key(0, "answers at once; 0 is one per core", role="operational", least=0)
 
     @staticmethod
+    def needs_answer(config) -> bool:
+        """Return False: the tests decide."""
+        return False
+
+    @staticmethod
     def item(config, row: dict) -> dict:
-        """The tests of a row.
+        """Return the tests of a row.
 
         Raises:
-            KeyError: it lacks a column.
-            ValueError: there is no test in it, or in no known form.
+            KeyError: the row lacks a column.
+            ValueError: the column holds no tests, or in no known form.
         """
-        found = tests_of(row[config.tests_column])
+        tests = parse_tests(row[config.tests_column])
         if config.entry_column:
-            if "cases" in found:
+            if "cases" in tests:
                 raise ValueError("entry_column goes with tests in Python, and these are cases")
             name = str(row[config.entry_column])
             if not name.isidentifier():
                 raise ValueError(
                     f"{config.entry_column} is {name!r:.60}, not the name of a function"
                 )
-            found["code"] = [*found["code"], f"check({name})"]
-        return {"tests": found}
+            tests["code"] = [*tests["code"], f"check({name})"]
+        return {"tests": tests}
 
     def __init__(self, config, ctx, domain: str) -> None:
         super().__init__(config, ctx, domain)
@@ -89,48 +93,50 @@ class Code(OneByOne):
                 "run as root or allow user namespaces; isolation=false: limits alone",
             )
         if not self.sandbox.isolated:
-            what = "solutions run under limits alone: they can reach the network and files"
-            print(f"warning: data.{domain}.verifier.code: {what}", flush=True)
+            risk = "solutions run under limits alone: they can reach the network and files"
+            print(f"warning: data.{domain}.verifier.code: {risk}", flush=True)
 
-    def score(self, asked: list[tuple[Prompt, str]]) -> list[float | Exception]:
-        """A verdict for each; several at once."""
+    def score(self, answers: list[tuple[Prompt, str]]) -> list[float | Exception]:
+        """Return a verdict for each (prompt, answer), running ``jobs`` at once."""
         jobs = self.config.jobs or len(os.sched_getaffinity(0))
         with ThreadPoolExecutor(jobs) as pool:
-            parts = [pool.submit(super(Code, self).score, [one]) for one in asked]
+            jobs_done = [pool.submit(super(Code, self).score, [answer]) for answer in answers]
             try:
-                return [part.result()[0] for part in parts]
+                return [job.result()[0] for job in jobs_done]
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def right(self, prompt: Prompt, answer: str) -> float:
-        """Whether all tests pass; the first that does not ends it.
+    def grade(self, prompt: Prompt, answer: str) -> float:
+        """Return 1 if all tests pass, else 0; the first that fails ends it.
 
         Raises:
             RuntimeError: the sandbox broke down.
             Interrupted: a stop was asked for.
         """
         self.ctx.check()
-        solution, tests = fenced(answer), prompt.item["tests"]
+        solution, tests = last_fenced_block(answer), prompt.item["tests"]
         if "code" in tests:
             return self.sandbox.run(solution, tests=tests["code"]).passed
-        for given, expected in tests["cases"]:
-            ending = self.sandbox.run(solution, given=given)
-            if not ending.clean or levelled(ending.output) != levelled(expected):
+        for entered, expected in tests["cases"]:
+            ending = self.sandbox.run(solution, stdin=entered)
+            if not ending.clean or without_outer_space(ending.output) != without_outer_space(
+                expected
+            ):
                 return 0.0
         return 1.0
 
 
-def levelled(text: str) -> list[str]:
-    """Lines without white space at their ends, and without empty lines at the end."""
+def without_outer_space(text: str) -> list[str]:
+    """Return the lines without white space at their ends, and without empty lines at the end."""
     return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
-def tests_of(value: Any) -> dict[str, list]:
-    """``{"code": [...]}`` or ``{"cases": [[input, output], ...]}``.
+def parse_tests(value: Any) -> dict[str, list]:
+    """Return ``{"code": [...]}`` or ``{"cases": [[input, output], ...]}``.
 
     Raises:
-        ValueError: no test, or another form.
+        ValueError: there is no test, or in another form.
     """
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         with contextlib.suppress(ValueError):  # Python may begin so too
@@ -142,8 +148,8 @@ def tests_of(value: Any) -> dict[str, list]:
             raise ValueError("tests with fn_name call a function: write them as asserts")
         if len(value["inputs"]) != len(value["outputs"]):
             raise ValueError("as many inputs as outputs are needed")
-        pairs = zip(value["inputs"], value["outputs"], strict=True)
-        value = [{"input": given, "output": expected} for given, expected in pairs]
+        cases = zip(value["inputs"], value["outputs"], strict=True)
+        value = [{"input": entered, "output": expected} for entered, expected in cases]
     if not isinstance(value, list) or not value:
         raise ValueError(f"no tests in {value!r:.60}")
     if all(isinstance(test, str) and test.strip() for test in value):

@@ -1,4 +1,4 @@
-"""Equal text, after the levelling that the keys ask for. Leaves out numbers: see math."""
+"""Equal text, after the normalisation that the keys choose. Leaves out numbers: see math."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ import unicodedata
 from dataclasses import dataclass
 
 from opdctl.config.schema import key
-from opdctl.rollout.verifiers._answers import OneByOne
+from opdctl.rollout.verifiers._verifier import SingleAnswerVerifier
 
 
-class Exact(OneByOne):
+class Exact(SingleAnswerVerifier):
     """The answer is the reference answer, white space around it aside."""
 
     revision = 1
 
     @dataclass(kw_only=True)
     class Config:
-        """Keys of an exact comparison."""
+        """The keys of an exact comparison."""
 
         ignore_case: bool = key(False, "A and a are one")
         ignore_space: bool = key(False, "runs of white space are one space")
         nfkc: bool = key(False, "compare Unicode's NFKC forms: full-width digits are digits")
         trim: str = key("", "characters taken off both ends, as in '.!'")
 
-    def right(self, prompt, answer: str) -> float:
-        """Whether both are one text."""
-        return self.levelled(answer) == self.levelled(prompt.answer)
+    def grade(self, prompt, answer: str) -> float:
+        """Return 1 if answer and reference answer are equal once normalised, else 0."""
+        return self.normalise(answer) == self.normalise(prompt.answer)
 
-    def levelled(self, text: str) -> str:
-        """The text as it is compared."""
+    def normalise(self, text: str) -> str:
+        """Return the text as it is compared."""
         config = self.config
         if config.nfkc:
             text = unicodedata.normalize("NFKC", text)

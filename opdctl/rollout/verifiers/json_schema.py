@@ -1,7 +1,7 @@
 """The answer is JSON that a schema accepts: tool calls, extraction, structured output.
 
-Read with the standard library, validated by ``jsonschema``. Of an answer with a fenced block only
-the last block is read. A schema refers to itself alone: nothing is fetched.
+JSON is read with the standard library and validated by ``jsonschema``. Of an answer with fenced
+blocks only the last is read. A schema can refer to itself alone: nothing is fetched.
 """
 
 from __future__ import annotations
@@ -12,29 +12,33 @@ from typing import Any
 
 from opdctl.config.schema import key
 from opdctl.errors import Problem
-from opdctl.rollout.verifiers._answers import OneByOne, fenced
+from opdctl.rollout.verifiers._verifier import SingleAnswerVerifier, last_fenced_block
 
 
-class JsonSchema(OneByOne):
+class JsonSchema(SingleAnswerVerifier):
     """The answer is JSON that passes a JSON schema: one for all rows, or a column's."""
 
     revision = 1
-    needs_answer = False
 
     @dataclass(kw_only=True)
     class Config:
-        """Keys of a schema."""
+        """The keys of a schema."""
 
         schema: dict[str, Any] = key({}, "the schema of every answer; empty: each row has its own")
         schema_column: str = key("schema", "column of a row's own schema, JSON text or an object")
 
     @staticmethod
+    def needs_answer(config) -> bool:
+        """Return False: the schema decides."""
+        return False
+
+    @staticmethod
     def item(config, row: dict) -> dict:
-        """What a row says of its answer.
+        """Return a row's own schema, unless all rows have one.
 
         Raises:
-            KeyError: it lacks the column.
-            ValueError: it holds no schema.
+            KeyError: the row lacks the column.
+            ValueError: the column holds no schema.
         """
         import jsonschema
 
@@ -50,7 +54,7 @@ class JsonSchema(OneByOne):
 
     @staticmethod
     def problems(config) -> list[Problem]:
-        """What the schema cannot see."""
+        """Return what the recipe's schema cannot check of the keys."""
         import jsonschema
 
         try:
@@ -59,14 +63,14 @@ class JsonSchema(OneByOne):
             return [Problem("schema", f"not a JSON schema: {error.message}", "type: object")]
         return []
 
-    def right(self, prompt, answer: str) -> float:
-        """Whether the answer is JSON and passes."""
+    def grade(self, prompt, answer: str) -> float:
+        """Return 1 if the answer is JSON and passes the schema, else 0."""
         import jsonschema
         from referencing import Registry
 
         schema = self.config.schema or prompt.item["schema"]
         try:
-            value = json.loads(fenced(answer))
+            value = json.loads(last_fenced_block(answer))
         except (ValueError, RecursionError):
             return 0.0
         kind = jsonschema.validators.validator_for(schema)

@@ -1,7 +1,7 @@
-"""A pattern finds the answer in a response, or decides by itself.
+"""Answers graded by a pattern, which finds the answer in a response or decides by itself.
 
-With the library ``regex``, whose searches take a timeout: a pattern that backtracks without end on
-what a model wrote must not hold up a stage.
+It uses the library ``regex``, whose searches take a timeout: a pattern that backtracks without end
+on a model's text must not hold up a stage.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import Literal
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.errors import Problem
-from opdctl.rollout.verifiers._answers import OneByOne
+from opdctl.rollout.verifiers._verifier import SingleAnswerVerifier
 
 
-class Regex(OneByOne):
+class Regex(SingleAnswerVerifier):
     """A match whose group ``answer`` is the reference answer; without that group, any match."""
 
     revision = 1
 
     @dataclass(kw_only=True)
     class Config:
-        """Keys of a pattern."""
+        """The keys of a pattern."""
 
         pattern: str = key(REQUIRED, "regular expression, as in 'answer: (?P<answer>\\d+)'")
         match: Literal["last", "first", "whole"] = key(
@@ -32,7 +32,7 @@ class Regex(OneByOne):
 
     @staticmethod
     def problems(config) -> list[Problem]:
-        """What the schema cannot see."""
+        """Return what the schema cannot check of the keys."""
         import regex
 
         try:
@@ -47,22 +47,22 @@ class Regex(OneByOne):
         super().__init__(config, ctx, domain)
         self.pattern = regex.compile(config.pattern, regex.IGNORECASE if config.ignore_case else 0)
 
-    def right(self, prompt, answer: str) -> float:
-        """Whether the chosen match has the reference answer in its group.
+    def grade(self, prompt, answer: str) -> float:
+        """Return 1 if the match that counts has the reference answer in its group, else 0.
 
         Raises:
             TimeoutError: the search took too long.
         """
         limit, answer = self.config.timeout, answer.strip()
         if self.config.match == "whole":
-            found = self.pattern.fullmatch(answer, timeout=limit)
+            match = self.pattern.fullmatch(answer, timeout=limit)
         elif self.config.match == "first":
-            found = self.pattern.search(answer, timeout=limit)
+            match = self.pattern.search(answer, timeout=limit)
         else:
-            found = None
-            for found in self.pattern.finditer(answer, timeout=limit):  # noqa: B007
+            match = None
+            for match in self.pattern.finditer(answer, timeout=limit):  # noqa: B007
                 pass
-        if found is None or "answer" not in self.pattern.groupindex:
-            return found is not None
-        ours, theirs = (found["answer"] or "").strip(), prompt.answer.strip()
+        if match is None or "answer" not in self.pattern.groupindex:
+            return match is not None
+        ours, theirs = (match["answer"] or "").strip(), prompt.answer.strip()
         return ours.casefold() == theirs.casefold() if self.config.ignore_case else ours == theirs

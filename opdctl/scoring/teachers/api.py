@@ -1,4 +1,4 @@
-"""Another model's answers as text, from any OpenAI-compatible API: data for an sft stage.
+"""The answers of another model as text, from any OpenAI-compatible API: data for an sft stage.
 
 A prompt's conversation goes to ``/v1/chat/completions``, with the tools and the word on thinking
 that the student's template would be given (``chat_template_kwargs``, which vLLM heeds), or, where
@@ -41,7 +41,7 @@ class Api:
         self.student, self.chat = student, bool(student.tokenizer.chat_template)
 
     def answer(self, prompts: list[Prompt], keys: list[int], sampling) -> list[tuple[str, bool]]:
-        """One ``(answer, whether it was cut at the limit)`` for each prompt and key.
+        """Return one ``(answer, whether it was cut at the limit)`` for each prompt and key.
 
         Args:
             keys: 64 bits each; the seeds, as far as the API heeds them.
@@ -50,33 +50,35 @@ class Api:
             StageFailed: it failed, or gave no answer; what was answered before is kept.
         """
         how = (self.reference, sampling.temperature, sampling.max_tokens)
-        asked = list(map(self._asked, prompts))
-        names = [f"answer {draws.key(*how, a, k):016x}" for a, k in zip(asked, keys, strict=True)]
-        found = [self._recall(name) for name in names]
-        todo = [i for i, answer in enumerate(found) if answer is None]
+        questions = list(map(self._asked, prompts))
+        names = [
+            f"answer {draws.key(*how, a, k):016x}" for a, k in zip(questions, keys, strict=True)
+        ]
+        answers = [self._recall(name) for name in names]
+        todo = [i for i, answer in enumerate(answers) if answer is None]
         path = "/v1/chat/completions" if self.chat else "/v1/completions"
-        bodies = [self._question(asked[i], keys[i], sampling) for i in todo]
+        bodies = [self._question(questions[i], keys[i], sampling) for i in todo]
         with closing(self.endpoint.each(path, bodies, self.ctx.check)) as replies:
             for at, reply in replies:
                 with reading(self.who, "OpenAI's"):
-                    found[todo[at]] = self._read(reply)
-                self._log(names[todo[at]], *found[todo[at]])
-        return found
+                    answers[todo[at]] = self._read(reply)
+                self._log(names[todo[at]], *answers[todo[at]])
+        return answers
 
     def _asked(self, prompt: Prompt) -> dict:
         if not self.chat:
             return {"prompt": prompt.text}
-        asked: dict = {"messages": [dict(m) for m in question(self.student.turns(prompt))]}
+        body: dict = {"messages": [dict(m) for m in question(self.student.turns(prompt))]}
         if prompt.tools:
-            asked["tools"] = list(prompt.tools)
+            body["tools"] = list(prompt.tools)
         if prompt.enable_thinking is not None:
-            asked["chat_template_kwargs"] = {"enable_thinking": prompt.enable_thinking}
-        return asked
+            body["chat_template_kwargs"] = {"enable_thinking": prompt.enable_thinking}
+        return body
 
-    def _question(self, asked: dict, key: int, sampling) -> dict:
+    def _question(self, prompt: dict, key: int, sampling) -> dict:
         return {
             "model": self.served,
-            **asked,
+            **prompt,
             "temperature": sampling.temperature,
             "top_p": 1.0,
             "max_tokens": sampling.max_tokens,

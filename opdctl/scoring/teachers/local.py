@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
+from opdctl.scoring.quantities import LOCAL
+
 
 class Local:
     """A frozen model in this process; scores the exact token ids."""
 
     revision = 1
     keeps = False  # its answers are logged by who asks
-    provides = (
-        "teacher.logprobs",
-        "teacher.hidden",
-        "teacher.lse",
-        "teacher.topk",
-        "teacher.entropy",
-        "teacher.modal",
-        "teacher.above",
-        "teacher.listed",
-        "teacher.listed_entropy",
-    )
+    provides = LOCAL
 
     def __init__(self, ctx, student, name: str, reference: str) -> None:
         self.ctx, self.student, self.reference = ctx, student, reference
@@ -29,18 +21,18 @@ class Local:
 
     @property
     def model(self):
-        """Loaded when first asked for; with runtime.resident_teachers, again after eviction."""
+        """The model, loaded when first asked for; with resident_teachers, again after eviction."""
         from opdctl.models.model import require_same_tokens
 
-        model = self.ctx.frozen(self.reference)
+        model = self.ctx.models.frozen(self.reference)
         if not self.parameters:
             require_same_tokens(self.student, model, self.where)
             self.parameters = model.parameters
         return model
 
     def head(self, temperature: float, rounded: bool):
-        """Its head. Where its weights may be evicted only its shape: the weight of the head is in
-        host memory for a GPU, for a CPU on disk at ``stored``."""
+        """Return its head. Where its weights may be evicted only its shape: the weight of the head
+        is in host memory for a GPU, for a CPU on disk at ``stored``."""
         head = self.model.lm_head(temperature, rounded)
         if not self.ctx.runtime.resident_teachers:
             return head
@@ -56,25 +48,12 @@ class Local:
             head.weight_VD = head.weight_VD.detach().to("meta")
         return head
 
-    def score(self, requests, temperature: float, want, top: int = 16, ids_N=None, layers=None):
-        """Scores of every target token, in the order of the requests; ``want`` says which.
+    def score(self, requests, asks, run, other_ids_N=None):
+        """Return scores of every target token, in the order of the requests.
 
-        ``ids_N`` are the tokens that ``at`` is about, one for each target; ``layers`` the student's
-        that ``inner`` is about.
+        Args:
+            other_ids_N: tokens whose log-probs are wanted beside the targets', one for each.
         """
         from opdctl.scoring.score import score
 
-        runtime = self.ctx.runtime
-        return score(
-            self.model,
-            requests,
-            temperature=temperature,
-            want=want,
-            top=top,
-            ids_N=ids_N,
-            layers=layers,
-            rounded=runtime.rounded_logits,
-            micro_batch=runtime.micro_batch,
-            chunk_mib=runtime.chunk_mib,
-            check=self.ctx.check,
-        )
+        return score(self.model, requests, asks, run, other_ids_N)

@@ -22,10 +22,11 @@ from contextlib import closing
 from opdctl import draws
 from opdctl.errors import StageFailed, UsageError
 from opdctl.remote.endpoint import opened, reading
+from opdctl.scoring.asks import LOGPROBS, Asks
+from opdctl.scoring.quantities import SERVED
 from opdctl.types import ScoreRequest
 
 CHUNK = 1024  # ids of the vocabulary in one question
-LISTS = ("listed", "listed_entropy")
 NEVER = -9999.0  # what vLLM writes for minus infinity
 RAW = "start it with --logprobs-mode raw_logprobs, and in a precision that is finite"
 ROUNDED = 1e-4  # the log of 1 in a low precision may come out this far above 0
@@ -36,17 +37,14 @@ class Server:
 
     revision = 1
     keeps = True
-    provides = ("teacher.logprobs", "teacher.listed", "teacher.listed_entropy", "teacher.modal")
+    provides = SERVED
     stored = None  # it gives no hidden rows, so it needs no head
 
-    def __init__(
-        self, ctx, student, name: str, reference: str, wants=("logprobs",), top: int = 0
-    ) -> None:
+    def __init__(self, ctx, student, name: str, reference: str, asks: Asks = LOGPROBS) -> None:
         """Compare its vocabulary with the student's and score a known sequence.
 
         Args:
-            wants: what it will be asked for.
-            top: k of the lists.
+            asks: what it will be asked.
 
         Raises:
             StageFailed: it does not answer.
@@ -60,18 +58,14 @@ class Server:
         self.endpoint, served = opened(self.who, reference, runtime, ctx.check, elsewhere)
         self.served, self.longest = served["id"], served.get("max_model_len")
         self._compare_tokens()
-        self._probe(self._most(wants, top))
+        self._probe(self._list_size(asks))
 
-    def _most(self, wants, top: int) -> int:
-        """How many of the most probable tokens answer what is wanted."""
-        return min(top if set(LISTS) & set(wants) else int("modal" in wants), self.student.valid_V)
+    def _list_size(self, asks: Asks) -> int:
+        """Return how many of the most probable tokens answer what is asked."""
+        return min(asks.list_size, self.student.valid_V)
 
-    def score(self, requests, temperature: float, want, top: int = 16):
-        """Scores of every target token, in the order of the requests.
-
-        Args:
-            want: any of logprobs, listed and listed_entropy (the ``top`` most probable ids with
-                their log-probs), modal.
+    def score(self, requests, asks, run):
+        """Return scores of every target token, in the order of the requests.
 
         Raises:
             StageFailed: it died, hung, answered short, or for other tokens. What it answered
@@ -82,7 +76,8 @@ class Server:
 
         from opdctl.scoring.score import Scores
 
-        assert temperature == 1.0 and {f"teacher.{w}" for w in want} <= set(self.provides)
+        assert run.temperature == 1.0
+        assert {f"teacher.{name}" for name in asks.quantities} <= set(self.provides)
         for request in requests:
             if self.longest and len(request.ids) >= self.longest:
                 raise StageFailed(
@@ -90,37 +85,37 @@ class Server:
                     f"{len(request.ids)}",
                     "start it with a larger --max-model-len, or a smaller sampling.max_tokens",
                 )
-        k = self._most(want, top)
+        k = self._list_size(asks)
         keys = [f"teacher {self.name} {draws.key(k, r):016x}" for r in requests]
-        asked = dict(zip(keys, requests, strict=True))  # the same answer twice is asked for once
-        found = {key: logged[0] for key in asked if (logged := self.ctx.wal.get(key))}
-        todo = sorted((q for q in asked if q not in found), key=lambda q: len(asked[q].ids))
+        by_key = dict(zip(keys, requests, strict=True))  # the same answer twice is asked for once
+        answered = {key: logged[0] for key in by_key if (logged := self.ctx.wal.get(key))}
+        todo = sorted((q for q in by_key if q not in answered), key=lambda q: len(by_key[q].ids))
         parts = [todo[i : i + self.batch] for i in range(0, len(todo), self.batch)]
-        bodies = [self._question([list(asked[q].ids) for q in part], k) for part in parts]
+        bodies = [self._question([list(by_key[q].ids) for q in part], k) for part in parts]
         with closing(self.endpoint.each("/v1/completions", bodies, self.ctx.check)) as answers:
             for at, answer in answers:
                 with reading(self.who):
                     rows = self._rows(answer, len(parts[at]))
                     pairs = zip(parts[at], rows, strict=True)
-                    read = {q: self._read(row, asked[q], k) for q, row in pairs}
-                found |= read
+                    read = {q: self._read(row, by_key[q], k) for q, row in pairs}
+                answered |= read
                 for q in read:
-                    self._require_logprobs(found[q]["logprobs"])
-                    if np.isfinite(found[q]["logprobs"]).all():
-                        self.ctx.wal.put(q, found[q])
-        whole = {n: np.concatenate([found[q][n] for q in keys]) for n in ("logprobs", "ids")}
+                    self._require_logprobs(answered[q]["logprobs"])
+                    if np.isfinite(answered[q]["logprobs"]).all():
+                        self.ctx.wal.put(q, answered[q])
+        whole = {n: np.concatenate([answered[q][n] for q in keys]) for n in ("logprobs", "ids")}
         values_NJ = torch.from_numpy(whole["logprobs"]).to(
             self.student.device, self.student.logits_dtype
         )
         ids_NK = torch.from_numpy(whole["ids"]).to(self.student.device)
-        scores = Scores(values_NJ[:, 0])
+        scores = Scores({"logprobs": values_NJ[:, 0]})
         if k:
             scores.top_NK, scores.top_logprob_NK = ids_NK, values_NJ[:, 1:]
-            scores.modal_N, scores.modal_id_N = values_NJ[:, 1], ids_NK[:, 0]
+            scores.read_list(asks)
         return scores
 
     def _read(self, row: list, request, k: int) -> dict:
-        """Log-probs of a sequence's targets, [n, 1 + k], that of the target first, and the ids of
+        """Return log-probs of the targets, [n, 1 + k], that of the target first, and the ids of
         the k most probable, [n, k], in descending order."""
         import numpy as np
 
@@ -147,7 +142,7 @@ class Server:
         return {"logprobs": values, "ids": ids}
 
     def _require_logprobs(self, values_NJ) -> None:
-        """What can be log-probs; one that is NaN is told later, with its rollout.
+        """Check that they can be log-probs; one that is NaN is told later, with its rollout.
 
         Raises:
             StageFailed: one is above 0, or stands for none.
@@ -167,7 +162,7 @@ class Server:
         }
 
     def _rows(self, answer: dict, count: int) -> list[list]:
-        """``prompt_logprobs`` of each sequence, in their order."""
+        """Return ``prompt_logprobs`` of each sequence, in their order."""
         choices = sorted(answer.get("choices") or [], key=lambda c: c.get("index", 0))
         if len(choices) != count:
             raise StageFailed(f"{self.who} answered {len(choices)} of {count} sequences")
@@ -180,7 +175,7 @@ class Server:
         return rows
 
     def _require_whole(self, row: list, ids) -> None:
-        """An entry for each id that was sent, but for the first, which nothing predicts.
+        """Check that there is an entry for each id but the first, which nothing predicts.
 
         Raises:
             StageFailed: fewer, or of other ids.
@@ -195,7 +190,7 @@ class Server:
                 )
 
     def _compare_tokens(self) -> None:
-        """Every id the student has must be the same text there.
+        """Check that every id of the student's is the same text there.
 
         Raises:
             UsageError: one is not; says which.
@@ -219,7 +214,8 @@ class Server:
             )
 
     def _texts(self, parts: list[list[int]]) -> list[str]:
-        """What the server makes of ids; an id it does not have is an error, and reported as one."""
+        """Return the server's texts of ids; an id it does not have is an error, and reported as
+        one."""
         bodies = [{"model": self.served, "tokens": part} for part in parts]
         answers = self.endpoint.all("/detokenize", bodies, self.ctx.check)
         with reading(self.who):
@@ -255,10 +251,10 @@ class Server:
 
 
 def logprob(entry: dict) -> float:
-    """Of one token; a null is NaN."""
+    """Return the log-prob of one token; a null is NaN."""
     return math.nan if entry.get("logprob") is None else float(entry["logprob"])
 
 
 def rank(entry: dict):
-    """Order of an entry's tokens: the most probable first, of equals the smaller id."""
+    """Return the order of an entry's tokens: the most probable first, of equals the smaller id."""
     return lambda token: (-logprob(entry[token]), int(token))

@@ -30,14 +30,14 @@ from opdctl.rollout.sampling import sample_group
 
 
 class Extrapolate:
-    """At steps 2^n leaps ahead along the last direction, as far as a verifier agrees (EffOPD)."""
+    """Leaps ahead along the last direction at steps 2^n, as far as a verifier agrees (EffOPD)."""
 
     revision = 1
     needs = ("verdict",)
 
     @dataclass(kw_only=True)
     class Config:
-        """Keys of extrapolate."""
+        """The keys of extrapolate."""
 
         modules: list[str] = key(
             [r"attn\.|attention\.", r"mlp\.|moe\.|feed_forward\."],
@@ -53,14 +53,14 @@ class Extrapolate:
 
     @staticmethod
     def problems(config, stage) -> list[Problem]:
-        """What is no regular expression, and nothing to move."""
-        found = [] if config.modules else [Problem("modules", "names nothing", "leave it out")]
+        """Refuse what is no regular expression, and nothing to move."""
+        problems = [] if config.modules else [Problem("modules", "names nothing", "leave it out")]
         for pattern in config.modules:
             try:
                 re.compile(pattern)
             except re.error as error:
-                found.append(Problem("modules", f"{pattern!r:.80}: {error}", r"attn\. or mlp\."))
-        return found
+                problems.append(Problem("modules", f"{pattern!r:.80}: {error}", r"attn\. or mlp\."))
+        return problems
 
     def __init__(self, config, ctx, model) -> None:
         self.config, self.ctx, self.model, self.sampled = config, ctx, model, 0
@@ -81,14 +81,14 @@ class Extrapolate:
         if len({p.id for p in prompts}) < size:
             pools = {d: len(order.pools[d]) / share for d, share in order.shares.items()}
             few = min(pools, key=pools.get)
-            what = f"{self.where}.size is {size}, and {few} has {len(order.pools[few])} prompts"
-            raise UsageError(f"{what} for its share", f"{self.where}.size={int(pools[few])}")
+            shortage = f"{self.where}.size is {size}, and {few} has {len(order.pools[few])} prompts"
+            raise UsageError(f"{shortage} for its share", f"{self.where}.size={int(pools[few])}")
         return prompts
 
     def start(self) -> None:
-        """Before the first step: the first direction is measured from here."""
+        """Keep the weights before the first step, from which the first direction is measured."""
         self._begin()
-        self.previous = self.line.point()
+        self.previous = self.line.snapshot()
 
     def _begin(self) -> None:
         from opdctl.models.extrapolation import line_of
@@ -96,10 +96,10 @@ class Extrapolate:
         self.line = line_of(self.model, self.config.modules, f"{self.where}.modules")
 
     def state(self) -> dict:
-        """Where the last leap ended, and what an adapter has beside it; tensors are never changed
-        in place."""
-        found = {f"previous.{name}": value for name, value in self.previous.items()}
-        return found | {f"line.{name}": value for name, value in self.line.state().items()}
+        """Return where the last leap ended, and what an adapter has beside it; tensors are never
+        changed in place."""
+        tensors = {f"previous.{name}": value for name, value in self.previous.items()}
+        return tensors | {f"line.{name}": value for name, value in self.line.state().items()}
 
     def load(self, state: dict) -> None:
         """Go on with a state; the weights are those that it was taken with."""
@@ -113,8 +113,8 @@ class Extrapolate:
         self.line.load(part("line."))
 
     def act(self, done: int) -> dict:
-        """Leap where ``done`` is a power of two; scores of all candidates and the one kept, 0 is
-        none.
+        """Move ahead where ``done`` is a power of two; return the scores of all candidates and the
+        one kept, 0 being none.
 
         Raises:
             Interrupted: a stop was asked for; the weights are as they were.
@@ -122,11 +122,11 @@ class Extrapolate:
         self.sampled = 0
         if done & (done - 1):
             return {}
-        start, best, scores, kept = self.line.point(), [], [], 0
+        start, best, scores, kept = self.line.snapshot(), [], [], 0
         verdicts: set[float] = set()
         try:
             for k in range(self.config.candidates + 1):
-                self.line.go(start, self.previous, self.config.stride * k)
+                self.line.move_to(start, self.previous, self.config.stride * k)
                 right = self._score(done, k)
                 scores.append(sum(right) / len(right))
                 verdicts.update(right)
@@ -134,21 +134,21 @@ class Extrapolate:
                     break
                 best, kept = right, k
         except BaseException:
-            self.line.go(start, self.previous, 0)
+            self.line.move_to(start, self.previous, 0)
             raise
-        self.line.go(start, self.previous, self.config.stride * kept)
+        self.line.move_to(start, self.previous, self.config.stride * kept)
         self.line.keep()
-        self.previous = self.line.point()
+        self.previous = self.line.snapshot()
         blind = len(verdicts) == 1
         if blind and kept:
-            what = (
+            verdict = (
                 f"[{self.ctx.name}] warning: extrapolate leapt on no evidence: every answer got the"
             )
-            print(f"{what} same verdict; {self.where}.margin=0.001 asks for a gain", flush=True)
+            print(f"{verdict} same verdict; {self.where}.margin=0.001 asks for a gain", flush=True)
         return {"scores": scores, "accepted": kept, **({"blind": True} if blind else {})}
 
     def better(self, right: list[float], best: list[float]) -> bool:
-        """Whether verdicts are good enough to replace the best, prompt by prompt."""
+        """Return True where verdicts are good enough to replace the best, prompt by prompt."""
         gains = [new - old for new, old in zip(right, best, strict=True)]
         mean = sum(gains) / len(gains)
         if mean < self.config.margin - 1e-9:  # a mean of verdicts is a fraction
@@ -169,4 +169,4 @@ class Extrapolate:
             version=f"{done} extrapolated {k}",
         )
         self.sampled += sum(r.forwarded for r in rollouts)
-        return self.ctx.verify(rollouts)
+        return self.ctx.verdicts.verify(rollouts)

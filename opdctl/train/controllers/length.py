@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.errors import Problem
+from opdctl.scoring.columns import DECAY
 
 EFFECTIVE = 1e-8  # a decay that is above 0, whatever the rounding
 
@@ -28,7 +29,7 @@ class Length:
 
     @dataclass(kw_only=True)
     class Config:
-        """Keys of length."""
+        """The keys of length."""
 
         least: int = key(1024, "smallest limit, tokens", least=1)
         most: int = key(12288, "largest limit, tokens", least=1)
@@ -40,19 +41,20 @@ class Length:
     @staticmethod
     def problems(config, stage) -> list[Problem]:
         """A start outside the window, and costs that are counted by the start."""
-        found, start = [], stage.sampling.max_tokens
+        problems, start = [], stage.sampling.max_tokens
         if config.least > config.most:
-            what = f"least is {config.least}, most {config.most}"
-            found.append(Problem("least", what, f"least={config.most}"))
+            message = f"least is {config.least}, most {config.most}"
+            problems.append(Problem("least", message, f"least={config.most}"))
         elif not config.least <= start <= config.most:
-            what = f"the stage begins with sampling.max_tokens={start}, outside {config.least} to "
+            message = f"the stage begins with sampling.max_tokens={start}, outside "
+            message += f"{config.least} to {config.most}"
             hint = f"sampling.max_tokens={config.least}, or least and most around {start}"
-            found.append(Problem("", f"{what}{config.most}", hint))
+            problems.append(Problem("", message, hint))
         outcome = stage.signals.get("outcome")
         if outcome and outcome.coef and outcome.length_penalty:
-            what = "moves the limit by which signals.outcome.length_penalty is counted"
-            found.append(Problem("", what, "signals.outcome.length_penalty=0"))
-        return found
+            message = "moves the limit by which signals.outcome.length_penalty is counted"
+            problems.append(Problem("", message, "signals.outcome.length_penalty=0"))
+        return problems
 
     def __init__(self, config, ctx, model) -> None:
         self.config, self.ctx = config, ctx
@@ -79,12 +81,12 @@ class Length:
         return {"limit": limit, "most": self.config.most, "hits": hits, "effective": mean}
 
     def effective(self, step) -> list[float]:
-        """Tokens of each rollout before its decay is 0."""
-        if "decay" not in step.columns:
+        """Return the tokens of each rollout before its decay is 0."""
+        if DECAY not in step.columns:
             return [float(r.length) for r in step.rollouts]
         from opdctl.models.packing import per_sequence
 
-        kept_N = (step.columns["decay"] > EFFECTIVE).double()
+        kept_N = (step.columns[DECAY] > EFFECTIVE).double()
         return per_sequence(kept_N, step.sequence_N, len(step.rollouts)).tolist()
 
     def follow(self, lengths: list[float]) -> float:

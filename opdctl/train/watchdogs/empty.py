@@ -17,7 +17,7 @@ class Empty:
 
     @dataclass(kw_only=True)
     class Config(WatchdogConfig):
-        """Keys of empty."""
+        """The keys of empty."""
 
         steps: int = key(3, "steps in a row before it acts", role="operational", least=1)
 
@@ -25,7 +25,7 @@ class Empty:
         self.config = config
 
     def look(self, values: dict, first: dict) -> dict[str, str]:
-        """Reads ``tokens``, ``masked`` and ``gate_open``."""
+        """Read ``tokens``, ``masked`` and ``gate_open``."""
         if not values["tokens"]:
             return {"": f"{values['rollouts']} rollouts with 0 tokens"}
         if values.get("masked") == 1.0:

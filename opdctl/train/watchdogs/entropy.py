@@ -1,6 +1,6 @@
 """The student samples one response only: its entropy has collapsed and it explores nothing.
 
-Reads ``surprise``, the mean of -log p over the tokens that were sampled, which estimates the
+Reads ``sampled_nll``, the mean of -log p over the tokens that were sampled, which estimates the
 entropy of the distribution sampled from without bias and costs no pass. The tiny recipes come down
 to .005 nats a token with answers that are right, so the threshold is far below that.
 """
@@ -14,7 +14,7 @@ from opdctl.config.settings import WatchdogConfig
 
 
 class Entropy:
-    """The student's own samples no longer surprise it."""
+    """The student's own samples are all but certain to it: its entropy has collapsed."""
 
     revision = 1
     at_once = False
@@ -22,7 +22,7 @@ class Entropy:
 
     @dataclass(kw_only=True)
     class Config(WatchdogConfig):
-        """Keys of entropy."""
+        """The keys of entropy."""
 
         steps: int = key(10, "steps in a row before it acts", role="operational", least=1)
         least: float = key(
@@ -33,7 +33,8 @@ class Entropy:
         self.config = config
 
     def look(self, values: dict, first: dict) -> dict[str, str]:
-        """Reads ``surprise``, which a stage logs whose student samples."""
+        """Read ``sampled_nll``, which a stage logs whose student samples."""
         least = self.config.least
-        value = values.get("surprise", least)
-        return {"": f"surprise {value:.3g} nats a token, below {least:g}"} if value < least else {}
+        value = values.get("sampled_nll", least)
+        text = f"sampled_nll {value:.3g} nats a token, below {least:g}"
+        return {"": text} if value < least else {}

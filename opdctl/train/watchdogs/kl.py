@@ -21,7 +21,7 @@ class Kl:
 
     @dataclass(kw_only=True)
     class Config(WatchdogConfig):
-        """Keys of kl."""
+        """The keys of kl."""
 
         most: float = key(5.0, "largest KL of a domain, nats a token", role="operational", least=0)
 
@@ -29,7 +29,7 @@ class Kl:
         self.config = config
 
     def look(self, values: dict, first: dict) -> dict[str, str]:
-        """Reads ``kl`` and ``divergence_by_domain``, and the log-probs of the sampled tokens."""
+        """Read ``kl`` and ``divergence_by_domain``, and the log-probs of the sampled tokens."""
         nats = {**values.get("divergence_by_domain", {}), **values.get("kl", {})}
         if {"student_logprob", "teacher_logprob"} <= values.keys():
             nats["all domains"] = values["student_logprob"] - values["teacher_logprob"]

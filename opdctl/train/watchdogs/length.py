@@ -22,7 +22,7 @@ class Length:
 
     @dataclass(kw_only=True)
     class Config(WatchdogConfig):
-        """Keys of length."""
+        """The keys of length."""
 
         steps: int = key(10, "steps in a row before it acts", role="operational", least=1)
         least: float = key(
@@ -36,21 +36,21 @@ class Length:
         self.config = config
 
     def look(self, values: dict, first: dict) -> dict[str, str]:
-        """Reads ``length`` and ``truncated``."""
+        """Read ``length`` and ``truncated``."""
         if "length" not in values:
             return {}
         limit = values.get("length_limit", first["length"])
-        found, start = {}, min(first["length"], limit)
+        warnings, start = {}, min(first["length"], limit)
         share = values["length"] / start
         if share < self.config.least:
-            found["collapse"] = (
+            warnings["collapse"] = (
                 f"{values['length']:.4g} tokens a response, {share:.3f} of the first step's "
                 f"{start:.4g}, below {self.config.least:g}"
             )
         widens = limit < values.get("length_most", limit)
         if values["truncated"] > self.config.cut and not widens:
-            found["limit"] = (
+            warnings["limit"] = (
                 f"{values['truncated']:.3f} of the responses cut at the limit, "
                 f"above {self.config.cut:g}"
             )
-        return found
+        return warnings

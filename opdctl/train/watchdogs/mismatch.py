@@ -21,7 +21,7 @@ class Mismatch:
 
     @dataclass(kw_only=True)
     class Config(WatchdogConfig):
-        """Keys of mismatch."""
+        """The keys of mismatch."""
 
         steps: int = key(3, "steps in a row before it acts", role="operational", least=1)
         most: float = key(0.1, "largest mean difference, nats a token", role="operational", least=0)
@@ -30,7 +30,7 @@ class Mismatch:
         self.config = config
 
     def look(self, values: dict, first: dict) -> dict[str, str]:
-        """Reads ``logprob_gap``, which is logged where both are at hand."""
+        """Read ``logprob_gap``, which is logged where both are at hand."""
         gap = values.get("logprob_gap", 0.0)
         most = self.config.most
         return {"": f"{gap:.4g} nats a token apart, above {most:g}"} if gap > most else {}

@@ -22,7 +22,7 @@ class NonFinite:
 
     @dataclass(kw_only=True)
     class Config(WatchdogConfig):
-        """Keys of non_finite."""
+        """The keys of non_finite."""
 
         steps: int = key(3, "steps in a row before it stops", role="operational", least=1)
         action: Literal["warn", "stop"] = key(
@@ -33,7 +33,7 @@ class NonFinite:
         self.config = config
 
     def look(self, values: dict, first: dict) -> dict[str, str]:
-        """Reads ``skipped``."""
+        """Read ``skipped``."""
         if not values.get("skipped"):
             return {}
         numbers = f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}"

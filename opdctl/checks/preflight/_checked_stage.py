@@ -1,7 +1,7 @@
-"""A student and its teachers before the first step: what a check looks at, and what it says.
+"""The student, teachers, prompts and answers of one stage, loaded only as far as a check needs.
 
-An outline has a tokenizer and shapes and no weights, so the checks that need no more cost no more;
-weights and samples are there for those that ask. Prompts are the stage's own.
+An outline has a tokenizer and shapes but no weights, so a check that reads outlines alone is cheap.
+Weights are loaded and answers sampled on first use. Prompts are the stage's own.
 """
 
 from __future__ import annotations
@@ -17,19 +17,25 @@ from opdctl.config import references
 from opdctl.config.registry import member
 from opdctl.config.settings import longest_turn, routes
 from opdctl.errors import StageFailed, UsageError
-from opdctl.rollout.prompts import fitting
+from opdctl.rollout.prompts import prompts_within_limit
 from opdctl.types import Prompt, Rollout
 
 SAMPLED = 100  # prompts of a domain that are answered: .1 of accuracy is then two standard errors
 
 
-class Pairing:
+class CheckedStage:
     """The student of one stage and the teachers that serve its domains.
 
     Args:
-        ctx: the stage's.
-        student: its model where it is loaded already.
-        sampled: prompts of a domain that are answered.
+        ctx: the context of the stage.
+        student: the student's model where it is loaded already; None reads its outline.
+        sampled: the most prompts of a domain that are answered.
+
+    Attributes:
+        route: the names of the teachers that serve each domain.
+        teachers: name -> reference of the teachers whose weights can be read here.
+        served: name -> reference of the teachers behind a server.
+        policy: the names of the teachers written ``policy``: the student itself.
     """
 
     def __init__(self, ctx, student: Any = None, sampled: int = SAMPLED) -> None:
@@ -39,9 +45,9 @@ class Pairing:
         every = {n: t.model for n, t in ctx.config.teachers.items() if n in used}
         self.policy = [n for n, r in every.items() if references.parse(r).form == "policy"]
         self.served = {n: r for n, r in every.items() if references.parse(r).form == "server"}
-        apart = (*self.policy, *self.served)  # a server is compared when it is first spoken to
+        apart = (*self.policy, *self.served)  # a server is compared when it is first asked
         self.teachers = {n: r for n, r in every.items() if n not in apart}
-        self._given = student
+        self._student = student
         self._outlines: dict[str, Any] = {}
         self._prompts: dict[str, list[Prompt]] = {}
         self._same: dict[str, bool] = {}
@@ -49,50 +55,51 @@ class Pairing:
         self._servers: dict[str, Any] = {}
 
     def read(self) -> None:
-        """Outlines of all.
+        """Read the outlines of the student and of every teacher in ``teachers``.
 
         Raises:
-            UsageError: one cannot be read; says which.
+            UsageError: one cannot be read; the message names it.
         """
         for model in (self.student, *map(self.outline, self.teachers)):
             assert model.tokenizer is not None
 
     @cached_property
     def student(self) -> Any:
-        """Its outline, or the model itself."""
-        return self._given or self.ctx.aligned(self.of(self.ctx.config.student))
+        """The outline of the student, or its model where that is loaded already."""
+        return self._student or self.ctx.models.aligned(self.outline_of(self.ctx.config.student))
 
     def outline(self, name: str) -> Any:
-        """A teacher without its weights."""
-        return self.of(self.teachers[name])
+        """Return the outline of a teacher in ``teachers``."""
+        return self.outline_of(self.teachers[name])
 
-    def of(self, reference: str) -> Any:
-        """Any model without its weights."""
+    def outline_of(self, reference: str) -> Any:
+        """Return the outline of any model: tokenizer and shapes, no weights."""
         from opdctl.models.model import outline
 
-        path = self.ctx.path_of(reference)
+        path = self.ctx.models.path_of(reference)
         if path not in self._outlines:
             base, trusted = references.base_of(path), self.ctx.runtime.trust_remote_code
             self._outlines[path] = outline(base or path, trusted)
             if base:
-                from opdctl.models.lora import tokenizer
+                from opdctl.models.lora import adapter_tokenizer
 
-                self._outlines[path].tokenizer = tokenizer(self._outlines[path], path)
+                self._outlines[path].tokenizer = adapter_tokenizer(self._outlines[path], path)
             self._outlines[path].name = reference
         return self._outlines[path]
 
-    def shown(self, name: str) -> str:
-        """How messages name a teacher."""
+    def label(self, name: str) -> str:
+        """Return the name of a teacher as messages show it."""
         return f"{name} ({self.teachers[name]})"
 
     def domains(self, name: str) -> list[str]:
-        """The domains that a teacher serves."""
+        """Return the domains that a teacher serves."""
         return [d for d, names in self.route.items() if name in names]
 
     def same(self, name: str) -> bool:
-        """Whether a teacher's weights are the student's, as they stand on disk."""
+        """Return True where a teacher's weights on disk are the student's."""
         if name not in self._same:
-            places = [self.ctx.path_of(r) for r in (self.ctx.config.student, self.teachers[name])]
+            both = (self.ctx.config.student, self.teachers[name])
+            places = [self.ctx.models.path_of(reference) for reference in both]
             self._same[name] = len(set(places)) == 1 or same_weights(*places)
         return self._same[name]
 
@@ -102,15 +109,17 @@ class Pairing:
         return [name for name in self.teachers if not self.same(name)]
 
     def prompts(self, domain: str, most: int) -> list[Prompt]:
-        """At most ``most`` (at most ``sampled``) distinct training prompts of a domain, in an order
-        of their own.
+        """Return distinct training prompts of a domain, in an order drawn from the stage's seed.
+
+        Args:
+            most: the most prompts to return; never more than ``sampled`` are.
 
         Raises:
-            UsageError: it has none.
+            UsageError: the domain has no training prompts.
         """
         if domain not in self._prompts:
             kept = self.ctx.config.prompts.pool
-            pool = fitting(self.ctx, self.student, domain, "train", kept)
+            pool = prompts_within_limit(self.ctx, self.student, domain, "train", kept)
             if not pool:
                 raise UsageError(f"data.{domain} has no training prompts")
             order = draws.permutation(len(pool), self.ctx.seed, "preflight", domain)
@@ -119,71 +128,75 @@ class Pairing:
 
     @cached_property
     def rollouts(self) -> list[Rollout]:
-        """The student's answers at step 0, one a prompt."""
-        return self._sample(self.ctx.start(), list(self.route), "student")
+        """The student's answers before the first step, one for each prompt."""
+        return self._sample(self.ctx.models.start(), list(self.route), "student")
 
     def answers(self, name: str) -> list[Rollout]:
-        """A teacher's own answers to the same prompts of its domains, in the same order."""
+        """Return a teacher's own answers to the prompts of its domains, in the order of
+        ``rollouts``."""
         if name not in self._answers and name in self.served:
             self._answers[name] = self._texts(name)
         elif name not in self._answers:
-            model = self.ctx.frozen(self.teachers[name])
+            model = self.ctx.models.frozen(self.teachers[name])
             self._answers[name] = self._sample(model, self.domains(name), "teacher")
         return self._answers[name]
 
     def server(self, name: str, top: int = 0) -> Any:
-        """A served teacher, asked as the stage will ask it.
+        """Return the client of a served teacher, which asks for what the stage will ask for.
 
         Args:
-            top: k of the lists to ask for instead, when it is first spoken to.
+            top: k of the lists to ask for instead; read on the first call for a teacher only.
 
         Raises:
-            StageFailed, UsageError: it does not answer, or not for these tokens; again without
-                asking it again.
+            StageFailed, UsageError: the server does not answer, or not for these tokens. A later
+                call raises the same error without asking the server again.
         """
         if isinstance(self._servers.get(name), (StageFailed, UsageError)):
             raise self._servers[name]
         if name not in self._servers:
-            from opdctl.train.assemble import asked_for, terms_of
+            from opdctl.scoring.asks import Asks
+            from opdctl.train.assemble import asks_of_objectives
 
             ctx = self.ctx
-            needs, k = asked_for(terms_of(ctx.config.objectives), {})
-            wants = [n.removeprefix("teacher.") for n in needs if n.startswith("teacher.")]
-            wants, k = (["listed"], top) if top else (wants, k)
-            given = (ctx, ctx.frozen(ctx.config.student), name, ctx.config.teachers[name].address)
+            asks = asks_of_objectives(ctx.config)
+            if top:
+                asks = Asks.of("topk_list", top=top)
+            student = ctx.models.frozen(ctx.config.student)
+            address = ctx.config.teachers[name].address
+            server = member("teachers", "server")
             try:
-                self._servers[name] = member("teachers", "server")(*given, wants, k)
+                self._servers[name] = server(ctx, student, name, address, asks)
             except (StageFailed, UsageError) as error:
                 self._servers[name] = error
                 raise
         return self._servers[name]
 
     @property
-    def reached(self) -> list[str]:
-        """The served teachers that answer as they should."""
-        found = []
+    def answering(self) -> list[str]:
+        """The names of the served teachers that answer, for the student's tokens."""
+        names = []
         for name in self.served:
             with contextlib.suppress(StageFailed, UsageError):
                 self.server(name)
-                found.append(name)
-        return found
+                names.append(name)
+        return names
 
     def _texts(self, name: str) -> list[Rollout]:
-        """A served teacher's answers, as the texts that its server writes."""
-        from opdctl.rollout.sampling import unanswered
+        """Return a served teacher's answers, as the texts that its server writes."""
+        from opdctl.rollout.sampling import empty_rollouts
 
         config = self.ctx.config
         prompts = [p for d in self.domains(name) for p in self.prompts(d, self.sampled)]
         api = member("teachers", "api")(self.ctx, self.student, name, config.teachers[name].address)
-        found, keys = unanswered(self.ctx, self.student, prompts, 0, "teacher", 1)
+        rollouts, keys = empty_rollouts(self.ctx, self.student, prompts, 0, "teacher", 1)
         answers = api.answer(prompts, keys, self.sampling)
-        for rollout, (rollout.text, rollout.truncated) in zip(found, answers, strict=True):
+        for rollout, (rollout.text, rollout.truncated) in zip(rollouts, answers, strict=True):
             rollout.response_ids = self.student.encode(rollout.text)
-        return found
+        return rollouts
 
     @property
     def sampling(self) -> Any:
-        """The stage's; a limit that moves is looked at where it is largest."""
+        """The sampling keys of the stage, with the largest limit that a controller may set."""
         config = self.ctx.config
         return replace(config.sampling, max_tokens=longest_turn(config))
 
@@ -191,5 +204,4 @@ class Pairing:
         from opdctl.rollout.sampling import sample_group
 
         prompts = [p for d in domains for p in self.prompts(d, self.sampled)]
-        given = (self.ctx, model, prompts, 0, source)
-        return sample_group(*given, samples=1, sampling=self.sampling)
+        return sample_group(self.ctx, model, prompts, 0, source, samples=1, sampling=self.sampling)
