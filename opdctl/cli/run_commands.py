@@ -37,7 +37,7 @@ def run_recipe(
     dry_run: bool = False,
 ) -> int:
     """Plan a recipe and carry it out: ``opdctl run``. Return the exit code."""
-    recipe = load(name, size=size, overrides=overrides)
+    recipe = load(name, size=size, overrides=overrides, trusted=not dry_run)
     for stage in only:
         if stage not in recipe.stages:
             near = did_you_mean(stage, recipe.stages, "stages:")
@@ -59,7 +59,7 @@ def run_recipe(
     path = out or Path("runs") / new_name(recipe.name)
     if not seeds:
         return _start(recipe, source, path, old, only, planned)
-    recipes = [load(name, size=size, seed=s, overrides=overrides) for s in numbers]
+    recipes = [load(name, size=size, seed=s, overrides=overrides, trusted=True) for s in numbers]
     parent = run_launch.new_set(recipes, source, path, only)
     return _carry_out(parent, list(zip(parent.runs(), recipes, strict=True)), only)
 
@@ -84,7 +84,7 @@ def run_stage(
         notes.append(f"prompts: {', '.join(tree['data'])}, as in the run that wrote the model")
     for line in notes:
         console.say(line)
-    recipe = resolve(tree, f"opdctl stage {kind}", overrides=full)
+    recipe = resolve(tree, f"opdctl stage {kind}", overrides=full, trusted=True)
     _notes(recipe)
     if dry_run:
         console.show(console.plan_table(plan(recipe)))

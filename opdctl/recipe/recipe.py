@@ -19,9 +19,10 @@ from opdctl.config.schema import build, did_you_mean, to_dict
 from opdctl.config.schema import references as refs_of
 from opdctl.config.settings import Runtime, StageConfig
 from opdctl.config.shapes import Shape
-from opdctl.errors import OpdctlError, Problem, RecipeError
+from opdctl.errors import OpdctlError, Problem, RecipeError, UsageError
 from opdctl.recipe import graph
 from opdctl.recipe.layers import Layer
+from opdctl.recipe.own_members import use_members_of
 from opdctl.recipe.resolution import (
     TOP,
     Where,
@@ -52,10 +53,12 @@ class Recipe:
     stages: dict[str, StageConfig] = field(default_factory=dict)
     claims: dict[str, Any] = field(default_factory=dict)
     runtime: Runtime = field(default_factory=Runtime)
+    members: str = field(default="", metadata={"role": "operational"})  # its files are hashed
 
     def to_dict(self) -> dict:
         """What ``resolved.yaml`` holds; reading it back gives the same recipe."""
-        return to_dict(self)
+        content = to_dict(self)
+        return content if self.members else {k: v for k, v in content.items() if k != "members"}
 
     def domains(self, stage: str) -> dict[str, float]:
         """``{domain: share}`` of a stage; shares sum to 1."""
@@ -110,8 +113,18 @@ class Recipe:
         return done
 
 
-def load(name: str, *, size: str = "", seed: int | None = None, overrides: tuple[str, ...] = ()):
+def load(
+    name: str,
+    *,
+    size: str = "",
+    seed: int | None = None,
+    overrides: tuple[str, ...] = (),
+    trusted: bool = False,
+) -> Recipe:
     """Read and resolve a recipe file.
+
+    Args:
+        trusted: its own members may be imported: it is about to be run.
 
     Raises:
         UsageError: no such file, or not a mapping in YAML.
@@ -127,6 +140,7 @@ def load(name: str, *, size: str = "", seed: int | None = None, overrides: tuple
         overrides=overrides,
         lines=source.layer.lines,
         problems=source.problems,
+        trusted=trusted,
     )
 
 
@@ -139,12 +153,14 @@ def resolve(
     lines: dict[str, str] | None = None,
     problems: list[Problem] | None = None,
     written: bool = False,
+    trusted: bool = False,
 ) -> Recipe:
     """A recipe from a plain tree. See the module for the order.
 
     Args:
         written: it is a run's resolved recipe: its size is in it already, and the folders it names
             may be gone.
+        trusted: its own members may be imported: it is about to be run.
 
     Raises:
         RecipeError: everything that is wrong with it.
@@ -160,6 +176,10 @@ def resolve(
     tree = choose(interpolate(tree, problems), problems)
     tree = expand(tree, where, problems)
     tree = assign_all(tree, pending, where, problems, expanded=True)
+    typed = any(parts == ["members"] for parts, _, _ in pending)
+    wrong = use_members_of(tree, label, typed, trusted)
+    if wrong:  # every member of its own would be called unknown too
+        raise RecipeError([where.place(p) for p in (*problems, wrong)], label)
     recipe = _build(tree, problems)
     if recipe and not problems:
         problems += graph.check(recipe, folders=not written)
@@ -170,7 +190,10 @@ def resolve(
 
 def lookup(family: str, name: str) -> type:
     """The Config of a member; what ``schema.build`` asks for."""
-    return registry.member(family, name).Config
+    cls = registry.member(family, name)
+    if not hasattr(cls, "Config"):
+        raise UsageError(f"{family}/{name} is chosen by opdctl itself", "it has no keys")
+    return cls.Config
 
 
 def _build(tree: dict, problems: list[Problem]) -> Recipe | None:
@@ -214,6 +237,7 @@ def _build(tree: dict, problems: list[Problem]) -> Recipe | None:
         except OpdctlError as error:
             problems.append(Problem(f"claims.{name}", "no such claim", error.hint))
     values["claims"] = built
+    values["members"] = tree.get("members") or ""
     values["runtime"] = build(Runtime, values["runtime"], "runtime", problems, lookup)
     return None if problems else Recipe(**values)
 

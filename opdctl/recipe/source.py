@@ -116,12 +116,23 @@ def read_source(name: str) -> Source:
             place = lines.get("base", "")
             problem = Problem("base", error.message, error.hint, place)
             raise RecipeError([problem], label) from None
+    if len(layers) > 1:  # the merged text may stand elsewhere
+        layers = [_anchored(layer, file.parent) for layer, file in zip(layers, known, strict=True)]
     merged = layers.pop()
     while layers:
         merged = merged.under(layers.pop())
     own = next(iter(files.values()))
     about = f"# {', '.join(files)}: merged into one\n"
     return Source(merged, problems, own if len(files) == 1 else about + dump(merged.tree), files)
+
+
+def _anchored(layer: Layer, folder: Path) -> Layer:
+    """Return a layer whose ``members``, a path from its file's folder, is absolute."""
+    members = layer.tree.get("members")
+    if not isinstance(members, str) or not members:
+        return layer
+    whole = str((folder / os.path.expanduser(members)).absolute())
+    return Layer({**layer.tree, "members": whole}, layer.lines)
 
 
 def _base(layer: Layer, known: list[Path]) -> Path | None:

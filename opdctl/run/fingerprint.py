@@ -1,7 +1,8 @@
 """The fingerprint of a stage: a hash of all that can change its result.
 
 It covers the stage's semantic keys, the revisions of its kind and of its members, its data, the
-seed, and the fingerprints of its inputs. Source files and times are not part of it.
+seed, and the fingerprints of its inputs. Source files of opdctl and times are not part of it; the
+files of members of one's own are, since nobody else watches over their revisions.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from opdctl.config import references
-from opdctl.config.registry import member
+from opdctl.config.registry import member, own_contents
 from opdctl.config.schema import flatten, with_role
 from opdctl.recipe.recipe import Recipe
 
@@ -74,6 +75,12 @@ def members_named(config: Any) -> Iterator[str]:
         yield from members_named(value)
 
 
+def member_record(recipe: Recipe, stage: str) -> dict[str, dict[str, str]]:
+    """Return ``members``: the hash of each file of the stage's own members; empty without any."""
+    contents = own_contents(revisions(recipe, stage))
+    return {"members": contents} if contents else {}
+
+
 def fingerprints(recipe: Recipe) -> dict[str, str]:
     """Return ``{stage: 16 hex digits}``. A stage that is skipped or reused keeps its own."""
     prints: dict[str, str] = {}
@@ -87,6 +94,8 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
                 inputs[dotted] = (references.origin(ref.name) or {}).get("fingerprint", ref.name)
         name = getattr(recipe.stages[stage], "seed_group", "") or stage
         content = [semantic(recipe, stage), revisions(recipe, stage), inputs, name]
+        own = member_record(recipe, stage)
+        content += [own] if own else []  # without any it is what it was before there were any
         text = json.dumps(content)  # in order: that of domains decides the order of rollouts
         prints[stage] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     return prints

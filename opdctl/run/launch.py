@@ -100,8 +100,11 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def read_recipe(run: RunDir, overrides: tuple[str, ...] = ()) -> Recipe:
+def read_recipe(run: RunDir, overrides: tuple[str, ...] = (), *, trusted: bool = False) -> Recipe:
     """Read the resolved recipe of a run, with overrides.
+
+    Args:
+        trusted: its own members may be imported: it is about to be run.
 
     Raises:
         UsageError: not a run directory, or its recipe cannot be read.
@@ -121,6 +124,7 @@ def read_recipe(run: RunDir, overrides: tuple[str, ...] = ()) -> Recipe:
         lines=lines,
         problems=problems,
         written=True,
+        trusted=trusted,
     )
 
 
@@ -132,7 +136,8 @@ def reopen(run: RunDir, overrides: tuple[str, ...] = ()) -> tuple[Recipe, list[s
     Raises:
         UsageError: a change that would give other results; names each key and the way out.
     """
-    old, new = read_recipe(run), read_recipe(run, overrides)
+    old = read_recipe(run, trusted=True)
+    new = read_recipe(run, overrides, trusted=True)
     changed = []
     for stage in old.stages:
         try:

@@ -15,7 +15,14 @@ from opdctl.config import references
 from opdctl.config.registry import member
 from opdctl.recipe.recipe import Recipe
 from opdctl.run import provenance
-from opdctl.run.fingerprint import differences, fingerprints, is_stale, revisions, semantic
+from opdctl.run.fingerprint import (
+    differences,
+    fingerprints,
+    is_stale,
+    member_record,
+    revisions,
+    semantic,
+)
 from opdctl.run.rundir import RunDir, last_step
 
 Files = Literal["none", "needed", "all"]
@@ -161,6 +168,7 @@ class _Decisions:
         now = revisions(self.recipe, stage)
         lines = differences(record.get("semantic", {}), semantic(self.recipe, stage))
         lines += [f"revision of {line}" for line in differences(record.get("revisions", {}), now)]
+        lines += _changed_files(record, member_record(self.recipe, stage))
         changed = self._planned("rerun", self.recipe.upstream(stage))
         lines = lines or [f"its input {name} changed" for name in sorted(changed)]
         return lines or ["an input changed"]
@@ -178,6 +186,13 @@ class _Decisions:
             return "resume", [f"{reason}; goes on from its checkpoint of step {max(steps)}{logged}"]
         after = f" after step {taken}," if taken else ""
         return "run", [f"{status}{after} before its first checkpoint"]
+
+
+def _changed_files(record: dict, now: dict) -> list[str]:
+    """Return ``members/signals/mine.py changed`` of each file of one's own that is another now."""
+    old, new = record.get("members", {}), now.get("members", {})
+    both = sorted(old.keys() & new.keys())
+    return [f"members/{path} changed" for path in both if old[path] != new[path]]
 
 
 def ready(
