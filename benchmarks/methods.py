@@ -38,8 +38,8 @@ from opdctl.evidence.measured import Measured, read_measurements
 from opdctl.recipe.methods import method, methods
 from opdctl.recipe.recipe import Recipe, resolve
 from opdctl.recipe.yaml_lines import dump, parse
+from opdctl.run.fingerprint import fingerprints
 from opdctl.run.launch import parse_seeds, read_recipe
-from opdctl.run.plan import fingerprints
 from opdctl.run.rundir import RunDir, read_json
 
 HERE = Path(__file__).parent

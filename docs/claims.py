@@ -17,8 +17,8 @@ from opdctl.config.registry import member
 from opdctl.evidence.judge import judge, scores
 from opdctl.evidence.measured import read_measurements
 from opdctl.evidence.verdict import format_estimate
+from opdctl.run.fingerprint import fingerprints
 from opdctl.run.launch import read_recipe
-from opdctl.run.plan import fingerprints
 from opdctl.run.rundir import RunDir
 
 HERE = Path(__file__).parent

@@ -17,7 +17,7 @@ from opdctl.evidence.measured import Measured
 from opdctl.evidence.verdict import DELTA, Condition, verdict
 from opdctl.intervals import wilson
 from opdctl.recipe.recipe import load
-from opdctl.run.plan import fingerprints, semantic
+from opdctl.run.fingerprint import fingerprints, semantic
 from opdctl.train.evaluation import half_width, pass_at_k, record
 
 TEACHERS = {"a": "stage:ta", "b": "stage:tb"}

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from opdctl.errors import OpdctlError
-from opdctl.recipe.recipe import resolve, shipped
+from opdctl.recipe.recipe import resolve
+from opdctl.recipe.source import shipped
 from opdctl.recipe.yaml_lines import parse
 from running import DEMO
 

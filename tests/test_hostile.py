@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from hostile import SECRET, command, in_child
-from opdctl.recipe.recipe import shipped
 from opdctl.recipe.resolution import interpolate
+from opdctl.recipe.source import shipped
 from opdctl.recipe.yaml_lines import DUMPER, parse
 from running import DEMO
 

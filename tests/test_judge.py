@@ -13,7 +13,7 @@ from opdctl.errors import RecipeError, StageFailed
 from opdctl.recipe.recipe import resolve
 from opdctl.rollout.data.jsonl import Jsonl
 from opdctl.rollout.verifiers.judge_server import JudgeServer
-from opdctl.run.plan import fingerprints
+from opdctl.run.fingerprint import fingerprints
 
 SHORT = {"template": "{prompt}{response}=", "verdict": "([a-m])", "accept": "A"}
 

@@ -21,7 +21,8 @@ from opdctl.config.settings import Runtime, Teacher
 from opdctl.errors import Interrupted, RecipeError, StageFailed, UsageError
 from opdctl.models.model import load, save
 from opdctl.recipe.recipe import load as read
-from opdctl.recipe.recipe import lookup, shipped
+from opdctl.recipe.recipe import lookup
+from opdctl.recipe.source import shipped
 from opdctl.run.rundir import RunDir, read_rows
 from opdctl.scoring.teachers.local import Local
 from opdctl.stages.merge import Ingredient

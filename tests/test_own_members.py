@@ -14,8 +14,9 @@ from opdctl.config.member_files import CONTRACTS, installed
 from opdctl.errors import UsageError
 from opdctl.recipe.own_members import trust_all
 from opdctl.recipe.recipe import load
+from opdctl.run.fingerprint import fingerprints
 from opdctl.run.launch import read_recipe
-from opdctl.run.plan import fingerprints, plan
+from opdctl.run.plan import plan
 from opdctl.run.rundir import RunDir
 from running import DEMO, inside
 

@@ -11,7 +11,7 @@ from test_resume import IN_SAMPLING, copy_without
 from opdctl import __version__
 from opdctl.errors import UsageError
 from opdctl.run import provenance
-from opdctl.run.plan import fingerprints
+from opdctl.run.fingerprint import fingerprints
 from opdctl.run.rundir import RunDir, read_json, write_json
 from running import inside, worker
 

@@ -3,7 +3,8 @@
 import pytest
 
 from opdctl.errors import RecipeError, UsageError
-from opdctl.recipe.recipe import load, resolve, shipped
+from opdctl.recipe.recipe import load, resolve
+from opdctl.recipe.source import shipped
 from opdctl.recipe.yaml_lines import dump, parse
 from opdctl.run.launch import parse_seeds
 

@@ -12,7 +12,7 @@ from opdctl.checks.preflight._run_checks import check
 from opdctl.errors import RecipeError, UsageError
 from opdctl.models.model import load, outline, save
 from opdctl.rollout.prompts import PromptOrder
-from opdctl.run.plan import fingerprints
+from opdctl.run.fingerprint import fingerprints
 from opdctl.run.rundir import read_json
 from running import carry_out, one_stage
 

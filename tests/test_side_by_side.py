@@ -10,7 +10,7 @@ import pytest
 from opdctl.errors import UsageError
 from opdctl.recipe.methods import method, methods
 from opdctl.recipe.recipe import resolve
-from opdctl.run.plan import fingerprints
+from opdctl.run.fingerprint import fingerprints
 from opdctl.run.rundir import RunDir, read_json
 
 ROOT = Path(__file__).parent.parent

@@ -469,7 +469,7 @@ def test_an_objective_that_takes_the_sampler_for_the_trainer_is_noted():
 
 
 def test_only_stages_that_sample_depend_on_the_engine():
-    from opdctl.run.plan import fingerprints
+    from opdctl.run.fingerprint import fingerprints
 
     merge = {"kind": "merge", "student": "a/b", "models": {"a": "c/d"}}
     both = [

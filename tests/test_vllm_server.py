@@ -21,7 +21,8 @@ from opdctl.errors import StageFailed, UsageError
 from opdctl.models.model import load, save
 from opdctl.rollout.engines.vllm_server import VllmServer
 from opdctl.run import provenance
-from opdctl.run.plan import fingerprints, ready
+from opdctl.run.fingerprint import fingerprints
+from opdctl.run.plan import ready
 from opdctl.run.rundir import RunDir, read_rows, write_json
 from opdctl.scoring.score import score
 from opdctl.train.wal import entries

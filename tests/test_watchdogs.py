@@ -18,8 +18,8 @@ from opdctl.models.model import save
 from opdctl.process.runner import Job
 from opdctl.recipe.recipe import load, resolve
 from opdctl.recipe.yaml_lines import dump, parse
+from opdctl.run.fingerprint import fingerprints, revisions, semantic
 from opdctl.run.launch import new_attempt, new_run, reopen
-from opdctl.run.plan import fingerprints, revisions, semantic
 from opdctl.run.rundir import RunDir, read_rows, write_text
 from opdctl.run.status import status
 from opdctl.scoring.asks import Pass

@@ -11,7 +11,8 @@ from opdctl.config.schema import describe, did_you_mean, flatten
 from opdctl.config.settings import Runtime
 from opdctl.errors import UsageError
 from opdctl.recipe.methods import method, methods
-from opdctl.recipe.recipe import find, lookup, shipped
+from opdctl.recipe.recipe import lookup
+from opdctl.recipe.source import find, read, read_source, shipped
 from opdctl.recipe.yaml_lines import parse
 from opdctl.run.rundir import RunDir, read_json
 
@@ -36,10 +37,7 @@ def listing(kind: str, folder: Path | None = None) -> list[dict[str, str]]:
         }
         return [{"name": k, "about": v} for k, v in kinds.items()]
     if kind == "recipes":
-        return [
-            {"name": n, "about": parse(p.read_text(encoding="utf-8"), n)[0].get("about", "")}
-            for n, p in shipped().items()
-        ]
+        return [{"name": n, "about": read_source(n).layer.tree.get("about", "")} for n in shipped()]
     if kind == "methods":
         return [{"name": n, "about": method(n).get("about", "")} for n in methods()]
     if kind == "runs":
@@ -109,7 +107,7 @@ def detail(name: str, folder: Path | None = None) -> dict:
     if name in methods():
         return _method(name)
     if name in shipped() or Path(name).is_file():
-        return {"name": name, "about": str(find(name)), "text": find(name).read_text("utf-8")}
+        return {"name": name, **_recipe(name)}
     everything = [
         "runtime",
         *shipped(),
@@ -117,6 +115,14 @@ def detail(name: str, folder: Path | None = None) -> dict:
         *(m for f in registry.FAMILIES for m in registry.members(f)),
     ]
     raise UsageError(f"nothing called {name!r}", did_you_mean(name, everything, "try `opdctl ls`:"))
+
+
+def _recipe(name: str) -> dict:
+    """Return a recipe's path and text, and below it the text of each recipe it builds on."""
+    files = read_source(name).files
+    own, *bases = files.items()
+    text = own[1] + "".join(f"\n# base: {path}\n\n{below}" for path, below in bases)
+    return {"about": ", on ".join(files), "text": text}
 
 
 def _method(name: str) -> dict:
@@ -146,6 +152,8 @@ def _more(keys: list[dict]) -> str:
 def copy(name: str, dest: Path) -> str:
     """Write a shipped recipe or method to a new file. Return its path.
 
+    A recipe that builds on another is written as one file that needs no other.
+
     Raises:
         UsageError: the name is neither, or the file exists.
     """
@@ -158,7 +166,14 @@ def copy(name: str, dest: Path) -> str:
     if dest.exists():
         raise UsageError(f"{dest} exists", "choose another name")
     try:
-        dest.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+        dest.write_text(_standing_alone(source), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"cannot write {dest}: {error.strerror}") from None
     return re.sub(r"^\./", "", str(dest))
+
+
+def _standing_alone(path: Path) -> str:
+    """Return the text of a recipe or method that needs no other file."""
+    text = read(path)
+    is_recipe = {"stages", "base"} & parse(text, path.name)[0].keys()
+    return read_source(str(path)).text if is_recipe else text

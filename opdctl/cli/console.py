@@ -331,7 +331,7 @@ class Progress:
                 tail = self.tails[str(job.run.path), stage]
                 tail.read()
                 doing = [self._doing(job, stage)] if word == "running" else []
-                doing = "; ".join([*doing, *filter(None, [_latest(tail.found)])])
+                doing = "; ".join([*doing, *filter(None, [_latest(tail.warnings)])])
                 rows.append([_label(job, jobs) + stage, word, doing])
         done = sum(r[1] == "done" for r in rows)
         elapsed = time.monotonic() - self.start

@@ -46,7 +46,7 @@ def plan_target(
         old = RunDir(reuse) if reuse else None
         runs = [(old, load(target, size=size, overrides=overrides))]
     several = len(runs) > 1
-    stages = [(r, p) for r, recipe in runs for p in plan(recipe, r)]
+    stages = [(r, p) for r, recipe in runs for p in plan(recipe, r, reuse=bool(reuse), files="all")]
     labelled = [replace(p, run=r.path.name if r and several else "") for r, p in stages]
     first = runs[0][1]
     return labelled, costs(first, device) if gpu or first.runtime.device == "cuda" else None

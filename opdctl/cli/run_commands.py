@@ -13,11 +13,13 @@ from opdctl.config.registry import member
 from opdctl.config.schema import did_you_mean
 from opdctl.errors import UsageError
 from opdctl.process.runner import Job, Outcome, carry_out, examine
-from opdctl.recipe.recipe import Recipe, find, load, read, resolve
+from opdctl.recipe.recipe import Recipe, load, resolve
+from opdctl.recipe.source import Source, read_source
 from opdctl.recipe.yaml_lines import dump
 from opdctl.run import launch as run_launch
+from opdctl.run import provenance
 from opdctl.run.one_stage import one_stage, run_data
-from opdctl.run.plan import plan, ready
+from opdctl.run.plan import Planned, needed, plan, ready
 from opdctl.run.rundir import RunDir, lock, new_name, write_json, write_text
 
 STARTED = time.time()
@@ -42,20 +44,21 @@ def run_recipe(
             raise UsageError(f"--only {stage}: no such stage", near)
     _notes(recipe)
     old = RunDir(reuse) if reuse else None
-    if old:
-        old.manifest()
+    numbers = run_launch.parse_seeds(seeds) if seeds else []
+    if old and numbers:
+        raise UsageError("--from with --seeds: seeds reuse nothing from each other or elsewhere")
+    planned = plan(recipe, old, reuse=True)
+    wanted = needed(recipe, *only) if only else set(recipe.stages)
+    shown = [p for p in planned if p.name in wanted]
     if dry_run:
-        console.show(console.plan_table(plan(recipe, old, only)))
+        console.show(console.plan_table(shown))
         return 0
     _require_engine(recipe)
-    _refuse_early(recipe, old, only)
-    source = read(find(name))
+    _refuse_early(recipe, shown)
+    source = read_source(name)
     path = out or Path("runs") / new_name(recipe.name)
     if not seeds:
-        return _start(recipe, source, path, old, only)
-    numbers = run_launch.parse_seeds(seeds)
-    if old:
-        raise UsageError("--from with --seeds: seeds reuse nothing from each other or elsewhere")
+        return _start(recipe, source, path, old, only, planned)
     recipes = [load(name, size=size, seed=s, overrides=overrides, trusted=True) for s in numbers]
     parent = run_launch.new_set(recipes, source, path, only)
     return _carry_out(parent, list(zip(parent.runs(), recipes, strict=True)), only)
@@ -117,7 +120,7 @@ def _require_engine(recipe: Recipe) -> None:
     member("engines", recipe.runtime.engine).require()
 
 
-def _refuse_early(recipe: Recipe, old: RunDir | None, only: tuple[str, ...]) -> None:
+def _refuse_early(recipe: Recipe, planned: list[Planned]) -> None:
     """Run the cheap checks before creating the run directory.
 
     Checked are stages whose models are folders. A run of a single stage is not checked here: the
@@ -126,7 +129,7 @@ def _refuse_early(recipe: Recipe, old: RunDir | None, only: tuple[str, ...]) -> 
     Raises:
         UsageError: a check reports an error.
     """
-    todo = [p.name for p in plan(recipe, old, only) if p.action != "skip"]
+    todo = [p.name for p in planned if p.action != "skip"]
     now, _ = ready(recipe, public=False)
     if len(todo) > 1:
         raise_errors(examine(recipe, [stage for stage in now if stage in todo]))
@@ -138,11 +141,16 @@ def _notes(recipe: Recipe) -> None:
 
 
 def _start(
-    recipe: Recipe, source: str, path: Path, old: RunDir | None, only: tuple[str, ...]
+    recipe: Recipe,
+    source: Source | str,
+    path: Path,
+    old: RunDir | None,
+    only: tuple[str, ...],
+    planned: list[Planned] | None = None,
 ) -> int:
     run = run_launch.new_run(recipe, source, path, only)
     if old:
-        reused, changed = run_launch.reuse(run, recipe, old)
+        reused, changed = run_launch.reuse(run, recipe, old, planned)
         console.say(f"reused from {old.path}: {', '.join(reused) or 'nothing'}")
         if changed:
             console.say(f"made again, as files they read have changed: {', '.join(changed)}")
@@ -166,7 +174,7 @@ def _carry_out(
         for planned in (p for job in jobs for p in job.planned if p.action == "blocked"):
             raise UsageError(
                 f"stage {planned.name} is blocked: {planned.reasons[0]}",
-                "put the model back where it was",
+                provenance.PUT_BACK,
             )
         with console.Progress(jobs) as progress:
             outcome = carry_out(jobs, progress)

@@ -30,8 +30,8 @@ from opdctl.checks.preflight._run_checks import check, finding_lines, raise_erro
 from opdctl.config.registry import member
 from opdctl.errors import EXIT_FAILED, EXIT_USAGE, Interrupted, OpdctlError, UsageError
 from opdctl.run import provenance
+from opdctl.run.fingerprint import fingerprints, is_stale, member_record, revisions, semantic
 from opdctl.run.launch import read_recipe
-from opdctl.run.plan import fingerprints, member_record, revisions, semantic
 from opdctl.run.rundir import RunDir, clear_stage, drop_checkpoints, lock, write_json
 from opdctl.train.context import Context
 from opdctl.train.wal import Wal
@@ -73,7 +73,7 @@ def _attempt(ctx: Context, start: float) -> int:
     """Run one attempt of a stage and record it. Return the exit code."""
     before = ctx.run.record(ctx.name)
     fingerprint = fingerprints(ctx.recipe)[ctx.name]
-    if before and before.get("fingerprint") != fingerprint:
+    if is_stale(before, fingerprint):
         clear_stage(ctx.folder)  # made from other inputs: nothing of it may be used
         before = {}
     ctx.attempt = before.get("attempt", 0) + 1

@@ -1,19 +1,17 @@
 """A recipe: one file that is the whole pipeline, read, resolved and checked.
 
-Order of resolution: recipe, size overlay, overrides, matrix expansion, overrides of expanded
-names, schema, graph. Every problem found on the way is collected and reported at once, with its
-full path, its line and what to type instead. Nothing is loaded and nothing is written.
+Order of resolution: recipe on its base, size overlay (kinds, then named stages), overrides, matrix
+expansion, overrides of expanded names, schema, graph. Every problem met on the way is collected and
+reported at once, with its full path, its line and what to type instead. Nothing is loaded and
+nothing is written.
 
     opdctl validate recipes/mimo.yaml stages.mopd.optim.lr=1e-3
 """
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field, replace
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from opdctl.config import references, registry
@@ -23,6 +21,7 @@ from opdctl.config.settings import Runtime, StageConfig
 from opdctl.config.shapes import Shape
 from opdctl.errors import Note, OpdctlError, Problem, RecipeError, UsageError
 from opdctl.recipe import graph
+from opdctl.recipe.layers import Layer
 from opdctl.recipe.own_members import use_members_of
 from opdctl.recipe.resolution import (
     TOP,
@@ -31,10 +30,10 @@ from opdctl.recipe.resolution import (
     choose,
     expand,
     interpolate,
-    overlay,
     split,
 )
-from opdctl.recipe.yaml_lines import LONGEST, parse
+from opdctl.recipe.sizes import lay_size
+from opdctl.recipe.source import read_source
 
 LONGEST_NAME = 100  # bytes
 
@@ -116,46 +115,6 @@ class Recipe:
         return done
 
 
-def shipped() -> dict[str, Path]:
-    """Recipes that come with opdctl, by name."""
-    here = Path(str(resources.files("opdctl")))
-    for folder in (here / "recipes", here.parent / "recipes"):
-        if folder.is_dir():
-            return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
-    return {}
-
-
-def find(name: str) -> Path:
-    """The file of a recipe: a path, or the name of a shipped one.
-
-    Raises:
-        UsageError: neither.
-    """
-    path = Path(name)
-    if os.path.isfile(name):
-        return path
-    if name in shipped():
-        return shipped()[name]
-    near = did_you_mean(path.stem, shipped(), "shipped recipes:")
-    raise UsageError(f"no recipe {name}", near)
-
-
-def read(path: Path) -> str:
-    """The text of a recipe file.
-
-    Raises:
-        UsageError: it cannot be read, is not UTF-8, or is too long for a recipe.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(LONGEST + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {error}", "a recipe is a text file, UTF-8") from None
-    if len(text) > LONGEST:
-        raise UsageError(f"{path} is longer than {LONGEST} characters", "is it a recipe?")
-    return text
-
-
 def load(
     name: str,
     *,
@@ -173,18 +132,16 @@ def load(
         UsageError: no such file, or not a mapping in YAML.
         RecipeError: everything that is wrong with it.
     """
-    path = find(name)
-    text = read(path)
-    tree, lines, problems = parse(text, str(path))
+    source = read_source(name)
     if seed is not None:
         overrides = (*overrides, f"seed={seed}")
     return resolve(
-        tree,
-        str(path),
+        source.layer.tree,
+        next(iter(source.files)),
         size=size,
         overrides=overrides,
-        lines=lines,
-        problems=problems,
+        lines=source.layer.lines,
+        problems=source.problems,
         trusted=trusted,
     )
 
@@ -195,7 +152,7 @@ def resolve(
     *,
     size: str = "",
     overrides: tuple[str, ...] = (),
-    lines: dict[str, int] | None = None,
+    lines: dict[str, str] | None = None,
     problems: list[Problem] | None = None,
     written: bool = False,
     trusted: bool = False,
@@ -211,12 +168,13 @@ def resolve(
         RecipeError: everything that is wrong with it.
     """
     problems = list(problems or [])
-    where = Where(label, lines or {})
     pending = [split(text) for text in overrides]
     sizes = [value for parts, value, _ in pending if parts == ["size"]]
+    layer = Layer(dict(tree), lines or {})
     if not written:
-        tree = overlay(dict(tree), str(sizes[-1]) if sizes else size, problems)
-    tree = assign_all(tree, pending, where, problems, expanded=False)
+        layer = lay_size(layer, str(sizes[-1]) if sizes else size, problems)
+    where = Where(layer.lines)
+    tree = assign_all(layer.tree, pending, where, problems, expanded=False)
     tree = choose(interpolate(tree, problems), problems)
     tree = expand(tree, where, problems)
     tree = assign_all(tree, pending, where, problems, expanded=True)

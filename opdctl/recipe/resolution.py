@@ -1,7 +1,5 @@
-"""From a recipe's tree to the tree of one run: size overlay, overrides, interpolation, matrix.
+"""The way from a recipe's tree to that of one run: overrides, options, interpolation, matrix.
 
-sizes:   {small: {...}}                   laid over everything else; null removes an entry,
-                                          an entry with a kind replaces the one of its name
 a.b=c                                     overrides, before and after the matrix is expanded
 when:    baselines                        a stage or claim that is there if that option is true;
                                           baselines=true is short for options.baselines=true
@@ -10,7 +8,7 @@ matrix:  {domain: [math, code]}           one entry into many: a stage rl_{domai
                                           keys of its own: {effort} is high, {effort.tokens} is 8
 ${a.b}                            the value of another key of the recipe, alone or inside a text
 
-OmegaConf merges and resolves, after it is known that nothing outside the recipe is named (no
+OmegaConf resolves, after it is known that nothing outside the recipe is named (no
 environment variable, no resolver) and that what ${...} and matrices unfold to is bounded.
 """
 
@@ -55,8 +53,8 @@ REFERENCE = re.compile(r"\$\{([^${}]*)\}")
 class Where:
     """Knows the line, or the override, that a dotted key came from."""
 
-    def __init__(self, label: str, lines: dict[str, int]) -> None:
-        self.label, self.lines = label, lines
+    def __init__(self, lines: dict[str, str]) -> None:
+        self.lines = lines
         self.overrides: dict[str, str] = {}
         self.templates: dict[str, str] = {}
         self.later: set[str] = set()
@@ -75,39 +73,8 @@ class Where:
             if prefix in self.overrides:
                 return Problem(path, problem.message, problem.hint, self.overrides[prefix])
             if prefix in self.lines:
-                at = f"{self.label}:{self.lines[prefix]}"
-                return Problem(path, problem.message, problem.hint, at)
+                return Problem(path, problem.message, problem.hint, self.lines[prefix])
         return problem
-
-
-def overlay(tree: dict, size: str, problems: list[Problem]) -> dict:
-    sizes = tree.pop("sizes", None) or {}
-    size = size or str(tree.get("size") or "tiny")
-    if not isinstance(sizes, dict):
-        problems.append(Problem("sizes", "expected a mapping"))
-        return tree
-    if size not in sizes and size != "tiny":
-        known = list(dict.fromkeys(["tiny", *sizes]))
-        problems.append(Problem("size", f"no size {size!r}", did_you_mean(size, known, "sizes:")))
-    elif sizes.get(size):
-        for part in ("data", "stages"):
-            entries = sizes[size].get(part) if isinstance(sizes[size], dict) else None
-            if isinstance(entries, dict) and isinstance(tree.get(part), dict):
-                kinds = {k for k, v in entries.items() if isinstance(v, dict) and "kind" in v}
-                tree[part] = {k: v for k, v in tree[part].items() if k not in kinds}
-        try:
-            tree = OmegaConf.to_container(OmegaConf.merge(tree, sizes[size]), resolve=False)
-        except (
-            OmegaConfBaseException,
-            TypeError,
-            ValueError,
-        ) as error:  # a list over a mapping, say
-            problems.append(Problem(f"sizes.{size}", str(error).split("\n")[0]))
-    tree["size"] = size
-    for part in ("stages", "data", "claims", "models"):
-        if isinstance(tree.get(part), dict):
-            tree[part] = {k: v for k, v in tree[part].items() if v is not None}
-    return tree
 
 
 def split(text: str) -> tuple[list[str], Any, str]:

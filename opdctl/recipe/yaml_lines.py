@@ -22,8 +22,8 @@ LONGEST, DEEPEST, MOST = 2**21, 32, 50_000  # characters, levels, values; with a
 LONGEST_KEY, LARGEST = 100, 2**63
 
 
-def parse(text: str, name: str) -> tuple[dict, dict[str, int], list[Problem]]:
-    """The tree, ``{dotted key: line}``, and the duplicate keys and what else is no plain value.
+def parse(text: str, name: str) -> tuple[dict, dict[str, str], list[Problem]]:
+    """Return the tree, ``{dotted key: "name:line"}``, and duplicate keys and values not plain.
 
     Raises:
         UsageError: not YAML, not a mapping at the top, or too much of it.
@@ -57,11 +57,11 @@ class _Reader:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.lines: dict[str, int] = {}
+        self.lines: dict[str, str] = {}
         self.problems: list[Problem] = []
         self.nodes = self.characters = 0
 
-    def read(self, text: str) -> tuple[Any, dict[str, int], list[Problem]]:
+    def read(self, text: str) -> tuple[Any, dict[str, str], list[Problem]]:
         if len(text) > LONGEST:
             raise UsageError(f"{self.name}: longer than {LONGEST} characters", "is it a recipe?")
         try:
@@ -143,7 +143,7 @@ class _Reader:
                 self.problems.append(Problem(path, what, "", self._at(key_node)))
                 continue
             if key in tree:
-                at = self.lines[where]
+                at = self.lines[where].rpartition(":")[2]
                 self.problems.append(
                     Problem(
                         where, f"given twice, first in line {at}", "keep one", self._at(key_node)
@@ -166,8 +166,7 @@ class _Reader:
 
     def _place(self, where: str, node: yaml.Node, merged: bool) -> None:
         """The line of a key: its own, before that of one merged in."""
-        line = node.start_mark.line + 1
         if merged:
-            self.lines.setdefault(where, line)
+            self.lines.setdefault(where, self._at(node))
         else:
-            self.lines[where] = line
+            self.lines[where] = self._at(node)

@@ -10,7 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.errors import Problem
@@ -25,13 +25,14 @@ Split = Literal["train", "eval"]
 class DomainKeys:
     """The keys of every domain; each kind adds ``eval_share``, with a default of its own.
 
-    The class variables stand for keys that only tables have.
+    The attributes without a type stand for keys that only tables have. They are no fields: with a
+    type, ClassVar or not, they would stand first among the keys of tables and change fingerprints.
     """
 
-    verifier: ClassVar[dict] = {}  # procedural data verifies its answers itself
-    messages_column: ClassVar[str] = ""
-    tools_column: ClassVar[str] = ""
-    path: ClassVar[str] = ""
+    verifier = {}  # procedural data verifies its answers itself
+    messages_column = ""
+    tools_column = ""
+    path = ""
 
     kind: str = key(REQUIRED, "the domain's kind; `opdctl ls data` lists them")
     thinking: Thinking = key(

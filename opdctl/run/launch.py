@@ -1,4 +1,7 @@
-"""Make a run directory, open one again, reuse one's finished stages. No stage is run here."""
+"""The making of run directories: a new one, one opened again, one that reuses another's stages.
+
+No stage is run here.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +15,29 @@ from opdctl import __version__
 from opdctl.config.schema import role_of
 from opdctl.errors import UsageError
 from opdctl.recipe.recipe import Recipe, resolve
+from opdctl.recipe.source import Source
 from opdctl.recipe.yaml_lines import dump, parse
-from opdctl.run import provenance, rundir
-from opdctl.run.plan import differences, fingerprints, semantic
+from opdctl.run import rundir
+from opdctl.run.fingerprint import differences, fingerprints, semantic
+from opdctl.run.plan import Planned, plan
 from opdctl.run.rundir import RunDir, write_json, write_text
 
 MOST_SEEDS = 1000
 
 
-def new_run(recipe: Recipe, source: str, path: Path, only: tuple[str, ...] = ()) -> RunDir:
+def new_run(recipe: Recipe, source: Source | str, path: Path, only: tuple[str, ...] = ()) -> RunDir:
     """Create a run directory for a recipe.
 
     Args:
-        source: text of the recipe file, kept beside the resolved one.
+        source: the recipe as written, kept beside the resolved one: its text, or its files.
         only: the stages it was made for, if not for all.
 
     Raises:
         UsageError: the directory exists, or cannot be written.
     """
     run = rundir.begin(path)
-    write_text(run / "recipe.yaml", source)
+    text, digests = (source, {}) if isinstance(source, str) else (source.text, source.digests)
+    write_text(run / "recipe.yaml", text)
     write_text(run / "resolved.yaml", dump(recipe.to_dict()))
     for stage in recipe.stages:
         write_text(run.stage(stage) / "config.yaml", dump(semantic(recipe, stage)))
@@ -45,14 +51,17 @@ def new_run(recipe: Recipe, source: str, path: Path, only: tuple[str, ...] = ())
             "only": list(only),
             "created": time.time(),
             "command": sys.argv,
+            "files": digests,
             "fingerprints": fingerprints(recipe),
         },
     )
     return rundir.finish(run, path)
 
 
-def new_set(recipes: list[Recipe], source: str, path: Path, only: tuple[str, ...] = ()) -> RunDir:
-    """A directory with one run per recipe, which differ in their seeds."""
+def new_set(
+    recipes: list[Recipe], source: Source | str, path: Path, only: tuple[str, ...] = ()
+) -> RunDir:
+    """Create a directory with one run per recipe, which differ in their seeds."""
     parent = rundir.begin(path)
     for recipe in recipes:
         new_run(recipe, source, parent / f"seed-{recipe.seed}", only)
@@ -71,10 +80,10 @@ def new_set(recipes: list[Recipe], source: str, path: Path, only: tuple[str, ...
 
 
 def parse_seeds(text: str) -> list[int]:
-    """``0..2`` or ``0,3,4``.
+    """Return the seeds that a text lists: ``0..2`` or ``0,3,4``.
 
     Raises:
-        UsageError: neither.
+        UsageError: it is neither.
     """
     try:
         if ".." in text:
@@ -92,7 +101,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def read_recipe(run: RunDir, overrides: tuple[str, ...] = (), *, trusted: bool = False) -> Recipe:
-    """The resolved recipe of a run, with overrides.
+    """Read the resolved recipe of a run, with overrides.
 
     Args:
         trusted: its own members may be imported: it is about to be run.
@@ -120,8 +129,9 @@ def read_recipe(run: RunDir, overrides: tuple[str, ...] = (), *, trusted: bool =
 
 
 def reopen(run: RunDir, overrides: tuple[str, ...] = ()) -> tuple[Recipe, list[str]]:
-    """The recipe to continue a run with, and what was changed about how it is carried out. Writes
-    nothing: the caller does, once it holds the run's lock.
+    """Return the recipe to continue a run with, and what changed about how it is carried out.
+
+    Nothing is written: the caller does that, once it holds the run's lock.
 
     Raises:
         UsageError: a change that would give other results; names each key and the way out.
@@ -153,26 +163,28 @@ def reopen(run: RunDir, overrides: tuple[str, ...] = ()) -> tuple[Recipe, list[s
     return new, notes
 
 
-def reuse(run: RunDir, recipe: Recipe, old: RunDir) -> tuple[list[str], list[str]]:
-    """Copy the finished stages of another run whose fingerprints match.
+def reuse(
+    run: RunDir, recipe: Recipe, old: RunDir, planned: list[Planned] | None = None
+) -> tuple[list[str], list[str]]:
+    """Copy the stages of another run that the plan skips: finished, and of what is there now.
+
+    Args:
+        planned: ``plan(recipe, old, reuse=True)``, where the caller has it: it hashes files.
 
     Returns:
-        Their names; and of those that match but were made from files that have changed since, or
-        from such a stage.
+        Their names; and those of finished stages with the same fingerprint that are made again
+        because files under their paths have changed.
 
     Raises:
         UsageError: the other is not a run directory.
     """
-    old.manifest()
-    prints = fingerprints(recipe)
     reused: list[str] = []
     changed: list[str] = []
-    for stage in recipe.order():
-        record = old.record(stage)
-        if record.get("status") != "done" or record.get("fingerprint") != prints[stage]:
-            continue
-        if set(recipe.upstream(stage)) & set(changed) or _changed(old, record):
-            changed.append(stage)
+    for entry in planned or plan(recipe, old, reuse=True):
+        stage, record = entry.name, old.record(entry.name)
+        if entry.action != "skip":
+            if record.get("status") == "done" and record.get("fingerprint") == entry.fingerprint:
+                changed.append(stage)
             continue
         part = run.stage(stage).with_name(f".{stage}.part")
         shutil.rmtree(part, ignore_errors=True)
@@ -185,19 +197,8 @@ def reuse(run: RunDir, recipe: Recipe, old: RunDir) -> tuple[list[str], list[str
     return reused, changed
 
 
-def _changed(old: RunDir, record: dict) -> bool:
-    """Whether a model folder or data file it read has other contents now, or its own output."""
-    for seen in record.get("inputs", {}).values():
-        path = Path(seen["path"])
-        now = {"data": provenance.data(path)} if "data" in seen else provenance.model(path)
-        if old.path not in path.parents and {**seen, **now} != seen:
-            return True
-    now = provenance.model(old.output(record["name"]))
-    return now != record.get("output", now)
-
-
 def new_attempt(run: RunDir) -> Path:
-    """A log for this attempt; ``logs/latest`` points at it."""
+    """Create a log for this attempt and let ``logs/latest`` point at it."""
     folder = run / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     numbers = [p.stem[8:] for p in folder.glob("attempt-*.log")]

@@ -1,34 +1,42 @@
-"""Recipe and run directory -> what would run, and why. Pure: it reads records and writes nothing.
+"""What would happen to each stage of a recipe, and why: the one place that decides it.
 
-A fingerprint hashes what can change a stage's result: its semantic keys, the revisions of its kind
-and members, its data, the seed, and its inputs' fingerprints. Never source files of opdctl, never
-times; of members of one's own the files too, since nobody else watches over their revisions.
+``plan`` and ``--dry-run`` show it; ``run``, ``resume`` and ``run --from`` carry it out. Records are
+read, and files are hashed where their contents decide. Nothing is written.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
+import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 from opdctl.config import references
-from opdctl.config.registry import member, own_contents
-from opdctl.config.schema import flatten, with_role
+from opdctl.config.registry import member
 from opdctl.recipe.recipe import Recipe
+from opdctl.run import provenance
+from opdctl.run.fingerprint import (
+    differences,
+    fingerprints,
+    is_stale,
+    member_record,
+    revisions,
+    semantic,
+)
 from opdctl.run.rundir import RunDir, last_step
+
+Files = Literal["none", "needed", "all"]
 
 
 @dataclass
 class Planned:
-    """What happens to one stage.
+    """A stage, and what happens to it.
 
     Attributes:
         action: run, resume, skip, rerun or blocked.
         reasons: why, in words.
-        fingerprint: what its result would be made from.
-        run: which run of a set; empty for one alone.
+        fingerprint: a hash of what its result would be made from.
+        run: the run's name in a set of them; empty for one alone.
     """
 
     name: str
@@ -40,129 +48,159 @@ class Planned:
     run: str = ""
 
     def to_dict(self) -> dict:
-        found = dataclasses.asdict(self)
-        return found if self.run else {k: v for k, v in found.items() if k != "run"}
+        """Return it for JSON; ``run`` is left out where it is empty."""
+        content = dataclasses.asdict(self)
+        return content if self.run else {k: v for k, v in content.items() if k != "run"}
 
 
-def semantic(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """Every key that can change the stage's result, as plain mappings."""
-    config = recipe.stages[stage]
-    domains = {d: with_role(recipe.data[d], "semantic") for d in recipe.domains(stage)}
-    runtime = with_role(recipe.runtime, "semantic")
-    if "engines/transformers" not in member("stages", config.kind).uses:  # nothing samples
-        runtime = {k: v for k, v in runtime.items() if k not in ("engine", "engine_args")}
-    return {
-        "stage": with_role(config, "semantic"),
-        "data": domains,
-        "seed": recipe.seed,
-        "runtime": runtime,
-    }
-
-
-def revisions(recipe: Recipe, stage: str) -> dict[str, int]:
-    """Revision of the stage's kind, of every member it names and of those it always uses."""
-    config = recipe.stages[stage]
-    kind = member("stages", config.kind)
-    found = {f"stages/{config.kind}": kind.revision}
-    chosen = {"engines/transformers": f"engines/{recipe.runtime.engine}"}
-    used = [chosen.get(name, name) for name in kind.uses]
-    found |= {name: member(*name.split("/")).revision for name in used}
-    for dotted, text in recipe.references(stage):
-        if references.parse(text).form == "server":
-            name = f"teachers/{'api' if dotted.startswith('sources.') else 'server'}"
-            found[name] = member(*name.split("/")).revision
-    for domain in recipe.domains(stage):
-        kind = recipe.data[domain].kind
-        found[f"data/{kind}"] = member("data", kind).revision
-        for family, key in (("environments", "environment"), ("verifiers", "verifier")):
-            for name in getattr(recipe.data[domain], key):
-                found[f"{family}/{name}"] = member(family, name).revision
-
-    def walk(node: Any) -> None:
-        for f in dataclasses.fields(node):
-            value = getattr(node, f.name)
-            family = f.metadata.get("family")
-            if f.metadata.get("role") == "operational":
-                continue
-            if family:
-                for name, entry in value.items():
-                    found[f"{family}/{name}"] = member(family, name).revision
-                    walk(entry)
-            elif dataclasses.is_dataclass(value):
-                walk(value)
-            elif isinstance(value, dict):
-                for entry in filter(dataclasses.is_dataclass, value.values()):
-                    walk(entry)
-
-    walk(config)
-    return dict(sorted(found.items()))
-
-
-def member_record(recipe: Recipe, stage: str) -> dict[str, dict[str, str]]:
-    """``members``: the hash of each file of the stage's own members; empty without any."""
-    contents = own_contents(revisions(recipe, stage))
-    return {"members": contents} if contents else {}
-
-
-def fingerprints(recipe: Recipe) -> dict[str, str]:
-    """Stage -> 16 hex digits. Stages that are skipped or reused keep theirs."""
-    found: dict[str, str] = {}
-    for stage in recipe.order():
-        inputs = {}
-        for dotted, text in recipe.references(stage):
-            ref = references.parse(text)
-            if ref.form == "stage":
-                inputs[dotted] = found[ref.name]
-            elif ref.form == "folder":
-                inputs[dotted] = (references.origin(ref.name) or {}).get("fingerprint", ref.name)
-        name = getattr(recipe.stages[stage], "seed_group", "") or stage
-        content = [semantic(recipe, stage), revisions(recipe, stage), inputs, name]
-        own = member_record(recipe, stage)
-        content += [own] if own else []  # without any it is what it was before there were any
-        text = json.dumps(content)  # in order: that of domains decides the order of rollouts
-        found[stage] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-    return found
-
-
-def differences(old: dict, new: dict) -> list[str]:
-    """``key: old -> new`` of every leaf that differs."""
-    a, b = flatten(old), flatten(new)
-    return [
-        f"{k}: {a.get(k, '(not set)')!r} -> {b.get(k, '(not set)')!r}"
-        for k in sorted(a.keys() | b.keys())
-        if a.get(k) != b.get(k)
-    ]
-
-
-def plan(recipe: Recipe, run: RunDir | None = None, only: tuple[str, ...] = ()) -> list[Planned]:
-    """One entry per stage, in the order they would run.
+def plan(
+    recipe: Recipe,
+    run: RunDir | None = None,
+    only: tuple[str, ...] = (),
+    *,
+    reuse: bool = False,
+    files: Files = "needed",
+) -> list[Planned]:
+    """Return one entry per stage, in the order they would run.
 
     Args:
-        run: a run directory to continue or reuse; None plans from nothing.
-        only: leave out what these stages do not need.
+        run: a run directory to continue; None plans from nothing.
+        only: leave out the stages that these do not need.
+        reuse: ``run`` is not continued: a new run copies its finished stages.
+        files: the files to hash while a run is continued. ``needed``: those that stages still to
+            run read. ``all``: also those that finished stages read and wrote, which change a
+            reason and no action. ``none``: records alone. With ``reuse`` it is always ``all``.
+
+    Raises:
+        UsageError: ``run`` is not a run directory, or a file in question cannot be read.
     """
-    prints = fingerprints(recipe)
+    if run:
+        run.manifest()
+    decisions = _Decisions(recipe, run, reuse, "all" if reuse else files)
     wanted = needed(recipe, *only) if only else set(recipe.stages)
-    out: list[Planned] = []
-    changed: set[str] = set()
     for stage in recipe.order():
-        if stage not in wanted:
-            continue
-        above = recipe.upstream(stage)
-        record = run.record(stage) if run else {}
-        action, reasons = _action(recipe, stage, prints, record, run, changed & set(above))
-        if action in ("run", "rerun", "resume"):
-            changed.add(stage)
-        kind = recipe.stages[stage].kind
-        out.append(Planned(stage, kind, action, reasons, above, prints[stage]))
-    return out
+        if stage in wanted:
+            decisions.add(stage)
+    return list(decisions.planned.values())
+
+
+class _Decisions:
+    """The stages decided on so far; each is decided after all that it reads."""
+
+    def __init__(self, recipe: Recipe, run: RunDir | None, reuse: bool, files: Files) -> None:
+        self.recipe, self.run, self.reuse, self.files = recipe, run, reuse, files
+        self.prints = fingerprints(recipe)
+        self.planned: dict[str, Planned] = {}
+        self.records = provenance.current_records(run, recipe) if run else {}
+        self.hashes = functools.cache(provenance.model)  # many stages read one folder
+
+    def add(self, stage: str) -> None:
+        """Decide on a stage."""
+        action, reasons = self._decide(stage, self.run.record(stage) if self.run else {})
+        upstream, kind = self.recipe.upstream(stage), self.recipe.stages[stage].kind
+        entry = Planned(stage, kind, action, reasons, upstream, self.prints[stage])
+        self.planned[stage] = entry
+
+    def _decide(self, stage: str, record: dict) -> tuple[str, list[str]]:
+        folders = [references.parse(text) for _, text in self.recipe.references(stage)]
+        gone = [r.name for r in folders if r.form == "folder" and not references.is_there(r.name)]
+        done = record.get("status") == "done"
+        if gone and done:
+            return "skip", [f"done; the model in {gone[0]} is gone since"]
+        if gone:
+            return "blocked", [f"no model in {gone[0]}"]
+        if done and not is_stale(record, self.prints[stage]):
+            return self._finished(stage, record)
+        blocked = self._blocked(stage)
+        if blocked:
+            return "blocked", [blocked]
+        if not record:
+            return "run", ["not started"]
+        if is_stale(record, self.prints[stage]):
+            cleared = [] if self.reuse else ["all that it made is removed first"]
+            return "rerun", [*self._differences(stage, record), *cleared]
+        return self._unfinished(stage, record)
+
+    def _finished(self, stage: str, record: dict) -> tuple[str, list[str]]:
+        """Decide on a stage that is done, by what its files hold now."""
+        changes = self._changes(stage, record) if self.files == "all" else []
+        if not self.reuse:
+            way = [f"`opdctl run RECIPE --from {self.run.path}` makes it again"] if changes else []
+            return "skip", ["done", *changes, *way]
+        again = self._planned("rerun", self.recipe.upstream(stage))
+        changes += [f"its input {name} is made again" for name in again]
+        return ("rerun", changes) if changes else ("skip", ["done"])
+
+    def _changes(self, stage: str, record: dict) -> list[str]:
+        """Return a line for each thing that a finished stage read or wrote and that is another now.
+
+        The output of another stage is that stage's to compare. A file that is gone is no change.
+        """
+        lines, seen = [], record.get("inputs", {})
+        files = provenance.local_inputs(self.run, self.recipe, stage, self.hashes, ("folder",))
+        for dotted, now in files.items():
+            before = seen.get(dotted, now)
+            changed = [part for part in now if part != "path" and before.get(part) != now[part]]
+            lines += [f"{dotted}: {now['path']} has other {part} since" for part in changed]
+        now = self.hashes(self.run.output(stage))
+        before = record.get("output", now)
+        changed = [part for part in {**before, **now} if before.get(part) != now.get(part)]
+        return lines + [f"its own output has other {part} since" for part in changed]
+
+    def _blocked(self, stage: str) -> str:
+        """Return why a stage that is not done cannot start, as its worker would say it."""
+        upstream = self.recipe.upstream(stage)
+        if blocked := self._planned("blocked", upstream):
+            return f"its input {blocked[0]} is blocked"
+        if self.reuse or self.files == "none" or not self.records:
+            return ""
+        standing = self._planned("skip", upstream)
+        later = {str(self.run.output(name)) for name in upstream if name not in standing}
+        now = provenance.local_inputs(self.run, self.recipe, stage, self.hashes)
+        now = {dotted: entry for dotted, entry in now.items() if entry["path"] not in later}
+        return provenance.first_change(self.run, stage, now, self.records)
+
+    def _planned(self, action: str, stages: list[str]) -> list[str]:
+        return [name for name in stages if self.planned[name].action == action]
+
+    def _differences(self, stage: str, record: dict) -> list[str]:
+        """Return what differs between a record and the recipe, one line each; at least one."""
+        now = revisions(self.recipe, stage)
+        lines = differences(record.get("semantic", {}), semantic(self.recipe, stage))
+        lines += [f"revision of {line}" for line in differences(record.get("revisions", {}), now)]
+        lines += _changed_files(record, member_record(self.recipe, stage))
+        changed = self._planned("rerun", self.recipe.upstream(stage))
+        lines = lines or [f"its input {name} changed" for name in sorted(changed)]
+        return lines or ["an input changed"]
+
+    def _unfinished(self, stage: str, record: dict) -> tuple[str, list[str]]:
+        """Decide on a stage that was begun and is not done, by its checkpoints."""
+        folder, status = self.run.stage(stage), record["status"]
+        if self.reuse:
+            return "run", [f"{status} in {self.run.path}: only finished stages are reused"]
+        steps = [int(p.name[5:]) for p in (folder / "checkpoints").glob("step-*")]
+        taken = last_step(folder / "metrics.jsonl")
+        if steps:
+            logged = ", and from the log of the steps since" if taken > max(steps) else ""
+            reason = f"{status} after step {max(taken, *steps)}"
+            return "resume", [f"{reason}; goes on from its checkpoint of step {max(steps)}{logged}"]
+        after = f" after step {taken}," if taken else ""
+        return "run", [f"{status}{after} before its first checkpoint"]
+
+
+def _changed_files(record: dict, now: dict) -> list[str]:
+    """Return ``members/signals/mine.py changed`` of each file of one's own that is another now."""
+    old, new = record.get("members", {}), now.get("members", {})
+    both = sorted(old.keys() & new.keys())
+    return [f"members/{path} changed" for path in both if old[path] != new[path]]
 
 
 def ready(
     recipe: Recipe, run: RunDir | None = None, public: bool = True
 ) -> tuple[list[str], dict[str, str]]:
-    """Stages that can be checked, having teachers or asking servers: those whose models are all
-    there, and the others with the reason.
+    """Return the stages that can be checked, and ``{stage: reason}`` of those that must wait.
+
+    Only stages that use teachers or servers are checked; one can be where its models all exist.
 
     Args:
         run: a run directory whose finished stages count as there.
@@ -187,58 +225,20 @@ def ready(
 
 
 def _asks_servers(recipe: Recipe, stage: str) -> bool:
-    """Whether texts of a stage come from a model behind a server, or are judged by one."""
+    """Return whether a server writes texts for a stage, scores them or judges them."""
     verifiers = [n for d in recipe.domains(stage) for n in recipe.data[d].verifier]
     return any(member("verifiers", name).asks_server for name in verifiers) or any(
         references.parse(text).form == "server" for _, text in recipe.references(stage)
     )
 
 
-def _action(recipe, stage, prints, record, run, changed) -> tuple[str, list[str]]:
-    folders = [references.parse(text) for _, text in recipe.references(stage)]
-    missing = [r.name for r in folders if r.form == "folder" and not references.is_there(r.name)]
-    if missing and record.get("status") == "done":
-        return "skip", [f"done; the model in {missing[0]} is gone since"]
-    if missing:
-        return "blocked", [f"no model in {missing[0]}"]
-    if not record:
-        return "run", ["not started"]
-    if record.get("fingerprint") != prints[stage]:
-        reasons = differences(record.get("semantic", {}), semantic(recipe, stage))
-        reasons += [
-            f"revision of {line}"
-            for line in differences(record.get("revisions", {}), revisions(recipe, stage))
-        ]
-        reasons += _changed_files(record, member_record(recipe, stage))
-        return "rerun", reasons or [f"its input {name} changed" for name in sorted(changed)] or [
-            "an input changed"
-        ]
-    if record.get("status") == "done":
-        return "skip", ["done"]
-    steps = [int(p.name[5:]) for p in (run.stage(stage) / "checkpoints").glob("step-*")]
-    taken = last_step(run.stage(stage) / "metrics.jsonl")
-    if steps:
-        logged = ", and from the log of the steps since" if taken > max(steps) else ""
-        reason = f"{record['status']} after step {max(taken, *steps)}"
-        return "resume", [f"{reason}; goes on from its checkpoint of step {max(steps)}{logged}"]
-    after = f" after step {taken}," if taken else ""
-    return "run", [f"{record['status']}{after} before its first checkpoint"]
-
-
-def _changed_files(record: dict, now: dict) -> list[str]:
-    """``members/signals/mine.py changed``, of each file that has other contents than before."""
-    old, new = record.get("members", {}), now.get("members", {})
-    both = sorted(old.keys() & new.keys())
-    return [f"members/{path} changed" for path in both if old[path] != new[path]]
-
-
 def needed(recipe: Recipe, *stages: str) -> set[str]:
-    """Stages and everything they read, directly or not."""
-    found: set[str] = set()
+    """Return stages and everything they read, directly or not."""
+    names: set[str] = set()
     waiting = list(stages)
     while waiting:
         name = waiting.pop()
-        if name not in found:
-            found.add(name)
+        if name not in names:
+            names.add(name)
             waiting += recipe.upstream(name)
-    return found
+    return names

