@@ -119,7 +119,7 @@ def test_a_teacher_asked_for_other_targets_is_refused(model64):
     requests, by_teacher = asked_of(spans_of(), "ab")
     third = by_teacher["b"].requests[2]
     by_teacher["b"].requests[2] = ScoreRequest((*third.ids[:-1], 5), third.start)
-    with pytest.raises(StageFailed, match="teacher b is asked for other tokens.*rollout 2"):
+    with pytest.raises(StageFailed, match=r"teacher b is asked for other tokens.*rollout 2"):
         require_same_targets(by_teacher, requests)
 
 

@@ -46,9 +46,10 @@ class ModelStore:
         """
         path = self.path_of(reference)
         base = references.base_of(path)
-        recomputed = trained and self.ctx.runtime.gradient_checkpointing
+        checkpointed = trained and self.ctx.runtime.gradient_checkpointing
         where = device or self.ctx.device
-        model = self._load(base or path, device=where, classifier=classifier, recomputed=recomputed)
+        keys = {"device": where, "classifier": classifier}
+        model = self._load(base or path, **keys, gradient_checkpointing=checkpointed)
         if base:
             from opdctl.models.lora import merged
 
@@ -72,9 +73,9 @@ class ModelStore:
         from opdctl.models.lora import attach, continue_adapter, unadapted_matrices
 
         path = self.path_of(self.ctx.config.student)
-        base, recomputed = references.base_of(path), self.ctx.runtime.gradient_checkpointing
-        how = {"device": self.ctx.device, "classifier": classifier, "recomputed": recomputed}
-        model = self._load(base or path, **how)
+        base, checkpointed = references.base_of(path), self.ctx.runtime.gradient_checkpointing
+        keys = {"device": self.ctx.device, "classifier": classifier}
+        model = self._load(base or path, **keys, gradient_checkpointing=checkpointed)
         if base:
             continue_adapter(model, path, lora, base)
         else:
