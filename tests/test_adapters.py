@@ -223,7 +223,7 @@ def test_an_outcome_model_by_an_adapter(on_disk, adapters, tmp_path, dtype):
             again = one_stage(
                 tmp_path / f"a{len(lora)}", data, student=a, **keys_of_stage | {"lora": lora}
             )
-            hidden = again.student(classifier=True).backbone(IDS).last_hidden_state
+            hidden = again.models.student(classifier=True).backbone(IDS).last_hidden_state
             own = dense(on_disk, adapters["a"]).model(IDS).last_hidden_state
             assert torch.allclose(hidden, own, atol=1e-5)
             carry_out(again)

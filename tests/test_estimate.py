@@ -447,9 +447,9 @@ def test_an_adapter_is_its_file_on_its_base(on_disk, tmp_path):
 def test_an_update_of_an_adapter_costs_what_the_ledger_says(on_disk, tmp_path):
     """The model that a stage trains, its own count of operations a token."""
     pytest.importorskip("peft", reason="the extra peft")
-    whole = opd(on_disk, tmp_path).student()
+    whole = opd(on_disk, tmp_path).models.student()
     assert update_flops(whole.parameters, None) == whole.flops
-    model = opd(on_disk, tmp_path, lora={"rank": 3}).student()
+    model = opd(on_disk, tmp_path, lora={"rank": 3}).models.student()
     assert 0 < model.trained < model.parameters
     assert update_flops(model.parameters, model.trained) == model.flops
 

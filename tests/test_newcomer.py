@@ -28,10 +28,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import key
+from opdctl.protocols import Weight
 from opdctl.scoring.columns import column_of
 
 
-class Sure:
+class Sure(Weight):
     """1 where the teacher's two most probable tokens are far apart."""
 
     revision = 1

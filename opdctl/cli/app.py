@@ -13,6 +13,16 @@ from typing import Annotated
 import typer
 
 from opdctl import __version__
+from opdctl.cli.options import (
+    DirArg,
+    From,
+    Json,
+    Members,
+    Overrides,
+    RecipeArg,
+    Size,
+    Trust,
+)
 from opdctl.errors import EXIT_PENDING, EXIT_USAGE, OpdctlError, RecipeError
 
 app = typer.Typer(
@@ -20,18 +30,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[key=value]...", help="dotted overrides, such as stages.mopd.optim.lr=3e-6"
-    ),
-]
-Size = Annotated[str, typer.Option(help="tiny (default), small or lab", metavar="SIZE")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
-From = Annotated[Path | None, typer.Option("--from", help="reuse finished stages of this run")]
-RecipeArg = Annotated[str, typer.Argument(help="a recipe file, or the name of a shipped one")]
-DirArg = Annotated[Path, typer.Argument(help="a run directory", metavar="DIR")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -139,6 +137,7 @@ def plan(
     ] = "",
     exit_code: Annotated[bool, typer.Option("--exit-code", help="3 if work is pending")] = False,
     as_json: Json = False,
+    trust_members: Trust = False,
 ) -> None:
     """Say what would run, and why; for a GPU, what it would hold and take. Nothing is loaded."""
     from opdctl.cli import console
@@ -173,6 +172,7 @@ def validate(
         typer.Option("--deep", help="look at students and teachers that are there already"),
     ] = False,
     as_json: Json = False,
+    trust_members: Trust = False,
 ) -> None:
     """Say whether a recipe is well formed and possible; every problem at once."""
     from opdctl.cli import console
@@ -239,6 +239,7 @@ def diagnose(
     samples: Annotated[int, typer.Option(help="continuations of each", min=2)] = 8,
     plot: Annotated[Path | None, typer.Option(help="write an HTML page with figures")] = None,
     as_json: Json = False,
+    trust_members: Trust = False,
 ) -> None:
     """Measure, before money is spent, if a student will learn from a teacher."""
     from opdctl.cli import console
@@ -272,6 +273,7 @@ def status(
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="refresh until it ends")] = False,
     as_json: Json = False,
+    trust_members: Trust = False,
 ) -> None:
     """Show the stages of a run: state, step, seconds."""
     from opdctl.cli.inspect_commands import show_status
@@ -280,7 +282,7 @@ def status(
 
 
 @app.command()
-def claims(directory: DirArg, as_json: Json = False) -> None:
+def claims(directory: DirArg, as_json: Json = False, trust_members: Trust = False) -> None:
     """Judge the claims of the recipe's report on what the run measured."""
     from opdctl.cli import console
     from opdctl.evidence.judge import judge
@@ -294,7 +296,7 @@ def claims(directory: DirArg, as_json: Json = False) -> None:
 
 
 @app.command()
-def report(directory: DirArg) -> None:
+def report(directory: DirArg, trust_members: Trust = False) -> None:
     """Write DIR/report.html: stages, learning curves, claims. One file, no network."""
     from opdctl.cli.report import write
     from opdctl.run.rundir import RunDir
@@ -309,12 +311,13 @@ def ls(
         typer.Argument(help="recipes, stages, methods, claims, runs, a family", metavar="[KINDS]"),
     ] = "",
     as_json: Json = False,
+    members: Members = None,
 ) -> None:
     """List what there is."""
     from opdctl.cli import console
     from opdctl.cli.catalogue import listing
 
-    rows = listing(kind)
+    rows = listing(kind, members)
     if as_json:
         console.emit_json(rows)
     else:
@@ -325,12 +328,13 @@ def ls(
 def show(
     name: Annotated[str, typer.Argument(help="a stage kind, a member, a method or a recipe")],
     as_json: Json = False,
+    members: Members = None,
 ) -> None:
     """Show the keys of a stage kind, a member, a method or the runtime: type, default, meaning."""
     from opdctl.cli import console
     from opdctl.cli.catalogue import detail
 
-    shown = detail(name)
+    shown = detail(name, members)
     if as_json:
         console.emit_json(shown)
         return
@@ -353,6 +357,21 @@ def cp(
     from opdctl.cli.catalogue import copy
 
     print(copy(name, dest))
+
+
+@app.command()
+def new(
+    family: Annotated[str, typer.Argument(help="signal, objective, weight, verifier, data, ...")],
+    name: Annotated[str, typer.Argument(help="small letters, digits and _")],
+    folder: Annotated[Path, typer.Option("--in", help="the folder of members")] = Path(
+        "my_members"
+    ),
+) -> None:
+    """Begin a member of your own: a file that works, and its test."""
+    from opdctl.cli.new import new_member
+
+    for line in new_member(family, name, folder):
+        print(line)
 
 
 def main() -> None:

@@ -16,15 +16,17 @@ from opdctl.recipe.yaml_lines import parse
 from opdctl.run.rundir import RunDir, read_json
 
 
-def listing(kind: str) -> list[dict[str, str]]:
+def listing(kind: str, folder: Path | None = None) -> list[dict[str, str]]:
     """Return a row with ``name`` and ``about`` for each entry of a list.
 
     Args:
         kind: ``recipes``, ``methods``, ``runs`` or a family; empty lists these kinds themselves.
+        folder: of members of one's own, which are listed too; their code runs.
 
     Raises:
         UsageError: no such kind.
     """
+    registry.use_members(folder)
     if not kind:
         kinds = {
             "recipes": "pipelines that come with opdctl",
@@ -46,12 +48,15 @@ def listing(kind: str) -> list[dict[str, str]]:
             for p in sorted(Path("runs").glob("*/run.json"))
         ]
     if kind in registry.FAMILIES:
-        return [
-            {"name": n, "about": registry.first_line(registry.member(kind, n))}
-            for n in registry.members(kind)
-        ]
+        return [{"name": n, "about": _about(kind, n)} for n in registry.members(kind)]
     known = ["recipes", "methods", "runs", *registry.FAMILIES]
     raise UsageError(f"nothing called {kind!r} to list", did_you_mean(kind, known, "one of"))
+
+
+def _about(family: str, name: str) -> str:
+    """Return the first line of a member's docstring; of one's own with its file."""
+    line, file = registry.first_line(registry.member(family, name)), registry.file_of(family, name)
+    return f"{line} ({file})" if file else line
 
 
 def _run_line(folder: Path) -> str:
@@ -61,15 +66,19 @@ def _run_line(folder: Path) -> str:
     return f"{manifest.get('recipe')} {manifest.get('size')}: {done}"
 
 
-def detail(name: str) -> dict:
+def detail(name: str, folder: Path | None = None) -> dict:
     """Return ``about``, ``keys`` and ``text`` of a stage kind, member, method or recipe.
 
     Where a member has the name of a method, ``also`` describes it, and its keys follow those of the
     method behind ``FAMILY/NAME: ``.
 
+    Args:
+        folder: of members of one's own, which are shown too; their code runs.
+
     Raises:
         UsageError: nothing has this name.
     """
+    registry.use_members(folder)
     wanted = name.lower()
     matches = [(f, wanted) for f in registry.FAMILIES if wanted in registry.members(f)]
     if "/" in name:
@@ -87,6 +96,8 @@ def detail(name: str) -> dict:
             cls = registry.member(family, member)
             about.append(f"{family}/{member}: {(cls.__doc__ or '').strip()}")
             about.append((sys.modules[cls.__module__].__doc__ or "").strip())
+            if file := registry.file_of(family, member):
+                about.append(f"one's own: {file}")
             prefix = "" if alone else f"{family}/{member}: "
             if hasattr(cls, "Config"):
                 keys += describe(cls.Config, lookup, prefix)

@@ -106,6 +106,12 @@ class Teacher:
         "where a served model is now, if not at the address in model",
         role="operational",
     )
+    scored_by: dict = key(
+        {},
+        "a member of teachers/ of one's own that asks the model; empty is opdctl's",
+        family="teachers",
+        neutral=True,
+    )
 
     @property
     def address(self) -> str:

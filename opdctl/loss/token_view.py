@@ -38,7 +38,7 @@ class PerStep:
     @property
     def logged(self) -> dict[str, float]:
         """The numbers that its weight logs of the step it saw last, if any."""
-        return getattr(self.of.__self__, "logged", {})
+        return self.of.__self__.logged
 
     def mask(self, columns: dict[str, Tensor]) -> Tensor:
         """Return its numbers for the tokens of some columns."""

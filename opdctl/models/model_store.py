@@ -46,10 +46,10 @@ class ModelStore:
         """
         path = self.path_of(reference)
         base = references.base_of(path)
-        checkpointed = trained and self.ctx.runtime.gradient_checkpointing
+        checkpointing = trained and self.ctx.runtime.gradient_checkpointing
         where = device or self.ctx.device
-        keys = {"device": where, "classifier": classifier}
-        model = self._load(base or path, **keys, gradient_checkpointing=checkpointed)
+        options = {"device": where, "classifier": classifier}
+        model = self._load(base or path, gradient_checkpointing=checkpointing, **options)
         if base:
             from opdctl.models.lora import merged
 
@@ -73,9 +73,9 @@ class ModelStore:
         from opdctl.models.lora import attach, continue_adapter, unadapted_matrices
 
         path = self.path_of(self.ctx.config.student)
-        base, checkpointed = references.base_of(path), self.ctx.runtime.gradient_checkpointing
-        keys = {"device": self.ctx.device, "classifier": classifier}
-        model = self._load(base or path, **keys, gradient_checkpointing=checkpointed)
+        base, checkpointing = references.base_of(path), self.ctx.runtime.gradient_checkpointing
+        options = {"device": self.ctx.device, "classifier": classifier}
+        model = self._load(base or path, gradient_checkpointing=checkpointing, **options)
         if base:
             continue_adapter(model, path, lora, base)
         else:
@@ -133,10 +133,10 @@ class ModelStore:
         if blend:
             return member("engines", "transformers")(*common, blend)
         cls = member("engines", self.ctx.runtime.engine)
-        if not cls.holds:
+        if not cls.has_own_weights:
             return cls(*common)
         ours = self._engine
-        if ours is not None and not (ours.model is model or ours.take(model)):
+        if ours is not None and not (ours.model is model or ours.switch_model(model)):
             ours.close()
             self._engine = None
         if self._engine is None:

@@ -31,7 +31,7 @@ from opdctl.config.registry import member
 from opdctl.errors import EXIT_FAILED, EXIT_USAGE, Interrupted, OpdctlError, UsageError
 from opdctl.run import provenance
 from opdctl.run.launch import read_recipe
-from opdctl.run.plan import fingerprints, revisions, semantic
+from opdctl.run.plan import fingerprints, member_record, revisions, semantic
 from opdctl.run.rundir import RunDir, clear_stage, drop_checkpoints, lock, write_json
 from opdctl.train.context import Context
 from opdctl.train.wal import Wal
@@ -44,7 +44,7 @@ def run_stage(folder: str, stage: str) -> int:
     """Run a stage to its end, and record the result in ``stage.json``. Return the exit code."""
     run = RunDir(folder)
     start = time.perf_counter()
-    ctx = Context(run, read_recipe(run), stage)
+    ctx = Context(run, read_recipe(run, trusted=True), stage)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: setattr(ctx, "stop", True))
     try:
@@ -118,6 +118,7 @@ def _new_record(ctx: Context, before: dict, fingerprint: str) -> dict:
         "total": ctx.recipe.total(ctx.name),
         "semantic": semantic(ctx.recipe, ctx.name),
         "revisions": revisions(ctx.recipe, ctx.name),
+        **member_record(ctx.recipe, ctx.name),
         "attempts": before.get("attempts", []),
         "seconds": before.get("seconds", 0.0),
         "loop_seconds": before.get("loop_seconds", 0.0),
@@ -185,7 +186,7 @@ def _preflight(ctx: Context, student, record: dict, path: Path) -> None:
 def examine(folder: str, depth: str, *stages: str) -> int:
     """Check stages whose models exist, deep or cheap. Return the exit code."""
     run, findings = RunDir(folder), []
-    recipe = read_recipe(run)
+    recipe = read_recipe(run, trusted=True)
     for stage in stages:
         print(f"checking {stage}", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as aside:  # what it samples is no part of the run
@@ -205,7 +206,7 @@ def diagnose(folder: str, effort: str, *stages: str) -> int:
     from opdctl.checks.diagnosis.measure import Effort, measure
 
     run, result = RunDir(folder), {"stages": []}
-    recipe = read_recipe(run)
+    recipe = read_recipe(run, trusted=True)
     try:
         for stage in stages:
             with tempfile.TemporaryDirectory() as aside:

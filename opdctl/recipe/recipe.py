@@ -23,6 +23,7 @@ from opdctl.config.settings import Runtime, StageConfig
 from opdctl.config.shapes import Shape
 from opdctl.errors import OpdctlError, Problem, RecipeError, UsageError
 from opdctl.recipe import graph
+from opdctl.recipe.own_members import use_members_of
 from opdctl.recipe.resolution import (
     TOP,
     Where,
@@ -53,10 +54,12 @@ class Recipe:
     stages: dict[str, StageConfig] = field(default_factory=dict)
     claims: dict[str, Any] = field(default_factory=dict)
     runtime: Runtime = field(default_factory=Runtime)
+    members: str = field(default="", metadata={"role": "operational"})  # its files are hashed
 
     def to_dict(self) -> dict:
         """What ``resolved.yaml`` holds; reading it back gives the same recipe."""
-        return to_dict(self)
+        content = to_dict(self)
+        return content if self.members else {k: v for k, v in content.items() if k != "members"}
 
     def domains(self, stage: str) -> dict[str, float]:
         """``{domain: share}`` of a stage; shares sum to 1."""
@@ -151,8 +154,18 @@ def read(path: Path) -> str:
     return text
 
 
-def load(name: str, *, size: str = "", seed: int | None = None, overrides: tuple[str, ...] = ()):
+def load(
+    name: str,
+    *,
+    size: str = "",
+    seed: int | None = None,
+    overrides: tuple[str, ...] = (),
+    trusted: bool = False,
+) -> Recipe:
     """Read and resolve a recipe file.
+
+    Args:
+        trusted: its own members may be imported: it is about to be run.
 
     Raises:
         UsageError: no such file, or not a mapping in YAML.
@@ -163,7 +176,15 @@ def load(name: str, *, size: str = "", seed: int | None = None, overrides: tuple
     tree, lines, problems = parse(text, str(path))
     if seed is not None:
         overrides = (*overrides, f"seed={seed}")
-    return resolve(tree, str(path), size=size, overrides=overrides, lines=lines, problems=problems)
+    return resolve(
+        tree,
+        str(path),
+        size=size,
+        overrides=overrides,
+        lines=lines,
+        problems=problems,
+        trusted=trusted,
+    )
 
 
 def resolve(
@@ -175,12 +196,14 @@ def resolve(
     lines: dict[str, int] | None = None,
     problems: list[Problem] | None = None,
     written: bool = False,
+    trusted: bool = False,
 ) -> Recipe:
     """A recipe from a plain tree. See the module for the order.
 
     Args:
         written: it is a run's resolved recipe: its size is in it already, and the folders it names
             may be gone.
+        trusted: its own members may be imported: it is about to be run.
 
     Raises:
         RecipeError: everything that is wrong with it.
@@ -195,6 +218,10 @@ def resolve(
     tree = choose(interpolate(tree, problems), problems)
     tree = expand(tree, where, problems)
     tree = assign_all(tree, pending, where, problems, expanded=True)
+    typed = any(parts == ["members"] for parts, _, _ in pending)
+    wrong = use_members_of(tree, label, typed, trusted)
+    if wrong:  # every member of its own would be called unknown too
+        raise RecipeError([where.place(p) for p in (*problems, wrong)], label)
     recipe = _build(tree, problems)
     if recipe and not problems:
         problems += graph.check(recipe, folders=not written)
@@ -205,7 +232,10 @@ def resolve(
 
 def lookup(family: str, name: str) -> type:
     """The Config of a member; what ``schema.build`` asks for."""
-    return registry.member(family, name).Config
+    cls = registry.member(family, name)
+    if not hasattr(cls, "Config"):
+        raise UsageError(f"{family}/{name} is chosen by opdctl itself", "it has no keys")
+    return cls.Config
 
 
 def _build(tree: dict, problems: list[Problem]) -> Recipe | None:
@@ -249,6 +279,7 @@ def _build(tree: dict, problems: list[Problem]) -> Recipe | None:
         except OpdctlError as error:
             problems.append(Problem(f"claims.{name}", "no such claim", error.hint))
     values["claims"] = built
+    values["members"] = tree.get("members") or ""
     values["runtime"] = build(Runtime, values["runtime"], "runtime", problems, lookup)
     return None if problems else Recipe(**values)
 

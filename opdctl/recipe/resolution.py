@@ -42,6 +42,7 @@ TOP = {
     "stages": "name: a stage",
     "claims": "claim: the roles its models play",
     "runtime": "threads, jobs, device: how it is carried out",
+    "members": "folder of members of one's own: FAMILY/NAME.py",
 }
 
 

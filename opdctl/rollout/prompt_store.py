@@ -56,14 +56,14 @@ class PromptStore:
         ``cache/``; those of tables are, where the data says so, on disk and not in memory.
         """
         data = self.data(domain)
-        if getattr(data, "procedural", False):
+        if data.procedural:
             return self._generated(data, domain, split)
         if (domain, split) not in self._prompts:
             stream, cache = data.config.stream, self.ctx.run / "cache"
             rows = data.stored(split, cache) if stream else data.prompts(split)
             self._prompts[domain, split] = rows
             self.counted(domain, split, data.counts[split])
-            if getattr(data, "public", False) and not stream:  # a spool is the run's own copy
+            if data.public and not stream:  # a spool is the run's own copy
                 names = (self.ctx.run, self.ctx.recipe, rows, domain, split)
                 self.counts[domain][split]["digest"] = provenance.require_same_rows(*names)
         return self._prompts[domain, split]

@@ -29,7 +29,9 @@ class Verifiers:
 
     def obeyed(self, rollout: Rollout) -> bool:
         """Return True where the response thinks as its domain asks, and only then."""
-        return self.ctx.prompts.data(rollout.prompt.domain).config.thinking.obeyed(rollout.text)
+        return self.ctx.prompts.data(rollout.prompt.domain).config.thinking.follows_mode(
+            rollout.text
+        )
 
     def verify(self, rollouts: list[Rollout]) -> list[float]:
         """Return 1 for each answer that the verifier of its domain passes; also set as ``right``.
@@ -60,7 +62,7 @@ class Verifiers:
     def _verdicts(self, domain: str, rollouts: list[Rollout]) -> list[float | Exception]:
         """Ask the verifier that a domain names, made once; or its data, which brings its own."""
         data = self.ctx.prompts.data(domain)
-        if not hasattr(data.config, "verifier"):
+        if data.procedural:
             return [data.score(r.prompt, r.text) for r in rollouts]
         if domain not in self.by_domain:
             ((name, config),) = data.config.verifier.items()

@@ -91,8 +91,11 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def read_recipe(run: RunDir, overrides: tuple[str, ...] = ()) -> Recipe:
+def read_recipe(run: RunDir, overrides: tuple[str, ...] = (), *, trusted: bool = False) -> Recipe:
     """The resolved recipe of a run, with overrides.
+
+    Args:
+        trusted: its own members may be imported: it is about to be run.
 
     Raises:
         UsageError: not a run directory, or its recipe cannot be read.
@@ -112,6 +115,7 @@ def read_recipe(run: RunDir, overrides: tuple[str, ...] = ()) -> Recipe:
         lines=lines,
         problems=problems,
         written=True,
+        trusted=trusted,
     )
 
 
@@ -122,7 +126,8 @@ def reopen(run: RunDir, overrides: tuple[str, ...] = ()) -> tuple[Recipe, list[s
     Raises:
         UsageError: a change that would give other results; names each key and the way out.
     """
-    old, new = read_recipe(run), read_recipe(run, overrides)
+    old = read_recipe(run, trusted=True)
+    new = read_recipe(run, overrides, trusted=True)
     changed = []
     for stage in old.stages:
         try:

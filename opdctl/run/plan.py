@@ -1,7 +1,8 @@
 """Recipe and run directory -> what would run, and why. Pure: it reads records and writes nothing.
 
 A fingerprint hashes what can change a stage's result: its semantic keys, the revisions of its kind
-and members, its data, the seed, and its inputs' fingerprints. Never source files, never times.
+and members, its data, the seed, and its inputs' fingerprints. Never source files of opdctl, never
+times; of members of one's own the files too, since nobody else watches over their revisions.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opdctl.config import references
-from opdctl.config.registry import member
+from opdctl.config.registry import member, own_contents
 from opdctl.config.schema import flatten, with_role
 from opdctl.recipe.recipe import Recipe
 from opdctl.run.rundir import RunDir, last_step
@@ -89,9 +90,18 @@ def revisions(recipe: Recipe, stage: str) -> dict[str, int]:
                     walk(entry)
             elif dataclasses.is_dataclass(value):
                 walk(value)
+            elif isinstance(value, dict):
+                for entry in filter(dataclasses.is_dataclass, value.values()):
+                    walk(entry)
 
     walk(config)
     return dict(sorted(found.items()))
+
+
+def member_record(recipe: Recipe, stage: str) -> dict[str, dict[str, str]]:
+    """``members``: the hash of each file of the stage's own members; empty without any."""
+    contents = own_contents(revisions(recipe, stage))
+    return {"members": contents} if contents else {}
 
 
 def fingerprints(recipe: Recipe) -> dict[str, str]:
@@ -107,6 +117,8 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
                 inputs[dotted] = (references.origin(ref.name) or {}).get("fingerprint", ref.name)
         name = getattr(recipe.stages[stage], "seed_group", "") or stage
         content = [semantic(recipe, stage), revisions(recipe, stage), inputs, name]
+        own = member_record(recipe, stage)
+        content += [own] if own else []  # without any it is what it was before there were any
         text = json.dumps(content)  # in order: that of domains decides the order of rollouts
         found[stage] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     return found
@@ -197,6 +209,7 @@ def _action(recipe, stage, prints, record, run, changed) -> tuple[str, list[str]
             f"revision of {line}"
             for line in differences(record.get("revisions", {}), revisions(recipe, stage))
         ]
+        reasons += _changed_files(record, member_record(recipe, stage))
         return "rerun", reasons or [f"its input {name} changed" for name in sorted(changed)] or [
             "an input changed"
         ]
@@ -210,6 +223,13 @@ def _action(recipe, stage, prints, record, run, changed) -> tuple[str, list[str]
         return "resume", [f"{reason}; goes on from its checkpoint of step {max(steps)}{logged}"]
     after = f" after step {taken}," if taken else ""
     return "run", [f"{record['status']}{after} before its first checkpoint"]
+
+
+def _changed_files(record: dict, now: dict) -> list[str]:
+    """``members/signals/mine.py changed``, of each file that has other contents than before."""
+    old, new = record.get("members", {}), now.get("members", {})
+    both = sorted(old.keys() & new.keys())
+    return [f"members/{path} changed" for path in both if old[path] != new[path]]
 
 
 def needed(recipe: Recipe, *stages: str) -> set[str]:

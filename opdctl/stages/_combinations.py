@@ -81,16 +81,12 @@ def _empty_selections(config) -> list[Problem]:
 def _sides_let_through(objective) -> dict[str, str]:
     """Return for each weight that selects rollouts which it lets through, right or wrong."""
     named = {w: (member("weights", w), keys) for w, keys in objective.weights.items()}
-    return {
-        w: cls.lets_through(keys)
-        for w, (cls, keys) in named.items()
-        if hasattr(cls, "lets_through")
-    }
+    sides = {w: cls.lets_through(keys) for w, (cls, keys) in named.items()}
+    return {w: side for w, side in sides.items() if side}
 
 
 def _kl_direction(family: str, name: str, config) -> str:
-    cls = member(family, name)
-    return cls.kl_direction(config) if hasattr(cls, "kl_direction") else ""
+    return member(family, name).kl_direction(config)
 
 
 def _duplicate(path: str, other: str, way: str) -> Problem:
@@ -126,12 +122,8 @@ def source_problems(config, recipe) -> list[Problem]:
     if config.loss_temperature in (0, config.sampling.temperature):
         return problems
     for name, objective in config.objectives.items():
-        ratio = any(
-            getattr(member("weights", w), "is_importance_weight", False) for w in objective.weights
-        )
-        if objective.coef and (
-            ratio or getattr(member("objectives", name), "on_policy_only", False)
-        ):
+        ratio = any(member("weights", w).is_importance_weight for w in objective.weights)
+        if objective.coef and (ratio or member("objectives", name).on_policy_only):
             message = (
                 "its expectation is over what was sampled, at another temperature than the loss"
             )
@@ -147,13 +139,9 @@ def _on_policy_only(config) -> list[Problem]:
         return []
     problems = []
     for objective, settings in config.objectives.items():
-        if not settings.coef or not getattr(
-            member("objectives", objective), "on_policy_only", False
-        ):
+        if not settings.coef or not member("objectives", objective).on_policy_only:
             continue
-        ratio = any(
-            getattr(member("weights", w), "is_importance_weight", False) for w in settings.weights
-        )
+        ratio = any(member("weights", w).is_importance_weight for w in settings.weights)
         if objective == "policy_gradient" and ratio and cls.has_logprobs:
             continue
         message = f"holds for the student's own samples, and sources.{name} mixes in others"

@@ -72,7 +72,7 @@ class Gradients(Stage):
             hint = "objectives: {policy_gradient: {}, divergence: {}}, or together: true for one"
             problems.append(Problem("objectives", "fewer than two to compare", hint))
         for name in config.objectives:
-            if hasattr(member("objectives", name), "fit"):
+            if member("objectives", name).fitted:
                 message = "is fitted before a first step, and nothing is trained here"
                 problems.append(Problem(f"objectives.{name}", message, "leave it out"))
         return problems

@@ -81,6 +81,8 @@ class Opd(Stage):
         """
         local = member("teachers", "local").provides
         provided = set(local) if config.teachers else set()
+        for own in (n for t in config.teachers.values() for n in t.scored_by):
+            provided &= set(member("teachers", own).provides)
         if config.reference:
             provided |= {n.replace("teacher.", "reference.") for n in local}
         problems = domain_problems(recipe, stage) + member_problems(config, provided)
@@ -148,7 +150,7 @@ def _unequal_widths(config, recipe, stage) -> list[Problem]:
 
     problems = _excess_ranks_and_layers(config, recipe, stage)
     for name, objective in config.objectives.items():
-        hint = getattr(member("objectives", name), "same_width", "")
+        hint = member("objectives", name).same_width
         for teacher, keys in config.teachers.items() if objective.coef and hint else ():
             ours, theirs = width(config.student), width(keys.model)
             if ours and theirs and ours != theirs:
@@ -203,6 +205,12 @@ def _wrong_addresses(config) -> list[Problem]:
         elif teacher.at and (_form(teacher.at) != "server" or "#" in teacher.at):
             message = f"{teacher.at!r} is no address; the model's name stands in model"
             problems.append(Problem(path, message, f"{path}=http://host:8000"))
+        path = f"teachers.{name}.scored_by"
+        if len(teacher.scored_by) > 1:
+            problems.append(Problem(path, f"{list(teacher.scored_by)} given", "one at most"))
+        elif teacher.scored_by and _form(teacher.model) == "server":
+            message = f"{teacher.model} is behind a server, which opdctl asks itself"
+            problems.append(Problem(path, message, "leave it out, or a folder as the model"))
     return problems
 
 

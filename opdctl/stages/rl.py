@@ -97,7 +97,7 @@ def _own_problems(config, active: dict) -> list[Problem]:
     problems = []
     for path, keys in active_members(config, active).items():
         cls = member(*path.split(".")[-2:])
-        for problem in cls.problems(keys, config) if hasattr(cls, "problems") else []:
+        for problem in cls.problems(keys, config):
             full = ".".join(filter(None, (path, problem.path)))
             problems.append(replace(problem, path=full))
     return problems
@@ -121,11 +121,7 @@ def _ratio_problems(config) -> list[Problem]:
     """Return objectives that apply the ratio of trainer to sampler twice."""
     problems = []
     for name, objective in config.objectives.items():
-        ratios = [
-            w
-            for w in objective.weights
-            if getattr(member("weights", w), "is_importance_weight", False)
-        ]
+        ratios = [w for w in objective.weights if member("weights", w).is_importance_weight]
         if len(ratios) > 1:
             message = f"{' and '.join(ratios)}: each applies the ratio of trainer to sampler"
             problems.append(Problem(f"objectives.{name}.weights", message, "keep one"))
@@ -185,8 +181,8 @@ def ineffective_keys(config) -> list[Problem]:
     for path, keys in active_members(
         config, {n: s for n, s in config.signals.items() if s.coef}
     ).items():
-        notes = getattr(member(*path.split(".")[-2:]), "notes", lambda _: [])
-        problems += [replace(n, path=f"{path}.{n.path}") for n in notes(keys)]
+        notes = member(*path.split(".")[-2:]).notes(keys)
+        problems += [replace(n, path=f"{path}.{n.path}") for n in notes]
     for name, objective in config.objectives.items():
         clip = getattr(objective, "clip_low", 0) or getattr(objective, "clip_high", 0)
         if clip and config.updates_per_rollout * config.minibatches == 1:

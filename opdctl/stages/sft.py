@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.references import parse
+from opdctl.config.registry import member, needs_of, shipped
 from opdctl.config.schema import REQUIRED, key, references
 from opdctl.config.settings import Lora, TrainConfig
 from opdctl.errors import Problem
@@ -39,6 +40,12 @@ def domain_problems(recipe, stage) -> list[Problem]:
             )
         ]
     return []
+
+
+def _reads_texts_alone(name: str, config) -> bool:
+    """Return whether an objective asks for nothing but the text: nll, and those of one's own."""
+    own = name not in shipped("objectives")
+    return name == "nll" or (own and not needs_of(member("objectives", name), config))
 
 
 def _source_coverage(config, domains) -> list[Problem]:
@@ -108,7 +115,7 @@ class Sft(Stage):
         problems = domain_problems(recipe, stage)
         problems += _source_coverage(config, recipe.domains(stage))
         for name, objective in config.objectives.items():
-            if name != "nll" or objective.weights:
+            if objective.weights or not _reads_texts_alone(name, objective):
                 problems.append(
                     Problem(
                         f"objectives.{name}",

@@ -11,6 +11,7 @@ from opdctl.config.registry import member, parse_need
 from opdctl.config.settings import Teacher, routes
 from opdctl.loss.token_view import LossTerm, PerStep
 from opdctl.models.hidden_layers import layers_of
+from opdctl.protocols import Gates, Masks, Scales
 from opdctl.scoring.asks import Asks
 from opdctl.scoring.quantities import HIDDEN, INNER, TOPK, TOPK_LIST
 from opdctl.train.context import Context
@@ -23,15 +24,17 @@ def terms_of(objectives: dict[str, Any]) -> list[LossTerm]:
     terms = []
     for name, config in objectives.items():
         weights = {w: member("weights", w)(c) for w, c in config.weights.items()}
-        masks, factors = (
-            [
-                PerStep(f"{kind}.{name}.{w}", getattr(m, kind))
-                for w, m in weights.items()
-                if hasattr(m, kind)
-            ]
-            for kind in ("mask", "factor")
-        )
-        gates = [w for w in weights.values() if hasattr(w, "gate")]
+        masks = [
+            PerStep(f"mask.{name}.{w}", weight.mask)
+            for w, weight in weights.items()
+            if isinstance(weight, Masks)
+        ]
+        factors = [
+            PerStep(f"factor.{name}.{w}", weight.factor)
+            for w, weight in weights.items()
+            if isinstance(weight, Scales)
+        ]
+        gates = [weight for weight in weights.values() if isinstance(weight, Gates)]
         objective = member("objectives", name)(config)
         needs = {n for w in weights.values() for n in w.needs}
         term = LossTerm(objective, config.coef, config.normalise, masks, gates, factors, needs)
@@ -109,6 +112,8 @@ def reward_of(ctx: Context, reference: str) -> Any:
 def teacher_of(ctx: Context, model: Any, name: str, teacher: Teacher, asks: Asks) -> Any:
     """Return the member of ``teachers/`` for what a reference names; a server is tried on what it
     will be asked."""
+    for own, keys in teacher.scored_by.items():
+        return member("teachers", own)(keys, ctx, model, name, teacher.model)
     if references.parse(teacher.model).form != "server":
         return member("teachers", "local")(ctx, model, name, teacher.model)
     return member("teachers", "server")(ctx, model, name, teacher.address, asks)

@@ -22,6 +22,7 @@ from opdctl.kernels.select import rows_class
 from opdctl.models import packing
 from opdctl.models.master_weights import MasterWeights
 from opdctl.models.model import Model
+from opdctl.protocols import Acts, Reads, Remembers, Starts
 from opdctl.run.rundir import finite
 from opdctl.scoring import overlap
 from opdctl.scoring.asks import Pass
@@ -82,7 +83,7 @@ class Loop:
         self.checkpoints = ctx.folder / "checkpoints"
         self.row: dict = {}  # of a step whose controllers have not acted yet
         self.overlap_k = overlap.top_of(model.lm_head()) if setup.teachers else 0
-        held = max((getattr(t.objective, "compares", 0) for t in setup.terms), default=0)
+        held = max((t.objective.compares for t in setup.terms), default=0)
         self.apart = held < self.overlap_k  # nothing in the update logs the overlap
 
     def run(self) -> Compute:
@@ -101,8 +102,9 @@ class Loop:
             self.watch.state = state.get("watch", self.watch.state)
             self._take_up(state.get("members", {}))
         else:
-            for controller in self._with("start"):
-                controller.start()
+            for controller in self.setup.controllers.values():
+                if isinstance(controller, Starts):
+                    controller.start()
         metrics = Metrics(self.ctx.folder, self.ctx.attempt)
         runtime = self.ctx.runtime
         self.kernel = rows_class(runtime.kernel, self.model.device, self.model.logits_dtype).name
@@ -148,17 +150,13 @@ class Loop:
             self._take_up(members)
             raise
 
-    def _with(self, method: str) -> list:
-        """Return the controllers that have a method."""
-        return [c for c in self.setup.controllers.values() if hasattr(c, method)]
-
     def _members(self) -> dict[str, Any]:
         """Return signals, controllers and objectives that remember something between steps."""
         named = {n: s for n, (_, s) in self.setup.signals.items()}
         named |= {f"controllers.{n}": c for n, c in self.setup.controllers.items()}
         own = (term.objective for term in self.setup.terms)
         named |= {f"objectives.{type(o).__name__}": o for o in own}
-        return {n: m for n, m in named.items() if hasattr(m, "state")}
+        return {n: m for n, m in named.items() if isinstance(m, Remembers)}
 
     def _states(self) -> dict[str, dict]:
         return {name: member.state() for name, member in self._members().items()}
@@ -186,7 +184,7 @@ class Loop:
         """Let the controllers act on the weights of this step's end; return what to log of it."""
         values = {}
         for name, controller in self.setup.controllers.items():
-            if hasattr(controller, "act"):
+            if isinstance(controller, Acts):
                 values |= {f"{name}_{k}": v for k, v in controller.act(done + 1).items()}
                 sampled = controller.sampled
                 self.compute.rollout_tokens += sampled
@@ -213,7 +211,7 @@ class Loop:
         step = score_step(rollouts, self.model, self.setup, self.ctx, self.compute)
         values |= set_advantage(step, self.setup.signals) | set_weights(step, self.setup.terms)
         for name, controller in self.setup.controllers.items():
-            if hasattr(controller, "read"):
+            if isinstance(controller, Reads):
                 values |= {f"{name}_{k}": v for k, v in controller.read(step).items()}
         seen = self._overlap(step, done)
         clock.lap("score")
@@ -254,7 +252,7 @@ class Loop:
     def _fit(self) -> dict[str, float]:
         """Fit the objectives that are fitted before the first step; return what to log of it."""
         values = {}
-        for objective in (t.objective for t in self.setup.terms if hasattr(t.objective, "fit")):
+        for objective in (t.objective for t in self.setup.terms if t.objective.fitted):
             values |= objective.fit(self._pairs(objective.which))
         return values
 

@@ -177,7 +177,7 @@ def set_advantage(step: Step, signals: dict[str, tuple[float, Any]]) -> dict:
         values[f"{name}_mean"] = float(vector_N.mean())
         values[f"{name}_std"] = float(vector_N.std(correction=0))
         values[f"{name}_share"] = size[name] / whole if whole else 0.0
-        for key, value in getattr(signals[name][1], "logged", {}).items():
+        for key, value in signals[name][1].logged.items():
             values[f"{name}_{key}"] = value
     if {TEACHER, POLICY} <= step.columns.keys():
         gap_N = step.columns[POLICY] - step.columns[TEACHER]

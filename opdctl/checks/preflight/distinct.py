@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from opdctl.checks.preflight._checked_stage import CheckedStage
 from opdctl.config.registry import member
+from opdctl.protocols import Check
 from opdctl.types import Finding
 
 
-class Distinct:
+class Distinct(Check):
     """The teachers are not the student itself."""
 
     revision = 1

@@ -8,11 +8,12 @@ the verifier does not see, so it is an error only where the whole interval lies 
 from __future__ import annotations
 
 from opdctl.checks.preflight._checked_stage import CheckedStage
+from opdctl.protocols import Check
 from opdctl.train.metrics import mean
 from opdctl.types import Finding
 
 
-class Gain:
+class Gain(Check):
     """Each teacher is more accurate than the student on a sample of its prompts."""
 
     revision = 1

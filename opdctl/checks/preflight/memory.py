@@ -26,12 +26,13 @@ from opdctl.estimate.memory import (
     student_bytes,
 )
 from opdctl.estimate.shape import cached_numbers
+from opdctl.protocols import Check
 from opdctl.types import Finding
 
 PROMPTS = 16  # of each domain, for their length
 
 
-class Memory:
+class Memory(Check):
     """The parameters, gradients, moments, teachers, logits and cache fit the device."""
 
     revision = 1

@@ -7,10 +7,11 @@ Ids beyond the tokenizer's are cut off on both sides (kernels/head.py), so heads
 from __future__ import annotations
 
 from opdctl.checks.preflight._checked_stage import CheckedStage
+from opdctl.protocols import Check
 from opdctl.types import Finding
 
 
-class PaddedRows:
+class PaddedRows(Check):
     """Both heads have a row for every id, and rows beyond them are cut off."""
 
     revision = 1

@@ -16,6 +16,7 @@ from opdctl.checks.preflight._checked_stage import CheckedStage
 from opdctl.config import references
 from opdctl.config.registry import member
 from opdctl.errors import StageFailed, UsageError
+from opdctl.protocols import Check
 from opdctl.types import Finding
 
 WHY = (
@@ -25,7 +26,7 @@ WHY = (
 )
 
 
-class Served:
+class Served(Check):
     """Each served teacher answers, has the student's tokens, and scores a known sequence."""
 
     revision = 1

@@ -17,12 +17,13 @@ import math
 
 from opdctl.checks.preflight._checked_stage import CheckedStage
 from opdctl.errors import StageFailed
+from opdctl.protocols import Check
 from opdctl.types import Finding
 
 KL_LEAST, OVERLAP_LEAST = 1e-3, 0.5
 
 
-class Step0:
+class Step0(Check):
     """The divergence and top-k overlap on the student's first rollouts are within bounds."""
 
     revision = 1

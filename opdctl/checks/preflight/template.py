@@ -8,12 +8,13 @@ two turns. Templates that differ in their source text only are fine.
 from __future__ import annotations
 
 from opdctl.checks.preflight._checked_stage import CheckedStage
+from opdctl.protocols import Check
 from opdctl.types import Finding
 
 RENDERED = 16  # prompts of each domain
 
 
-class Template:
+class Template(Check):
     """Both sides render the stage's prompts to the same ids."""
 
     revision = 1

@@ -8,10 +8,11 @@ different tokens of it.
 from __future__ import annotations
 
 from opdctl.checks.preflight._checked_stage import CheckedStage
+from opdctl.protocols import Check
 from opdctl.types import Finding
 
 
-class Tokens:
+class Tokens(Check):
     """Every id is the same token on both sides, and the same one ends a response."""
 
     revision = 1

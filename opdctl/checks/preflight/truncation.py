@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from opdctl.checks.preflight._checked_stage import CheckedStage
 from opdctl.config.settings import longest_turn
+from opdctl.protocols import Check
 from opdctl.train.metrics import by_domain
 from opdctl.types import Finding
 
 SOME, MOST = 0.1, 0.5
 
 
-class Truncation:
+class Truncation(Check):
     """A small share of the student's responses is cut at the length limit."""
 
     revision = 1

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from opdctl.checks.preflight._checked_stage import CheckedStage
 from opdctl.config.registry import member
+from opdctl.protocols import Check
 from opdctl.types import Finding
 
 
-class Widths:
+class Widths(Check):
     """Both sides are as wide, where an objective compares their hidden states."""
 
     revision = 1
@@ -25,7 +26,7 @@ class Widths:
     def findings(self, stage: CheckedStage) -> list[Finding]:
         """Return one finding for each teacher, or one where no objective compares hidden states."""
         used = [n for n, o in stage.ctx.config.objectives.items() if o.coef]
-        hints = [h for n in used if (h := getattr(member("objectives", n), "same_width", ""))]
+        hints = [h for n in used if (h := member("objectives", n).same_width)]
         if not hints:
             return [Finding("ok", "no objective compares hidden states number by number")]
         findings = []

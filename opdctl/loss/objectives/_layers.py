@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from opdctl.errors import Problem
+from opdctl.protocols import Objective
 
 
 def text_of(layers: str | list[int]) -> str:
@@ -23,7 +24,7 @@ def unnumbered(layers: str | list[int]) -> list[Problem]:
     return [Problem("layers", message, "layers: all, last, even, odd, or such as [2, 4]")]
 
 
-class OnLayers:
+class OnLayers(Objective):
     """The base of objectives that bring the student's states to the teacher's on some layers."""
 
     @staticmethod

@@ -38,6 +38,7 @@ class Bridge(OnLayers):
     revision = 1
     needs = ()
     rows = "prediction"
+    fitted = True
 
     @dataclass(kw_only=True)
     class Config(ObjectiveConfig):

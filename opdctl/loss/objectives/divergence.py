@@ -22,10 +22,11 @@ from typing import Literal
 from opdctl.config.schema import key
 from opdctl.config.settings import ON_TOP, ObjectiveConfig
 from opdctl.errors import Problem
+from opdctl.protocols import Objective
 from opdctl.scoring.columns import PAIR_WEIGHT
 
 
-class Divergence:
+class Divergence(Objective):
     """Reverse KL, forward KL or JSD to each token's teacher, exact or on a top-k support."""
 
     revision = 1

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.settings import ObjectiveConfig
+from opdctl.protocols import Objective
 
 
-class Nll:
+class Nll(Objective):
     """-log p of the tokens of a demonstration."""
 
     revision = 1

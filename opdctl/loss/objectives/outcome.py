@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.settings import ObjectiveConfig
+from opdctl.protocols import Objective
 from opdctl.scoring.columns import REWARD
 
 
-class Outcome:
+class Outcome(Objective):
     """Cross-entropy of the verifier's verdict, predicted at every token."""
 
     revision = 1

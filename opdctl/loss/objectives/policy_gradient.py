@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.config.settings import ObjectiveConfig
+from opdctl.protocols import Objective
 from opdctl.scoring.columns import ADVANTAGE
 
 
-class PolicyGradient:
+class PolicyGradient(Objective):
     """-A log pi, or PPO's clipped ratio."""
 
     revision = 1

@@ -19,12 +19,13 @@ from typing import Literal
 from opdctl.config.schema import key
 from opdctl.config.settings import ObjectiveConfig
 from opdctl.errors import Problem
+from opdctl.protocols import Objective
 from opdctl.scoring.columns import TEACHER, TEACHER_WEIGHT
 
 GRADIENT = {"k2": "reverse", "k3": "forward"}  # what differentiating each one gives
 
 
-class SampledKl:
+class SampledKl(Objective):
     """k2 or k3 at the sampled token, differentiated: reverse and forward KL."""
 
     revision = 1

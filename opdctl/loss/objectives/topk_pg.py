@@ -13,10 +13,11 @@ from typing import Literal
 
 from opdctl.config.schema import key
 from opdctl.config.settings import ON_TOP, ObjectiveConfig
+from opdctl.protocols import Objective
 from opdctl.scoring.columns import PAIR_WEIGHT
 
 
-class TopkPg:
+class TopkPg(Objective):
     """Policy gradient over the k most probable tokens, weighted by a side's probabilities."""
 
     revision = 1

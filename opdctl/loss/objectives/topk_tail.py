@@ -15,10 +15,11 @@ from typing import Literal
 from opdctl.config.schema import key
 from opdctl.config.settings import ON_TOP, ObjectiveConfig
 from opdctl.errors import Problem
+from opdctl.protocols import Objective
 from opdctl.scoring.columns import PAIR_WEIGHT
 
 
-class TopkTail:
+class TopkTail(Objective):
     """Reverse KL, exact on the top k and sampled outside: unbiased for the full gradient."""
 
     revision = 1

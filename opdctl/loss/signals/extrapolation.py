@@ -21,6 +21,7 @@ from typing import Literal
 from opdctl.config.schema import key
 from opdctl.config.settings import SignalConfig
 from opdctl.errors import Problem
+from opdctl.protocols import Signal
 from opdctl.scoring.columns import (
     POLICY,
     REFERENCE,
@@ -31,7 +32,7 @@ from opdctl.scoring.columns import (
 )
 
 
-class Extrapolation:
+class Extrapolation(Signal):
     """log T - log S, plus (lambda - 1)(log T - log reference): beyond the teacher (ExOPD)."""
 
     revision = 1

@@ -15,10 +15,11 @@ from typing import Literal
 from opdctl.config.schema import key
 from opdctl.config.settings import SignalConfig
 from opdctl.errors import Problem
+from opdctl.protocols import Signal
 from opdctl.scoring.columns import POLICY_KL, TEACHER_WEIGHT
 
 
-class KlBaseline:
+class KlBaseline(Signal):
     """KL(S || T) of the whole next-token distribution, added to reverse_kl: less variance."""
 
     revision = 1

@@ -13,9 +13,10 @@ from typing import Literal
 
 from opdctl.config.schema import key
 from opdctl.config.settings import SignalConfig
+from opdctl.protocols import Signal
 
 
-class Outcome:
+class Outcome(Signal):
     """The reward of the whole response, compared with its group."""
 
     revision = 1

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from opdctl.config.schema import key
 from opdctl.config.settings import SignalConfig
 from opdctl.errors import Problem
+from opdctl.protocols import Signal
 from opdctl.scoring.columns import POLICY, TEACHER, TEACHER_WEIGHT
 
 
-class ReturnToGo:
+class ReturnToGo(Signal):
     """Discounted sum of log T - log S from the token on, with or without its own part."""
 
     revision = 1

@@ -15,10 +15,11 @@ from typing import Literal
 from opdctl.config.schema import key
 from opdctl.config.settings import SignalConfig
 from opdctl.errors import Problem
+from opdctl.protocols import Signal
 from opdctl.scoring.columns import POLICY, TEACHER, TEACHER_WEIGHT
 
 
-class ReverseKl:
+class ReverseKl(Signal):
     """log T - log S at the sampled token: the teacher's approval of each token."""
 
     revision = 1

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opdctl.protocols import Weight
 from opdctl.scoring.columns import TEACHER_ENTROPY
 
 
-class Confidence:
+class Confidence(Weight):
     """1 - H(teacher) / log |V|: a confident teacher counts more (GUI-SD)."""
 
     revision = 1

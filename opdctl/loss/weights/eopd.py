@@ -18,10 +18,11 @@ from typing import Literal
 
 from opdctl.config.schema import key
 from opdctl.errors import Problem
+from opdctl.protocols import Weight
 from opdctl.scoring.columns import TEACHER_ENTROPY, TEACHER_LIST_ENTROPY
 
 
-class Eopd:
+class Eopd(Weight):
     """1 where the teacher's entropy is above tau, else 0 (EOPD)."""
 
     revision = 1

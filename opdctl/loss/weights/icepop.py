@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.errors import Problem
+from opdctl.protocols import Weight
 from opdctl.scoring.columns import BEHAVIOUR
 
 
-class Icepop:
+class Icepop(Weight):
     """Trainer over sampler at the old weights inside [low, high], 0 outside (IcePop)."""
 
     revision = 1

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.errors import Problem
+from opdctl.protocols import Weight
 from opdctl.scoring.columns import BEHAVIOUR
 
 
-class IsGate:
+class IsGate(Weight):
     """pi / mu inside [low, high], 0 outside (MiMo)."""
 
     revision = 1

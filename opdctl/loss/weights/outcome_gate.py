@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from opdctl.config.schema import key
+from opdctl.protocols import Weight
 from opdctl.scoring.columns import RIGHT
 
 
-class OutcomeGate:
+class OutcomeGate(Weight):
     """1 on the rollouts that the verifier fails, 0 on the others; or the other way round."""
 
     revision = 1

@@ -20,10 +20,11 @@ from typing import Literal
 
 from opdctl.config.schema import key
 from opdctl.errors import Problem
+from opdctl.protocols import Weight
 from opdctl.scoring.columns import DECAY, DRIFT_OVERLAP, TEACHER_MASS_ABOVE
 
 
-class Overlap:
+class Overlap(Weight):
     """Decays with the tokens so far where student and teacher disagree (Prune-OPD)."""
 
     revision = 1

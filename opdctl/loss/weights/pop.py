@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import key
+from opdctl.protocols import Weight
 from opdctl.scoring.columns import BEHAVIOUR, POLICY
 
 
-class Pop:
+class Pop(Weight):
     """Trainer over sampler at the old weights, inside [1/beta, beta], else 0 (GLM-5)."""
 
     revision = 1

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from opdctl.config.schema import REQUIRED, key
+from opdctl.protocols import Weight
 
 
-class Position:
+class Position(Weight):
     """A sigmoid in the token's share of its response, late or early (PW-OPSD)."""
 
     revision = 1

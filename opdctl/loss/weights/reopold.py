@@ -17,10 +17,11 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.errors import Problem
+from opdctl.protocols import Weight
 from opdctl.scoring.columns import POLICY, POLICY_ENTROPY, TEACHER
 
 
-class Reopold:
+class Reopold(Weight):
     """First drops tokens below the floor, then keeps those of highest entropy (REOPOLD)."""
 
     revision = 1

@@ -18,10 +18,11 @@ from typing import Literal
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.errors import Problem
+from opdctl.protocols import Weight
 from opdctl.scoring.columns import POLICY, RIGHT, TEACHER
 
 
-class Scope:
+class Scope(Weight):
     """Right rollouts by the student's perplexity, or wrong ones by the teacher's (SCOPE)."""
 
     revision = 1

@@ -13,9 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import key
+from opdctl.protocols import Weight
 
 
-class SpecialTokens:
+class SpecialTokens(Weight):
     """0 at the first end token or mark of thinking of a response, else 1 (Revisiting OPD)."""
 
     revision = 1

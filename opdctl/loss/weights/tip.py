@@ -17,10 +17,11 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.errors import Problem
+from opdctl.protocols import Weight
 from opdctl.scoring.columns import POLICY_ENTROPY, POLICY_KL
 
 
-class Tip:
+class Tip(Weight):
     """Keeps the tokens highest in soft-or of student entropy and divergence (TIP)."""
 
     revision = 1

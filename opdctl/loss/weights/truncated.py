@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import key
+from opdctl.protocols import Weight
 from opdctl.scoring.columns import BEHAVIOUR
 
 
-class Truncated:
+class Truncated(Weight):
     """Trainer over sampler at the old weights, at most cap (truncated importance sampling)."""
 
     revision = 1

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.errors import Problem
+from opdctl.protocols import Weight
 
 
-class Window:
+class Window(Weight):
     """1 on the first or the last so many tokens of each response, else 0 (OPRD)."""
 
     revision = 1

@@ -114,10 +114,8 @@ class Vllm(Engine):
                     hint = "of one shape they do so in place; another starts vllm again each time"
                     notes.append(Problem(f"stages.{stage}.sources.{name}", message, hint))
             for name, keys in getattr(config, "objectives", {}).items():
-                own = keys.coef and getattr(member("objectives", name), "on_policy_only", False)
-                if own and not any(
-                    getattr(member("weights", w), "is_importance_weight", 0) for w in keys.weights
-                ):
+                own = keys.coef and member("objectives", name).on_policy_only
+                if own and not any(member("weights", w).is_importance_weight for w in keys.weights):
                     path = f"stages.{stage}.objectives.{name}.weights"
                     message = "vllm's log-probs are not the trainer's, and nothing corrects for it"
                     notes.append(Problem(path, message, "weights={truncated: {}}"))

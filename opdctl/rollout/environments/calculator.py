@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import Literal
 
 from opdctl.config.schema import key
+from opdctl.protocols import Environment
 
 BINARY = {
     ast.Add: operator.add,
@@ -25,7 +26,7 @@ BINARY = {
 }
 
 
-class Calculator:
+class Calculator(Environment):
     """A calculator that answers a turn ending in a call with the value of its expression."""
 
     revision = 1

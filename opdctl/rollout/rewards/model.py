@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from opdctl.protocols import Reward
 
-class Model:
+
+class Model(Reward):
     """The probability an outcome reward model (stage kind orm) gives the whole answer."""
 
     revision = 1

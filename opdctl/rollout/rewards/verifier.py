@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from opdctl.protocols import Reward
 
-class Verifier:
+
+class Verifier(Reward):
     """1 if the verifier of the prompt's domain passes the answer, else 0."""
 
     revision = 1

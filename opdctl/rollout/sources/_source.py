@@ -42,6 +42,16 @@ class Source(ABC):
         """Return what the schema cannot check of the source's keys in a stage."""
         return []
 
+    @staticmethod
+    def notes(config) -> list[Problem]:
+        """Return keys that are well formed and have no effect."""
+        return []
+
+    @staticmethod
+    def needs_for(config) -> tuple[str, ...]:
+        """Return the needs that these keys add to ``needs``."""
+        return ()
+
     @property
     def sources(self) -> list[Source]:
         """The sources that sample, each with its own ``parameters`` and ``sampled``."""

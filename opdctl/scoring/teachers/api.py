@@ -17,11 +17,12 @@ from contextlib import closing
 from opdctl import draws
 from opdctl.errors import StageFailed
 from opdctl.models.chat.messages import question
+from opdctl.protocols import Teacher
 from opdctl.remote.endpoint import opened, reading
 from opdctl.types import Prompt
 
 
-class Api:
+class Api(Teacher):
     """Texts of a model behind an OpenAI-compatible API; no scores."""
 
     revision = 1

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from opdctl.protocols import Teacher
 from opdctl.scoring.quantities import LOCAL
 
 
-class Local:
+class Local(Teacher):
     """A frozen model in this process; scores the exact token ids."""
 
     revision = 1

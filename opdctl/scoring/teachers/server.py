@@ -21,6 +21,7 @@ from contextlib import closing
 
 from opdctl import draws
 from opdctl.errors import StageFailed, UsageError
+from opdctl.protocols import Teacher
 from opdctl.remote.endpoint import opened, reading
 from opdctl.scoring.asks import LOGPROBS, Asks
 from opdctl.scoring.quantities import SERVED
@@ -32,7 +33,7 @@ RAW = "start it with --logprobs-mode raw_logprobs, and in a precision that is fi
 ROUNDED = 1e-4  # the log of 1 in a low precision may come out this far above 0
 
 
-class Server:
+class Server(Teacher):
     """A frozen model behind vLLM's server; log-probs of the exact token ids, and its top k."""
 
     revision = 1

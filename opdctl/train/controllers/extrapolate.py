@@ -25,11 +25,12 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.errors import Problem, UsageError
+from opdctl.protocols import Controller
 from opdctl.rollout.prompts import PromptOrder
 from opdctl.rollout.sampling import sample_group
 
 
-class Extrapolate:
+class Extrapolate(Controller):
     """Leaps ahead along the last direction at steps 2^n, as far as a verifier agrees (EffOPD)."""
 
     revision = 1

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.errors import Problem
+from opdctl.protocols import Controller
 from opdctl.scoring.columns import DECAY
 
 EFFECTIVE = 1e-8  # a decay that is above 0, whatever the rounding
 
 
-class Length:
+class Length(Controller):
     """The limit of a response follows the effective lengths of the step before (Prune-OPD)."""
 
     revision = 1

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.config.settings import WatchdogConfig
+from opdctl.protocols import Watchdog
 
 
-class Empty:
+class Empty(Watchdog):
     """No rollouts in a step, or none whose tokens may train."""
 
     revision = 1

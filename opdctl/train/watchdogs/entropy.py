@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.config.settings import WatchdogConfig
+from opdctl.protocols import Watchdog
 
 
-class Entropy:
+class Entropy(Watchdog):
     """The student's own samples are all but certain to it: its entropy has collapsed."""
 
     revision = 1

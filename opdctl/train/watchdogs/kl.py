@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.config.settings import WatchdogConfig
+from opdctl.protocols import Watchdog
 
 
-class Kl:
+class Kl(Watchdog):
     """Too many nats a token between the student and a domain's teacher."""
 
     revision = 1

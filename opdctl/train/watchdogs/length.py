@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.config.settings import WatchdogConfig
+from opdctl.protocols import Watchdog
 
 
-class Length:
+class Length(Watchdog):
     """Responses that collapse, or are cut at the limit."""
 
     revision = 1

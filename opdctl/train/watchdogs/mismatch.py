@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.config.settings import WatchdogConfig
+from opdctl.protocols import Watchdog
 
 
-class Mismatch:
+class Mismatch(Watchdog):
     """Log-probs of the sampled tokens differ between trainer and sampler."""
 
     revision = 1

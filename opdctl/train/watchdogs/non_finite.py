@@ -11,9 +11,10 @@ from typing import Literal
 
 from opdctl.config.schema import key
 from opdctl.config.settings import WatchdogConfig
+from opdctl.protocols import Watchdog
 
 
-class NonFinite:
+class NonFinite(Watchdog):
     """Optimizer steps skipped because a loss or a gradient is not finite."""
 
     revision = 1

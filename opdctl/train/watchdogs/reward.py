@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import key
 from opdctl.config.settings import WatchdogConfig
+from opdctl.protocols import Watchdog
 
 
-class Reward:
+class Reward(Watchdog):
     """All rewards of a domain 0, or all 1."""
 
     revision = 1
