@@ -130,7 +130,9 @@ class TokenView:
     def teacher_states(self, which: str) -> list[tuple[slice, str, Tensor]]:
         """Return those of the tokens' own teachers, on the layers that belong to the policy's: for
         each run of tokens of one teacher the slice, its name and [run, L, its width]."""
-        return list(self.teacher_cache.states(*self._asked, self.layers.state_indices(which)))
+        return list(
+            self.teacher_cache.states(*self._teacher_rows, self.layers.state_indices(which))
+        )
 
     @cached_property
     def logprob_C(self) -> Tensor:
@@ -156,7 +158,7 @@ class TokenView:
         return self.columns[POLICY] if POLICY in self.columns else self.logprob_C.detach()
 
     @property
-    def _asked(self) -> tuple[Tensor, Tensor]:
+    def _teacher_rows(self) -> tuple[Tensor, Tensor]:
         """The teacher of each token, and its row of that teacher."""
         return self.columns[TEACHER_INDEX], self.columns[TEACHER_ROW]
 
@@ -167,7 +169,7 @@ class TokenView:
         teacher's ``scoring.overlap.top_of`` most probable tokens that are among the student's, with
         the mass of those under both.
         """
-        teacher_CV = self.teacher_cache.logits(*self._asked)
+        teacher_CV = self.teacher_cache.logits(*self._teacher_rows)
         ids_CK = self.target_C[:, None]
         if overlap:
             top_CK = teacher_CV.topk(top_of(self.chunk.head), dim=-1).indices
@@ -187,7 +189,7 @@ class TokenView:
             support: topk_student, topk_teacher or topk_union.
             tails: the mass outside the ids is wanted too.
         """
-        theirs_CK = self.teacher_cache.gather("top_NK", *self._asked)[:, :k]
+        theirs_CK = self.teacher_cache.gather("top_NK", *self._teacher_rows)[:, :k]
         k, seen = theirs_CK.shape[1], top_of(self.chunk.head)
         ours_CK = self.rows.top(k)
         ids_CK, keep_CK = union(ours_CK, theirs_CK)
@@ -199,12 +201,12 @@ class TokenView:
         first = k if support == "topk_teacher" else 0  # the student's ids are not asked for
         asked_CK = torch.cat([self.target_C[:, None], ids_CK[:, first:]], -1)
         outside_CK = ids_CK[:, part] if tails else None
-        logq_CK, tail_C = self.teacher_cache.logprobs_at(*self._asked, asked_CK, outside_CK)
+        logq_CK, tail_C = self.teacher_cache.logprobs_at(*self._teacher_rows, asked_CK, outside_CK)
         seen_CK = torch.cat([self.target_C[:, None], theirs_CK[:, :seen]], -1)
         theirs_logq_CK = logq_CK[:, 1 + k - first :]
         seen_logq_CK = torch.cat([logq_CK[:, :1], theirs_logq_CK[:, :seen]], -1)
         known = self.teacher_cache.has_all("entropy_N")
-        entropy_C = self.teacher_cache.gather("entropy_N", *self._asked) if known else None
+        entropy_C = self.teacher_cache.gather("entropy_N", *self._teacher_rows) if known else None
         seen_logp_CK = self.rows.at(seen_CK, leaf=False)
         seen_ours_CK = ours_CK[:, :seen] if overlap and seen <= k else None
         self._log_both(seen_CK, seen_logp_CK, seen_logq_CK, seen_ours_CK, entropy_C)

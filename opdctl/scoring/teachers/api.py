@@ -51,7 +51,7 @@ class Api(Teacher):
             StageFailed: it failed, or gave no answer; what was answered before is kept.
         """
         how = (self.reference, sampling.temperature, sampling.max_tokens)
-        questions = list(map(self._asked, prompts))
+        questions = list(map(self._body, prompts))
         names = [
             f"answer {draws.key(*how, a, k):016x}" for a, k in zip(questions, keys, strict=True)
         ]
@@ -66,7 +66,7 @@ class Api(Teacher):
                 self._log(names[todo[at]], *answers[todo[at]])
         return answers
 
-    def _asked(self, prompt: Prompt) -> dict:
+    def _body(self, prompt: Prompt) -> dict:
         if not self.chat:
             return {"prompt": prompt.text}
         body: dict = {"messages": [dict(m) for m in question(self.student.turns(prompt))]}
