@@ -16,7 +16,7 @@ _GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111
 
 
 def key(*parts: object) -> int:
-    """64 bits that stand for ``parts``; equal parts give equal bits on every machine."""
+    """Return 64 bits that stand for ``parts``; equal parts give equal bits on every machine."""
     text = "\x1f".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 

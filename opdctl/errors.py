@@ -41,7 +41,7 @@ class UsageError(OpdctlError, ValueError):
 
 
 class BusyError(OpdctlError):
-    """Another process holds the run directory or the stage."""
+    """The run directory or the stage is held by another process."""
 
     exit_code = EXIT_BUSY
 

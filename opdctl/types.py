@@ -1,4 +1,4 @@
-"""What passes between the families: prompts, rollouts, score requests. No torch here.
+"""The values that pass between the families: prompts, rollouts, score requests. No torch here.
 
 Everything that has one number per response token has one for each token of a rollout that was
 written by its source; what an environment answered in between is context.
@@ -81,12 +81,12 @@ class Rollout:
 
     @property
     def length(self) -> int:
-        """Tokens that its source wrote."""
+        """The number of tokens that its source wrote."""
         return len(self.response_ids) - sum(stop - start for start, stop in self.observed)
 
     @property
     def forwarded(self) -> int:
-        """Tokens that sampling it ran through the model: each turn reads all before it again."""
+        """The tokens that sampling ran through the model: each turn reads all before it again."""
         whole = len(self.prompt_ids)
         return whole + len(self.response_ids) + sum(whole + start for start, _ in self.observed)
 
@@ -99,7 +99,7 @@ class Rollout:
 
     @property
     def name(self) -> str:
-        """How messages name it: its prompt's id, and its place among the samples of the step."""
+        """The name in messages: its prompt's id, and its place among the samples of the step."""
         return f"the rollout of prompt {self.prompt.id} ({self.prompt.domain}), group {self.group}"
 
 
@@ -119,12 +119,12 @@ class ScoreRequest:
         assert 0 < self.start <= len(self.ids), "a target needs one token of context"
 
     def __len__(self) -> int:
-        """How many targets."""
+        """Return the number of targets."""
         return len(self.ids) - self.start - sum(stop - start for start, stop in self.skip)
 
     @property
     def targets(self) -> list[int]:
-        """Their places in ``ids``."""
+        """The places of the targets in ``ids``."""
         places, at = [], self.start
         for start, stop in (*self.skip, (len(self.ids), len(self.ids))):
             places += range(at, start)
@@ -159,7 +159,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check says.
+    """A result of a check.
 
     Attributes:
         severity: error, warning or ok.

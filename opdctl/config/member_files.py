@@ -96,7 +96,7 @@ class MemberFolder:
         return getattr(module, class_name(name))
 
     def contents(self, family: str, name: str) -> dict[str, str]:
-        """Hashes of a member's file and of those it imports from this place, by path below it."""
+        """Return hashes of a member's file and of those it imports from this folder, by path."""
         files = {self.root / family / f"{name}.py"}
         waiting = list(files)
         while waiting:
@@ -107,7 +107,7 @@ class MemberFolder:
 
 
 def class_name(name: str) -> str:
-    """``reverse_kl`` -> ``ReverseKl``."""
+    """Return the class name of a member's file name: ``reverse_kl`` -> ``ReverseKl``."""
     return "".join(part.capitalize() for part in name.split("_"))
 
 

@@ -1,4 +1,4 @@
-"""What a model reference means. One string names a model everywhere:
+"""The meaning of a model reference. One string names a model everywhere:
 
 stage:sft               the output of a stage of this recipe: an edge of the graph
 policy                  a frozen copy of the student's own starting point
@@ -43,7 +43,7 @@ class Reference:
 
 
 def parse(text: str) -> Reference:
-    """Never raises: what it cannot read has the form ``unknown``."""
+    """Parse a reference without raising: one it cannot read has the form ``unknown``."""
     if len(text) > LONGEST or not text.isprintable():
         return Reference("unknown", text)
     if text == "policy":
@@ -61,7 +61,7 @@ def parse(text: str) -> Reference:
 
 
 def folder_complaint(folder: str) -> tuple[str, str] | None:
-    """``(message, hint)`` if a model folder cannot be what it says; None if it may be.
+    """Return ``(message, hint)`` if a model folder cannot be what it says, else None.
 
     Reads config.json and the headers of the weights, and allocates nothing: a config that describes
     more than the weights hold never gets as far as a model.
@@ -95,20 +95,20 @@ def folder_complaint(folder: str) -> tuple[str, str] | None:
     numbers = sum(map(math.prod, shapes))
     for name, value in _sizes(config):
         if value > (len(shapes) if name in LAYERS else numbers):
-            what = f"says {name}: {value}, more than the weights beside it hold"
-            return f"{place / 'config.json'} {what}", hint
+            message = f"says {name}: {value}, more than the weights beside it hold"
+            return f"{place / 'config.json'} {message}", hint
     return None
 
 
 def _json(content: bytes) -> dict:
-    found = json.loads(content)
-    if not isinstance(found, dict):
+    value = json.loads(content)
+    if not isinstance(value, dict):
         raise ValueError("not a JSON object")
-    return found
+    return value
 
 
 def shapes_in(path: Path) -> list[list[int]]:
-    """Shapes of the tensors in a safetensors file, from its header.
+    """Return the shapes of the tensors in a safetensors file, from its header.
 
     Raises:
         OSError, ValueError: it cannot be read, or is shorter than its header says.
@@ -142,18 +142,18 @@ def _sizes(config: dict):
 
 
 def address(text: str) -> tuple[str, str]:
-    """``http://host:8000#NAME`` -> the address, and the name of a served model or nothing."""
+    """Split ``http://host:8000#NAME`` into the address and the name of a served model or ""."""
     base, _, name = text.partition("#")
     return base.rstrip("/").removesuffix("/v1"), name
 
 
 def is_model(folder: str) -> bool:
-    """Whether a folder looks like a checkpoint in Hugging Face format."""
+    """Return True for a folder that looks like a checkpoint in Hugging Face format."""
     return os.path.isfile(Path(folder) / "config.json")
 
 
 def is_adapter(folder: str) -> bool:
-    """Whether a folder holds an adapter of peft, and no weights of a model."""
+    """Return True for a folder that holds an adapter of peft and no weights of a model."""
     place = Path(folder)
     if not os.path.isfile(place / "adapter_config.json") or any(place.glob("model*.safetensors")):
         return False
@@ -161,13 +161,13 @@ def is_adapter(folder: str) -> bool:
 
 
 def is_there(folder: str) -> bool:
-    """Whether a folder holds a model, or an adapter and what it stands on."""
+    """Return True for a folder that holds a model, or an adapter whose base exists."""
     base = base_of(folder)
     return is_model(base or folder) or parse(base).form == "public"
 
 
 def base_of(folder: str) -> str:
-    """What an adapter stands on: a folder, or a public name; empty for a model of its own.
+    """Return the base of an adapter, a folder or a public name; empty for a whole model.
 
     A folder of the same run is looked for first, where it stood from the adapter; others beside the
     adapter, then from the working directory.
@@ -192,7 +192,7 @@ def base_of(folder: str) -> str:
 
 
 def _unfounded(folder: str) -> tuple[str, str] | None:
-    """``(message, hint)`` if an adapter's base cannot be what its configuration says."""
+    """Return ``(message, hint)`` if an adapter's base cannot be what its configuration says."""
     base, hint = base_of(folder), "base_model_name_or_path in adapter_config.json names its base"
     if os.path.isdir(base):
         if not is_model(base):
@@ -215,7 +215,7 @@ def _broken(weights: Path) -> tuple[str, str] | None:
 
 
 def written_in(folder: str) -> str:
-    """``model``, ``classifier``, or empty: what the config.json of a folder says is in it."""
+    """Return ``model``, ``classifier`` or empty, as the config.json of a folder says."""
     if is_adapter(folder):
         folder = base_of(folder)
         if not Path(folder).is_dir():
@@ -231,7 +231,7 @@ def written_in(folder: str) -> str:
 def complaint(
     text: str, stages: list[str], aliases: list[str], folders: bool = True
 ) -> tuple[str, str] | None:
-    """``(message, hint)`` if the reference cannot be followed, else None.
+    """Return ``(message, hint)`` if the reference cannot be followed, else None.
 
     Args:
         folders: whether folders are looked at; a run that is over may have outlived them.
@@ -252,7 +252,7 @@ def complaint(
 
 
 def vocabulary(folder: str) -> dict[str, int] | None:
-    """Token -> id of the tokenizer in a folder, read without loading it; None without one."""
+    """Return ``{token: id}`` of the tokenizer in a folder, without loading it; None without one."""
     path = Path(folder) / "tokenizer.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -265,7 +265,7 @@ def vocabulary(folder: str) -> dict[str, int] | None:
 
 
 def first_difference(ours: dict[str, int], theirs: dict[str, int]) -> str:
-    """Says where two vocabularies first differ, by id; empty if they are equal."""
+    """Describe where two vocabularies first differ, by id; empty if they are equal."""
     if ours == theirs:
         return ""
     by_id = {v: k for k, v in ours.items()}

@@ -67,7 +67,7 @@ _chosen: list[MemberFolder] = []  # that of the recipe which was read last; none
 
 @lru_cache
 def shipped(family: str) -> tuple[str, ...]:
-    """Names of the members of a family that come with opdctl, sorted."""
+    """Return the names of the members of a family that come with opdctl, sorted."""
     folder = resources.files("opdctl") / FOLDERS[family]
     names = (entry.name for entry in folder.iterdir())
     return tuple(sorted(n[:-3] for n in names if n.endswith(".py") and not n.startswith("_")))
@@ -114,7 +114,7 @@ def _require_new(family: str, files: dict[str, Path]) -> None:
 
 
 def members(family: str) -> tuple[str, ...]:
-    """Names of the members of a family, one's own included, sorted."""
+    """Return the names of all members of a family, one's own included, sorted."""
     return tuple(sorted((*shipped(family), *own_members(family))))
 
 
@@ -147,8 +147,8 @@ def file_of(family: str, name: str) -> Path | None:
 
 
 def own_contents(names: Iterable[str]) -> dict[str, str]:
-    """Hashes of the files of those among ``FAMILY/NAME`` that are one's own, and of the files they
-    import from beside them: path below the folder of members -> hash. Empty without any."""
+    """Return the hashes of own members among ``FAMILY/NAME`` and of the files that they import from
+    beside them, by path below the folder of members; empty without any."""
     hashes: dict[str, set[str]] = {}
     for family, name in (name.split("/") for name in names):
         if name not in shipped(family):
@@ -158,12 +158,12 @@ def own_contents(names: Iterable[str]) -> dict[str, str]:
 
 
 def needs_of(cls: type, config: object) -> tuple[str, ...]:
-    """What a member needs with these keys: its ``needs``, and what ``also(config)`` adds."""
+    """Return all that a member needs with these keys: ``needs``, and ``needs_for(config)``."""
     return (*cls.needs, *cls.needs_for(config))
 
 
 def parse_need(need: str) -> tuple[str, str]:
-    """``teacher.hidden{all}`` -> the need and what it is about; ``""`` where it says nothing."""
+    """Split ``teacher.hidden{all}`` into the need and its subject; "" where it has none."""
     name, _, about = need.partition("{")
     return name, about.removesuffix("}")
 

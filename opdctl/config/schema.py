@@ -82,7 +82,7 @@ def _copy(value: Any) -> Any:
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "known:") -> str:
-    """``did you mean 'x'?``, or the list of what is known."""
+    """Return ``did you mean 'x'?``, or the list of all that is known."""
     known = list(known)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if near:
@@ -273,7 +273,7 @@ def _shown(value: Any) -> str:
 
 
 def to_dict(config: Any) -> Any:
-    """Plain mappings and scalars of a Config, defaults included."""
+    """Return a Config as plain mappings and scalars, defaults included."""
     if dataclasses.is_dataclass(config):
         return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, dict):
@@ -319,11 +319,11 @@ def _default(f: dataclasses.Field) -> Any:
 
 
 def references(config: Any, path: str = "") -> list[tuple[str, str]]:
-    """``(dotted key, model reference)`` of every key marked ``ref``, in order of declaration."""
-    found = []
+    """Yield ``(dotted key, model reference)`` of every key marked ``ref``, as declared."""
+    pairs = []
     if isinstance(config, dict):
         for k, v in config.items():
-            found += references(v, f"{path}.{k}" if path else str(k))
+            pairs += references(v, f"{path}.{k}" if path else str(k))
     elif dataclasses.is_dataclass(config):
         if getattr(config, "coef", 1.0) == 0:
             return []  # turned off: it reads nothing
@@ -331,16 +331,16 @@ def references(config: Any, path: str = "") -> list[tuple[str, str]]:
             value = getattr(config, f.name)
             where = f"{path}.{f.name}" if path else f.name
             if f.metadata.get("ref") and isinstance(value, str):
-                found.append((where, value))
+                pairs.append((where, value))
             elif f.metadata.get("ref") and isinstance(value, dict):
-                found += [(f"{where}.{k}", v) for k, v in value.items() if isinstance(v, str)]
+                pairs += [(f"{where}.{k}", v) for k, v in value.items() if isinstance(v, str)]
             else:
-                found += references(value, where)
-    return found
+                pairs += references(value, where)
+    return pairs
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as ``{dotted key: scalar or list}``."""
+    """Return nested mappings as ``{dotted key: scalar or list}``."""
     if not isinstance(tree, dict) or (not tree and prefix):
         return {prefix: tree}
     flat: dict[str, Any] = {}

@@ -48,7 +48,7 @@ class Lora:
 
 @dataclass(kw_only=True)
 class Sampling:
-    """How responses are drawn: the whole distribution, so that log-probs are exact."""
+    """The sampler's keys. Responses come from the whole distribution, so log-probs are exact."""
 
     absent: ClassVar[dict[str, str]] = dict.fromkeys(
         ("top_p", "top_k", "min_p"),
@@ -69,7 +69,7 @@ def longest_turn(config: Any) -> int:
 
 @dataclass(kw_only=True)
 class PromptLength:
-    """What is done with prompts that are too long."""
+    """The keys for prompts that are too long."""
 
     max_tokens: int = key(
         0, "longest prompt, in tokens as the student reads it; 0 is any", least=0, neutral=True
@@ -81,7 +81,7 @@ class PromptLength:
 
 @dataclass(kw_only=True)
 class Prompts(PromptLength):
-    """Which prompts a step takes. Order is a pure function of seed, epoch and position."""
+    """The prompts of a step. Their order is a pure function of seed, epoch and position."""
 
     domains: dict[str, float] = key({}, "domain: share of each step; empty is all, equally")
     per_step: int = key(32, "prompts a step", least=1)
@@ -115,13 +115,13 @@ class Teacher:
 
     @property
     def address(self) -> str:
-        """Where it is: ``model``, or ``at`` with the name of the one meant there."""
+        """The address: ``model``, or ``at`` with the name of the model that is meant there."""
         name = self.model.partition("#")[2]
         return f"{self.at}#{name}" if self.at and name else self.at or self.model
 
 
 def routes(domains: dict[str, float], teachers: dict[str, Teacher]) -> dict[str, list[str]]:
-    """Domain -> names of the teachers that serve it.
+    """Return the names of the teachers that serve each domain.
 
     A teacher serves what ``serves`` says; without it the domain of its name; and the only one, if
     it is called ``teacher``, all of them.
@@ -204,7 +204,7 @@ class TrainConfig(StageConfig):
 
 @dataclass(kw_only=True)
 class Runtime:
-    """How a run is carried out, whatever the recipe."""
+    """The keys of how a run is carried out, whatever the recipe."""
 
     threads: int = key(1, "CPU threads of a stage", role="numeric", least=1)
     jobs: int = key(
@@ -285,7 +285,7 @@ class Runtime:
     log_rollouts: int = key(16, "rollouts in each log", role="operational", least=1)
 
     def masters_of(self, lr: float) -> bool:
-        """Whether a stage of this learning rate keeps fp32 copies of its parameters."""
+        """Return True where a stage of this learning rate keeps fp32 copies of its parameters."""
         wanted = self.master_weights == "float32" or (
             self.master_weights == "auto" and lr <= ROUNDED_AWAY
         )

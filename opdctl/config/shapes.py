@@ -28,17 +28,17 @@ class Shape:
 
     @property
     def per_token(self) -> float:
-        """Parameters that a token goes through."""
+        """The parameters that a token goes through."""
         return self.active or self.parameters
 
     @property
     def cached(self) -> int:
-        """Numbers that a cache keeps of one token: keys and values of every layer."""
+        """The numbers that a cache keeps of one token: keys and values of every layer."""
         return self.layers * (self.kept or 2 * self.kv_heads * self.head_dim)
 
     def activated(self, again: bool = False) -> int:
-        """Numbers that a training pass keeps of one token: about ten widths of each attention block
-        and four of its feed-forward part.
+        """Return the numbers that a training pass keeps of one token: about ten widths of each
+        attention block and four of its feed-forward part.
 
         Args:
             again: they are kept of one layer at a time, and of the others what goes in.
@@ -47,6 +47,6 @@ class Shape:
         return layer + self.layers * self.hidden if again else self.layers * layer
 
     def adapter(self, rank: int) -> float:
-        """Parameters of a low-rank adapter: rank times the two widths of each linear layer, four in
-        an attention block and three in its feed-forward part."""
+        """Return the parameters of a low-rank adapter: rank times the two widths of each linear
+        layer, four in an attention block and three in its feed-forward part."""
         return rank * self.layers * (8.0 * self.hidden + 3 * (self.hidden + self.intermediate))

@@ -92,7 +92,8 @@ class AdapterLine:
     """The line through the products B A of some layers of a student with an adapter."""
 
     def __init__(self, model: Model, patterns: list[str], where: str) -> None:
-        """
+        """Select the layers whose weights match the patterns.
+
         Raises:
             UsageError: a pattern matches nothing, or experts have adapters: those are stacked, and
                 ranks do not add up in them as in a layer.

@@ -11,7 +11,7 @@ from opdctl.recipe.yaml_lines import parse
 
 
 def methods() -> dict[str, Path]:
-    """Methods by name: small YAML files that compose members."""
+    """Return the methods by name: small YAML files that compose members."""
     folder = Path(str(resources.files("opdctl"))) / "methods"
     return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
 
@@ -32,7 +32,7 @@ def method(name: str) -> dict:
     if path is None:
         otherwise = "a file of your own, or one of"
         raise UsageError(f"no method {name!r}", did_you_mean(name, methods(), otherwise))
-    found = parse(path.read_text(encoding="utf-8"), name)[0]
-    if "stages" in found:
+    keys = parse(path.read_text(encoding="utf-8"), name)[0]
+    if "stages" in keys:
         raise UsageError(f"{name} is a recipe, not a method", f"opdctl run {name}")
-    return found
+    return keys

@@ -57,45 +57,45 @@ class Recipe:
     renamed: list[Note] = field(default_factory=list)  # keys that were written by their old names
 
     def to_dict(self) -> dict:
-        """What ``resolved.yaml`` holds; reading it back gives the same recipe."""
+        """Return the content of ``resolved.yaml``; reading it back gives the same recipe."""
         content = to_dict(replace(self, renamed=[]))
         left_out = ("renamed",) if self.members else ("renamed", "members")
         return {k: v for k, v in content.items() if k not in left_out}
 
     def domains(self, stage: str) -> dict[str, float]:
-        """``{domain: share}`` of a stage; shares sum to 1."""
+        """Return ``{domain: share}`` of a stage; shares sum to 1."""
         prompts = getattr(self.stages[stage], "prompts", None)
         shares = dict(getattr(prompts, "domains", {})) or dict.fromkeys(self.data, 1.0)
         total = sum(shares.values())
         return {d: s / total for d, s in shares.items() if s > 0} if total else {}
 
     def total(self, stage: str) -> int:
-        """What a stage counts: steps, batches, or the domains it evaluates; a merge nothing."""
+        """Return a stage's count: steps, batches, or the domains it evaluates; 0 of a merge."""
         config = self.stages[stage]
         evaluated = self.domains(stage) if hasattr(config, "prompts") else {}
         return getattr(config, "steps", 0) or getattr(config, "batches", 0) or len(evaluated)
 
     def notes(self) -> list[Problem]:
-        """What is allowed and has less effect than it seems, or none."""
-        found = self.renamed + graph.rounding(self, lost=False)
+        """Return what is allowed and has less effect than it seems, or none."""
+        problems = self.renamed + graph.rounding(self, lost=False)
         engine = registry.member("engines", self.runtime.engine)
-        found += engine.notes(self)
+        problems += engine.notes(self)
         for stage, config in self.stages.items():
             notes = registry.member("stages", config.kind).notes(config)
-            found += [replace(n, path=f"stages.{stage}.{n.path}") for n in notes]
-        return found
+            problems += [replace(n, path=f"stages.{stage}.{n.path}") for n in notes]
+        return problems
 
     def references(self, stage: str) -> list[tuple[str, str]]:
-        """``(key, model reference)`` of all that a stage reads, its domains' judges included."""
-        found = refs_of(self.stages[stage])
+        """Return ``(key, model reference)`` of all that a stage reads, its domains' judges too."""
+        references = refs_of(self.stages[stage])
         if hasattr(self.stages[stage], "prompts"):
             for domain in self.domains(stage):
                 verifier = self.data[domain].verifier
-                found += refs_of(verifier, f"data.{domain}.verifier")
-        return found
+                references += refs_of(verifier, f"data.{domain}.verifier")
+        return references
 
     def upstream(self, stage: str) -> list[str]:
-        """Stages whose output this stage reads, without repetition."""
+        """Return the stages whose output this stage reads, without repetition."""
         names = [
             references.parse(text).name
             for _, text in self.references(stage)
@@ -104,7 +104,7 @@ class Recipe:
         return list(dict.fromkeys(names))
 
     def order(self) -> list[str]:
-        """Stages so that each comes after what it reads; ties in the recipe's order."""
+        """Return the stages so that each comes after those it reads; ties in the recipe's order."""
         done: list[str] = []
         waiting = list(self.stages)
         while waiting:
@@ -214,8 +214,8 @@ def _build(tree: dict, problems: list[Problem]) -> Recipe | None:
         values[name] = value
     name = str(values["name"])
     if not re.fullmatch(r"\w[\w.-]*", name) or len(name.encode()) > LONGEST_NAME:
-        what = f"letters, digits, _ . - only, {LONGEST_NAME} at most: it names the run directory"
-        problems.append(Problem("name", what))
+        message = f"letters, digits, _ . - only, {LONGEST_NAME} at most: it names the run directory"
+        problems.append(Problem("name", message))
     for part in ("options", "models", "shapes", "data", "stages", "claims", "runtime"):
         value = tree.get(part) or {}
         if not isinstance(value, dict):
@@ -253,8 +253,8 @@ def _kinds(family: str, entries: dict, problems: list[Problem]) -> dict:
     for name, entry in entries.items():
         path = f"{family}.{name}"
         if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name) or len(name.encode()) > LONGEST_NAME:
-            what = f"a name has letters, digits, _ and - only, {LONGEST_NAME} at most"
-            problems.append(Problem(path, what, "it is the name of a folder"))
+            message = f"a name has letters, digits, _ and - only, {LONGEST_NAME} at most"
+            problems.append(Problem(path, message, "it is the name of a folder"))
             continue
         if not isinstance(entry, dict):
             problems.append(Problem(path, f"expected a mapping, got {entry!r}"))

@@ -142,7 +142,7 @@ def assign_all(tree, pending, where, problems, *, expanded: bool) -> dict:
 
 
 def _may_expand(tree: Any, parts: list[str]) -> bool:
-    """Whether a name on the way of an override is missing where a matrix will make names."""
+    """Return True where a name of an override is missing and a matrix will make names."""
     for part in parts:
         if not isinstance(tree, dict):
             return False
@@ -195,7 +195,7 @@ def interpolate(tree: dict, problems: list[Problem]) -> dict:
 
 
 class _Unfolding:
-    """How large a tree is with every ``${a.b}`` replaced, found without replacing any."""
+    """The size of a tree with every ``${a.b}`` replaced, counted without replacing any."""
 
     def __init__(self, tree: dict) -> None:
         self.tree, self.known = tree, {}
@@ -213,7 +213,7 @@ class _Unfolding:
         return 1 + sum(self.size_at(m[1], path, above) for m in REFERENCE.finditer(node))
 
     def size_at(self, dotted: str, path: str, above: tuple[str, ...]) -> int:
-        """Of what a key means.
+        """Return the size of a key's value.
 
         Raises:
             RecipeError: there is no such key, it leads back to itself, or it unfolds to too much.
@@ -225,8 +225,8 @@ class _Unfolding:
             node: Any = self.tree
             for part in dotted.split("."):
                 if not isinstance(node, dict) or part not in node:
-                    what = f"${{{dotted:.80}}} names no key of the recipe"
-                    raise _wrong(path, what, "${key.of.the.recipe}; the environment is not read")
+                    message = f"${{{dotted:.80}}} names no key of the recipe"
+                    raise _wrong(path, message, "${key.of.the.recipe}; the environment is not read")
                 node = node[part]
             self.known[dotted] = self.size(node, dotted, (*above, dotted))
             if self.known[dotted] > UNFOLDED:
@@ -247,7 +247,7 @@ def _has_interpolation(tree: Any) -> bool:
 
 
 def size_of(tree: Any, longest: int = 0) -> int:
-    """Characters and entries of a tree; ``longest``: of what stands for a placeholder."""
+    """Return characters and entries of a tree; ``longest`` is that of a placeholder's value."""
     if isinstance(tree, dict):
         return 1 + sum(size_of(k, longest) + size_of(v, longest) for k, v in tree.items())
     if isinstance(tree, list):
@@ -289,7 +289,7 @@ def expand(tree: Any, where: Where, problems: list[Problem], path: str = "") -> 
 
 
 def _combinations(axes: Any, name: str, path: str, problems: list[Problem]) -> list[dict]:
-    """What stands for each placeholder, of each combination; none if the axes are not well formed.
+    """Return the value of each placeholder in each combination; none if the axes are ill formed.
 
     Axes are lists, or mappings that give each value keys of its own.
     """
@@ -304,15 +304,15 @@ def _combinations(axes: Any, name: str, path: str, problems: list[Problem]) -> l
     if math.prod(map(len, axes.values())) > MOST:
         problems.append(Problem(f"{path}.matrix", f"expands to more than {MOST} entries"))
         return []
-    found = []
+    combinations = []
     for combination in itertools.product(*axes.values()):
         values: dict[str, Any] = {}
         for axis, value in zip(axes, combination, strict=True):
             values[axis] = value
             own = axes[axis][value] if isinstance(axes[axis], dict) else {}
             values |= {f"{axis}.{k}": v for k, v in own.items()}
-        found.append(values)
-    return found
+        combinations.append(values)
+    return combinations
 
 
 def _is_axis(axis: Any) -> bool:
@@ -322,7 +322,7 @@ def _is_axis(axis: Any) -> bool:
 
 
 def _fill(tree: Any, values: dict[str, Any]) -> Any:
-    """Placeholders filled in; a text that is one placeholder keeps the type of its value."""
+    """Fill in placeholders; a text that is one placeholder keeps the type of its value."""
     if isinstance(tree, str):
         whole = re.fullmatch(r"\{([\w.]+)\}", tree)
         if whole and whole[1] in values:

@@ -57,7 +57,8 @@ class PromptOrder:
     """The order in which a stage, or a source of some of its domains, takes prompts."""
 
     def __init__(self, ctx, model, domains: dict[str, bool] | None = None) -> None:
-        """
+        """Collect the prompts of a stage's domains, in the order of its seed.
+
         Args:
             model: the model that reads the prompts; it counts their tokens.
             domains: ``{domain: True}`` for the domains to take; empty is all.

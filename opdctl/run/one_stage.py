@@ -30,7 +30,7 @@ def one_stage(
     teachers: tuple[str, ...],
     method: str,
 ) -> tuple[dict, tuple[str, ...], list[str], list[str]]:
-    """``(tree, overrides in full, names of the teachers, what was filled in)``.
+    """Return ``(tree, overrides in full, names of the teachers, what was filled in)``.
 
     Raises:
         UsageError: no such method, or of another kind; a key of no stage; two teachers of a name;
@@ -52,11 +52,11 @@ def one_stage(
         raise UsageError(f"{kind} starts from no model: it takes no --student", "leave it out")
     if student:
         entry["student"] = student
-    given = {o.split("=")[0].split(".")[0] for o in overrides}
-    if "student" in keys and not {"student"} & (entry.keys() | given):
+    overridden = {o.split("=")[0].split(".")[0] for o in overrides}
+    if "student" in keys and not {"student"} & (entry.keys() | overridden):
         doc = keys["student"].metadata.get("doc", "")
         raise UsageError(f"{kind} needs a student: {doc}", "--student FOLDER, or org/name")
-    if student and "policy" in keys and "policy" not in given:
+    if student and "policy" in keys and "policy" not in overridden:
         entry["policy"] = student
         said.append("policy: the student, as no other is given")
     named = [t.split("=", 1) if "=" in t else ["teacher", t] for t in teachers]
@@ -103,25 +103,25 @@ def _full(kind: str, config: type, override: str) -> str:
 
 def _kinds(kind: str, overrides: Iterable[str], said: list[str]) -> dict[str, dict]:
     """The kind of each data entry that is given without one."""
-    given: dict[str, dict[str, str]] = {}
+    keys_by_domain: dict[str, dict[str, str]] = {}
     for override in overrides:
         path, _, value = override.partition("=")
         parts = path.split(".")
         if parts[0] == "data" and len(parts) > 2:
-            given.setdefault(parts[1], {})[".".join(parts[2:])] = value
-    found: dict[str, dict] = {}
-    for domain, keys in given.items():
+            keys_by_domain.setdefault(parts[1], {})[".".join(parts[2:])] = value
+    kinds: dict[str, dict] = {}
+    for domain, keys in keys_by_domain.items():
         if "kind" in keys or not ("path" in keys or "task" in keys):
             continue
         path = keys.get("path", "")
         file = Path(path).suffix in (".jsonl", ".json", ".parquet") or bool(shards(path))
         chosen = "reasoning_gym" if not path else "jsonl" if file else "hf"
-        found[domain] = {"kind": chosen}
+        kinds[domain] = {"kind": chosen}
         said.append(f"data.{domain}.kind: {chosen}")
         if kind == "evaluate" and chosen != "reasoning_gym" and "eval_share" not in keys:
-            found[domain]["eval_share"] = 1.0
+            kinds[domain]["eval_share"] = 1.0
             said.append(f"data.{domain}.eval_share: 1, all of {path} is evaluated on")
-    return found
+    return kinds
 
 
 def run_data(models: list[str]) -> dict[str, dict]:

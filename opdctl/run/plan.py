@@ -1,4 +1,4 @@
-"""What would happen to each stage of a recipe, and why: the one place that decides it.
+"""The one place that decides what would happen to each stage of a recipe, and why.
 
 ``plan`` and ``--dry-run`` show it; ``run``, ``resume`` and ``run --from`` carry it out. Records are
 read, and files are hashed where their contents decide. Nothing is written.

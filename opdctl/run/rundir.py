@@ -44,7 +44,7 @@ class RunDir:
         return read_json(self.stage(name) / "stage.json") or {}
 
     def manifest(self) -> dict:
-        """``run.json``.
+        """The content of ``run.json``.
 
         Raises:
             UsageError: this is not a run directory.
@@ -58,7 +58,7 @@ class RunDir:
         return manifest
 
     def is_set(self) -> bool:
-        """Whether it holds one run per seed."""
+        """Return True where it holds one run per seed."""
         return isinstance(self.manifest().get("seeds"), list)
 
     def runs(self) -> list[RunDir]:
@@ -68,7 +68,7 @@ class RunDir:
 
 
 def new_name(recipe: str) -> str:
-    """``mimo-20261120-101500-3f2a``."""
+    """Return a new name, as ``mimo-20261120-101500-3f2a``."""
     return f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
@@ -204,7 +204,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rows of a metrics file, the last attempt of each step, in the order of steps.
+    """Return the rows of a metrics file: the last attempt of each step, in the order of steps.
 
     A line that a kill cut short is left out: its step was repeated.
     """
@@ -243,13 +243,13 @@ def last_row(path: Path) -> dict:
 
 
 def last_step(path: Path) -> int:
-    """Step of the last row; 0 without one."""
+    """Return the step of the last row; 0 without one."""
     step = last_row(path).get("step", 0)
     return step if isinstance(step, int) else 0
 
 
 @contextlib.contextmanager
-def lock(path: Path, what: str, wait: float = 2.0) -> Iterator[None]:
+def lock(path: Path, subject: str, wait: float = 2.0) -> Iterator[None]:
     """Hold an OS lock on ``path``.
 
     Raises:
@@ -271,7 +271,7 @@ def lock(path: Path, what: str, wait: float = 2.0) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     holder = os.pread(fd, 200, 0).decode(errors="replace").strip()
                     raise BusyError(
-                        f"{what} is in use by {holder or 'another process'}",
+                        f"{subject} is in use by {holder or 'another process'}",
                         "wait for it, or stop that process",
                     ) from None
                 time.sleep(0.05)
@@ -284,7 +284,7 @@ def lock(path: Path, what: str, wait: float = 2.0) -> Iterator[None]:
 
 
 def held(path: Path) -> bool:
-    """Whether another process holds the lock."""
+    """Return True where another process holds the lock."""
     try:
         fd = os.open(path, os.O_RDWR)
     except OSError:

@@ -34,7 +34,7 @@ class Shape:
 
 
 class Pretrain(Stage):
-    """From scratch on the data's own texts; trains the tokenizer first."""
+    """A model from scratch on the data's own texts; trains the tokenizer first."""
 
     revision = 1
     writes = "model"

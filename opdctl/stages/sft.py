@@ -90,7 +90,7 @@ def _unanswered_environments(config, recipe, stage) -> list[Problem]:
 
 
 class Sft(Stage):
-    """On demonstrations, or on a teacher's verified samples."""
+    """A student on demonstrations, or on a teacher's verified samples."""
 
     revision = 1
     writes = "model"

@@ -64,7 +64,8 @@ class Spool(Sequence[Prompt]):
     """The prompts of a spool, or some of them. Slices are spools too and read nothing."""
 
     def __init__(self, folder: Path, places: np.ndarray | range | None = None) -> None:
-        """
+        """Open the prompts of a folder.
+
         Args:
             places: the numbers of the prompts in the file; None is all.
         """

@@ -30,7 +30,8 @@ class Transformers(Engine):
     def __init__(
         self, model, batch: int, check: Callable[[], None] = lambda: None, wal=None, blend=None
     ) -> None:
-        """
+        """Prepare to sample from a model.
+
         Args:
             batch: most samples in a batch.
             check: called at every token; may raise to stop.

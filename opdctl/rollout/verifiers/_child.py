@@ -38,7 +38,8 @@ class Child:
         first: tuple[Any, ...],
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """
+        """Start a child that answers calls of one function.
+
         Args:
             seconds: the most that one call may take.
             memory_mib: most address space of the process.

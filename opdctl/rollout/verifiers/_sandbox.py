@@ -63,7 +63,8 @@ class Sandbox:
     """
 
     def __init__(self, limits: Limits, namespaces: bool = True, python: str = "") -> None:
-        """
+        """Prepare to run solutions under these limits.
+
         Args:
             python: the interpreter; this one if empty.
             namespaces: False leaves the kernel's namespaces out.
