@@ -1,4 +1,4 @@
-"""Is the graph of a recipe possible? References, cycles, domains, kinds; all problems collected.
+"""The checks of a recipe's graph: references, cycles, domains, kinds; all problems collected.
 
 The schema has passed. Nothing is loaded: of a model folder only config.json and the tokenizer's
 vocabulary are read.
@@ -21,17 +21,17 @@ from opdctl.errors import Problem
 
 
 def check(recipe: Any, folders: bool) -> list[Problem]:
-    """Every problem of the graph. References are replaced by what their aliases mean.
+    """Return every problem of the graph. References are replaced by what their aliases mean.
 
     Args:
         folders: whether the folders and files it names must exist; a run may outlive them.
     """
-    found = _aliases(recipe, folders)
+    problems = _aliases(recipe, folders)
     for stage in recipe.stages:
-        found += _references(recipe, stage, folders)
-    found += _data(recipe, folders) + _judges(recipe, folders)
-    if found:
-        return found
+        problems += _references(recipe, stage, folders)
+    problems += _data(recipe, folders) + _judges(recipe, folders)
+    if problems:
+        return problems
     try:
         graphlib.TopologicalSorter({s: recipe.upstream(s) for s in recipe.stages}).prepare()
     except graphlib.CycleError as error:
@@ -41,28 +41,33 @@ def check(recipe: Any, folders: bool) -> list[Problem]:
     for stage, config in recipe.stages.items():
         cls = registry.member("stages", config.kind)
         for problem in cls.problems(config, recipe, stage):
-            found.append(replace(problem, path=f"stages.{stage}.{problem.path}"))
+            problems.append(replace(problem, path=f"stages.{stage}.{problem.path}"))
     for claim, roles in recipe.claims.items():
-        found += _claim(recipe, claim, roles)
-    return found + _adapters(recipe) + _engine(recipe) + rounding(recipe, lost=True)
+        problems += _claim(recipe, claim, roles)
+    return problems + _adapters(recipe) + _engine(recipe) + rounding(recipe, lost=True)
 
 
 def _engine(recipe: Any) -> list[Problem]:
-    """What the chosen engine cannot do."""
+    """Return what the chosen engine cannot do."""
     runtime = recipe.runtime
     if runtime.engine_args and runtime.engine == "transformers":
-        what = "the engine is transformers, which takes none"
-        return [Problem("runtime.engine_args", what, "runtime.engine=vllm, or leave them out")]
+        message = "the engine is transformers, which takes none"
+        return [Problem("runtime.engine_args", message, "runtime.engine=vllm, or leave them out")]
     if runtime.engine_at and runtime.engine != "vllm_server":
-        what = f"the engine is {runtime.engine}, which is in the stage's process"
+        message = f"the engine is {runtime.engine}, which is in the stage's process"
         hint = "runtime.engine=vllm_server, or leave it out"
-        return [Problem("runtime.engine_at", what, hint)]
+        return [Problem("runtime.engine_at", message, hint)]
     return registry.member("engines", runtime.engine).problems(recipe)
 
 
 def rounding(recipe: Any, lost: bool) -> list[Problem]:
-    """Stages whose steps parameters in bfloat16 lose; else those where they lose only a part. An
-    adapter is in float32; the score beside that of an outcome model is not."""
+    """Return the problem of steps that parameters in bfloat16 round away, with the stages it is of.
+
+    An adapter is in float32; the score beside that of an outcome model is not.
+
+    Args:
+        lost: name the stages that lose most of a step; else those that lose only small ones.
+    """
     rates = {
         stage: config.optim.lr
         for stage, config in recipe.stages.items()
@@ -73,13 +78,13 @@ def rounding(recipe: Any, lost: bool) -> list[Problem]:
     named = [f"{s} ({lr:g})" for s, lr in rates.items() if (lr <= ROUNDED_AWAY) == lost]
     if recipe.runtime.dtype != "bfloat16" or not named:
         return []
-    what = "rounds most of a step away" if lost else "rounds small steps away"
-    what = f"a parameter in bfloat16 {what}, with the optim.lr of {', '.join(named)}"
-    return [Problem("runtime.dtype", what, "runtime.masters=float32, or runtime.dtype=float32")]
+    message = "rounds most of a step away" if lost else "rounds small steps away"
+    message = f"a parameter in bfloat16 {message}, with the optim.lr of {', '.join(named)}"
+    return [Problem("runtime.dtype", message, "runtime.masters=float32, or runtime.dtype=float32")]
 
 
 def _adapters(recipe: Any) -> list[Problem]:
-    """Keys of an adapter where there is none."""
+    """Return the keys of an adapter where there is none."""
     return [
         Problem(
             f"stages.{stage}.lora.rank",
@@ -92,16 +97,16 @@ def _adapters(recipe: Any) -> list[Problem]:
 
 
 def _aliases(recipe, folders: bool) -> list[Problem]:
-    found = []
+    problems = []
     for alias, text in recipe.models.items():
         wrong = references.complaint(text, list(recipe.stages), [], folders)
         if wrong:
-            found.append(Problem(f"models.{alias}", *wrong))
-    return found
+            problems.append(Problem(f"models.{alias}", *wrong))
+    return problems
 
 
 def _references(recipe, stage: str, folders: bool) -> list[Problem]:
-    config, found = recipe.stages[stage], []
+    config, problems = recipe.stages[stage], []
     names, aliases = list(recipe.stages), list(recipe.models)
     for dotted, text in refs_of(config):
         target = recipe.models.get(text, text)
@@ -120,25 +125,25 @@ def _references(recipe, stage: str, folders: bool) -> list[Problem]:
         if wrong is None:
             wrong = _kind(recipe, reference, "classifier" if rewarding else "model", folders)
         if wrong:
-            found.append(Problem(f"stages.{stage}.{dotted}", *wrong))
+            problems.append(Problem(f"stages.{stage}.{dotted}", *wrong))
     for domain, share in getattr(getattr(config, "prompts", None), "domains", {}).items():
         path = f"stages.{stage}.prompts.domains.{domain}"
         if domain not in recipe.data:
             near = did_you_mean(domain, recipe.data, "data:")
-            found.append(Problem(path, f"no data {domain!r}", near))
+            problems.append(Problem(path, f"no data {domain!r}", near))
         if isinstance(share, float) and not 0 <= share < float("inf"):
-            found.append(Problem(path, f"a share is 0 or more, not {share}"))
-    return found
+            problems.append(Problem(path, f"a share is 0 or more, not {share}"))
+    return problems
 
 
 def _frozen(dotted: str) -> bool:
-    """Whether a key of a stage names a model that may be the student's own start."""
+    """Return whether a key of a stage names a model that may be the student's own start."""
     return dotted == "reference" or ".teachers." in f".{dotted}"
 
 
 def _judges(recipe, folders: bool) -> list[Problem]:
-    """The models that verifiers name. That of a stage is an edge to every stage of the domain."""
-    found = []
+    """Check the models that verifiers name; a stage's is an edge to every stage of the domain."""
+    problems = []
     for domain, config in recipe.data.items():
         verifier = config.verifier
         for dotted, text in refs_of(verifier):
@@ -151,17 +156,17 @@ def _judges(recipe, folders: bool) -> list[Problem]:
                 wrong = "policy is a teacher's reference", "write stage:NAME"
             wrong = wrong or _kind(recipe, reference, "model", folders)
             if wrong:
-                found.append(Problem(f"data.{domain}.verifier.{dotted}", *wrong))
-    return found
+                problems.append(Problem(f"data.{domain}.verifier.{dotted}", *wrong))
+    return problems
 
 
 def _taught(dotted: str) -> bool:
-    """Whether a key names a teacher: of scores, or of texts."""
+    """Return whether a key names a teacher: of scores, or of texts."""
     return dotted.startswith(("teachers.", "sources.teacher."))
 
 
 def _kind(recipe, reference, wanted: str, folders: bool) -> tuple[str, str] | None:
-    """Whether a reference names a language model where one is read, a classifier where not."""
+    """Return message and hint where a reference is of another kind of model than is read."""
     hint = (
         "an orm stage writes a classifier; pretrain, sft, rl, opd and merge write a language model"
     )
@@ -176,7 +181,7 @@ def _kind(recipe, reference, wanted: str, folders: bool) -> tuple[str, str] | No
 
 
 def _data(recipe, folders: bool) -> list[Problem]:
-    found = []
+    problems = []
     for domain, config in recipe.data.items():
         path = config.path
         place = os.path.expanduser(path)
@@ -185,47 +190,49 @@ def _data(recipe, folders: bool) -> list[Problem]:
         check = registry.member("data", config.kind).problems
         wrong = config.common_problems() + _verifier(config) + _columns(config)
         wrong += check(config) if folders else []
-        found += [replace(p, path=f"data.{domain}.{p.path}") for p in wrong]
-    return found
+        problems += [replace(p, path=f"data.{domain}.{p.path}") for p in wrong]
+    return problems
 
 
 def _columns(config) -> list[Problem]:
-    """Columns that nothing reads beside others."""
+    """Return the columns that nothing reads beside others."""
     turns = config.messages_column
     if turns and config.thought_column:
-        what = "a conversation's thinking stands in its turns: messages_column is read, not this"
+        message = "a conversation's thinking stands in its turns: messages_column is read, not this"
         return [
-            Problem("thought_column", what, "leave it out, or prompt_column for messages_column")
+            Problem("thought_column", message, "leave it out, or prompt_column for messages_column")
         ]
     if config.tools_column and not turns:
-        what = "tools belong to a conversation, and there is no messages_column"
-        return [Problem("tools_column", what, "messages_column=messages, or leave it out")]
+        message = "tools belong to a conversation, and there is no messages_column"
+        return [Problem("tools_column", message, "messages_column=messages, or leave it out")]
     return []
 
 
 def _verifier(config) -> list[Problem]:
-    """A table has one verifier, and the columns that it reads."""
+    """Check that a table has one verifier, and the columns that it reads."""
     if registry.member("data", config.kind).procedural:
         return []  # the kind brings its own
     if len(config.verifier) != 1:
         return [Problem("verifier", f"{list(config.verifier)} given", "one: verifier: math")]
     ((name, keys),) = config.verifier.items()
     cls = registry.member("verifiers", name)
-    found = [replace(p, path=f"verifier.{name}.{p.path}") for p in cls.problems(keys)]
+    problems = [replace(p, path=f"verifier.{name}.{p.path}") for p in cls.problems(keys)]
     if cls.needs_answer(keys) and not config.answer_column:
-        what = f"the verifier {name} compares with a reference answer"
-        found.append(Problem("answer_column", what, "answer_column: the column that holds it"))
-    return found
+        message = f"the verifier {name} compares with a reference answer"
+        problems.append(
+            Problem("answer_column", message, "answer_column: the column that holds it")
+        )
+    return problems
 
 
 def _claim(recipe, claim: str, roles) -> list[Problem]:
-    found = []
+    problems = []
     for dotted, text in refs_of(roles):
         wrong = references.complaint(text, list(recipe.stages), [])
         if wrong is None and references.parse(text).form != "stage":
             wrong = "a claim names stages", "write stage:NAME"
         if wrong:
-            found.append(Problem(f"claims.{claim}.{dotted}", *wrong))
+            problems.append(Problem(f"claims.{claim}.{dotted}", *wrong))
     for f in dataclasses.fields(roles):
         value, path = getattr(roles, f.name), f"claims.{claim}.{f.name}"
         groups = [value]
@@ -233,13 +240,13 @@ def _claim(recipe, claim: str, roles) -> list[Problem]:
             groups = list(value.values()) or [{}]
         for group in groups:
             if isinstance(group, dict) and not any(group.values()):
-                found.append(Problem(path, "names nothing", f.metadata["doc"]))
+                problems.append(Problem(path, "names nothing", f.metadata["doc"]))
             for domain in _domains(group) if f.metadata["domains"] else ():
                 if domain not in recipe.data:
                     near = did_you_mean(domain, recipe.data, "data:")
-                    found.append(Problem(path, f"no domain {domain!r}", near))
+                    problems.append(Problem(path, f"no domain {domain!r}", near))
     check = getattr(registry.member("claims", claim.lower()), "problems", lambda _: [])
-    return found + [replace(p, path=f"claims.{claim}.{p.path}") for p in check(roles)]
+    return problems + [replace(p, path=f"claims.{claim}.{p.path}") for p in check(roles)]
 
 
 def _domains(group: str | dict) -> list[str]:

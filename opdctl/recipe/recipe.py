@@ -56,44 +56,44 @@ class Recipe:
     members: str = field(default="", metadata={"role": "operational"})  # its files are hashed
 
     def to_dict(self) -> dict:
-        """What ``resolved.yaml`` holds; reading it back gives the same recipe."""
+        """Return the content of ``resolved.yaml``; reading it back gives the same recipe."""
         content = to_dict(self)
         return content if self.members else {k: v for k, v in content.items() if k != "members"}
 
     def domains(self, stage: str) -> dict[str, float]:
-        """``{domain: share}`` of a stage; shares sum to 1."""
+        """Return ``{domain: share}`` of a stage; shares sum to 1."""
         prompts = getattr(self.stages[stage], "prompts", None)
         shares = dict(getattr(prompts, "domains", {})) or dict.fromkeys(self.data, 1.0)
         total = sum(shares.values())
         return {d: s / total for d, s in shares.items() if s > 0} if total else {}
 
     def total(self, stage: str) -> int:
-        """What a stage counts: steps, batches, or the domains it evaluates; a merge nothing."""
+        """Return a stage's steps, its batches, or its evaluated domains; 0 for a merge."""
         config = self.stages[stage]
         evaluated = self.domains(stage) if hasattr(config, "prompts") else {}
         return getattr(config, "steps", 0) or getattr(config, "batches", 0) or len(evaluated)
 
     def notes(self) -> list[Problem]:
-        """What is allowed and has less effect than it seems, or none."""
-        found = graph.rounding(self, lost=False)
+        """Return the settings that are allowed and have less effect than it seems, or none."""
+        problems = graph.rounding(self, lost=False)
         engine = registry.member("engines", self.runtime.engine)
-        found += engine.notes(self)
+        problems += engine.notes(self)
         for stage, config in self.stages.items():
             notes = registry.member("stages", config.kind).notes(config)
-            found += [replace(n, path=f"stages.{stage}.{n.path}") for n in notes]
-        return found
+            problems += [replace(n, path=f"stages.{stage}.{n.path}") for n in notes]
+        return problems
 
     def references(self, stage: str) -> list[tuple[str, str]]:
-        """``(key, model reference)`` of all that a stage reads, its domains' judges included."""
-        found = refs_of(self.stages[stage])
+        """Return ``(key, model reference)`` of all models a stage reads, its judges included."""
+        pairs = refs_of(self.stages[stage])
         if hasattr(self.stages[stage], "prompts"):
             for domain in self.domains(stage):
                 verifier = self.data[domain].verifier
-                found += refs_of(verifier, f"data.{domain}.verifier")
-        return found
+                pairs += refs_of(verifier, f"data.{domain}.verifier")
+        return pairs
 
     def upstream(self, stage: str) -> list[str]:
-        """Stages whose output this stage reads, without repetition."""
+        """Return the stages whose output this stage reads, without repetition."""
         names = [
             references.parse(text).name
             for _, text in self.references(stage)
@@ -102,7 +102,7 @@ class Recipe:
         return list(dict.fromkeys(names))
 
     def order(self) -> list[str]:
-        """Stages so that each comes after what it reads; ties in the recipe's order."""
+        """Return the stages, each after those it reads; ties in the recipe's order."""
         done: list[str] = []
         waiting = list(self.stages)
         while waiting:
@@ -155,7 +155,7 @@ def resolve(
     written: bool = False,
     trusted: bool = False,
 ) -> Recipe:
-    """A recipe from a plain tree. See the module for the order.
+    """Resolve a recipe from a plain tree. See the module for the order.
 
     Args:
         written: it is a run's resolved recipe: its size is in it already, and the folders it names
@@ -189,7 +189,11 @@ def resolve(
 
 
 def lookup(family: str, name: str) -> type:
-    """The Config of a member; what ``schema.build`` asks for."""
+    """Return the Config of a member, for ``schema.build``.
+
+    Raises:
+        UsageError: no such member, or it has no keys.
+    """
     cls = registry.member(family, name)
     if not hasattr(cls, "Config"):
         raise UsageError(f"{family}/{name} is chosen by opdctl itself", "it has no keys")
@@ -209,8 +213,8 @@ def _build(tree: dict, problems: list[Problem]) -> Recipe | None:
         values[name] = value
     name = str(values["name"])
     if not re.fullmatch(r"\w[\w.-]*", name) or len(name.encode()) > LONGEST_NAME:
-        what = f"letters, digits, _ . - only, {LONGEST_NAME} at most: it names the run directory"
-        problems.append(Problem("name", what))
+        message = f"letters, digits, _ . - only, {LONGEST_NAME} at most: it names the run directory"
+        problems.append(Problem("name", message))
     for part in ("options", "models", "shapes", "data", "stages", "claims", "runtime"):
         value = tree.get(part) or {}
         if not isinstance(value, dict):
@@ -247,8 +251,8 @@ def _kinds(family: str, entries: dict, problems: list[Problem]) -> dict:
     for name, entry in entries.items():
         path = f"{family}.{name}"
         if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name) or len(name.encode()) > LONGEST_NAME:
-            what = f"a name has letters, digits, _ and - only, {LONGEST_NAME} at most"
-            problems.append(Problem(path, what, "it is the name of a folder"))
+            message = f"a name has letters, digits, _ and - only, {LONGEST_NAME} at most"
+            problems.append(Problem(path, message, "it is the name of a folder"))
             continue
         if not isinstance(entry, dict):
             problems.append(Problem(path, f"expected a mapping, got {entry!r}"))

@@ -1,4 +1,4 @@
-"""YAML text -> plain tree, with the line of every key and every duplicate key.
+"""The reader of YAML text: a plain tree, the line of every key, and every duplicate key.
 
 PyYAML alone keeps the last of two equal keys and says nothing. A recipe is text of a stranger: its
 size, its depth and what its aliases unfold to are bounded, tags that make objects are refused, and
@@ -35,7 +35,7 @@ def parse(text: str, name: str) -> tuple[dict, dict[str, str], list[Problem]]:
 
 
 def parse_value(text: str) -> Any:
-    """The value of ``key=value`` as YAML reads it.
+    """Return the value of ``key=value`` as YAML reads it.
 
     Raises:
         UsageError: not YAML, or not plain values.
@@ -48,12 +48,12 @@ def parse_value(text: str) -> Any:
 
 
 def dump(tree: Any) -> str:
-    """YAML of a plain tree, keys in their order."""
+    """Return the YAML of a plain tree, keys in their order."""
     return yaml.dump(tree, Dumper=DUMPER, sort_keys=False, default_flow_style=False)
 
 
 class _Reader:
-    """Reads one text."""
+    """A reader of one text."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -74,17 +74,17 @@ class _Reader:
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = f":{mark.line + 1}" if mark else ""
-            what = getattr(error, "problem", None) or str(error).split("\n")[0]
-            if "maximum nesting" in what:  # PyYAML 6.0.4 scans ahead to a limit of its own
-                what = f"{self.name}{line}: nested deeper than {DEEPEST} levels"
-                raise UsageError(what) from error
+            message = getattr(error, "problem", None) or str(error).split("\n")[0]
+            if "maximum nesting" in message:  # PyYAML 6.0.4 scans ahead to a limit of its own
+                message = f"{self.name}{line}: nested deeper than {DEEPEST} levels"
+                raise UsageError(message) from error
             hint = "quote what YAML reads as its own: a colon, a bracket, a tab"
-            raise UsageError(f"{self.name}{line}: not YAML: {what}", hint) from error
+            raise UsageError(f"{self.name}{line}: not YAML: {message}", hint) from error
         tree = None if node is None else self._node(node, "", (), False)
         return tree, self.lines, self.problems
 
     def _bound(self, text: str) -> None:
-        """Depth, from the events: the composer would call itself for every level."""
+        """Refuse too deep a text, by its events: the composer would call itself for every level."""
         depth = 0
         for event in yaml.parse(text, Loader=LOADER):
             if isinstance(event, yaml.CollectionStartEvent):
@@ -108,8 +108,10 @@ class _Reader:
             self.problems.append(Problem(path, "refers to itself", "", self._at(node)))
             return None
         if node.tag not in PLAIN:
-            what = f"a value tagged {node.tag.removeprefix(TAG)!r} is not text, a number or a truth"
-            self.problems.append(Problem(path, what, "quote it", self._at(node)))
+            message = (
+                f"a value tagged {node.tag.removeprefix(TAG)!r} is not text, a number or a truth"
+            )
+            self.problems.append(Problem(path, message, "quote it", self._at(node)))
             return None
         above = (*above, id(node))
         if isinstance(node, yaml.MappingNode):
@@ -123,8 +125,8 @@ class _Reader:
         try:
             value = self.loader.construct_object(node, deep=True)
         except (yaml.YAMLError, ValueError) as error:
-            what = getattr(error, "problem", None) or str(error)
-            self.problems.append(Problem(path, what, "", self._at(node)))
+            message = getattr(error, "problem", None) or str(error)
+            self.problems.append(Problem(path, message, "", self._at(node)))
             return None
         if isinstance(value, int) and abs(value) >= LARGEST:
             self.problems.append(Problem(path, "a whole number too large", "", self._at(node)))
@@ -139,8 +141,8 @@ class _Reader:
             key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else ""
             where = f"{path}.{key}" if path else key
             if not key or not key.isprintable() or len(key) > LONGEST_KEY:
-                what = f"{key!r:.80}: a key is up to {LONGEST_KEY} printable characters"
-                self.problems.append(Problem(path, what, "", self._at(key_node)))
+                message = f"{key!r:.80}: a key is up to {LONGEST_KEY} printable characters"
+                self.problems.append(Problem(path, message, "", self._at(key_node)))
                 continue
             if key in tree:
                 at = self.lines[where].rpartition(":")[2]
@@ -157,15 +159,15 @@ class _Reader:
             for part in below if isinstance(below, list) else [below]:
                 if not isinstance(part, dict):
                     hint = "<<: *anchor"
-                    what = Problem(path, "<<: takes a mapping", hint, self._at(value_node))
-                    self.problems.append(what)
+                    place = self._at(value_node)
+                    self.problems.append(Problem(path, "<<: takes a mapping", hint, place))
                     continue
                 for key, value in part.items():
                     tree.setdefault(key, value)
         return tree
 
     def _place(self, where: str, node: yaml.Node, merged: bool) -> None:
-        """The line of a key: its own, before that of one merged in."""
+        """Note the line of a key: its own, before that of one merged in."""
         if merged:
             self.lines.setdefault(where, self._at(node))
         else:
