@@ -43,7 +43,7 @@ exclude execute exit expand explain export extend extract fail fetch fill filter
 fit flatten fold follow forbid force fork format free freeze gather generate get give go group
 grow guard handle hash hold ignore import include index infer initialise insert install
 interpolate join judge keep kill lay leave let limit link list load locate lock log look lower
-make map mark match measure merge mix move multiply name normalise open order override pack
+make map mark match measure merge mix move multiply name normalise note open order override pack
 pad parse pass pause perform permute pick plan pool pop prepare prevent print probe process
 project propagate publish put quote raise rank read rebuild receive recompute record redirect
 reduce refuse register reject release reload remember remove rename render repeat replace

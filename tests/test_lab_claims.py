@@ -141,11 +141,11 @@ CASES = {
 
 def measurement(changes=None):
     changes = changes or {}
-    found = Measured()
+    measured = Measured()
 
     def put(key, value):
         whole, rest = divmod(round(value * 10_000), 1000)
-        found.values[key] = np.array([whole + (i < rest) for i in range(1000)], float) / 10
+        measured.values[key] = np.array([whole + (i < rest) for i in range(1000)], float) / 10
 
     for key, value in {
         **SCORES,
@@ -160,8 +160,8 @@ def measurement(changes=None):
     }.items():
         put(key, value)
     for stage, flops in FLOPS.items():
-        found.facts |= {(stage, n): flops for n in ("student flops", "all flops")}
-    found.facts |= {k: v for k, v in {**VARIANCE, **changes}.items() if len(k) == 2}
+        measured.facts |= {(stage, n): flops for n in ("student flops", "all flops")}
+    measured.facts |= {k: v for k, v in {**VARIANCE, **changes}.items() if len(k) == 2}
     rows = {
         "opd": [
             {
@@ -178,11 +178,11 @@ def measurement(changes=None):
             for i in range(60)
         ],
     }
-    for (stage, what), value in [(k[:2], v) for k, v in changes.items()]:
-        if what == "row":
+    for (stage, kind), value in [(k[:2], v) for k, v in changes.items()]:
+        if kind == "row":
             rows[stage] = [{**row, **value} for row in rows[stage]]
-    found.rows = rows
-    return found
+    measured.rows = rows
+    return measured
 
 
 def verdict(claim, roles, *runs):
@@ -197,12 +197,14 @@ def verdict(claim, roles, *runs):
 def test_holds_and_fails(claim):
     roles, change = CASES[claim]
     good = measurement()
-    found = verdict(claim, roles, good)
-    assert found["holds"] is True, found
+    good_verdict = verdict(claim, roles, good)
+    assert good_verdict["holds"] is True, good_verdict
     bad = verdict(claim, roles, measurement(change))
     assert bad["holds"] is False, bad
     several = verdict(claim, roles, *[good] * 3)
-    assert several["holds"] is True and several["measured"].keys() == found["measured"].keys()
+    assert (
+        several["holds"] is True and several["measured"].keys() == good_verdict["measured"].keys()
+    )
 
 
 def test_every_claim_has_such_a_case():
@@ -210,9 +212,9 @@ def test_every_claim_has_such_a_case():
 
 
 def test_t1_counts_steps_to_the_teachers_level():
-    found = verdict("t1", T1, measurement())
+    result = verdict("t1", T1, measurement())
     # level .86 - .03: the mean of three steps passes it at .78, .88, .9 -> steps 5, 6, 7
-    assert found["measured"]["share of RL's steps"] == pytest.approx(7 / 60)
+    assert result["measured"]["share of RL's steps"] == pytest.approx(7 / 60)
 
 
 def test_q2_needs_the_whole_interval_above_zero():
@@ -246,9 +248,9 @@ def test_facts_and_scores_of_records():
         "tokens": [8, 4, 12],
         "obeyed": [4, 2, 0],
     }
-    found = per_prompt(row)
-    assert found["m", "d"].tolist() == [0, 0.25, 1] == found["m", "d", "pass@1"].tolist()
-    assert found["m", "d", "pass@2"].tolist() == [0, 0.5, 1]
-    assert found["m", "d", "pass@4"].tolist() == [0, 1, 1]
-    assert found["m", "d", "tokens"].tolist() == [2, 1, 3]
-    assert found["m", "d", "obedience"].tolist() == [1, 0.5, 0]
+    scores = per_prompt(row)
+    assert scores["m", "d"].tolist() == [0, 0.25, 1] == scores["m", "d", "pass@1"].tolist()
+    assert scores["m", "d", "pass@2"].tolist() == [0, 0.5, 1]
+    assert scores["m", "d", "pass@4"].tolist() == [0, 1, 1]
+    assert scores["m", "d", "tokens"].tolist() == [2, 1, 3]
+    assert scores["m", "d", "obedience"].tolist() == [1, 0.5, 0]

@@ -1,6 +1,7 @@
 """A recipe on a base, and a size with keys of whole kinds: what wins, and where errors point."""
 
 import json
+import os
 
 import pytest
 
@@ -268,3 +269,14 @@ def test_a_base_is_no_override_and_no_key_of_a_resolved_recipe(folder):
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_a_shipped_recipe_can_be_read_in_one_sitting(name):
     assert read_source(name).text.count("\n") <= 250
+
+
+def test_members_of_a_base_are_looked_for_beside_it(folder):
+    (folder / "sub").mkdir()
+    (folder / "below.yaml").write_text(BASE + "members: ./mine\n")
+    (folder / "sub" / "top.yaml").write_text("base: ../below.yaml\n")
+    tree = read_source(str(folder / "sub" / "top.yaml")).layer.tree
+    assert os.path.normpath(tree["members"]) == str(folder / "mine")
+    (folder / "sub" / "top.yaml").write_text("base: ../below.yaml\nmembers: ./other\n")
+    tree = read_source(str(folder / "sub" / "top.yaml")).layer.tree
+    assert tree["members"] == str(folder / "sub" / "other")

@@ -1,4 +1,4 @@
-"""What `plan` and `--dry-run` say is what `run`, `resume` and `run --from` then do."""
+"""The plan is kept: `run`, `resume` and `run --from` do as `plan` and `--dry-run` say."""
 
 import dataclasses
 import json
@@ -68,15 +68,15 @@ def weights(folder):
     return folder / "model.safetensors"
 
 
-def change(finished, run, what):
+def change(finished, run, changed):
     """Change one file; the words that a reason has for it."""
-    if what == "rows":
+    if changed == "rows":
         path = finished / "rows.jsonl"
         path.write_text(path.read_text().replace("b101=", "b1010101="))
         return "data.sums.path", str(path), "other data since"
-    path = weights(run.output("first") if what == "output" else finished / "model")
+    path = weights(run.output("first") if changed == "output" else finished / "model")
     flip(path)
-    if what == "output":
+    if changed == "output":
         return "its own output", "other weights since"
     return "student", str(finished / "model"), "other weights since"
 
@@ -91,9 +91,9 @@ def skipped(stages):
     return {name for name, entry in stages.items() if entry["action"] == "skip"}
 
 
-@pytest.mark.parametrize("what", CHANGES)
-def test_from_does_what_plan_and_dry_run_say(finished, copy, tmp_path, what):
-    words, recipe = change(finished, copy, what), finished / "recipe.yaml"
+@pytest.mark.parametrize("changed", CHANGES)
+def test_from_does_what_plan_and_dry_run_say(finished, copy, tmp_path, changed):
+    words, recipe = change(finished, copy, changed), finished / "recipe.yaml"
     stages = planned(recipe, "--from", copy.path)
     assert {n: s["action"] for n, s in stages.items()} == {
         "alone": "skip",
@@ -113,9 +113,9 @@ def test_from_does_what_plan_and_dry_run_say(finished, copy, tmp_path, what):
     assert skipped(planned(new.path)) == set(stages)  # and now all is done
 
 
-@pytest.mark.parametrize("what", CHANGES)
-def test_resume_keeps_what_is_done_and_plan_says_what_has_changed(finished, copy, what):
-    words = change(finished, copy, what)
+@pytest.mark.parametrize("changed", CHANGES)
+def test_resume_keeps_what_is_done_and_plan_says_what_has_changed(finished, copy, changed):
+    words = change(finished, copy, changed)
     stages = planned(copy.path)
     assert skipped(stages) == set(stages)
     assert stages["alone"]["reasons"] == ["done"]
@@ -126,25 +126,25 @@ def test_resume_keeps_what_is_done_and_plan_says_what_has_changed(finished, copy
     assert {s: copy.record(s) for s in stages} == records
 
 
-@pytest.mark.parametrize("what", CHANGES)
-def test_resume_refuses_what_plan_calls_blocked(finished, copy, what):
+@pytest.mark.parametrize("changed", CHANGES)
+def test_resume_refuses_what_plan_calls_blocked(finished, copy, changed):
     """A stage that is not done reads what another saw otherwise: nothing is started."""
     shutil.rmtree(copy.stage("second") / "output")
     (copy.stage("second") / "stage.json").unlink()
     assert planned(copy.path)["second"]["action"] == "run"
-    if what == "model":  # the second reads none: the first is to be made again, and reads it
+    if changed == "model":  # the second reads none: the first is to be made again, and reads it
         shutil.rmtree(copy.output("first"))
         record = copy.record("first") | {"status": "interrupted"}
         write_json(copy.stage("first") / "stage.json", record)
-    change(finished, copy, what)
+    change(finished, copy, changed)
     stages = planned(copy.path)
-    name = "first" if what == "model" else "second"
+    name = "first" if changed == "model" else "second"
     assert stages[name]["action"] == "blocked"
     (reason,) = stages[name]["reasons"]
     refused = inside("resume", copy.path)
     assert refused.returncode == 2 and reason in refused.stderr and "put the old" in refused.stderr
     assert not copy.record("second")
-    if what == "model":
+    if changed == "model":
         assert stages["second"]["reasons"] == ["its input first is blocked"]
 
 

@@ -1,4 +1,4 @@
-"""What a stage was made from is recorded, and a change of it under the same path is noticed."""
+"""The inputs of a stage are recorded, and a change of one under the same path is noticed."""
 
 import json
 import shutil
@@ -33,13 +33,13 @@ def test_hashes_are_of_contents_alone(demo_run, tmp_path):
     output = RunDir(demo_run[0]).output("sft")
     shutil.copytree(output, tmp_path / "copy")
     assert provenance.model(tmp_path / "copy") == provenance.model(output)
-    for name, what in (("model.safetensors", "weights"), ("tokenizer.json", "tokenizer")):
+    for name, part in (("model.safetensors", "weights"), ("tokenizer.json", "tokenizer")):
         path = tmp_path / "copy" / name
         content = bytearray(path.read_bytes())
         content[-3] ^= 1
         path.write_bytes(bytes(content))
         now = provenance.model(tmp_path / "copy")
-        assert now[what] != provenance.model(output)[what]
+        assert now[part] != provenance.model(output)[part]
     assert now["config"] == provenance.model(output)["config"]
     (tmp_path / "data.jsonl").write_text('{"a": 1}\n')
     before = provenance.data(tmp_path / "data.jsonl")
@@ -55,7 +55,7 @@ def flip(path):
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_another_teacher_under_the_same_path_is_refused(demo_run, tmp_path, killed):
-    """Whether the stage had begun with the old one or not."""
+    """The stage may have begun with the old one, or not at all."""
     folder = tmp_path / "run"
     copy_without(demo_run[0], folder, "mopd")
     if killed:
@@ -72,7 +72,7 @@ def test_another_teacher_under_the_same_path_is_refused(demo_run, tmp_path, kill
 
 
 def test_a_foreign_folder_and_a_data_file_are_watched_too(demo_run, tmp_path):
-    """Also by --from: what they were read for is made again, and what depends on it."""
+    """A resume that would read other files than the stage began with is refused."""
     model = tmp_path / "model"
     shutil.copytree(RunDir(demo_run[0]).output("sft"), model)
     rows = tmp_path / "rows.jsonl"

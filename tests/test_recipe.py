@@ -198,9 +198,9 @@ def test_a_partial_mapping_keeps_the_other_defaults():
     ],
 )
 def test_bad_overrides(override, path, message, hint):
-    found = [p for p in problems(GOOD, override) if p.path == path]
-    assert found, [str(p) for p in problems(GOOD, override)]
-    assert message in found[0].message and hint in found[0].hint
+    complaints = [p for p in problems(GOOD, override) if p.path == path]
+    assert complaints, [str(p) for p in problems(GOOD, override)]
+    assert message in complaints[0].message and hint in complaints[0].hint
 
 
 def test_a_gate_and_a_clip_do_not_share_a_ratio():
@@ -211,8 +211,8 @@ def test_a_gate_and_a_clip_do_not_share_a_ratio():
 
 
 def test_an_advantage_that_nothing_uses_is_refused():
-    found = problems(GOOD, "stages.mopd.objectives={divergence: {}}")
-    assert any("no objective uses the advantage of reverse_kl" in p.message for p in found)
+    complaints = problems(GOOD, "stages.mopd.objectives={divergence: {}}")
+    assert any("no objective uses the advantage of reverse_kl" in p.message for p in complaints)
     both = read(GOOD, "stages.mopd.objectives={divergence: {}}", "stages.mopd.signals={}")
     assert both.stages["mopd"].objectives["divergence"].direction == "reverse"
     alone = problems(GOOD, "stages.t_math.objectives={divergence: {}}")
@@ -221,14 +221,14 @@ def test_an_advantage_that_nothing_uses_is_refused():
 
 def test_all_problems_at_once_with_lines():
     text = GOOD.replace("steps: 5", "stepz: 5").replace("kind: rl", "kind: rll")
-    found = problems(text, "stages.mopd.optim.lr=fast")
-    assert {p.path for p in found} >= {
+    complaints = problems(text, "stages.mopd.optim.lr=fast")
+    assert {p.path for p in complaints} >= {
         "stages.base.stepz",
         "stages.t_math.kind",
         "stages.t_sort.kind",
         "stages.mopd.optim.lr",
     }
-    where = {p.path: p.where for p in found}
+    where = {p.path: p.where for p in complaints}
     assert where["stages.base.stepz"] == "demo.yaml:8"
     assert where["stages.t_math.kind"] == "demo.yaml:11"
     assert where["stages.mopd.optim.lr"] == "override 'stages.mopd.optim.lr=fast'"
@@ -239,17 +239,17 @@ def test_all_problems_at_once_with_lines():
 
 
 def test_nothing_where_a_text_is_wanted_says_how_to_write_none():
-    (found,) = problems(GOOD, "data.math.prompt=")
-    assert found.path == "data.math.prompt" and "'\"\"'" in found.hint
+    (complaint,) = problems(GOOD, "data.math.prompt=")
+    assert complaint.path == "data.math.prompt" and "'\"\"'" in complaint.hint
 
 
 def test_duplicate_keys_cycles_and_size():
-    found = problems(GOOD + "\nname: again\n")
-    assert found[0].path == "name" and "twice" in found[0].message
-    found = problems(GOOD, "stages.base={kind: sft, student: 'stage:mopd'}")
-    assert any("a cycle of stages" in p.message for p in found)
-    found = problems(GOOD, size="smal")
-    assert "no size 'smal'" in found[0].message and "small" in found[0].hint
+    complaints = problems(GOOD + "\nname: again\n")
+    assert complaints[0].path == "name" and "twice" in complaints[0].message
+    complaints = problems(GOOD, "stages.base={kind: sft, student: 'stage:mopd'}")
+    assert any("a cycle of stages" in p.message for p in complaints)
+    complaints = problems(GOOD, size="smal")
+    assert "no size 'smal'" in complaints[0].message and "small" in complaints[0].hint
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "just words", "a: !!python/object:os.x {}"])
@@ -278,11 +278,11 @@ def test_tokenizers_of_folders_are_compared(tmp_path):
 
     save(make_model(), tmp_path / "ours")
     save(make_model(alphabet="0123456789abc"), tmp_path / "theirs")
-    found = problems(
+    complaints = problems(
         GOOD, f"stages.mopd.student={tmp_path}/ours", f"stages.mopd.teachers.math={tmp_path}/theirs"
     )
-    assert found[0].path == "stages.mopd.teachers.math"
-    assert "another tokenizer" in found[0].message and "id " in found[0].message
+    assert complaints[0].path == "stages.mopd.teachers.math"
+    assert "another tokenizer" in complaints[0].message and "id " in complaints[0].message
 
 
 @pytest.mark.parametrize("name", sorted(shipped()))
@@ -397,11 +397,11 @@ def test_bad_matrices_are_named():
         return problems(EFFORTS.replace(old, new, 1))[0]
 
     axis = '{low: {tag: "-", tokens: 4}, high: {tag: "+", tokens: 9}}'
-    found = first(axis, "{low: 1, high: 2}")
-    assert found.path == "data.math_{effort}.matrix"
-    assert "axis: {value: {key: ...}}" in found.message
-    found = first("  math_{effort}:\n", "  math:\n")
-    assert found.path == "data.math.matrix" and "lacks {effort}" in found.message
+    complaint = first(axis, "{low: 1, high: 2}")
+    assert complaint.path == "data.math_{effort}.matrix"
+    assert "axis: {value: {key: ...}}" in complaint.message
+    complaint = first("  math_{effort}:\n", "  math:\n")
+    assert complaint.path == "data.math.matrix" and "lacks {effort}" in complaint.message
     (wrong,) = problems(EFFORTS, "data.math_hihg.items=7")
     assert wrong.path == "data.math_hihg.items" and "'math_high'" in wrong.hint
     (wrong,) = problems(EFFORTS, "claims.M1.teachers.maths=stage:t_low")
@@ -434,7 +434,7 @@ def test_a_placeholder_alone_keeps_its_type():
     ],
 )
 def test_roles_that_name_nothing(claims, says):
-    found = problems(
+    complaints = problems(
         GOOD + "claims:\n  " + claims.replace("S", "stage:base").replace("DOMAIN", "S")
     )
-    assert any(says in p.message for p in found), found
+    assert any(says in p.message for p in complaints), complaints

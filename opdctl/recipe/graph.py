@@ -21,7 +21,7 @@ from opdctl.errors import Problem
 
 
 def check(recipe: Any, folders: bool) -> list[Problem]:
-    """Every problem of the graph. References are replaced by what their aliases mean.
+    """Return every problem of the graph. References are replaced by what their aliases mean.
 
     Args:
         folders: whether the folders and files it names must exist; a run may outlive them.
@@ -61,8 +61,13 @@ def _engine(recipe: Any) -> list[Problem]:
 
 
 def rounding(recipe: Any, lost: bool) -> list[Problem]:
-    """Return stages whose steps bfloat16 parameters lose; else those that lose only a part. An
-    adapter is in float32; the score beside that of an outcome model is not."""
+    """Return the problem of steps that parameters in bfloat16 round away, with the stages it is of.
+
+    An adapter is in float32; the score beside that of an outcome model is not.
+
+    Args:
+        lost: name the stages that lose most of a step; else those that lose only small ones.
+    """
     rates = {
         stage: config.optim.lr
         for stage, config in recipe.stages.items()
@@ -83,7 +88,7 @@ def rounding(recipe: Any, lost: bool) -> list[Problem]:
 
 
 def _adapters(recipe: Any) -> list[Problem]:
-    """Return keys of an adapter where there is none."""
+    """Return the keys of an adapter where there is none."""
     return [
         Problem(
             f"stages.{stage}.lora.rank",
@@ -136,12 +141,12 @@ def _references(recipe, stage: str, folders: bool) -> list[Problem]:
 
 
 def _frozen(dotted: str) -> bool:
-    """Return True for a key of a stage that names a model that may be the student's own start."""
+    """Return whether a key of a stage names a model that may be the student's own start."""
     return dotted == "reference" or ".teachers." in f".{dotted}"
 
 
 def _judges(recipe, folders: bool) -> list[Problem]:
-    """The models that verifiers name. That of a stage is an edge to every stage of the domain."""
+    """Check the models that verifiers name; a stage's is an edge to every stage of the domain."""
     problems = []
     for domain, config in recipe.data.items():
         verifier = config.verifier
@@ -160,12 +165,12 @@ def _judges(recipe, folders: bool) -> list[Problem]:
 
 
 def _taught(dotted: str) -> bool:
-    """Return True for a key that names a teacher: of scores, or of texts."""
+    """Return whether a key names a teacher: of scores, or of texts."""
     return dotted.startswith(("teachers.", "sources.teacher."))
 
 
 def _kind(recipe, reference, wanted: str, folders: bool) -> tuple[str, str] | None:
-    """Return a problem unless a reference names the kind of model that is read there."""
+    """Return message and hint where a reference is of another kind of model than is read."""
     hint = (
         "an orm stage writes a classifier; pretrain, sft, rl, opd and merge write a language model"
     )
@@ -194,7 +199,7 @@ def _data(recipe, folders: bool) -> list[Problem]:
 
 
 def _columns(config) -> list[Problem]:
-    """Return columns that nothing reads beside others."""
+    """Return the columns that nothing reads beside others."""
     turns = config.messages_column
     if turns and config.thought_column:
         message = "a conversation's thinking stands in its turns: messages_column is read, not this"
@@ -208,7 +213,7 @@ def _columns(config) -> list[Problem]:
 
 
 def _verifier(config) -> list[Problem]:
-    """A table has one verifier, and the columns that it reads."""
+    """Check that a table has one verifier, and the columns that it reads."""
     if registry.member("data", config.kind).procedural:
         return []  # the kind brings its own
     if len(config.verifier) != 1:

@@ -11,19 +11,19 @@ from opdctl.recipe.yaml_lines import parse
 
 
 def methods() -> dict[str, Path]:
-    """Return the methods by name: small YAML files that compose members."""
+    """Return the shipped methods by name."""
     folder = Path(str(resources.files("opdctl"))) / "methods"
     return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
 
 
 def method_file(name: str) -> Path | None:
-    """The file of a shipped method, or of one's own: a path that ends in .yaml."""
+    """Return the file of a shipped method, or of one's own: a path that ends in .yaml."""
     own = Path(name)
     return own if own.suffix in (".yaml", ".yml") and own.is_file() else methods().get(name)
 
 
 def method(name: str) -> dict:
-    """The keys a method sets, and its ``about`` and ``kind``.
+    """Return the keys a method sets, and its ``about`` and ``kind``.
 
     Raises:
         UsageError: no such method, or its file is a recipe.

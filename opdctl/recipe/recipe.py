@@ -70,13 +70,13 @@ class Recipe:
         return {d: s / total for d, s in shares.items() if s > 0} if total else {}
 
     def total(self, stage: str) -> int:
-        """Return a stage's count: steps, batches, or the domains it evaluates; 0 of a merge."""
+        """Return a stage's steps, its batches, or its evaluated domains; 0 for a merge."""
         config = self.stages[stage]
         evaluated = self.domains(stage) if hasattr(config, "prompts") else {}
         return getattr(config, "steps", 0) or getattr(config, "batches", 0) or len(evaluated)
 
     def notes(self) -> list[Problem]:
-        """Return what is allowed and has less effect than it seems, or none."""
+        """Return the settings that are allowed and have less effect than it seems, or none."""
         problems = self.renamed + graph.rounding(self, lost=False)
         engine = registry.member("engines", self.runtime.engine)
         problems += engine.notes(self)
@@ -86,13 +86,13 @@ class Recipe:
         return problems
 
     def references(self, stage: str) -> list[tuple[str, str]]:
-        """Return ``(key, model reference)`` of all that a stage reads, its domains' judges too."""
-        references = refs_of(self.stages[stage])
+        """Return ``(key, model reference)`` of all models a stage reads, its judges included."""
+        pairs = refs_of(self.stages[stage])
         if hasattr(self.stages[stage], "prompts"):
             for domain in self.domains(stage):
                 verifier = self.data[domain].verifier
-                references += refs_of(verifier, f"data.{domain}.verifier")
-        return references
+                pairs += refs_of(verifier, f"data.{domain}.verifier")
+        return pairs
 
     def upstream(self, stage: str) -> list[str]:
         """Return the stages whose output this stage reads, without repetition."""
@@ -104,7 +104,7 @@ class Recipe:
         return list(dict.fromkeys(names))
 
     def order(self) -> list[str]:
-        """Return the stages so that each comes after those it reads; ties in the recipe's order."""
+        """Return the stages, each after those it reads; ties in the recipe's order."""
         done: list[str] = []
         waiting = list(self.stages)
         while waiting:
@@ -157,7 +157,7 @@ def resolve(
     written: bool = False,
     trusted: bool = False,
 ) -> Recipe:
-    """A recipe from a plain tree. See the module for the order.
+    """Resolve a recipe from a plain tree. See the module for the order.
 
     Args:
         written: it is a run's resolved recipe: its size is in it already, and the folders it names
@@ -194,7 +194,11 @@ def resolve(
 
 
 def lookup(family: str, name: str) -> type:
-    """The Config of a member; what ``schema.build`` asks for."""
+    """Return the Config of a member, for ``schema.build``.
+
+    Raises:
+        UsageError: no such member, or it has no keys.
+    """
     cls = registry.member(family, name)
     if not hasattr(cls, "Config"):
         raise UsageError(f"{family}/{name} is chosen by opdctl itself", "it has no keys")

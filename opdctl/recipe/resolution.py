@@ -51,7 +51,7 @@ REFERENCE = re.compile(r"\$\{([^${}]*)\}")
 
 
 class Where:
-    """Knows the line, or the override, that a dotted key came from."""
+    """The line, or the override, that each dotted key came from."""
 
     def __init__(self, lines: dict[str, str]) -> None:
         self.lines = lines
@@ -61,6 +61,7 @@ class Where:
         self.size = 0
 
     def place(self, problem: Problem) -> Problem:
+        """Return a problem with the place it came from, as far as that is known."""
         if problem.where:
             return problem
         path = problem.path
@@ -78,6 +79,11 @@ class Where:
 
 
 def split(text: str) -> tuple[list[str], Any, str]:
+    """Return the parts of an override's key, its value, and its text.
+
+    Raises:
+        UsageError: it is not ``key=value``.
+    """
     if "=" not in text:
         raise UsageError(f"{text!r:.80} is not an override", "write key=value, with dots: a.b=1")
     path, value = text.split("=", 1)
@@ -88,13 +94,14 @@ def split(text: str) -> tuple[list[str], Any, str]:
 
 
 def _below(path: str, value: Any) -> Iterator[str]:
-    """A dotted key, and those of a mapping given to it."""
+    """Yield a dotted key, and the keys of a mapping assigned to it."""
     yield path
     for key, part in value.items() if isinstance(value, dict) else ():
         yield from _below(f"{path}.{key}", part)
 
 
 def assign_all(tree, pending, where, problems, *, expanded: bool) -> dict:
+    """Assign the overrides of names in the file, or, once it is expanded, of what matrices made."""
     options = tree.get("options")
     options = options if isinstance(options, dict) else {}
     for parts, value, text in pending:
@@ -142,7 +149,7 @@ def assign_all(tree, pending, where, problems, *, expanded: bool) -> dict:
 
 
 def _may_expand(tree: Any, parts: list[str]) -> bool:
-    """Return True where a name of an override is missing and a matrix will make names."""
+    """Return whether a name on an override's way is missing where a matrix will make names."""
     for part in parts:
         if not isinstance(tree, dict):
             return False
@@ -179,7 +186,7 @@ def choose(tree: dict, problems: list[Problem]) -> dict:
 
 
 def interpolate(tree: dict, problems: list[Problem]) -> dict:
-    """Every ``${a.b}`` replaced: alone by the value of that key, inside a text by its text."""
+    """Replace every ``${a.b}``: alone by the value of that key, inside a text by its text."""
     if not _has_interpolation(tree):
         return tree
     try:
@@ -195,7 +202,7 @@ def interpolate(tree: dict, problems: list[Problem]) -> dict:
 
 
 class _Unfolding:
-    """The size of a tree with every ``${a.b}`` replaced, counted without replacing any."""
+    """The size of a tree with every ``${a.b}`` replaced, worked out without replacing any."""
 
     def __init__(self, tree: dict) -> None:
         self.tree, self.known = tree, {}
@@ -247,7 +254,7 @@ def _has_interpolation(tree: Any) -> bool:
 
 
 def size_of(tree: Any, longest: int = 0) -> int:
-    """Return characters and entries of a tree; ``longest`` is that of a placeholder's value."""
+    """Return the characters and entries of a tree; ``longest`` counts for each placeholder."""
     if isinstance(tree, dict):
         return 1 + sum(size_of(k, longest) + size_of(v, longest) for k, v in tree.items())
     if isinstance(tree, list):
@@ -289,9 +296,10 @@ def expand(tree: Any, where: Where, problems: list[Problem], path: str = "") -> 
 
 
 def _combinations(axes: Any, name: str, path: str, problems: list[Problem]) -> list[dict]:
-    """Return the value of each placeholder in each combination; none if the axes are ill formed.
+    """Return the values of the placeholders, one mapping per combination of the axes.
 
-    Axes are lists, or mappings that give each value keys of its own.
+    Axes are lists, or mappings that give each value keys of its own. The list is empty if they are
+    not well formed.
     """
     good = isinstance(axes, dict) and axes and all(_is_axis(v) for v in axes.values())
     missing = [a for a in axes if f"{{{a}}}" not in name] if good else []

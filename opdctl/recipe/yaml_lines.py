@@ -1,4 +1,4 @@
-"""YAML text -> plain tree, with the line of every key and every duplicate key.
+"""The reader of YAML text: a plain tree, the line of every key, and every duplicate key.
 
 PyYAML alone keeps the last of two equal keys and says nothing. A recipe is text of a stranger: its
 size, its depth and what its aliases unfold to are bounded, tags that make objects are refused, and
@@ -35,7 +35,7 @@ def parse(text: str, name: str) -> tuple[dict, dict[str, str], list[Problem]]:
 
 
 def parse_value(text: str) -> Any:
-    """The value of ``key=value`` as YAML reads it.
+    """Return the value of ``key=value`` as YAML reads it.
 
     Raises:
         UsageError: not YAML, or not plain values.
@@ -53,7 +53,7 @@ def dump(tree: Any) -> str:
 
 
 class _Reader:
-    """Reads one text."""
+    """A reader of one text."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -84,7 +84,7 @@ class _Reader:
         return tree, self.lines, self.problems
 
     def _bound(self, text: str) -> None:
-        """Bound the depth, by the events: the composer would call itself for every level."""
+        """Refuse too deep a text, by its events: the composer would call itself for every level."""
         depth = 0
         for event in yaml.parse(text, Loader=LOADER):
             if isinstance(event, yaml.CollectionStartEvent):
@@ -159,15 +159,15 @@ class _Reader:
             for part in below if isinstance(below, list) else [below]:
                 if not isinstance(part, dict):
                     hint = "<<: *anchor"
-                    problem = Problem(path, "<<: takes a mapping", hint, self._at(value_node))
-                    self.problems.append(problem)
+                    place = self._at(value_node)
+                    self.problems.append(Problem(path, "<<: takes a mapping", hint, place))
                     continue
                 for key, value in part.items():
                     tree.setdefault(key, value)
         return tree
 
     def _place(self, where: str, node: yaml.Node, merged: bool) -> None:
-        """The line of a key: its own, before that of one merged in."""
+        """Note the line of a key: its own, before that of one merged in."""
         if merged:
             self.lines.setdefault(where, self._at(node))
         else:

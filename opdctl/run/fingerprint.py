@@ -102,7 +102,7 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
 
 
 def is_stale(record: dict, fingerprint: str) -> bool:
-    """Return true where a stage has a record, and it is of another fingerprint.
+    """Return whether a stage has a record of another fingerprint.
 
     The stage is made anew then, and nothing of what it made before is used.
     """

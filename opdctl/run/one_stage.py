@@ -1,7 +1,8 @@
-"""``opdctl stage``: a recipe of one stage from what stands on the command line.
+"""The recipe of ``opdctl stage``: one stage, from what stands on the command line.
 
-What a person leaves out and only one answer fits is filled in, and said: the kind of a data entry
-from its path, whose rollouts an outcome model judges, that a file to evaluate on is held out whole.
+Where a key is left out and only one value fits, it is filled in and said: the kind of a data entry
+by its path, the policy whose rollouts an outcome model judges, the share held out of a file that is
+evaluated on: all of it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def one_stage(
     teachers: tuple[str, ...],
     method: str,
 ) -> tuple[dict, tuple[str, ...], list[str], list[str]]:
-    """Return ``(tree, overrides in full, names of the teachers, what was filled in)``.
+    """Return ``(tree, overrides in full, names of the teachers, lines on what was filled in)``.
 
     Raises:
         UsageError: no such method, or of another kind; a key of no stage; two teachers of a name;
@@ -78,14 +79,14 @@ def one_stage(
 
 
 def _sampler(teachers: tuple[str, ...], named: list[list[str]]) -> dict[str, Any]:
-    """The teacher source of an sft stage: one model, or one for each domain."""
+    """Return the teacher source of an sft stage: one model, or one for each domain."""
     experts = {n: r for text, (n, r) in zip(teachers, named, strict=True) if "=" in text}
     source: dict[str, Any] = {"model": named[0][1]}
     return source | {"experts": experts} if experts else source
 
 
 def _full(kind: str, config: type, override: str) -> str:
-    """An override with ``stages.KIND.`` in front of a key of the stage.
+    """Return an override with ``stages.KIND.`` in front of a key of the stage.
 
     Raises:
         UsageError: nothing has this key; says which may be meant.
@@ -102,30 +103,30 @@ def _full(kind: str, config: type, override: str) -> str:
 
 
 def _kinds(kind: str, overrides: Iterable[str], said: list[str]) -> dict[str, dict]:
-    """The kind of each data entry that is given without one."""
-    keys_by_domain: dict[str, dict[str, str]] = {}
+    """Return ``{domain: {"kind": ...}}`` of the data entries that name no kind."""
+    keys_of: dict[str, dict[str, str]] = {}
     for override in overrides:
         path, _, value = override.partition("=")
         parts = path.split(".")
         if parts[0] == "data" and len(parts) > 2:
-            keys_by_domain.setdefault(parts[1], {})[".".join(parts[2:])] = value
-    kinds: dict[str, dict] = {}
-    for domain, keys in keys_by_domain.items():
+            keys_of.setdefault(parts[1], {})[".".join(parts[2:])] = value
+    entries: dict[str, dict] = {}
+    for domain, keys in keys_of.items():
         if "kind" in keys or not ("path" in keys or "task" in keys):
             continue
         path = keys.get("path", "")
         file = Path(path).suffix in (".jsonl", ".json", ".parquet") or bool(shards(path))
         chosen = "reasoning_gym" if not path else "jsonl" if file else "hf"
-        kinds[domain] = {"kind": chosen}
+        entries[domain] = {"kind": chosen}
         said.append(f"data.{domain}.kind: {chosen}")
         if kind == "evaluate" and chosen != "reasoning_gym" and "eval_share" not in keys:
-            kinds[domain]["eval_share"] = 1.0
+            entries[domain]["eval_share"] = 1.0
             said.append(f"data.{domain}.eval_share: 1, all of {path} is evaluated on")
-    return kinds
+    return entries
 
 
 def run_data(models: list[str]) -> dict[str, dict]:
-    """The data entries of the run that wrote one of these model folders, if a run did."""
+    """Return the data entries of the run that wrote one of these models; empty if none did."""
     for text in models:
         ref = references.parse(text)
         folder = Path(ref.name)

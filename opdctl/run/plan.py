@@ -1,4 +1,4 @@
-"""The one place that decides what would happen to each stage of a recipe, and why.
+"""The plan of a recipe: what happens to each stage, and why. It is decided here alone.
 
 ``plan`` and ``--dry-run`` show it; ``run``, ``resume`` and ``run --from`` carry it out. Records are
 read, and files are hashed where their contents decide. Nothing is written.
@@ -30,7 +30,7 @@ Files = Literal["none", "needed", "all"]
 
 @dataclass
 class Planned:
-    """A stage, and what happens to it.
+    """A stage and its action.
 
     Attributes:
         action: run, resume, skip, rerun or blocked.

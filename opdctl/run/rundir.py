@@ -40,11 +40,11 @@ class RunDir:
         return self.stage(name) / "output"
 
     def record(self, name: str) -> dict:
-        """The stage's record; empty before its first attempt."""
+        """Return the stage's record; empty before its first attempt."""
         return read_json(self.stage(name) / "stage.json") or {}
 
     def manifest(self) -> dict:
-        """The content of ``run.json``.
+        """Return ``run.json``.
 
         Raises:
             UsageError: this is not a run directory.
@@ -58,22 +58,22 @@ class RunDir:
         return manifest
 
     def is_set(self) -> bool:
-        """Return True where it holds one run per seed."""
+        """Return whether it holds one run per seed."""
         return isinstance(self.manifest().get("seeds"), list)
 
     def runs(self) -> list[RunDir]:
-        """The runs in it: itself, or one per seed."""
+        """Return the runs in it: itself, or one per seed."""
         seeds = self.manifest().get("seeds")
         return [RunDir(self / f"seed-{s}") for s in seeds] if seeds else [self]
 
 
 def new_name(recipe: str) -> str:
-    """Return a new name, as ``mimo-20261120-101500-3f2a``."""
+    """Return a name that no other run has: ``mimo-20261120-101500-3f2a``."""
     return f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def begin(path: Path) -> RunDir:
-    """A new run directory in the making, beside its place; ``finish`` puts it there.
+    """Begin a run directory beside its place; ``finish`` puts it there.
 
     Raises:
         UsageError: the place is taken, or cannot be written.
@@ -184,7 +184,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def finite(content: Any) -> Any:
-    """The same content with null for every number JSON cannot say."""
+    """Return the same content with null for every number JSON cannot say."""
     if isinstance(content, float) and not math.isfinite(content):
         return None
     if isinstance(content, dict):
@@ -195,7 +195,7 @@ def finite(content: Any) -> Any:
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """The content; None where there is no readable JSON of that kind."""
+    """Return the content; None where there is no readable JSON of that kind."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -204,7 +204,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Return the rows of a metrics file: the last attempt of each step, in the order of steps.
+    """Return the rows of a metrics file, of each step the last, in the order of steps.
 
     A line that a kill cut short is left out: its step was repeated.
     """
@@ -224,7 +224,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def last_row(path: Path) -> dict:
-    """The last whole line of a metrics file, found from its end; empty without one."""
+    """Return the last whole line of a metrics file, read from its end; empty without one."""
     try:
         with open(path, "rb") as file:
             file.seek(0, 2)
@@ -249,8 +249,8 @@ def last_step(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def lock(path: Path, subject: str, wait: float = 2.0) -> Iterator[None]:
-    """Hold an OS lock on ``path``.
+def lock(path: Path, name: str, wait: float = 2.0) -> Iterator[None]:
+    """Hold an OS lock on ``path``; ``name`` is its name in an error.
 
     Raises:
         BusyError: another process holds it after ``wait`` seconds; says which.
@@ -271,7 +271,7 @@ def lock(path: Path, subject: str, wait: float = 2.0) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     holder = os.pread(fd, 200, 0).decode(errors="replace").strip()
                     raise BusyError(
-                        f"{subject} is in use by {holder or 'another process'}",
+                        f"{name} is in use by {holder or 'another process'}",
                         "wait for it, or stop that process",
                     ) from None
                 time.sleep(0.05)
@@ -284,7 +284,7 @@ def lock(path: Path, subject: str, wait: float = 2.0) -> Iterator[None]:
 
 
 def held(path: Path) -> bool:
-    """Return True where another process holds the lock."""
+    """Return whether another process holds the lock."""
     try:
         fd = os.open(path, os.O_RDWR)
     except OSError:
