@@ -84,8 +84,8 @@ def folder_complaint(folder: str) -> tuple[str, str] | None:
         hint = "keep adapter_config.json and adapter_model.safetensors in a folder of their own"
         return f"{folder} holds the weights of a model and an adapter", hint
     hint = "a file was cut short, or belongs to another model"
+    path = place / "config.json"
     try:
-        path = place / "config.json"
         config = _json(path.read_bytes())
         shapes = []
         for path in weights:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, Literal
 
-from opdctl.errors import Note, Problem
+from opdctl.errors import Note, Problem, UsageError
 
 REQUIRED = dataclasses.MISSING
 Lookup = Callable[[str, str], type]  # (family, member name) -> its Config
@@ -78,7 +78,10 @@ def key(
 
 
 def _copy(value: Any) -> Any:
-    return dataclasses.replace(value) if dataclasses.is_dataclass(value) else type(value)(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value)
+    container: Any = type(value)
+    return container(value)
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "known:") -> str:
@@ -187,13 +190,14 @@ def _value(hint, value, path, problems, lookup, meta):
             return None
         simple = [h for h in options if not dataclasses.is_dataclass(h)]
         simple.sort(key=lambda h: (typing.get_origin(h) is list) != isinstance(value, list))
-        records = [h for h in options if dataclasses.is_dataclass(h)]
+        records = [h for h in options if isinstance(h, type) and dataclasses.is_dataclass(h)]
         if records and isinstance(value, dict):
             return build(records[0], value, path, problems, lookup)
         return _value(simple[0] if simple else options[0], value, path, problems, lookup, meta)
-    if dataclasses.is_dataclass(hint):
-        if isinstance(value, str) and hasattr(hint, "short"):
-            value = {hint.short: value}
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        short = getattr(hint, "short", None)
+        if isinstance(value, str) and short is not None:
+            value = {short: value}
         return build(hint, value, path, problems, lookup)
     if origin is dict:
         if not isinstance(value, dict):
@@ -224,7 +228,7 @@ def _members(value, path, problems, lookup, family):
         where = f"{path}.{name}"
         try:
             cls = lookup(family, str(name))
-        except ValueError as error:
+        except UsageError as error:
             problems.append(Problem(where, error.message, error.hint))
             continue
         built[name] = build(cls, {} if entry is None else entry, where, problems, lookup)
@@ -315,7 +319,8 @@ def role_of(config: Any, dotted: str) -> str:
 
 
 def _default(f: dataclasses.Field) -> Any:
-    return f.default if f.default is not REQUIRED else f.default_factory()
+    factory: Any = f.default_factory  # a key has a default, a factory or is required
+    return f.default if f.default is not REQUIRED else factory()
 
 
 def references(config: Any, path: str = "") -> list[tuple[str, str]]:
@@ -376,8 +381,9 @@ def describe(cls: type, lookup: Lookup, prefix: str = "") -> list[dict[str, str]
         if nested:
             rows += describe(type(default), lookup, f"{name}.")
         values = typing.get_args(hint)[1:] if typing.get_origin(hint) is dict else ()
-        if values and dataclasses.is_dataclass(values[0]):
-            rows += describe(values[0], lookup, f"{name}.NAME.")
+        record = values[0] if values else None
+        if isinstance(record, type) and dataclasses.is_dataclass(record):
+            rows += describe(record, lookup, f"{name}.NAME.")
     return rows
 
 

@@ -188,6 +188,7 @@ def resolve(
         problems += graph.check(recipe, folders=not written)
     if problems:
         raise RecipeError([where.place(p) for p in problems], label)
+    assert recipe is not None, "what cannot be built has a problem"
     if written:
         recipe.renamed = []  # it was the program that wrote them
     return recipe

@@ -125,7 +125,7 @@ def assign_all(tree, pending, where, problems, *, expanded: bool) -> dict:
             near = did_you_mean(parts[0], [*TOP, *options])
             problems.append(Problem(path, "unknown key", near))
             continue
-        node = tree
+        node: Any = tree
         for i, part in enumerate(parts[:-1]):
             below = node.get(part)
             if below is None:
@@ -192,7 +192,8 @@ def interpolate(tree: dict, problems: list[Problem]) -> dict:
     try:
         if _Unfolding(tree).size(tree, "", ()) > LARGEST:
             raise _wrong("", "its references unfold to too much", "write less")
-        return OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+        resolved: Any = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+        return resolved
     except RecipeError as error:
         problems += error.problems
     except OmegaConfBaseException as error:

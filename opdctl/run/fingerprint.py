@@ -41,8 +41,8 @@ def revisions(recipe: Recipe, stage: str) -> dict[str, int]:
     """
     config = recipe.stages[stage]
     kind = member("stages", config.kind)
-    chosen = {"engines/transformers": f"engines/{recipe.runtime.engine}"}
-    names = [chosen.get(name, name) for name in kind.uses]
+    engine = f"engines/{recipe.runtime.engine}"
+    names: list[str] = [engine if n == "engines/transformers" else n for n in kind.uses]
     for dotted, text in recipe.references(stage):
         if references.parse(text).form == "server":
             names.append(f"teachers/{'api' if dotted.startswith('sources.') else 'server'}")

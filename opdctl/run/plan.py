@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from opdctl.config import references
 from opdctl.config.registry import member
@@ -94,6 +94,12 @@ class _Decisions:
         self.records = provenance.current_records(run, recipe) if run else {}
         self.hashes = functools.cache(provenance.model)  # many stages read one folder
 
+    @property
+    def made(self) -> RunDir:
+        """The run directory, of a stage that has a record in it."""
+        assert self.run is not None, "without a run directory there is no record"
+        return self.run
+
     def add(self, stage: str) -> None:
         """Decide on a stage."""
         action, reasons = self._decide(stage, self.run.record(stage) if self.run else {})
@@ -125,7 +131,7 @@ class _Decisions:
         """Decide on a stage that is done, by what its files hold now."""
         changes = self._changes(stage, record) if self.files == "all" else []
         if not self.reuse:
-            way = [f"`opdctl run RECIPE --from {self.run.path}` makes it again"] if changes else []
+            way = [f"`opdctl run RECIPE --from {self.made.path}` makes it again"] if changes else []
             return "skip", ["done", *changes, *way]
         again = self._planned("rerun", self.recipe.upstream(stage))
         changes += [f"its input {name} is made again" for name in again]
@@ -137,12 +143,12 @@ class _Decisions:
         The output of another stage is that stage's to compare. A file that is gone is no change.
         """
         lines, seen = [], record.get("inputs", {})
-        files = provenance.local_inputs(self.run, self.recipe, stage, self.hashes, ("folder",))
+        files = provenance.local_inputs(self.made, self.recipe, stage, self.hashes, ("folder",))
         for dotted, now in files.items():
             before = seen.get(dotted, now)
             changed = [part for part in now if part != "path" and before.get(part) != now[part]]
             lines += [f"{dotted}: {now['path']} has other {part} since" for part in changed]
-        now = self.hashes(self.run.output(stage))
+        now = self.hashes(self.made.output(stage))
         before = record.get("output", now)
         changed = [part for part in {**before, **now} if before.get(part) != now.get(part)]
         return lines + [f"its own output has other {part} since" for part in changed]
@@ -155,10 +161,10 @@ class _Decisions:
         if self.reuse or self.files == "none" or not self.records:
             return ""
         standing = self._planned("skip", upstream)
-        later = {str(self.run.output(name)) for name in upstream if name not in standing}
-        now = provenance.local_inputs(self.run, self.recipe, stage, self.hashes)
+        later = {str(self.made.output(name)) for name in upstream if name not in standing}
+        now = provenance.local_inputs(self.made, self.recipe, stage, self.hashes)
         now = {dotted: entry for dotted, entry in now.items() if entry["path"] not in later}
-        return provenance.first_change(self.run, stage, now, self.records)
+        return provenance.first_change(self.made, stage, now, self.records)
 
     def _planned(self, action: str, stages: list[str]) -> list[str]:
         return [name for name in stages if self.planned[name].action == action]
@@ -175,9 +181,9 @@ class _Decisions:
 
     def _unfinished(self, stage: str, record: dict) -> tuple[str, list[str]]:
         """Decide on a stage that was begun and is not done, by its checkpoints."""
-        folder, status = self.run.stage(stage), record["status"]
+        folder, status = self.made.stage(stage), record["status"]
         if self.reuse:
-            return "run", [f"{status} in {self.run.path}: only finished stages are reused"]
+            return "run", [f"{status} in {self.made.path}: only finished stages are reused"]
         steps = [int(p.name[5:]) for p in (folder / "checkpoints").glob("step-*")]
         taken = last_step(folder / "metrics.jsonl")
         if steps:
@@ -207,6 +213,7 @@ def ready(
         public: whether a public name counts as there; it may have to be fetched.
     """
     now, later = [], {}
+    config: Any
     for stage, config in recipe.stages.items():
         teachers = getattr(config, "teachers", {})
         missing = ""
