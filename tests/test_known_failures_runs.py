@@ -137,9 +137,9 @@ def test_a_teacher_that_answers_short(stage, monkeypatch):
     whole = Local.score
 
     def short(self, requests, *rest):
-        found = whole(self, requests, *rest)
-        found.logprobs_N = found.logprobs_N[:-1]
-        return found
+        scores = whole(self, requests, *rest)
+        scores.per_token["logprobs"] = scores.per_token["logprobs"][:-1]
+        return scores
 
     monkeypatch.setattr(Local, "score", short)
     with pytest.raises(StageFailed, match=r"scored \d+ of \d+ tokens, from the rollout of prompt"):
