@@ -15,8 +15,8 @@ from one_step import First, opd, prompts, refused
 from safetensors.torch import load_file, save_file
 
 import opdctl
+from opdctl.config.describe import describe
 from opdctl.config.registry import FAMILIES, member, members
-from opdctl.config.schema import describe
 from opdctl.config.settings import Runtime, Teacher
 from opdctl.errors import Interrupted, RecipeError, StageFailed, UsageError
 from opdctl.models.model import load, save

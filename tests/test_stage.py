@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from opdctl.cli.app import app
 from opdctl.cli.catalogue import detail
 from opdctl.cli.console import keys_table, table
+from opdctl.config.describe import describe
 from opdctl.config.registry import FAMILIES, first_line, member, members
-from opdctl.config.schema import describe
 from opdctl.models.model import save
 from opdctl.recipe.methods import method, methods
 from opdctl.recipe.recipe import lookup

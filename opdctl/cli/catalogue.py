@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from opdctl.config import registry
-from opdctl.config.schema import describe, did_you_mean, flatten
+from opdctl.config.describe import describe
+from opdctl.config.schema import did_you_mean, flatten
 from opdctl.config.settings import Runtime
 from opdctl.errors import UsageError
 from opdctl.recipe.methods import method, methods

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from opdctl.config import references
+from opdctl.config.describe import describe
 from opdctl.config.registry import member
-from opdctl.config.schema import describe, did_you_mean
+from opdctl.config.schema import did_you_mean
 from opdctl.config.shards import shards
 from opdctl.errors import OpdctlError, UsageError
 from opdctl.recipe import methods
