@@ -89,14 +89,14 @@ def test_a_publication_that_was_cut_is_made_good_by_the_next(servers, name, last
     """Killed between two of its calls: the server takes the next weights, and samples with them."""
     model = load(str(servers[name].folder))
     cut = engine_of(servers[name], model)
-    tell = cut._tell
+    post = cut._post
 
     def until(path, body):
-        tell(path, body)
+        post(path, body)
         if path == last:
             raise KeyboardInterrupt
 
-    cut._tell = until
+    cut._post = until
     with pytest.raises(KeyboardInterrupt):
         cut.publish(0)
     with torch.no_grad():

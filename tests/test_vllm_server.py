@@ -24,6 +24,7 @@ from opdctl.run import provenance
 from opdctl.run.fingerprint import fingerprints
 from opdctl.run.plan import ready
 from opdctl.run.rundir import RunDir, read_rows, write_json
+from opdctl.scoring.asks import LOGPROBS, PLAIN
 from opdctl.scoring.score import score
 from opdctl.train.wal import entries
 from opdctl.types import ScoreRequest
@@ -80,17 +81,14 @@ def test_scores_are_those_of_the_weights(folder, server, tmp_path):
     ctx = context(folder, tmp_path / "run", server.url, "runtime.server_batch=5")
     student, teacher = load(str(folder / "s")), load(str(folder / "t"))
     requests = requests_of(student)
-    found = member("teachers", "server")(ctx, student, "big", server.url).score(
-        requests, 1.0, ("logprobs",)
-    )
+    served = member("teachers", "server")(ctx, student, "big", server.url)
+    found = served.score(requests, LOGPROBS, PLAIN)
     expected = score(teacher, requests).logprobs_N
     assert len(found.logprobs_N) == sum(map(len, requests))
     assert (found.logprobs_N - expected).abs().max() < 1e-4
     too_long = ScoreRequest((1,) * 200, 3)
     with pytest.raises(StageFailed, match="reads at most 128 tokens"):
-        member("teachers", "server")(ctx, student, "big", server.url).score(
-            [too_long], 1.0, ("logprobs",)
-        )
+        served.score([too_long], LOGPROBS, PLAIN)
 
 
 LISTS = {
@@ -237,12 +235,12 @@ def test_a_server_that_hangs_is_named_within_the_timeout_and_then_goes_on(folder
     try:
         teacher.endpoint.timeout, begun = 2.0, time.monotonic()
         with pytest.raises(StageFailed, match=r"teacher big \(http.*within 2 s \(tries: 1\)"):
-            teacher.score(requests_of(student)[:3], 1.0, ("logprobs",))
+            teacher.score(requests_of(student)[:3], LOGPROBS, PLAIN)
         assert time.monotonic() - begun < 10
     finally:
         server.signal(signal.SIGCONT)
     teacher.endpoint.timeout = 60.0
-    assert len(teacher.score(requests_of(student)[:3], 1.0, ("logprobs",)).logprobs_N) == 6
+    assert len(teacher.score(requests_of(student)[:3], LOGPROBS, PLAIN).logprobs_N) == 6
 
 
 def test_a_server_killed_in_the_middle_of_a_step(folder, server, tmp_path):
