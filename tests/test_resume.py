@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from opdctl.run.rundir import RunDir, read_json, read_rows, write_json
+from opdctl.run.rundir import RunDir, held, read_json, read_rows, write_json
 from running import DEMO, assert_same, inside, start, worker
 
 SIGKILL = "import os, signal; die = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -149,6 +149,14 @@ def stop_when(process, condition, number, group=False):
     return process.wait(60)
 
 
+def let_go(lock):
+    """Wait until a lock's holder has ended: a signal does not wait for the processes it kills."""
+    deadline = time.time() + 20
+    while held(lock) and time.time() < deadline:
+        time.sleep(0.05)
+    assert not held(lock)
+
+
 def test_kill_and_interrupt_the_whole_command(demo_run, tmp_path):
     """SIGKILL of the process group, SIGTERM and SIGINT of the command, in three stages."""
     folder = tmp_path / "run"
@@ -164,6 +172,7 @@ def test_kill_and_interrupt_the_whole_command(demo_run, tmp_path):
         )
         == -signal.SIGKILL
     )
+    let_go(run / ".lock")
     found = inside("status", folder, "--json")
     assert '"state": "interrupted"' in found.stdout
     assert stop_when(start("resume", folder), rows_of("t_math", 2), signal.SIGTERM) == 75
@@ -182,12 +191,7 @@ def test_workers_die_with_their_parent(tmp_path):
     stop_when(
         process, lambda: RunDir(folder).record("base").get("status") == "running", signal.SIGKILL
     )
-    from opdctl.run.rundir import held
-
-    deadline = time.time() + 20
-    while held(lock) and time.time() < deadline:
-        time.sleep(0.05)
-    assert not held(lock)
+    let_go(lock)
 
 
 def test_a_worker_stopped_alone_is_not_success(tmp_path):
