@@ -83,17 +83,15 @@ class StepView(Protocol):
         ...
 
 
-class Composed(Member, Protocol):
-    """A member of a loss: a signal, a weight or an objective.
+class Configured(Member, Protocol):
+    """A member that is checked against its stage before anything is loaded.
 
     Attributes:
         needs: the numbers it reads, as ``teacher.logprobs``; validate matches them with what the
             stage's teachers and source provide.
-        logged: what it says of the step it saw last; a row of metrics has it under its name.
     """
 
     needs: tuple[str, ...]
-    logged: Mapping[str, float] = NOTHING
 
     @staticmethod
     def needs_for(config: Any) -> tuple[str, ...]:
@@ -109,6 +107,16 @@ class Composed(Member, Protocol):
     def notes(config: Any) -> list[Problem]:
         """Return keys that are well formed and have no effect."""
         return []
+
+
+class Composed(Configured, Protocol):
+    """A member of a loss: a signal, a weight or an objective.
+
+    Attributes:
+        logged: the numbers of the step it saw last; a row of metrics has them under its name.
+    """
+
+    logged: Mapping[str, float] = NOTHING
 
     @staticmethod
     def kl_direction(config: Any) -> str:
@@ -210,25 +218,8 @@ class Remembers(Protocol):
         ...
 
 
-class Controller(Member, Protocol):
+class Controller(Configured, Protocol):
     """Hooks on a step; see ``Starts``, ``Reads`` and ``Acts``."""
-
-    needs: tuple[str, ...]
-
-    @staticmethod
-    def needs_for(config: Any) -> tuple[str, ...]:
-        """Return the needs that these keys add to ``needs``."""
-        return ()
-
-    @staticmethod
-    def problems(config: Any, stage: Any) -> list[Problem]:
-        """Return keys that do not fit each other or the stage."""
-        return []
-
-    @staticmethod
-    def notes(config: Any) -> list[Problem]:
-        """Return keys that are well formed and have no effect."""
-        return []
 
     def __init__(self, config: Any, ctx: Any, model: Any) -> None: ...
 
