@@ -206,7 +206,8 @@ class Chat(Templating):
             if shown.strip() not in text:
                 turn = "question" if message["role"] == "user" else f"{message['role']} turn"
                 raise UsageError(
-                    f"{self.name}: its chat template leaves the {turn} out: {unguarded(shown)[:40]!r}",
+                    f"{self.name}: its chat template leaves the {turn} out: "
+                    f"{unguarded(shown)[:40]!r}",
                     "mend chat_template.jinja, or use a model whose template has a place for it",
                 )
         if prompt.enable_thinking is not None and not self.reads_thinking:

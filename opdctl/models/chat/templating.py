@@ -116,7 +116,7 @@ class Templating:
         text = self._apply(guarded, prompt, tools, generate, date, marked)
         wrong = ""
         if ESCAPED in text:
-            wrong = "escapes what is not ASCII, also where content spells a control token"
+            wrong = "writes escapes into content that spells a control token"
         elif ADDRESS.search(text) and not ADDRESS.search(str((messages, tools))):
             wrong = "prints an object, whose address is another each time"
         if wrong:
@@ -256,8 +256,8 @@ class Templating:
         joined = self.tokenizer.convert_ids_to_tokens(whole[place : place + 1])
         raise UsageError(
             f"{self.name}: its tokenizer ({self._kind}) joins the end of {unguarded(tail)[-30:]!r} "
-            f"and the beginning of {unguarded(text)[:30]!r} in one token {joined}: what a response is sampled after "
-            "would not be what it is trained after",
+            f"and the beginning of {unguarded(text)[:30]!r} in one token {joined}: "
+            "a response would be trained after other tokens than it is sampled after",
             "begin the answer without white space; or a chat template whose header ends in a "
             "control token",
         )

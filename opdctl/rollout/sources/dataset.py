@@ -140,7 +140,13 @@ class Dataset(Source):
             raise UsageError(f"data.{prompt.domain}: {error.message}", error.hint) from error
 
     def _append(self, rollout: Rollout, text: str, opening: str) -> None:
-        rollout.response_ids = [*rollout.response_ids, *self.model.encode(text, opening)]
+        try:
+            ids = self.model.encode(text, opening)
+        except UsageError as error:
+            raise UsageError(
+                f"data.{rollout.prompt.domain}: {error.message}", error.hint
+            ) from error
+        rollout.response_ids = [*rollout.response_ids, *ids]
         rollout.text = text
 
 
