@@ -24,6 +24,7 @@ from opdctl.cli.options import (
     Trust,
 )
 from opdctl.errors import EXIT_PENDING, EXIT_USAGE, OpdctlError, RecipeError
+from opdctl.process.import_path import close_working_directory
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -376,6 +377,7 @@ def new(
 
 def main() -> None:
     """Run the command line: an expected error becomes one message and its exit code."""
+    close_working_directory()
     try:
         app()
     except OpdctlError as error:

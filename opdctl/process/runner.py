@@ -185,7 +185,7 @@ def _ask_worker(
             if run.record(name).get("status") == "done" and run.output(name).is_dir():
                 copy.output(name).symlink_to(run.output(name), target_is_directory=True)
         worker = subprocess.Popen(
-            [sys.executable, "-m", "opdctl.process.worker", str(copy.path), *arguments],
+            [sys.executable, "-P", "-m", "opdctl.process.worker", str(copy.path), *arguments],
             stdin=subprocess.PIPE,  # it ends when this process does
             stdout=sys.stderr.fileno(),
         )
@@ -270,6 +270,7 @@ class _Launcher:
         with open(log, "ab") as file:
             command = [
                 sys.executable,
+                "-P",
                 "-m",
                 "opdctl.process.worker",
                 str(run.path),
