@@ -13,16 +13,8 @@ from typing import Annotated
 import typer
 
 from opdctl import __version__
-from opdctl.cli.options import (
-    DirArg,
-    From,
-    Json,
-    Members,
-    Overrides,
-    RecipeArg,
-    Size,
-    Trust,
-)
+from opdctl.cli.options import DirArg, From, Json, Members, Overrides, RecipeArg, Size, Trust
+from opdctl.cli.tidy import tidy
 from opdctl.errors import EXIT_PENDING, EXIT_USAGE, OpdctlError, RecipeError
 from opdctl.process.import_path import close_working_directory
 
@@ -373,6 +365,9 @@ def new(
 
     for line in new_member(family, name, folder):
         print(line)
+
+
+app.command()(tidy)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from opdctl.cli import console
 from opdctl.config.registry import member
 from opdctl.config.schema import did_you_mean
 from opdctl.errors import UsageError
+from opdctl.estimate.memory import format_bytes
 from opdctl.process.runner import Job, Outcome, carry_out, examine
 from opdctl.recipe.recipe import Recipe, load, resolve
 from opdctl.recipe.source import Source, read_source
@@ -21,6 +22,7 @@ from opdctl.run import provenance
 from opdctl.run.one_stage import one_stage, run_data
 from opdctl.run.plan import Planned, needed, plan, ready
 from opdctl.run.rundir import RunDir, lock, new_name, write_json, write_text
+from opdctl.run.tidy import tidy
 
 STARTED = time.time()
 
@@ -150,7 +152,8 @@ def _start(
 ) -> int:
     run = run_launch.new_run(recipe, source, path, only)
     if old:
-        reused, changed = run_launch.reuse(run, recipe, old, planned)
+        with lock(run / ".lock", str(run.path)):  # nobody continues it before that is over
+            reused, changed = run_launch.reuse(run, recipe, old, planned)
         console.say(f"reused from {old.path}: {', '.join(reused) or 'nothing'}")
         if changed:
             console.say(f"made again, as files they read have changed: {', '.join(changed)}")
@@ -167,6 +170,9 @@ def _carry_out(
             if run.path != parent.path:
                 stack.enter_context(lock(run / ".lock", str(run.path)))
             run_launch.new_attempt(run)
+            freed = tidy(run)
+            if freed:
+                console.say(f"{format_bytes(freed)} removed that no record needed")
         if rewrite:
             for run, recipe in runs:
                 write_text(run / "resolved.yaml", dump(recipe.to_dict()))

@@ -254,6 +254,9 @@ class Runtime:
     kernel: Literal["auto", "reference", "chunked", "triton"] = key(
         "auto", "row pass of the loss; auto is triton on CUDA, else chunked", role="numeric"
     )
+    shared: bool = key(
+        False, "other users of this machine may read the run directory", role="operational"
+    )
     rounded_logits: bool = key(False, "round logits to bfloat16 in the loss, to compare")
     resident_teachers: int = key(
         0, "frozen models kept loaded; others are read again; 0 is all", role="operational", least=0

@@ -72,43 +72,6 @@ def new_name(recipe: str) -> str:
     return f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
-def begin(path: Path) -> RunDir:
-    """Begin a run directory beside its place; ``finish`` puts it there.
-
-    Raises:
-        UsageError: the place is taken, or cannot be written.
-    """
-    if path.is_dir() and any(path.iterdir()):
-        known = (path / "run.json").is_file()
-        raise UsageError(
-            f"{path} exists" + ("" if known else " and is not a run directory"),
-            f"opdctl resume {path}    continues it\n"
-            f"  --from {path} --out OTHER    starts a new run that reuses its finished stages\n"
-            "  --out OTHER    starts afresh"
-            if known
-            else "choose another --out",
-        )
-    part = path.with_name(f".{path.name}.part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}", "choose another --out") from None
-    return RunDir(part)
-
-
-def finish(run: RunDir, path: Path) -> RunDir:
-    """Rename a complete run directory into its place: a kill leaves all of it or nothing."""
-    try:
-        if path.is_dir():
-            path.rmdir()  # it is empty
-        run.path.rename(path)
-        sync_file(path.parent)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}", "choose another --out") from None
-    return RunDir(path)
-
-
 def clear_stage(folder: Path) -> None:
     """Remove what a stage made, its record last; its configuration and its lock stay."""
     names = [
@@ -170,11 +133,15 @@ def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all, durably."""
     make_folder(path.parent)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.rename(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     sync_file(path.parent)
 
 
