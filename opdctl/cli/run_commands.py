@@ -13,7 +13,9 @@ from opdctl.config.registry import member
 from opdctl.config.schema import did_you_mean
 from opdctl.errors import UsageError
 from opdctl.estimate.memory import format_bytes
+from opdctl.process.detach import detach
 from opdctl.process.runner import Job, Outcome, carry_out, examine
+from opdctl.process.streams import outlive_the_terminal
 from opdctl.recipe.recipe import Recipe, load, resolve
 from opdctl.recipe.source import Source, read_source
 from opdctl.recipe.yaml_lines import dump
@@ -37,6 +39,7 @@ def run_recipe(
     reuse: Path | None = None,
     only: tuple[str, ...] = (),
     dry_run: bool = False,
+    detached: bool = False,
 ) -> int:
     """Plan a recipe and carry it out: ``opdctl run``. Return the exit code."""
     recipe = load(name, size=size, overrides=overrides, trusted=not dry_run)
@@ -60,10 +63,10 @@ def run_recipe(
     source = read_source(name)
     path = out or Path("runs") / new_name(recipe.name)
     if not seeds:
-        return _start(recipe, source, path, old, only, planned)
+        return _start(recipe, source, path, old, only, planned, detached)
     recipes = [load(name, size=size, seed=s, overrides=overrides, trusted=True) for s in numbers]
     parent = run_launch.new_set(recipes, source, path, only)
-    return _carry_out(parent, list(zip(parent.runs(), recipes, strict=True)), only)
+    return _carry_out(parent, list(zip(parent.runs(), recipes, strict=True)), only, detached)
 
 
 def run_stage(
@@ -75,6 +78,7 @@ def run_stage(
     method: str,
     out: Path | None,
     dry_run: bool,
+    detached: bool = False,
 ) -> int:
     """Build a recipe of one stage and carry it out: ``opdctl stage``. Return the exit code."""
     tree, full, named, notes = one_stage(kind, overrides, student, teachers, method)
@@ -93,10 +97,10 @@ def run_stage(
         return 0
     _require_engine(recipe)
     path = out or Path("runs") / new_name(kind)
-    return _start(recipe, dump(tree), path, None, ())
+    return _start(recipe, dump(tree), path, None, (), detached=detached)
 
 
-def resume_run(directory: Path, overrides: tuple[str, ...]) -> int:
+def resume_run(directory: Path, overrides: tuple[str, ...], detached: bool = False) -> int:
     """Continue a run or a set of seeds: ``opdctl resume``. Return the exit code."""
     parent = RunDir(directory)
     runs = []
@@ -110,7 +114,7 @@ def resume_run(directory: Path, overrides: tuple[str, ...]) -> int:
         console.say(f"{run.path.name}: {where or 'every stage is done'}")
         if todo:
             _require_engine(recipe)
-    return _carry_out(parent, runs, (), rewrite=bool(overrides))
+    return _carry_out(parent, runs, (), detached, rewrite=bool(overrides))
 
 
 def _require_engine(recipe: Recipe) -> None:
@@ -149,6 +153,7 @@ def _start(
     old: RunDir | None,
     only: tuple[str, ...],
     planned: list[Planned] | None = None,
+    detached: bool = False,
 ) -> int:
     run = run_launch.new_run(recipe, source, path, only)
     if old:
@@ -157,13 +162,23 @@ def _start(
         console.say(f"reused from {old.path}: {', '.join(reused) or 'nothing'}")
         if changed:
             console.say(f"made again, as files they read have changed: {', '.join(changed)}")
-    return _carry_out(run, [(run, recipe)], only)
+    return _carry_out(run, [(run, recipe)], only, detached)
 
 
 def _carry_out(
-    parent: RunDir, runs: list[tuple[RunDir, Recipe]], only: tuple[str, ...], rewrite: bool = False
+    parent: RunDir,
+    runs: list[tuple[RunDir, Recipe]],
+    only: tuple[str, ...],
+    detached: bool = False,
+    rewrite: bool = False,
 ) -> int:
+    outlive_the_terminal()
     console.say(f"run directory: {parent.path}")
+    begun = None
+    if detached:
+        message = f"it goes on without this terminal: opdctl status --watch {parent.path}"
+        begun = detach(parent / "logs" / "detached.log", message)
+        console.err.soft_wrap = True  # what follows is a file
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock(parent / ".lock", str(parent.path)))
         for run, _ in runs:
@@ -182,6 +197,8 @@ def _carry_out(
                 f"stage {planned.name} is blocked: {planned.reasons[0]}",
                 provenance.PUT_BACK,
             )
+        if begun:
+            begun()
         with console.Progress(jobs) as progress:
             outcome = carry_out(jobs, progress)
         _conclude(parent, runs, outcome)

@@ -29,6 +29,7 @@ from pathlib import Path
 from opdctl.checks.preflight._run_checks import check, finding_lines, raise_errors
 from opdctl.config.registry import member
 from opdctl.errors import EXIT_FAILED, EXIT_USAGE, Interrupted, OpdctlError, UsageError
+from opdctl.process.streams import outlive_the_terminal
 from opdctl.run import provenance
 from opdctl.run.fingerprint import fingerprints, is_stale, member_record, revisions, semantic
 from opdctl.run.launch import read_recipe
@@ -226,6 +227,7 @@ def child(folder: str, stage: str, log: str) -> None:
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
+    outlive_the_terminal()  # its log may be on a disk that is full
     parent = multiprocessing.parent_process()
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     code = run_stage(folder, stage)
