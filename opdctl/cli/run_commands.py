@@ -216,6 +216,10 @@ def _conclude(parent: RunDir, runs, outcome: Outcome) -> None:
         console.say(f"failed: {stage}: {_why(run, stage)}", "red")
         console.say(f"log:    {run / 'logs' / 'latest'}")
         console.say(f"then:   opdctl resume {parent.path}")
+    for run, recipe in runs:
+        for stage in recipe.stages:
+            for line in run.record(stage).get("rounding", []):
+                console.say(f"{stage}: equal up to rounding only: {line}", "yellow")
     if outcome.code == 75:
         console.say(f"stopped; opdctl resume {parent.path}", "yellow")
     if outcome.code == 0:

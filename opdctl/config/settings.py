@@ -254,6 +254,12 @@ class Runtime:
     kernel: Literal["auto", "reference", "chunked", "triton"] = key(
         "auto", "row pass of the loss; auto is triton on CUDA, else chunked", role="numeric"
     )
+    other_machine: Literal["note", "refuse"] = key(
+        "note",
+        "a run that goes on under another class of processor, number of threads, device or version "
+        "of torch is equal up to rounding: say so, or refuse",
+        role="operational",
+    )
     shared: bool = key(
         False, "other users of this machine may read the run directory", role="operational"
     )

@@ -29,6 +29,7 @@ from pathlib import Path
 from opdctl.checks.preflight._run_checks import check, finding_lines, raise_errors
 from opdctl.config.registry import member
 from opdctl.errors import EXIT_FAILED, EXIT_USAGE, Interrupted, OpdctlError, UsageError
+from opdctl.process.same_bits import other_settings, require_same, settings_of
 from opdctl.process.streams import outlive_the_terminal
 from opdctl.run import provenance
 from opdctl.run.fingerprint import fingerprints, is_stale, member_record, revisions, semantic
@@ -86,7 +87,7 @@ def _attempt(ctx: Context, start: float) -> int:
     else:
         record["preflight"] = passed  # of an earlier attempt: the models are the same
     write_json(path, record)
-    code, problem = _run_recorded(ctx, record, path)
+    code, problem = _run_recorded(ctx, before, record, path)
     if code == EXIT_USAGE and not (ctx.folder / "metrics.jsonl").exists():
         record["inputs"] = before.get("inputs", {})  # nothing was made from what was refused
     if ctx.prompts.counts:
@@ -131,10 +132,14 @@ def _new_record(ctx: Context, before: dict, fingerprint: str) -> dict:
     }
 
 
-def _run_recorded(ctx: Context, record: dict, path: Path) -> tuple[int, str | None]:
+def _run_recorded(ctx: Context, before: dict, record: dict, path: Path) -> tuple[int, str | None]:
     """Run the stage and put its results into ``record``. Return the exit code and the error."""
     try:
         prepare(ctx)
+        record["settings"] = settings_of(ctx.device, record["versions"])
+        lines = other_settings(ctx.run, ctx.recipe, ctx.name, before, record["settings"])
+        require_same(ctx.run, ctx.recipe, ctx.name, lines)
+        record["rounding"] = [*before.get("rounding", []), *lines]
         inputs = provenance.inputs(ctx.run, ctx.recipe, ctx.name, ctx.check)
         provenance.require_unchanged(ctx.run, ctx.recipe, ctx.name, inputs)
         record["inputs"] = inputs
