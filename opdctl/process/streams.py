@@ -12,6 +12,8 @@ import os
 import sys
 from typing import TextIO
 
+from opdctl.config.secrets import masked
+
 
 class _Tolerant(io.FileIO):
     """A descriptor whose writes are dropped where they fail."""
@@ -23,16 +25,21 @@ class _Tolerant(io.FileIO):
             return len(content)
 
 
+class _Masked(io.TextIOWrapper):
+    """A text stream that shows no key: a server may repeat one in what it answers."""
+
+    def write(self, text, /) -> int:
+        return super().write(masked(text))
+
+
 def tolerant(stream: TextIO) -> TextIO:
-    """Return a stream on the same descriptor that drops what cannot be written."""
+    """Return a stream on the same descriptor that drops what cannot be written, and keys."""
     try:
         raw = _Tolerant(stream.fileno(), "w", closefd=False)
     except OSError:
         return stream  # a stream of a test, or of a program that calls this one
     buffer = io.BufferedWriter(raw)
-    return io.TextIOWrapper(
-        buffer, encoding=stream.encoding, errors="backslashreplace", line_buffering=True
-    )
+    return _Masked(buffer, encoding=stream.encoding, errors="backslashreplace", line_buffering=True)
 
 
 def open_closed_streams() -> None:

@@ -28,6 +28,7 @@ from pathlib import Path
 
 from opdctl.checks.preflight._run_checks import check, finding_lines, raise_errors
 from opdctl.config.registry import member
+from opdctl.config.secrets import masked
 from opdctl.errors import EXIT_FAILED, EXIT_USAGE, Interrupted, OpdctlError, UsageError
 from opdctl.process.same_bits import other_settings, require_same, settings_of
 from opdctl.process.streams import outlive_the_terminal
@@ -93,6 +94,7 @@ def _attempt(ctx: Context, start: float) -> int:
     if ctx.prompts.counts:
         record["data"] = ctx.prompts.counts
     if problem:
+        problem = masked(problem)
         record |= {"status": "failed", "error": problem}
         with contextlib.suppress(OSError):  # a log on a full disk
             print(f"[{ctx.name}] {problem}", file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ from typing import Any
 from opdctl.config import references, registry
 from opdctl.config.schema import build, did_you_mean, to_dict
 from opdctl.config.schema import references as refs_of
+from opdctl.config.secrets import credentials_in
 from opdctl.config.settings import Runtime, StageConfig
 from opdctl.config.shapes import Shape
 from opdctl.errors import Note, OpdctlError, Problem, RecipeError, UsageError
@@ -181,6 +182,9 @@ def resolve(
     tree = choose(interpolate(tree, problems), problems)
     tree = expand(tree, where, problems)
     tree = assign_all(tree, pending, where, problems, expanded=True)
+    leaks = list(credentials_in(tree))
+    if leaks:  # before anything else could repeat one in a message
+        raise RecipeError([where.place(p) for p in leaks], label)
     typed = any(parts == ["members"] for parts, _, _ in pending)
     wrong = use_members_of(tree, label, typed, trusted)
     if wrong:  # every member of its own would be called unknown too

@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from opdctl.config.schema import did_you_mean
+from opdctl.config.secrets import masked
 from opdctl.errors import Problem, RecipeError, UsageError
 from opdctl.recipe.yaml_lines import DEEPEST, parse_value
 
@@ -137,7 +138,7 @@ def assign_all(tree, pending, where, problems, *, expanded: bool) -> dict:
             continue
         path = ".".join(parts)
         for below in _below(path, value):
-            where.overrides[below] = f"override {text!r}"
+            where.overrides[below] = f"override {masked(text)!r}"
         if unknown and parts[0] in ("stages", "data") and text in where.later:
             hint = did_you_mean(parts[1], entries, f"{parts[0]}:")
             problems.append(Problem(path, f"no {parts[0].rstrip('s')} {parts[1]!r}", hint))

@@ -15,6 +15,8 @@ import urllib.error
 import urllib.request
 from functools import partial
 
+from opdctl.config.secrets import masked
+
 PIECE = 1 << 20
 LARGEST = 1 << 30  # bytes of an answer: 32 log-probs a token are some 2 KB
 REFUSAL = 2000  # bytes of a refusal that are read
@@ -58,7 +60,7 @@ def exchange(url: str, body: dict | None, key: str, seconds: float) -> dict:
             text = error.read(REFUSAL).decode(errors="replace").strip()
         if 300 <= error.code < 400:
             text = f"ask {error.headers.get('Location')} instead; that is not done by itself"
-        raise Refused(error.code, text) from None
+        raise Refused(error.code, masked(text)) from None
     try:
         content = json.loads(raw)
     except (ValueError, RecursionError) as error:
