@@ -17,6 +17,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -89,8 +90,8 @@ def _attempt(ctx: Context, start: float) -> int:
         record["preflight"] = passed  # of an earlier attempt: the models are the same
     write_json(path, record)
     code, problem = _run_recorded(ctx, before, record, path)
-    if code == EXIT_USAGE and not (ctx.folder / "metrics.jsonl").exists():
-        record["inputs"] = before.get("inputs", {})  # nothing was made from what was refused
+    if code and not (ctx.folder / "metrics.jsonl").exists():
+        record["inputs"] = _used(ctx, code, before.get("inputs", {}), record["inputs"])
     if ctx.prompts.counts:
         record["data"] = ctx.prompts.counts
     if problem:
@@ -109,6 +110,25 @@ def _attempt(ctx: Context, start: float) -> int:
     if code == 0:
         drop_checkpoints(ctx.folder)  # not before: a kill in between would begin the stage again
     return code
+
+
+def _used(ctx: Context, code: int, before: dict, now: dict) -> dict:
+    """Return those inputs of an attempt without a step that something was made from.
+
+    A server that failed, or that was found to be the wrong one, may be put right.
+    """
+    if code == EXIT_USAGE:
+        return before
+    used = {}
+    for dotted, entry in now.items():
+        teacher = re.fullmatch(r"teachers\.(.+)\.model", dotted)
+        if "served" not in entry or ctx.wal.holds(
+            f"teacher {teacher[1]} " if teacher else "answer"
+        ):
+            used[dotted] = entry
+        elif dotted in before:
+            used[dotted] = before[dotted]
+    return used
 
 
 def _new_record(ctx: Context, before: dict, fingerprint: str) -> dict:
