@@ -36,7 +36,7 @@ from opdctl.process.streams import outlive_the_terminal
 from opdctl.run import provenance
 from opdctl.run.fingerprint import fingerprints, is_stale, member_record, revisions, semantic
 from opdctl.run.launch import read_recipe
-from opdctl.run.rundir import RunDir, clear_stage, drop_checkpoints, lock, write_json
+from opdctl.run.rundir import RunDir, clear_stage, drop_checkpoints, last_step, lock, write_json
 from opdctl.train.context import Context
 from opdctl.train.wal import Wal
 from opdctl.types import Finding
@@ -90,7 +90,7 @@ def _attempt(ctx: Context, start: float) -> int:
         record["preflight"] = passed  # of an earlier attempt: the models are the same
     write_json(path, record)
     code, problem = _run_recorded(ctx, before, record, path)
-    if code and not (ctx.folder / "metrics.jsonl").exists():
+    if code and not last_step(ctx.folder / "metrics.jsonl"):
         record["inputs"] = _used(ctx, code, before.get("inputs", {}), record["inputs"])
     if ctx.prompts.counts:
         record["data"] = ctx.prompts.counts
@@ -117,8 +117,8 @@ def _used(ctx: Context, code: int, before: dict, now: dict) -> dict:
 
     A server that failed, or that was found to be the wrong one, may be put right.
     """
-    if code == EXIT_USAGE:
-        return before
+    if code == EXIT_USAGE and not (ctx.folder / "metrics.jsonl").exists():
+        return before  # the loop has not begun
     used = {}
     for dotted, entry in now.items():
         teacher = re.fullmatch(r"teachers\.(.+)\.model", dotted)
