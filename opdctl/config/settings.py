@@ -58,7 +58,7 @@ class Sampling:
     temperature: float = key(
         1.0, "divides the logits, in sampler and loss alike (but see loss_temperature)", least=1e-3
     )
-    max_tokens: int = key(32, "longest turn of a response, in tokens", least=1)
+    max_tokens: int = key(32, "longest turn of a response, in tokens", least=1, most=2**24)
 
 
 def longest_turn(config: Any) -> int:
@@ -206,9 +206,13 @@ class TrainConfig(StageConfig):
 class Runtime:
     """The keys of how a run is carried out, whatever the recipe."""
 
-    threads: int = key(1, "CPU threads of a stage", role="numeric", least=1)
+    threads: int = key(1, "CPU threads of a stage", role="numeric", least=1, most=1024)
     jobs: int = key(
-        0, "stages at once; 0 is one per thread-group of cores", role="operational", least=0
+        0,
+        "stages at once; 0 is one per thread-group of cores",
+        role="operational",
+        least=0,
+        most=1024,
     )
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto takes CUDA if there", role="numeric")
     dtype: Literal["float32", "bfloat16", "float64"] = key("float32", "parameters and activations")
@@ -276,7 +280,9 @@ class Runtime:
         role="operational",
         least=0.1,
     )
-    server_requests: int = key(4, "requests to a served model at once", role="operational", least=1)
+    server_requests: int = key(
+        4, "requests to a served model at once", role="operational", least=1, most=1024
+    )
     server_batch: int = key(16, "sequences in a request", role="numeric", least=1)
     checkpoint_every: int = key(20, "steps between checkpoints", role="operational", least=1)
     keep_checkpoints: int = key(2, "newest ones kept", role="operational", least=1)

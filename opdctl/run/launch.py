@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from opdctl import __version__
+from opdctl.config.files import read_text
 from opdctl.config.schema import role_of
 from opdctl.errors import UsageError
 from opdctl.recipe.recipe import Recipe, resolve
@@ -113,9 +114,9 @@ def read_recipe(run: RunDir, overrides: tuple[str, ...] = (), *, trusted: bool =
     run.manifest()
     path = run / "resolved.yaml"
     try:
-        tree, lines, problems = parse(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+        tree, lines, problems = parse(read_text(path), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from None
     return resolve(
         tree,
         str(path),
@@ -141,7 +142,7 @@ def reopen(run: RunDir, overrides: tuple[str, ...] = ()) -> tuple[Recipe, list[s
     changed = []
     for stage in old.stages:
         try:
-            text = (run.stage(stage) / "config.yaml").read_text(encoding="utf-8")
+            text = read_text(run.stage(stage) / "config.yaml")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read {run.stage(stage) / 'config.yaml'}: {error}") from None
         edited = differences(parse(text, "config.yaml")[0], semantic(old, stage))

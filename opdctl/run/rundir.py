@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from opdctl.config.files import open_regular, read_text
 from opdctl.errors import BusyError, UsageError
 
 VOLATILE = ("seconds", "time", "cpu_seconds", "attempt", "host", "memory_mib", "teacher_loads")
@@ -164,7 +165,7 @@ def finite(content: Any) -> Any:
 def read_json(path: Path, kind: type = dict) -> Any:
     """Return the content; None where there is no readable JSON of that kind."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, kind) else None
@@ -177,13 +178,13 @@ def read_rows(path: Path) -> list[dict]:
     """
     rows: dict[Any, dict] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
+        lines = read_text(path).splitlines()
+    except (OSError, UnicodeDecodeError):
         return []
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows[row["step"]] = row
@@ -193,7 +194,7 @@ def read_rows(path: Path) -> list[dict]:
 def last_row(path: Path) -> dict:
     """Return the last whole line of a metrics file, read from its end; empty without one."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             file.seek(0, 2)
             file.seek(max(0, file.tell() - 16384))
             lines = file.read().splitlines()
@@ -202,7 +203,7 @@ def last_row(path: Path) -> dict:
     for line in reversed(lines):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             return row
