@@ -72,8 +72,9 @@ def folder_complaint(folder: str) -> tuple[str, str] | None:
     if not os.path.isdir(folder):
         otherwise = "a model folder holds config.json and model.safetensors"
         return f"no folder {folder}", hint or otherwise
-    if special := next((p for p in _files(place) if not (p.is_file() or p.is_dir())), None):
-        return f"{special} is no file: a pipe, a device or a broken link", "remove it"
+    special = [p for p in _files(place) if not (p.is_file() or p.is_dir())]
+    if special and special[0].name != "config.json":
+        return f"cannot read {special[0]}: a pipe, a device or a broken link", "remove it"
     if is_adapter(folder):
         return _unfounded(folder)
     if not is_model(folder):
