@@ -274,6 +274,11 @@ class Runtime:
     trust_remote_code: bool = key(
         False, "run code that a model brings with it (auto_map); read it first", neutral=True
     )
+    template_date: str = key(
+        "",
+        "the day, as 2026-01-31, that a chat template which prints one is shown; empty refuses it",
+        neutral=True,
+    )
     server_timeout: float = key(
         120.0,
         "seconds a served model has for an answer, tries included",
