@@ -23,7 +23,12 @@ class Optim:
     lr: float = key(1e-3, "peak learning rate", least=0.0)
     schedule: Literal["constant", "linear", "cosine"] = key("constant", "shape after the warm-up")
     warmup: int = key(0, "steps of linear warm-up", least=0)
-    final: float = key(0.1, "share of lr left at the last step (linear, cosine)", least=0, most=1)
+    final: float = key(
+        0.1,
+        "share of lr that the last step has (linear, cosine), where that is after the warm-up",
+        least=0,
+        most=1,
+    )
     weight_decay: float = key(0.0, "decoupled; on matrices only", least=0.0)
     beta1: float = key(0.9, "decay of the first moment", least=0, most=0.99999)
     beta2: float = key(0.95, "decay of the second moment", least=0, most=0.99999)
