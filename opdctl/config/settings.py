@@ -56,7 +56,7 @@ class Sampling:
     """The sampler's keys. Responses come from the whole distribution, so log-probs are exact."""
 
     absent: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("top_p", "top_k", "min_p"),
+        ("top_p", "top_k", "min_p", "min_tokens"),
         "the whole distribution is sampled: tokens of a cut one have other log-probs than the loss "
         "gives them, and every ratio is biased",
     )
