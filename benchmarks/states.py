@@ -117,15 +117,8 @@ def measure(name, tokens, vocab, tied, repeats):
             columns["teacher_index"] = torch.zeros(N, 1, dtype=torch.long)
             columns |= {"teacher_row": torch.arange(N)[:, None], "pair_weight": torch.ones(N, 1)}
         before = time.process_time()
-        update.accumulate(
-            student,
-            spans,
-            columns,
-            [LossTerm(objective)],
-            Pass(micro_batch=4),
-            taught,
-            layers,
-        )
+        batch = update.Batch(spans, columns, [LossTerm(objective)], taught, layers)
+        update.accumulate(student, batch, Pass(micro_batch=4))
         update.step(student, optimizer, 1e-5, 1.0)
         return [*seconds, time.process_time() - before]
 
