@@ -261,8 +261,8 @@ def _claim(recipe, claim: str, roles) -> list[Problem]:
                 if domain not in recipe.data:
                     near = did_you_mean(domain, recipe.data, "data:")
                     problems.append(Problem(path, f"no domain {domain!r}", near))
-    check = getattr(registry.member("claims", claim.lower()), "problems", lambda _: [])
-    return problems + [replace(p, path=f"claims.{claim}.{p.path}") for p in check(roles)]
+    wrong = registry.member("claims", claim.lower()).problems(roles)
+    return problems + [replace(p, path=f"claims.{claim}.{p.path}") for p in wrong]
 
 
 def _domains(group: str | dict) -> list[str]:
