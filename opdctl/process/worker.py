@@ -81,7 +81,7 @@ def _attempt(ctx: Context, start: float) -> int:
         clear_stage(ctx.folder)  # made from other inputs: nothing of it may be used
         before = {}
     ctx.attempt = before.get("attempt", 0) + 1
-    record = _new_record(ctx, before, fingerprint)
+    record = _new_record(ctx, before, fingerprint, time.perf_counter() - start)
     path = ctx.folder / "stage.json"
     passed = before.get("preflight")
     if passed is None or any(f["severity"] == "error" for f in passed):
@@ -131,14 +131,19 @@ def _used(ctx: Context, code: int, before: dict, now: dict) -> dict:
     return used
 
 
-def _new_record(ctx: Context, before: dict, fingerprint: str) -> dict:
-    """Return the record of an attempt as it begins, with the totals of earlier attempts."""
+def _new_record(ctx: Context, before: dict, fingerprint: str, spent: float) -> dict:
+    """Return the record of an attempt as it begins, with the totals of earlier attempts.
+
+    Args:
+        spent: seconds since its process began.
+    """
     return {
         "name": ctx.name,
         "kind": ctx.config.kind,
         "status": "running",
         "fingerprint": fingerprint,
         "attempt": ctx.attempt,
+        "began": time.time() - spent,
         "total": ctx.recipe.total(ctx.name),
         "semantic": semantic(ctx.recipe, ctx.name),
         "revisions": revisions(ctx.recipe, ctx.name),
