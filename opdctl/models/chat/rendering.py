@@ -15,6 +15,7 @@ from typing import Any
 from opdctl.errors import UsageError
 from opdctl.models.chat.control_tokens import unguarded
 from opdctl.models.chat.messages import Message, question
+from opdctl.models.chat.readable import dropped_characters
 from opdctl.models.chat.templating import PLACEHOLDER, Templating
 from opdctl.models.chat.turn_frame import TurnFrame, frame_of
 from opdctl.types import Prompt
@@ -340,13 +341,19 @@ class Chat(Templating):
         """Check that the tokenizer drops no character of a text, as some do with unknown ones.
 
         Raises:
-            UsageError: one would be dropped; says which.
+            UsageError: one would be dropped, or is no character at all; says which.
         """
-        if not self.tokenizer.is_fast or text in self.readable:
+        if text in self.readable:
             return
-        spans = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        covered = {i for start, stop in spans["offset_mapping"] for i in range(start, stop)}
-        lost = [c for i, c in enumerate(text) if i not in covered and not c.isspace()]
+        halves = [c for c in text if "\ud800" <= c <= "\udfff"]
+        if halves:
+            raise UsageError(
+                f"{self.name}: a text holds half a surrogate pair, as in {text[:60]!a}",
+                "write the whole character where this text comes from",
+            )
+        if not self.tokenizer.is_fast:
+            return
+        lost = dropped_characters(self.tokenizer, text)
         if lost:
             raise UsageError(
                 f"{self.name}: its tokenizer has no token for {lost[0]!r}, as in {text[:60]!r}",
