@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from opdctl.errors import UsageError
+from opdctl.models.chat.arguments import readable
+from opdctl.models.chat.heard import require_shown
 from opdctl.models.chat.messages import Message, question
 from opdctl.types import Prompt
 
@@ -207,8 +210,15 @@ class Chat:
             return self._require_embedded(
                 self.tokenizer(prompt.text)["input_ids"], prompt.text
             ) or [self.eos]
+        turns = readable(
+            lambda m, t: self.apply(m, replace(prompt, tools=tuple(t)), generate=True),
+            turns,
+            prompt.tools,
+        )
         text = self.apply(turns, prompt, generate=True)
         self._require_rendered(turns, prompt, text)
+        if prompt.messages or prompt.tools:
+            require_shown(self, turns, prompt, text)
         ids, begin = self.ids(text), self.tokenizer.bos_token_id
         if begin is not None and ids[:2] == [begin, begin]:
             raise UsageError(
