@@ -9,36 +9,20 @@ must not drop.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from opdctl.errors import UsageError
+from opdctl.models.chat.arguments import readable
 from opdctl.models.chat.control_tokens import unguarded
+from opdctl.models.chat.heard import require_shown
 from opdctl.models.chat.messages import Message, question
 from opdctl.models.chat.readable import dropped_characters
+from opdctl.models.chat.recent_cache import RecentCache
 from opdctl.models.chat.templating import PLACEHOLDER, Templating
 from opdctl.models.chat.turn_frame import TurnFrame, frame_of
 from opdctl.types import Prompt
-
-CACHE_LIMIT = (
-    2**21
-)  # ids, or characters, that a cache keeps: a stream never stops bringing new prompts
-
-
-class RecentCache(dict):
-    """A cache of the newest values, dropping old ones while their lengths exceed CACHE_LIMIT."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.length = 0
-
-    def keep(self, key: Any, value: Any) -> Any:
-        """Add a value and return it; the oldest values make room."""
-        self[key] = value
-        self.length += len(value)
-        while self.length > CACHE_LIMIT and len(self) > 1:
-            self.length -= len(self.pop(next(iter(self))))
-        return value
 
 
 class Chat(Templating):
@@ -161,8 +145,15 @@ class Chat(Templating):
         plain = len(turns) == 1 and not prompt.tools and prompt.enable_thinking is None
         if plain and not self.tokenizer.chat_template:
             return self._without_template(prompt.text)
+        turns = readable(
+            lambda m, t: unguarded(self.apply(m, replace(prompt, tools=tuple(t)), generate=True)),
+            turns,
+            prompt.tools,
+        )
         text = self.apply(turns, prompt, generate=True)
         self._require_rendered(turns, prompt, text)
+        if prompt.messages or prompt.tools:
+            require_shown(self, turns, prompt, unguarded(text))
         ids, begin = self.ids(text), self.tokenizer.bos_token_id
         if begin is not None and ids[:2] == [begin, begin]:
             raise UsageError(

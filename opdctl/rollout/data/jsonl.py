@@ -10,6 +10,7 @@ from pathlib import Path
 from opdctl.config.schema import REQUIRED, key
 from opdctl.config.shards import shards
 from opdctl.errors import Problem, UsageError
+from opdctl.rollout.data._nested import arrow_row
 from opdctl.rollout.data._spelling import narrow_floats, read_json
 from opdctl.rollout.data._tables import ColumnKeys, TableData
 from opdctl.rollout.split import Split
@@ -98,7 +99,8 @@ def parquet_rows(path: Path, domain: str) -> Iterator[dict]:
         floats = [f for f in file.schema_arrow if pyarrow.types.is_floating(f.type)]
         narrow = {f.name: f"float{n}" for f in floats if (n := f.type.bit_width) <= 32}
         for batch in file.iter_batches():
-            yield from narrow_floats(batch.to_pylist(), narrow)
+            rows = batch.to_pylist(maps_as_pydicts="lossy")
+            yield from narrow_floats(map(arrow_row, rows), narrow)
             count += len(batch)
     except UnicodeDecodeError as error:
         message = f"data.{domain}: {path}: a text after row {count} is not UTF-8: {error}"
