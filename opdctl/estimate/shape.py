@@ -40,10 +40,13 @@ class HeldModel:
     @property
     def whole(self) -> Shape | None:
         """The size of both together: a token goes through all of the adapter."""
-        if self.base is None:
-            return None
-        active = self.base.active and self.base.active + self.adapter
-        return replace(self.base, parameters=self.base.parameters + self.adapter, active=active)
+        return None if self.base is None else with_adapter(self.base, self.adapter)
+
+
+def with_adapter(base: Shape, adapter: float) -> Shape:
+    """Return the size of a model and an adapter of so many parameters together."""
+    active = base.active and base.active + adapter
+    return replace(base, parameters=base.parameters + adapter, active=active)
 
 
 def shape_of(recipe: Any, reference: str, stage: str = "") -> Shape | None:

@@ -12,7 +12,7 @@ from typing import Any
 from opdctl.config import references
 from opdctl.config.settings import longest_turn
 from opdctl.config.shapes import Shape
-from opdctl.estimate.rollout import PROMPT, Responses
+from opdctl.estimate.rollout import PROMPT, Responses, mean_length
 
 DEMONSTRATION = 512  # tokens of an answer that the data gives
 
@@ -34,7 +34,9 @@ class Work:
     longest: int = DEMONSTRATION
 
 
-def stage_work(config: Any, domains: dict[str, float], student: Shape, shapes: dict) -> Work:
+def stage_work(
+    config: Any, domains: dict[str, float], student: Shape, shapes: dict[str, Shape]
+) -> Work:
     """Estimate the work of a stage from its keys.
 
     Args:
@@ -129,10 +131,10 @@ def _imitation(config, domains, rounds: int, batch: int, shapes: dict) -> Work:
     work = Work(trained=shown * (PROMPT + DEMONSTRATION))
     for expert, share in shares.items():
         work.longest = longest = teacher.sampling.max_tokens
-        sampled = Responses(shapes.get(expert), rounds, max(1, round(batch * share)), longest)
-        work.trained += sampled.responses * (PROMPT + sampled.mean)
-        if not behind_server(expert):
-            work.samples.append(sampled)
+        each = max(1, round(batch * share))
+        work.trained += rounds * each * (PROMPT + mean_length(longest))
+        if expert in shapes:
+            work.samples.append(Responses(shapes[expert], rounds, each, longest))
     return work
 
 

@@ -81,7 +81,8 @@ def stage_memory(stage: CheckedStage) -> Estimate:
     places: dict[str, int] = {}
     for path, model in held.items():  # the outline of an adapter is that of its base
         base = references.base_of(path)
-        whole = places.get(base or path, model.parameters * each)
+        bytes_of_it: int = model.parameters * each
+        whole = places.get(base or path, bytes_of_it)
         places[base or path] = whole + (adapter_bytes(path) if base else 0)
     prompts = [p for d in stage.route for p in stage.prompts(d, PROMPTS)]
     longest = max(len(student.render(p)) for p in prompts) + longest_turn(config)

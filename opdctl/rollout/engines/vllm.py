@@ -19,13 +19,13 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from opdctl import draws
 from opdctl.config.references import base_of, parse
 from opdctl.config.registry import member
 from opdctl.config.schema import did_you_mean
 from opdctl.config.settings import longest_turn
 from opdctl.errors import Problem, UsageError
 from opdctl.rollout.engines._engine import Engine, Sample
+from opdctl.rollout.engines._logged import Finished, is_trained, sampled_or_logged
 
 LOWEST_TEMPERATURE = 0.01  # vLLM raises a lower one to this, and says so in its log only
 RESERVED = {  # arguments that are set here, with the reason
@@ -279,26 +279,35 @@ class Vllm(Engine):
                 f"runtime.engine_args.max_model_len={most}, or a smaller sampling.max_tokens",
             )
         requests = list(zip(prompts, keys, strict=True))
-        of = (self.model.name, self.published if self.trained else None)
-        names = [
-            f"response {draws.key(*of, p, k, temperature, max_tokens):016x}" for p, k in requests
-        ]
-        samples = [logged_sample(self.wal, name, self.model.ends) for name in names]
-        todo = [i for i, sample in enumerate(samples) if sample is None]
-        for i, sample in self._run([(i, *requests[i]) for i in todo], temperature, max_tokens):
-            samples[i] = sample
-            if self.wal is not None:
-                self.wal.put(names[i], log_entry(sample))
-        return samples
 
-    def _run(self, requests, temperature, max_tokens):
-        """Yield (place, sample) of each (place, prompt, seed) when it is finished."""
+        def run(places: list[int]) -> Finished:
+            return self._run(requests, places, temperature, max_tokens)
+
+        return sampled_or_logged(
+            self.wal,
+            (self.model.name, self.published if self.trained else None),
+            requests,
+            self.model.ends,
+            run,
+            temperature=temperature,
+            max_tokens=max_tokens,
+        )
+
+    def _run(
+        self,
+        requests: list[tuple[list[int], int]],
+        places: list[int],
+        temperature: float,
+        max_tokens: int,
+    ) -> Finished:
+        """Yield the place and the sample of each prompt and seed at these places, as it comes."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         engine, waiting = self.llm.llm_engine, set()
         try:
-            for place, prompt, seed in requests:
+            for place in places:
+                prompt, seed = requests[place]
                 params = SamplingParams(
                     temperature=temperature,
                     max_tokens=max_tokens,
@@ -326,11 +335,6 @@ class Vllm(Engine):
         return Sample(ids, logprobs, ids[-1] not in self.model.ends)
 
 
-def is_trained(model) -> bool:
-    """Return True if a model's weights change between publications."""
-    return any(p.requires_grad for p in model.net.parameters())
-
-
 def module_config(model) -> dict:
     """Return all that vLLM's modules depend on: models of equal ones can exchange their weights."""
     parameter = next(model.net.parameters())
@@ -340,19 +344,3 @@ def module_config(model) -> dict:
         "valid": model.valid_V,
         "rows": model.head.out_features,
     }
-
-
-def logged_sample(wal, name: str, ends) -> Sample | None:
-    """Return the sample that an earlier attempt finished and logged under a name, if it did."""
-    entries = wal.get(name) if wal else []
-    if not entries:
-        return None
-    ids, logprobs = entries[0]["tokens"].tolist(), entries[0]["logprobs"].tolist()
-    return Sample(ids, logprobs, ids[-1] not in ends)
-
-
-def log_entry(sample: Sample) -> dict:
-    """Return the log's entry of a finished response."""
-    import numpy as np
-
-    return {"tokens": np.array(sample.ids), "logprobs": np.array(sample.logprobs)}

@@ -6,6 +6,7 @@ improve and imitation cannot: a model that learns the corpus at temperature 1 ma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -141,7 +142,7 @@ class Dataset(Source):
         rollout.text = text
 
 
-def corrupt_answer(prompt: Prompt, pool: list[Prompt], *name: object) -> tuple[str, str]:
+def corrupt_answer(prompt: Prompt, pool: Sequence[Prompt], *name: object) -> tuple[str, str]:
     """Return (lead, answer) with a wrong answer that looks like one of its domain.
 
     Half the time it is another prompt's answer with its thinking; half the time the right thinking

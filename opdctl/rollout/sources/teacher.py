@@ -113,7 +113,7 @@ class Teacher(Source):
         """
         student, marks = self.student, self._marks(rollout)
         domain = rollout.prompt.domain
-        environment = self.ctx.prompts.environment(domain) if rollout.before else None
+        environment = self.ctx.prompts.environment(domain)
         context = student.render(rollout.prompt)  # the ids before a turn
         rollout.prompt_ids, rollout.observed = context, ()
         response, turns, replies = [], [*rollout.before[::2], rollout.text], rollout.before[1::2]
@@ -133,5 +133,5 @@ class Teacher(Source):
                 context = student.observation(reply, role, prompt=rollout.prompt)
                 rollout.observed += ((len(response), len(response) + len(context)),)
                 response += context
-        before = tuple(text for both in zip(turns, replies, strict=False) for text in both)
-        rollout.response_ids, rollout.before, rollout.text = response, before, turns[-1]
+        earlier = tuple(text for both in zip(turns, replies, strict=False) for text in both)
+        rollout.response_ids, rollout.before, rollout.text = response, earlier, turns[-1]
