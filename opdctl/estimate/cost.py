@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from opdctl.config import references
+from opdctl.config.settings import Prompts
 from opdctl.estimate.gpus import Gpu
 from opdctl.estimate.memory import BYTES, SHARE, Estimate, engine_bytes, estimate, student_bytes
 from opdctl.estimate.rollout import (
@@ -118,10 +119,9 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
     if missing := [s.place for text, s in held.items() if text not in bases]:
         return f"no size of {missing[0]}; shapes: {{{missing[0]}: {{parameters: N, layers: N}}}}"
     shapes = {text: with_adapter(base, held[text].adapter) for text, base in bases.items()}
-    start, lora = getattr(config, "student", ""), getattr(config, "lora", None)
-    alone = bool(lora and lora.rank)  # an adapter is trained and nothing else
-    merged = config.kind == "merge" or (lora is not None and not alone)
-    rank = lora.rank if alone else 0
+    start, rank = config.student, config.lora.rank
+    alone = bool(rank)  # an adapter is trained and nothing else
+    merged = config.kind != "evaluate" and not alone  # an evaluation takes an adapter as it is
     adapter = 0.0 if merged or not start else adapter_parameters(held[start], rank)
     student = with_adapter(bases[start], adapter) if start else pretrain_shape(config.model)
     work = stage_work(config, recipe.domains(stage), student, shapes)
@@ -134,13 +134,13 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
         student_bytes(
             student.parameters - adapter,
             runtime.dtype,
-            masters=hasattr(config, "optim") and runtime.masters_of(config.optim.lr),
+            masters=config.optim is not None and runtime.masters_of(config.optim.lr),
             adapter=adapter if alone or adapter else None,
         ),
         _frozen_bytes(frozen, BYTES[runtime.dtype]),
         dtype=runtime.dtype,
         learns=learns,
-        steps=hasattr(config, "optim"),
+        steps=config.optim is not None,
         resident=1 if config.kind == "merge" else runtime.resident_teachers,
         chunk_mib=runtime.chunk_mib,
         cached=max((s.model.cached for s in work.samples), default=0),
@@ -222,9 +222,9 @@ def _largest_pass(config: Any) -> int:
     They are all those of an optimizer step, if alike in length: ``models/packing.micro_batches``
     closes no group of them.
     """
-    prompts = getattr(config, "prompts", None)
-    whole = prompts.per_step * getattr(prompts, "samples", 1) if hasattr(prompts, "per_step") else 0
-    return math.ceil(whole / getattr(config, "minibatches", 1))
+    prompts = config.prompts
+    whole = prompts.per_step * prompts.samples if isinstance(prompts, Prompts) else 0
+    return math.ceil(whole / config.minibatches)
 
 
 def _wave(work: Work, most: int) -> tuple[float, int]:

@@ -65,10 +65,10 @@ def held_model(recipe: Any, reference: str, stage: str = "") -> HeldModel:
         return held_model(recipe, recipe.stages[stage].student)
     if ref.form == "stage":
         config = recipe.stages[ref.name]
-        if not hasattr(config, "student"):
+        if not config.student:
             return HeldModel(reference, pretrain_shape(config.model))
-        start, lora = held_model(recipe, config.student), getattr(config, "lora", None)
-        if lora and lora.rank and lora.output == "adapter":
+        start, lora = held_model(recipe, config.student), config.lora
+        if lora.rank and lora.output == "adapter":
             return replace(start, adapter=adapter_parameters(start, lora.rank), name=reference)
         return HeldModel(reference, start.base)
     listed = {references.parse(name).name: shape for name, shape in recipe.shapes.items()}

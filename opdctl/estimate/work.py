@@ -62,15 +62,15 @@ def stage_work(
     if kind == "orm":
         return Work(samples, trained=tokens, longest=longest_turn(config))
     scored = _scored(config, domains, tokens, shapes)
-    passes = getattr(config, "epochs", 1)
-    if passes * getattr(config, "minibatches", 1) > 1:
+    passes = config.epochs
+    if passes * config.minibatches > 1:
         scored.append((student, tokens))  # the log-probs before the first update
     if kind == "gradients":
         passes = sum(o.coef > 0 for o in config.objectives.values())
     scoring = [  # of the weights at steps 2^n and of each candidate, where all are tried
         Responses(student, rounds.bit_length() * (c.candidates + 1), c.size, longest_turn(config))
-        for c in getattr(config, "controllers", {}).values()
-        if hasattr(c, "candidates")
+        for c in config.controllers.values()
+        if c.candidates
     ]
     return Work([*samples, *scoring], scored, tokens * passes, longest_turn(config))
 
@@ -84,7 +84,7 @@ def _on_policy(
     config, domains, rounds: int, batch: int, student: Shape, shapes: dict
 ) -> tuple[list[Responses], float]:
     """Return the responses of an on-policy stage by model, and their tokens with the prompts'."""
-    longest, sources = longest_turn(config), getattr(config, "sources", {})
+    longest, sources = longest_turn(config), config.sources
     whole = Responses(student, rounds, batch, longest)
     if "teacher_mixed" in sources:  # both models read every token
         read = _by_teacher(config, domains, batch, shapes)
@@ -141,11 +141,11 @@ def _imitation(config, domains, rounds: int, batch: int, shapes: dict) -> Work:
 def _scored(config, domains, tokens: float, shapes: dict) -> list[tuple[Shape, float]]:
     """Return the scored tokens by model: a teacher scores its domains, a reference and a reward
     model everything."""
-    scored = _by_teacher(config, domains, tokens, shapes) if getattr(config, "teachers", {}) else []
-    if reference := getattr(config, "reference", None):
+    scored = _by_teacher(config, domains, tokens, shapes)
+    if reference := config.reference:
         scored.append((shapes[config.student if reference == "policy" else reference], tokens))
     for signal in config.signals.values():
-        reward = getattr(signal, "reward", "verifier")
-        if signal.coef and references.parse(reward).form in ("stage", "folder", "public"):
-            scored.append((shapes[reward], tokens))
+        loaded = references.parse(signal.reward).form in ("stage", "folder", "public")
+        if signal.coef and signal.reward and loaded:
+            scored.append((shapes[signal.reward], tokens))
     return scored

@@ -70,11 +70,10 @@ class Vllm(Engine):
             message = "vllm has no float64"
             wrong.append(Problem("runtime.dtype", message, "runtime.engine=transformers"))
         for stage, config in recipe.stages.items():
-            sources = getattr(config, "sources", {})
-            places = {f"stages.{stage}.sampling": getattr(config, "sampling", None)}
-            for name, source in sources.items():
+            places = {f"stages.{stage}.sampling": config.sampling}
+            for name, source in config.sources.items():
                 place = f"stages.{stage}.sources.{name}"
-                places[f"{place}.sampling"] = getattr(source, "sampling", None)
+                places[f"{place}.sampling"] = source.sampling
                 if (
                     name == "mixture"
                     and source.teacher
@@ -84,7 +83,7 @@ class Vllm(Engine):
                     hint = "runtime.engine=transformers"
                     wrong.append(Problem(f"{place}.teacher", message, hint))
             room = recipe.runtime.engine_args.get("max_model_len")
-            if hasattr(config, "sampling") and isinstance(room, int):
+            if config.sampling is not None and isinstance(room, int):
                 most = longest_turn(config)  # report it now, not when a limit has grown to it
                 if most >= room:
                     message = (
@@ -103,8 +102,8 @@ class Vllm(Engine):
         """Return objectives that take sampler for trainer, and several samplers in turns."""
         notes = []
         for stage, config in recipe.stages.items():
-            for name, source in getattr(config, "sources", {}).items():
-                models = {getattr(source, "model", ""), *getattr(source, "experts", {}).values()}
+            for name, source in config.sources.items():
+                models = {source.model, *source.experts.values()}
                 if name == "mixture" and source.teacher:
                     models = {t.model for t in config.teachers.values()}
                 if len([m for m in models if parse(m).form != "server"]) > 1:
@@ -113,7 +112,7 @@ class Vllm(Engine):
                     )
                     hint = "of one shape they do so in place; another starts vllm again each time"
                     notes.append(Problem(f"stages.{stage}.sources.{name}", message, hint))
-            for name, keys in getattr(config, "objectives", {}).items():
+            for name, keys in config.objectives.items():
                 own = keys.coef and member("objectives", name).on_policy_only
                 if own and not any(member("weights", w).is_importance_weight for w in keys.weights):
                     path = f"stages.{stage}.objectives.{name}.weights"

@@ -13,6 +13,7 @@ from typing import Literal
 
 from opdctl import draws
 from opdctl.config.schema import key
+from opdctl.config.settings import SourceConfig
 from opdctl.errors import UsageError
 from opdctl.models.chat.conversation import render_conversation
 from opdctl.models.chat.retemplated import retemplate, thought_opening
@@ -29,7 +30,7 @@ class Dataset(Source):
     samples_from = "dataset"
 
     @dataclass(kw_only=True)
-    class Config:
+    class Config(SourceConfig):
         """The keys of a dataset source."""
 
         domains: dict[str, bool] = key(

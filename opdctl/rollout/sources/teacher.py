@@ -14,7 +14,7 @@ from typing import Literal
 from opdctl.config import references
 from opdctl.config.registry import member
 from opdctl.config.schema import REQUIRED, key
-from opdctl.config.settings import Sampling
+from opdctl.config.settings import Sampling, SourceConfig
 from opdctl.errors import UsageError
 from opdctl.models.chat.retemplated import retemplate, thought_opening
 from opdctl.rollout.prompts import PromptOrder
@@ -29,7 +29,7 @@ class Teacher(Source):
     samples_from = "teacher"
 
     @dataclass(kw_only=True)
-    class Config:
+    class Config(SourceConfig):
         """The keys of a teacher source."""
 
         domains: dict[str, bool] = key(

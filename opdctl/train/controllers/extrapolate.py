@@ -26,6 +26,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from opdctl.config.schema import key
+from opdctl.config.settings import ControllerConfig
 from opdctl.errors import Problem, UsageError
 from opdctl.protocols import Controller
 from opdctl.rollout.prompts import PromptOrder
@@ -44,7 +45,7 @@ class Extrapolate(Controller):
     needs = ("verdict",)
 
     @dataclass(kw_only=True)
-    class Config:
+    class Config(ControllerConfig):
         """The keys of extrapolate."""
 
         modules: list[str] = key(
