@@ -47,7 +47,7 @@ def outside(*allowed):
 
 def test_heavy_libraries_stay_in_their_place():
     assert not offenders(outside("cli/console.py"), {"rich"})
-    assert not offenders(outside("cli/app.py", "cli/options.py"), {"typer"})
+    assert not offenders(outside("cli/app.py", "cli/file_commands.py", "cli/options.py"), {"typer"})
     assert not offenders(outside("recipe/resolution.py"), {"omegaconf"})
     assert not offenders(outside("rollout/data/"), {"datasets", "pyarrow"})
     assert not offenders(FILES, {"vllm", "peft"}, top_only=True)
@@ -103,7 +103,6 @@ LIGHT = {
     "process",
     "cli",
 }
-LIMITED = ("train", "scoring", "loss")  # wings whose functions fit a screen
 FUNCTION_LINES = 60
 
 
@@ -168,6 +167,7 @@ def test_each_duty_stands_in_one_place():
         "cli/report.py",
         "cli/catalogue.py",
         "cli/new.py",
+        "process/streams.py",  # the null device
         "train/checkpoint.py",
         "train/loop.py",
         "train/metrics.py",
@@ -176,11 +176,10 @@ def test_each_duty_stands_in_one_place():
     assert using(".write_text(", '"w"', '"a+b"', "'w'") <= writers
 
 
-def test_no_function_of_the_core_is_longer_than_a_screen():
+def test_no_function_is_longer_than_a_screen():
     long = [
         f"{name_of(f)}:{node.lineno} {node.name} has {node.end_lineno - node.lineno + 1} lines"
         for f in FILES
-        if wing_of(module_of(f)) in LIMITED
         for node in ast.walk(ast.parse(f.read_text()))
         if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= FUNCTION_LINES
     ]

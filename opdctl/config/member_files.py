@@ -36,7 +36,7 @@ CONTRACTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "verifiers": (("problems", "needs_answer", "score"), ()),
     "environments": (("alphabet", "refusal", "reply"), ("open", "close")),
     "teachers": (("keeps", "provides", "score"), ()),
-    "signals": (("needs", "credit"), ("coef", "reward")),
+    "signals": (("needs", "credit"), ("coef", "reward", "policy")),
     "objectives": (
         ("needs", "rows", "loss"),
         ("coef", "normalise", "weights", "k", "rank", "layers", "clip_low", "clip_high"),

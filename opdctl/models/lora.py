@@ -274,6 +274,7 @@ def merged(model: Model, folder: str) -> Model:
     merge(read_adapter(model, folder))
     model.net.requires_grad_(True)  # peft froze the base
     kept = {"gradient_checkpointing": model.gradient_checkpointing, "one_row": model.one_row}
+    kept |= {"chat_keys": model.chat_keys}
     return Model(model.net, adapter_tokenizer(model, folder), folder, **kept)
 
 

@@ -43,7 +43,8 @@ class SharedBase:
         """
         if folder not in self.views:
             self._read(folder)
-            view = Model(self.base.net, adapter_tokenizer(self.base, folder), folder)
+            tokenizer, keys = adapter_tokenizer(self.base, folder), self.base.chat_keys
+            view = Model(self.base.net, tokenizer, folder, chat_keys=keys)
             view.one_row = self.base.one_row
             view.before_forward = lambda: self._switch_to(folder)
             self.views[folder] = view
