@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -329,11 +330,13 @@ class Teacher(Member, Protocol):
         provides: the needs it can serve.
         keeps: it logs its own answers one by one as they come.
         parameters: of its model; 0 behind a server.
+        stored: the file with the weight of its head, where ``head`` returns the shape alone.
     """
 
     provides: ClassVar[tuple[str, ...]]
     keeps: ClassVar[bool]
     parameters: float
+    stored: Path | None = None
 
 
 class Check(Member, Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from opdctl.config import registry
 from opdctl.config.describe import describe
@@ -89,7 +90,7 @@ def detail(name: str, folder: Path | None = None) -> dict:
             if f in registry.FAMILIES and m in registry.members(f)
         ]
     if matches:
-        shown = _method(name) if name in methods() else {"name": name}
+        shown: dict[str, Any] = _method(name) if name in methods() else {"name": name}
         keys, about = shown.get("keys", []), []
         alone = not keys and len(matches) == 1
         for family, member in matches:

@@ -94,4 +94,5 @@ class Rows:
         return value_C, -(log_q_CV.exp() * log_q_CV).sum(-1), log_q_CV.gather(-1, ids_CK)
 
     def gradient(self, grads: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        assert grads[0] is not None, "its one leaf is the logits"
         return grads[0], None

@@ -44,12 +44,13 @@ def divergence_on(
     """
     logp_CK = torch.where(keep_CK, logp_CK, ABSENT)
     logq_CK = torch.where(keep_CK, logq_CK, ABSENT)
-    if form == "tail":
+    if form in ("tail", "truncated"):
+        assert tails is not None, "both have a bucket for the mass outside"
         logp_CK = torch.cat([logp_CK, tails[0][:, None]], -1)
-        logq_CK = torch.cat([logq_CK, tails[1][:, None]], -1)
-    elif form == "truncated":
-        logp_CK = torch.cat([logp_CK, tails[0][:, None]], -1)
-        logq_CK = torch.nn.functional.pad(logq_CK.log_softmax(-1), (0, 1), value=ABSENT)
+        if form == "tail":
+            logq_CK = torch.cat([logq_CK, tails[1][:, None]], -1)
+        else:
+            logq_CK = torch.nn.functional.pad(logq_CK.log_softmax(-1), (0, 1), value=ABSENT)
     elif form == "renormalised":
         logp_CK, logq_CK = logp_CK.log_softmax(-1), logq_CK.log_softmax(-1)
     return divergence(logp_CK, logq_CK, direction, beta)

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from opdctl.kernels.reference import endpoint
 from opdctl.kernels.topk import log_outside, share_outside
@@ -49,6 +50,12 @@ def _grow(m, n, h, z, valid):
     e = tl.where(valid, tl.exp(z - top), 0.0)
     h = scale * (h + (m - top) * n) + tl.sum(tl.where(valid, e * (z - top), 0.0), 0)
     return top, scale * n + tl.sum(e, 0), h, e, scale
+
+
+@triton.jit
+def _plus(total, x):
+    """Return a running sum with the sum of a block added."""
+    return total + tl.sum(x, 0)
 
 
 @triton.jit
@@ -89,7 +96,7 @@ def _compare(
         mt, nt, ht, _, _ = _grow(mt, nt, ht, t, at < V)
         # sum of e^(s - ms) ((s - ms) - (t - mt)): its shifts follow both maxima
         cross = scale * (cross + ((old_ms - ms) - (old_mt - mt)) * old_ns)
-        cross += tl.sum(tl.where(at < V, e * ((s - ms) - (t - mt)), 0.0), 0)
+        cross = _plus(cross, tl.where(at < V, e * ((s - ms) - (t - mt)), 0.0))
     lse_s, lse_t = ms + tl.log(ns), mt + tl.log(nt)
     mean = cross / ns - tl.log(ns) + tl.log(nt)  # sum of p r
     value = 0.0
@@ -103,19 +110,19 @@ def _compare(
             r = tl.maximum(s - t, -80.0)
             a = _log_mix(r, beta)
             m = p + beta * (q - p)
-            mean += tl.sum(p * a, 0)
+            mean = _plus(mean, p * a)
             term = beta * _kl_term(q, m, a - r) + (1 - beta) * _kl_term(p, m, a)
-            value += tl.sum(tl.where(at < V, term, 0.0), 0)
+            value = _plus(value, tl.where(at < V, term, 0.0))
     for start in range(0, V, BLOCK):
         at = start + tl.arange(0, BLOCK)
         s = tl.load(s_ptr + row * stride + at, mask=at < V, other=0.0) - lse_s
         t = tl.load(t_ptr + row * stride + at, mask=at < V, other=0.0) - lse_t
         p, q, r = tl.exp(s), tl.exp(t), s - t
         if DIRECTION == "reverse":
-            value += tl.sum(tl.where(at < V, _kl_term(p, q, r), 0.0), 0)
+            value = _plus(value, tl.where(at < V, _kl_term(p, q, r), 0.0))
             out = p * (r - mean)
         elif DIRECTION == "forward":
-            value += tl.sum(tl.where(at < V, _kl_term(q, p, -r), 0.0), 0)
+            value = _plus(value, tl.where(at < V, _kl_term(q, p, -r), 0.0))
             out = p - q
         else:
             out = (1 - beta) * p * (_log_mix(tl.maximum(r, -80.0), beta) - mean)
@@ -162,42 +169,42 @@ class Rows:
         self.leaves: list[Tensor] = []
         self._ids: list[Tensor | int | None] = []
         self._tails: list[tuple[Tensor, Tensor]] = []
-        self._lse_C: Tensor | None = None
+        self._normalised: tuple[Tensor, Tensor] | None = None
         self._unit_CV: Tensor | None = None
 
-    def _normalised(self) -> None:
-        if self._lse_C is None:
+    def _lse_and_entropy(self) -> tuple[Tensor, Tensor]:
+        if self._normalised is None:
             z_CV = self.logits_CV
-            self._lse_C, self._entropy_C = z_CV.new_empty(2, len(z_CV))
-            options = {"BLOCK": _block(z_CV.shape[1])}
-            _normalise[(len(z_CV),)](
-                z_CV, self._lse_C, self._entropy_C, z_CV.stride(0), z_CV.shape[1], **options
-            )
+            lse_C, entropy_C = z_CV.new_empty(2, len(z_CV))
+            V = z_CV.shape[1]
+            _launch(_normalise, z_CV, lse_C, entropy_C, z_CV.stride(0), V, BLOCK=_block(V))
+            self._normalised = lse_C, entropy_C
+        return self._normalised
 
     def at(self, ids_CK: Tensor, leaf: bool = True) -> Tensor:
-        self._normalised()
-        logp_CK = self.logits_CV.gather(-1, ids_CK) - self._lse_C[:, None]
+        lse_C, _ = self._lse_and_entropy()
+        logp_CK = self.logits_CV.gather(-1, ids_CK) - lse_C[:, None]
         return self._leaf(logp_CK, ids_CK) if leaf else logp_CK
 
     def outside(self, ids_CK: Tensor) -> Tensor:
-        self._normalised()
+        lse_C, _ = self._lse_and_entropy()
         raw_C = log_outside(self.logits_CV, ids_CK)
         self._tails.append((ids_CK, raw_C))
-        return self._leaf(raw_C - self._lse_C, len(self._tails) - 1)
+        return self._leaf(raw_C - lse_C, len(self._tails) - 1)
 
     def top(self, k: int) -> Tensor:
         return self.logits_CV.topk(k, dim=-1).indices
 
     def entropy(self) -> Tensor:
-        self._normalised()
-        return self._entropy_C
+        return self._lse_and_entropy()[1]
 
     def divergence(self, teacher_CV: Tensor, direction: str, beta: float, ids_CK: Tensor):
         z_CV = self.logits_CV
         C, V = z_CV.shape
         table_5C = z_CV.new_empty(5, C)
         self._unit_CV = torch.empty(C, V, dtype=self.operand, device=z_CV.device)
-        _compare[(C,)](
+        _launch(
+            _compare,
             z_CV,
             teacher_CV,
             self._unit_CV,
@@ -209,7 +216,8 @@ class Rows:
             DIRECTION=endpoint(direction, beta),
             BLOCK=_block(V),
         )
-        value_C, self._lse_C, lse_C, self._entropy_C, entropy_C = table_5C
+        value_C, our_lse_C, lse_C, our_entropy_C, entropy_C = table_5C
+        self._normalised = our_lse_C, our_entropy_C
         logq_CK = teacher_CV.gather(-1, ids_CK) - lse_C[:, None]
         return self._leaf(value_C, None), entropy_C, logq_CK
 
@@ -219,16 +227,18 @@ class Rows:
         picked = [(ids, g) for ids, g in leaf_grads if isinstance(ids, Tensor)]
         tails = [(self._tails[i], g) for i, g in leaf_grads if isinstance(i, int)]
         if not picked and not tails:
+            assert self._unit_CV is not None, "the one leaf left is a divergence"
             return self._unit_CV, weight_C
         shares = [share_outside(self.logits_CV, *t).mul_(g[:, None]) for t, g in tails]
         picked_C = -sum([g.sum(-1) for _, g in picked] + [g for _, g in tails])
         z_CV = self.logits_CV
-        _affine[(len(z_CV),)](
+        _launch(
+            _affine,
             z_CV,
-            self._lse_C,
+            self._lse_and_entropy()[0],
             picked_C,
             picked_C if weight_C is None else weight_C.contiguous(),
-            z_CV if weight_C is None else self._unit_CV,
+            z_CV if weight_C is None or self._unit_CV is None else self._unit_CV,
             z_CV.stride(0),
             z_CV.shape[1],
             ADD=weight_C is not None,
@@ -244,6 +254,20 @@ class Rows:
         self.leaves.append(value.requires_grad_())
         self._ids.append(ids_CK)
         return value
+
+
+def _launch(
+    kernel: JITFunction,
+    z_CV: Tensor,
+    *arguments: Tensor | float,
+    **fixed: int | str | bool,
+) -> None:
+    """Run a kernel, one program a row of logits.
+
+    Args:
+        fixed: what it is compiled for.
+    """
+    kernel[(len(z_CV),)](z_CV, *arguments, **fixed)
 
 
 def _block(V: int) -> int:

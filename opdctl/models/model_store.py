@@ -81,8 +81,8 @@ class ModelStore:
     def student(self, classifier: bool = False) -> Any:
         """Load the model that the stage trains, at its start, with an adapter if the keys say so;
         one that it starts from is trained further."""
-        lora = getattr(self.ctx.config, "lora", None)
-        if lora is None or not lora.rank:
+        lora = self.ctx.config.lora
+        if not lora.rank:
             return self.load(self.ctx.config.student, classifier=classifier, trained=True)
         from opdctl.models.lora import attach, continue_adapter, unadapted_matrices
 
@@ -127,7 +127,7 @@ class ModelStore:
         Raises:
             UsageError: the model that is to bring one has none.
         """
-        reference = getattr(self.ctx.config, "template", None)
+        reference = self.ctx.config.template
         if reference:
             from opdctl.models.model import template_of
 

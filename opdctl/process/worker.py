@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 import traceback
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from opdctl.checks.preflight._run_checks import check, finding_lines, raise_errors
@@ -223,8 +223,9 @@ def examine(folder: str, depth: str, *stages: str) -> int:
                 prepare(ctx)
                 findings += check(ctx, deep=depth == "deep")
             except UsageError as error:
-                more = {"why": "a stage cannot run where it cannot be checked", "check": "device"}
-                findings.append(Finding("error", error.message, error.hint, stage=stage, **more))
+                wrong = Finding("error", error.message, error.hint, stage=stage, check="device")
+                why = "a stage cannot run where it cannot be checked"
+                findings.append(replace(wrong, why=why))
     write_json(run / "preflight.json", [asdict(f) for f in findings])
     return 0
 

@@ -84,9 +84,9 @@ def rounding(recipe: Any, lost: bool) -> list[Problem]:
     rates = {
         stage: config.optim.lr
         for stage, config in recipe.stages.items()
-        if hasattr(config, "optim")
+        if config.optim is not None
         and not recipe.runtime.masters_of(config.optim.lr)
-        and not (getattr(config, "lora", Lora()).rank and config.kind != "orm")
+        and not (config.lora.rank and config.kind != "orm")
     }
     named = [f"{s} ({lr:g})" for s, lr in rates.items() if (lr <= ROUNDED_AWAY) == lost]
     if recipe.runtime.dtype != "bfloat16" or not named:
@@ -109,7 +109,7 @@ def _adapters(recipe: Any) -> list[Problem]:
             "lora.rank=16, or leave the others out",
         )
         for stage, config in recipe.stages.items()
-        if hasattr(config, "lora") and not config.lora.rank and config.lora != Lora()
+        if not config.lora.rank and config.lora != Lora()
     ]
 
 
@@ -165,7 +165,7 @@ def _references(recipe, stage: str, folders: bool) -> list[Problem]:
             wrong = _kind(recipe, reference, "classifier" if rewarding else "model", folders)
         if wrong:
             problems.append(Problem(f"stages.{stage}.{dotted}", *wrong))
-    for domain, share in getattr(getattr(config, "prompts", None), "domains", {}).items():
+    for domain, share in (config.prompts.domains if config.prompts else {}).items():
         path = f"stages.{stage}.prompts.domains.{domain}"
         if domain not in recipe.data:
             near = did_you_mean(domain, recipe.data, "data:")

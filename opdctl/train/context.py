@@ -71,7 +71,7 @@ class Context:
     def seed(self) -> int:
         """The seed H(run seed, stage name), or the seed group's: paired arms share prompts and
         draws."""
-        return draws.key(self.recipe.seed, getattr(self.config, "seed_group", "") or self.name)
+        return draws.key(self.recipe.seed, self.config.seed_group or self.name)
 
     def check(self) -> None:
         """Raise Interrupted once a stop was asked for."""

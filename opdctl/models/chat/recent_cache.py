@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-CACHE_LIMIT = (
-    2**21
-)  # ids, or characters, that a cache keeps: a stream never stops bringing new prompts
+CACHE_LIMIT = 2**21  # ids, or characters, that a cache keeps
 
 
 class RecentCache(dict):

@@ -19,13 +19,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from opdctl import draws
 from opdctl.errors import Problem, StageFailed, UsageError
 from opdctl.estimate.rollout import AT_ONCE
 from opdctl.models import tensor_file
 from opdctl.remote.endpoint import opened, reading
 from opdctl.rollout.engines._engine import Engine, Sample
-from opdctl.rollout.engines.vllm import ROUNDED, Vllm, is_trained, log_entry, logged_sample
+from opdctl.rollout.engines._logged import Finished, is_trained, sampled_or_logged
+from opdctl.rollout.engines.vllm import ROUNDED, Vllm
 
 ACTIVE = "a weight update is already active"  # vLLM's words for one that was not finished
 
@@ -77,9 +77,8 @@ class VllmServer(Engine):
         self.endpoint, served = opened(
             self.who, runtime.engine_at, runtime, check, "runtime.engine_at=http://host:8000"
         )
-        self.endpoint.again = [
-            code for code in self.endpoint.again if code != 500
-        ]  # reported at once
+        again = self.endpoint.again
+        self.endpoint.again = tuple(code for code in again if code != 500)  # reported at once
         self.endpoint.most = min(batch, AT_ONCE)
         self.served, self.longest = served["id"], served.get("max_model_len")
         self.published: int | str | None = None
@@ -156,23 +155,30 @@ class VllmServer(Engine):
                 f"start it with --max-model-len {most}, or a smaller sampling.max_tokens",
             )
         requests = list(zip(prompts, keys, strict=True))
-        of = (self.model.name, self.published if self.trained else None)
-        names = [
-            f"response {draws.key(*of, p, k, temperature, max_tokens):016x}" for p, k in requests
-        ]
-        samples = [logged_sample(self.wal, name, self.model.ends) for name in names]
-        todo = [i for i, sample in enumerate(samples) if sample is None]
-        bodies = [self._request(*requests[i], temperature, max_tokens) for i in todo]
-        if todo:
-            self._require_own()
+
+        def run(places: list[int]) -> Finished:
+            bodies = [self._request(*requests[i], temperature, max_tokens) for i in places]
+            return self._run(places, bodies)
+
+        return sampled_or_logged(
+            self.wal,
+            (self.model.name, self.published if self.trained else None),
+            requests,
+            self.model.ends,
+            run,
+            temperature=temperature,
+            max_tokens=max_tokens,
+        )
+
+    def _run(self, places: list[int], bodies: list[dict]) -> Finished:
+        """Yield the place and the sample of each request, as it is answered."""
+        self._require_own()
         each = self.endpoint.each("/v1/completions", bodies, self.check, self._require_own_now)
         with closing(each) as answers:
             for at, answer in answers:
                 with reading(self.who):
-                    sample = samples[todo[at]] = self._sample(answer)
-                if self.wal is not None:
-                    self.wal.put(names[todo[at]], log_entry(sample))
-        return samples
+                    sample = self._sample(answer)
+                yield places[at], sample
 
     def _request(self, prompt, seed: int, temperature: float, max_tokens: int) -> dict:
         return {

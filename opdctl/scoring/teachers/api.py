@@ -55,8 +55,9 @@ class Api(Teacher):
         names = [
             f"answer {draws.key(*how, a, k):016x}" for a, k in zip(questions, keys, strict=True)
         ]
-        answers = [self._recall(name) for name in names]
-        todo = [i for i, answer in enumerate(answers) if answer is None]
+        logged = {i: self._recall(name) for i, name in enumerate(names)}
+        answers = {i: answer for i, answer in logged.items() if answer is not None}
+        todo = [i for i in logged if i not in answers]
         path = "/v1/chat/completions" if self.chat else "/v1/completions"
         bodies = [self._question(questions[i], keys[i], sampling) for i in todo]
         with closing(self.endpoint.each(path, bodies, self.ctx.check)) as replies:
@@ -64,7 +65,7 @@ class Api(Teacher):
                 with reading(self.who, "OpenAI's"):
                     answers[todo[at]] = self._read(reply)
                 self._log(names[todo[at]], *answers[todo[at]])
-        return answers
+        return [answers[i] for i in range(len(prompts))]
 
     def _body(self, prompt: Prompt) -> dict:
         if not self.chat:
