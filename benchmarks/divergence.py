@@ -3,13 +3,14 @@
 Each loss runs in a process of its own on identical inputs, forward and backward, head trained:
 
     python benchmarks/divergence.py [--swift gkd_loss.py] [--json] [--only cost,memory,error]
+    python benchmarks/divergence.py --small       (tries the script: tiny shapes, no true numbers)
 
 Prints CPU seconds (median of repeats, one thread), peak resident memory beyond the inputs, and
 the relative norm error of both gradients against float64. Peers are those that are installed:
 TRL's ChunkedDivergenceFunction (pip install trl==1.16.0), Liger's LigerFusedLinearJSDLoss (pip
 install liger-kernel==0.8.5), and ms-swift's gkd_loss, which depends on torch alone while its
-package wants an old trl: pip download --no-deps ms-swift==4.6.0, unzip, and name the file. On a
-GPU (--device cuda) the shapes, ceilings and targets are those of docs/performance.md.
+package wants an old trl: pip download --no-deps ms-swift==4.6.0, unzip, and name the file. All
+fp32 rows must give one value of the loss. benchmarks/divergence_gpu.py is for a GPU.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import argparse
 import importlib.util
 import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
+
+from measuring import check, chosen_from, in_a_process, installed
 
 NOISE = 0.05  # teacher = student's hidden states + this share of noise: late in distillation
 
@@ -172,6 +174,7 @@ def products(beta):
     return loss
 
 
+OURS = ("ours", "dense", "compact", "products")  # what needs no peer; ours is first
 LOSSES = {
     "products": products,
     "ours": ours,
@@ -218,7 +221,8 @@ def measure(case):
         exact = [t.detach().double().requires_grad_(t.requires_grad) for t in data[:4]]
         reference = dense64(case["beta"])(*exact, data[4])
         reference.backward()
-        result["value_error"] = abs(float(value) - float(reference)) / abs(float(reference))
+        true_value = float(reference.detach())
+        result["value_error"] = abs(result["value"] - true_value) / abs(true_value)
         for name, leaf, true in zip(("hidden", "head"), leaves, exact, strict=False):
             gap = leaf.grad.double() - true.grad
             result[f"{name}_error"] = float(gap.norm() / true.grad.norm())
@@ -249,72 +253,91 @@ SHAPES = {
 SHAPES = {kind: dict(zip(KEYS, shape, strict=True)) for kind, shape in SHAPES.items()}
 
 
-def child(case):
-    """Run one case in a fresh process."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--case", json.dumps(case)], capture_output=True, text=True
-    )
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+SMALL = {"tokens": 32, "hidden": 16, "vocab": 500, "repeats": 1}
+BETAS = (0.0, 0.5, 1.0)
+ROUNDS = 7  # of the teachers, in turns
+COUNTS = (1, 4, 12)  # of the teachers
+MOST_ERROR = 0.005  # of ours, relative; bf16 rounds a gradient by .0017
+ERRORS = ("value_error", "hidden_error", "head_error")
+
+
+def arguments():
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--swift", default="", help="path of ms-swift's gkd_loss.py")
+    parser.add_argument("--only", type=chosen_from(SHAPES), default=list(SHAPES))
+    parser.add_argument("--chunk-mib", type=int, default=0, help="runtime.chunk_mib of ours")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--small", action="store_true", help="tiny shapes, to try the script")
+    return parser.parse_args()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--swift", default="", help="path of ms-swift's gkd_loss.py")
-    parser.add_argument("--only", default="cost,memory,error,error32,far,teachers")
-    parser.add_argument("--chunk-mib", type=int, default=0, help="runtime.chunk_mib of ours")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.case:
-        print(json.dumps(measure(json.loads(args.case))))
-        return
-    there = ["ours", "dense", "compact", "products"]
-    modules = {"trl": "trl", "trl-cut": "trl", "liger": "liger_kernel"}
-    there += [name for name, module in modules.items() if importlib.util.find_spec(module)]
-    there += ["swift"] if args.swift else []
+    """Measure every loss in every kind of shape, print a row each, and check them."""
+    args = arguments()
+    peers = installed({"trl": "trl", "trl-cut": "trl", "liger": "liger_kernel"})
+    peers += ["swift"] if args.swift else []
     rows = []
-    for kind in args.only.split(","):
-        if kind == "teachers":
-            rows += teachers()
-            for row in () if args.json else rows[-3:]:
+    for kind in args.only:
+        shape = SHAPES[kind] | (SMALL if args.small else {})
+        fresh = teachers(shape, 1 if args.small else ROUNDS) if kind == "teachers" else ()
+        for row in fresh or compared(kind, shape, peers, args):
+            rows.append(row)
+            if not args.json:
                 print(line(row), flush=True)
-            continue
-        for beta in (0.0, 0.5, 1.0):
-            for name in there if not SHAPES[kind]["exact"] else there[:3] + there[4:]:
-                case = dict(SHAPES[kind], loss=name, beta=beta, device="cpu")
-                if name == "ours" and args.chunk_mib:
-                    case["options"] = {"chunk_mib": args.chunk_mib}
-                if name == "swift":
-                    case["options"] = {"path": args.swift}
-                rows.append({"kind": kind, "loss": name, "beta": beta, **child(case)})
-                if SHAPES[kind]["dtype"] == "float32" and name != "products":
-                    mine = next(r for r in rows if (r["kind"], r["beta"]) == (kind, beta))
-                    assert abs(rows[-1]["value"] / mine["value"] - 1) < 1e-3, "not the same loss"
-                if not args.json:
-                    print(line(rows[-1]), flush=True)
+    for kind in args.only:
+        mine, exact = [row for row in rows if row["kind"] == kind], SHAPES[kind]["exact"]
+        each = len(BETAS) * (len(OURS) + len(peers) - exact)
+        check(
+            mine,
+            len(COUNTS) if kind == "teachers" else each,
+            ("seconds",),
+            ("peak_mib", *(ERRORS if exact else ())),
+        )
+        for row in mine if exact else ():
+            worst = max(row[name] for name in ERRORS)
+            assert row["loss"] != "ours" or worst < MOST_ERROR, row
     if args.json:
         print(json.dumps(rows))
 
 
-def teachers():
-    """Measure the same tokens from one, four and twelve teachers: medians over seven rounds."""
-    rounds_by_count = {count: [] for count in (1, 4, 12)}
-    for _ in range(7):
-        for count, rounds in rounds_by_count.items():
-            case = dict(SHAPES["teachers"], loss="ours", beta=1.0, device="cpu")
-            rounds.append(child({**case, "options": {"teachers": count}}))
+def compared(kind, shape, peers, args):
+    """Measure all losses at one shape; yield a row each."""
+    for beta in BETAS:
+        first = None
+        for name in (*OURS, *peers):
+            if name == "products" and shape["exact"]:
+                continue  # it is no loss
+            case = dict(shape, loss=name, beta=beta, device="cpu")
+            if name == "ours" and args.chunk_mib:
+                case["options"] = {"chunk_mib": args.chunk_mib}
+            if name == "swift":
+                case["options"] = {"path": args.swift}
+            row = {"kind": kind, "loss": name, "beta": beta, **in_a_process(measure, case)}
+            first = first or row
+            if shape["dtype"] == "float32" and name != "products":
+                assert abs(row["value"] / first["value"] - 1) < 1e-3, f"{name}: not the same loss"
+            yield row
+
+
+def teachers(shape, count):
+    """Measure the same tokens from one, four and twelve teachers: medians over ``count`` rounds."""
+    rounds_by_count = {number: [] for number in COUNTS}
+    for _ in range(count):
+        for teacher_count, rounds in rounds_by_count.items():
+            case = dict(shape, loss="ours", beta=1.0, device="cpu")
+            case["options"] = {"teachers": teacher_count}
+            rounds.append(in_a_process(measure, case))
     rows = []
-    for count, rounds in rounds_by_count.items():
+    for teacher_count, rounds in rounds_by_count.items():
         row = {k: statistics.median(r[k] for r in rounds) for k in rounds[0]}
-        rows.append({"kind": "teachers", "loss": f"ours x{count}", "beta": 1.0, **row})
+        rows.append({"kind": "teachers", "loss": f"ours x{teacher_count}", "beta": 1.0, **row})
     return rows
 
 
 def line(row):
-    names = [name for name in ("value_error", "hidden_error", "head_error") if name in row]
-    errors = [f"{name} {row[name]:.2g}" for name in names]
+    """Return a row as a line of text."""
+    errors = [f"{name} {row[name]:.2g}" for name in ERRORS if name in row]
     head = f"{row['kind']:8} {row['loss']:8} beta {row['beta']:<4}"
     return f"{head} {row['seconds']:7.3f} s {row['peak_mib']:7.0f} MiB  {'  '.join(errors)}"
 

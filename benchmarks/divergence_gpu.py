@@ -1,7 +1,8 @@
 """The divergence at a language model's size on one GPU, against its floor and its peers.
 
     python benchmarks/divergence_gpu.py [--json]
-    python benchmarks/divergence_gpu.py --device cpu --tokens 64 --vocab 4000   (tries the script)
+    python benchmarks/divergence_gpu.py --device cpu --tokens 64 --vocab 4000 --repeats 1
+                                                  (tries the script)
 
 Measures the machine's two ceilings first (a copy and a bf16 product), then forward and backward of
 reverse KL with a trained head, bf16 operands, no token masked: milliseconds (median), the ratio to
@@ -18,6 +19,7 @@ import time
 
 import torch
 from divergence import LOSSES, inputs
+from measuring import check, chosen_from, installed
 
 # hidden sizes of student and teacher: milliseconds wanted, and hoped for, at 8192 x 151936
 TARGETS = {(1024, 1024): (22.6, 19.4), (2048, 4096): (45.0, 40.3), (4096, 4096): (67.0, 62.0)}
@@ -70,15 +72,27 @@ def run(name, tokens, widths, vocab, device, repeats):
         return None
 
 
-def main():
+PEERS = {"trl": "trl", "liger": "liger_kernel"}
+
+
+def arguments():
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--vocab", type=int, default=151936)
-    parser.add_argument("--losses", default="ours,trl,liger,dense")
+    losses = ["ours", *PEERS, "dense"]
+    parser.add_argument("--losses", type=chosen_from(losses), default=losses)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    """Measure the ceilings, then every loss at every shape; print a row each, and check them."""
+    args = arguments()
+    there = installed({name: PEERS[name] for name in args.losses if name in PEERS})
+    losses = [name for name in args.losses if name not in PEERS or name in there]
     device = torch.device(args.device)
     say = (lambda *_: None) if args.json else print
     tflops, tbytes = ceilings(device, 8192 if device.type == "cuda" else 512)
@@ -89,13 +103,17 @@ def main():
         shapes += [(tokens, (1024, 1024)) for tokens in (4096, 16384, 32768, 65536)]
     for tokens, widths in shapes:
         floor = 2 * tokens * args.vocab * (3 * widths[0] + widths[1]) / tflops / 1e9
-        for name in args.losses.split(",") if tokens == args.tokens else ["ours"]:
+        for name in losses if tokens == args.tokens else ["ours"]:
             clocked = run(name, tokens, widths, args.vocab, device, args.repeats)
             row = {"loss": name, "tokens": tokens, "widths": widths, "floor_ms": floor}
             if clocked:
                 row |= {"ms": clocked[0], "of_floor": clocked[0] / floor, "memory_gb": clocked[1]}
             rows.append(row)
             say(line(row, args))
+    check([{"tflops": tflops, "tbytes": tbytes}], 1, ("tflops", "tbytes"))
+    measured = [row for row in rows if "ms" in row]  # the others do not fit
+    wanted = len(rows) if device.type == "cpu" else max(1, len(measured))
+    check(measured, wanted, ("ms", "floor_ms", "of_floor"))
     if args.json:
         print(json.dumps({"tflops": tflops, "tbytes": tbytes, "rows": rows}))
 

@@ -1,14 +1,17 @@
 """A step of on-policy distillation, sampling to update, on one CPU thread: ours beside TRL's.
 
     python benchmarks/opd_step.py [--json] [--rounds 3] [--only 0.1M,0.85M,5M]
+    python benchmarks/opd_step.py --rounds 1 --only 0.1M     (tries the script)
 
-Needs trl (pip install trl==1.16.0). Both sides load one pair of random Qwen3 models of one shape,
-answer the same prompts with equally many tokens, and take the exact reverse KL over the whole
-vocabulary and AdamW with the same settings. Ours is an opd stage as its worker runs it, TRL's is
-its DistillationTrainer, in fresh processes that take turns. A step ends where the next begins:
-logs are in it; start, load and save are not. Prints CPU seconds of a step and its phases (medians
-over processes of their medians), wall seconds, and the fastest step, which other load moves least.
-Update is all but sampling and the teacher's pass. Leaves out GPUs, vLLM, threads, checkpoints.
+Without trl (pip install trl==1.16.0) ours is measured alone. Both sides load one pair of random
+Qwen3 models of one shape, answer the same prompts with equally many tokens, and take the exact
+reverse KL over the whole vocabulary and AdamW with the same settings. The weights of the models
+make an end token all but impossible (``never_ends``), so every response has full length. Ours is
+an opd stage as its worker runs it, TRL's is its DistillationTrainer, in fresh processes that take
+turns. A step ends where the next begins: logs are in it; start, load and save are not. Prints CPU
+seconds of a step and its phases (medians over processes of their medians), wall seconds, and the
+fastest step, which other load moves least. Update is all but sampling and the teacher's pass.
+Leaves out GPUs, vLLM, threads, checkpoints.
 """
 
 from __future__ import annotations
@@ -16,21 +19,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
 
 import numpy as np
+from measuring import check, chosen_from, in_a_process, installed
 
+END = 256  # id of the end token, after the letters
 BATCH, NEW_TOKENS, LR = 32, 32, 1e-3
-STEPS, WARM = 7, 2  # steps timed in a process, and how many of them do not count
+STEPS, UNTIMED = 7, 2  # steps timed in a process, and how many of them do not count
 KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SHAPES = {"0.1M": (64, 2, 2, 1), "0.85M": (128, 4, 4, 2), "5M": (256, 6, 8, 4)}
 PHASES = ("step", "rollout", "score", "update")
-SIDES = ("ours", "trl")
+WARM = ["opdctl.process.warm"]  # what a worker of ours is forked from
 COLUMNS = (*PHASES, "wall step", "fastest", "first KL")
 
 
@@ -44,16 +47,17 @@ def prepare(folder, shape):
     special = {"pad_token": chr(0), "eos_token": "<end>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, **special)
     config = Qwen3Config(
-        vocab_size=256,  # no row for the end token: on both sides no response can end early
+        vocab_size=257,  # the letters and the end token
         head_dim=32,
         intermediate_size=3 * shape[0],
         initializer_range=shape[0] ** -0.5,  # logits of variance one: at 0.02 all models are alike
         tie_word_embeddings=True,
+        eos_token_id=END,
         **dict(zip(KEYS, shape, strict=True)),
     )
     for seed, name in enumerate(("student", "teacher")):
         torch.manual_seed(seed)
-        net = Qwen3ForCausalLM(config)
+        net = never_ends(Qwen3ForCausalLM(config))
         net.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     numbers = range(BATCH * (STEPS + 1))
@@ -62,7 +66,29 @@ def prepare(folder, shape):
     return net.num_parameters()
 
 
+def never_ends(net):
+    """Make the end token practically impossible, in the weights: neither side has to forbid it.
+
+    Every token puts one number into the first dimension of the residual stream and no layer writes
+    there, so it is positive in every state. The end token's row of the tied head has a large
+    negative number there, so its logit lies far below all others (in a random model of these
+    shapes by over 40 nats) in every step of the few that are trained. The other rows have equal
+    numbers, which cancel in the softmax.
+    """
+    import torch
+
+    with torch.no_grad():
+        head = net.get_input_embeddings().weight
+        head[:, 0] = 1.0
+        head[END, 0] = -200.0
+        for layer in net.model.layers:
+            layer.self_attn.o_proj.weight[0] = 0.0
+            layer.mlp.down_proj.weight[0] = 0.0
+    return net
+
+
 def now():
+    """Return CPU and wall seconds."""
     return np.array([time.process_time(), time.perf_counter()])
 
 
@@ -140,57 +166,65 @@ def measure(side, folder):
     marks = {"step": [], "rollout": [], "score": []}
     divergence, tokens = (ours if side == "ours" else trl)(folder, marks)
     assert tokens == [BATCH * NEW_TOKENS] * (STEPS + 1), tokens
-    step = np.diff(marks["step"], axis=0)[WARM:]
-    rollout, score = (np.array(marks[phase])[WARM:STEPS] for phase in ("rollout", "score"))
-    result = {"divergence": divergence, "fastest": step[:, 0].min()}
+    step = np.diff(marks["step"], axis=0)[UNTIMED:]
+    rollout, score = (np.array(marks[phase])[UNTIMED:STEPS] for phase in ("rollout", "score"))
+    result = {"divergence": divergence, "fastest": float(step[:, 0].min())}
     for i, clock in enumerate(("cpu", "wall")):
         medians = np.median([step, rollout, score, step - rollout - score], axis=1)[:, i]
-        result[clock] = dict(zip(PHASES, medians, strict=True))
+        result[clock] = dict(zip(PHASES, medians.tolist(), strict=True))
     return {"side": side, **result}
 
 
-def child(side, folder):
-    """Measure one side in a fresh process."""
-    limits = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, __file__, "--case", side, folder]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | limits)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def show(rows):
+def show(rows, sides):
     """Print the table of one size."""
     print(f"{rows[0]['size']:9}", *(f"{name:>10}" for name in COLUMNS))
     table = {}
-    for side in SIDES:
+    for side in sides:
         mine = [row for row in rows if row["side"] == side]
         table[side] = [median(row["cpu"][phase] for row in mine) for phase in PHASES]
         wall, least = median(r["wall"]["step"] for r in mine), min(r["fastest"] for r in mine)
         table[side] += [wall, least, mine[0]["divergence"]]
-    table["trl/ours"] = [t / o for t, o in zip(table["trl"], table["ours"], strict=True)]
+    if len(sides) > 1:
+        table["trl/ours"] = [t / o for t, o in zip(table["trl"], table["ours"], strict=True)]
     for name, cells in table.items():
         print(f"{name:9}", *(f"{cell:10.3f}" for cell in cells), flush=True)
 
 
-def main():
+def arguments():
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default=",".join(SHAPES))
+    parser.add_argument("--only", type=chosen_from(SHAPES), default=list(SHAPES))
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.case:
-        print(json.dumps(measure(args.case[0], Path(args.case[1]))))
-        return
+    return parser.parse_args()
+
+
+def main():
+    """Measure both sides at every size, print a table of each size, and check it."""
+    args = arguments()
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    sides = ("ours", *installed({"trl": "trl"}))
     rows = []
-    for size in args.only.split(","):
-        with tempfile.TemporaryDirectory() as folder:
-            kind = {"size": size, "parameters": prepare(Path(folder), SHAPES[size])}
-            measured = [kind | child(side, folder) for _ in range(args.rounds) for side in SIDES]
+    for size in args.only:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            kind = {
+                "size": size,
+                "parameters": in_a_process(prepare, folder, SHAPES[size], preload=WARM),
+            }
+            measured = [
+                kind | in_a_process(measure, side, folder, preload=WARM)
+                for _ in range(args.rounds)
+                for side in sides
+            ]
+        check(measured, args.rounds * len(sides), ("parameters", "fastest", "divergence"))
+        for clock in ("cpu", "wall"):
+            check([row[clock] for row in measured], len(measured), PHASES)
+        kls = [row["divergence"] for row in measured]
+        assert max(kls) < 1.01 * min(kls), f"{size}: the sides start at other divergences: {kls}"
         rows += measured
         if not args.json:
-            show(measured)
+            show(measured, sides)
     if args.json:
         print(json.dumps(rows))
 

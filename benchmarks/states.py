@@ -1,6 +1,7 @@
 """One update from given rollouts: hidden states beside the divergences, at a larger vocabulary.
 
-    python benchmarks/states.py [--tokens 1024] [--vocab 32768] [--untied]
+    python benchmarks/states.py [--tokens 512] [--vocab 32768] [--untied]
+    python benchmarks/states.py --tokens 32 --vocab 64 --repeats 1     (tries the script)
 
 A random Qwen3 (d = 256, four layers) is taught by another on 16 sequences. Each loss runs in a
 process of its own: what the teacher is asked for, the update (forward, loss, backward) and the
@@ -12,12 +13,11 @@ means that the loss needs it. Sampling is left out: it is the same for all.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
+
+from measuring import check, in_a_process
 
 LOSSES = {
     "hidden, all layers": ("hidden", {"layers": "all"}, {"hidden", "inner"}),
@@ -78,8 +78,8 @@ def objective_of(name):
     return objective
 
 
-def child(name, tokens, vocab, tied, repeats):
-    """Measure one loss and print the result as JSON."""
+def measure(name, tokens, vocab, tied, repeats):
+    """Measure one loss, in a child process."""
     import torch
 
     from opdctl.config.settings import Optim
@@ -117,15 +117,8 @@ def child(name, tokens, vocab, tied, repeats):
             columns["teacher_index"] = torch.zeros(N, 1, dtype=torch.long)
             columns |= {"teacher_row": torch.arange(N)[:, None], "pair_weight": torch.ones(N, 1)}
         before = time.process_time()
-        update.accumulate(
-            student,
-            spans,
-            columns,
-            [LossTerm(objective)],
-            Pass(micro_batch=4),
-            taught,
-            layers,
-        )
+        batch = update.Batch(spans, columns, [LossTerm(objective)], taught, layers)
+        update.accumulate(student, batch, Pass(micro_batch=4))
         update.step(student, optimizer, 1e-5, 1.0)
         return [*seconds, time.process_time() - before]
 
@@ -135,32 +128,33 @@ def child(name, tokens, vocab, tied, repeats):
     seconds = [step(16, tokens // 16) for _ in range(repeats)]
     score_s, update_s = (statistics.median(each) for each in zip(*seconds, strict=True))
     peak = resident("VmHWM") - held
-    print(json.dumps({"score": score_s, "update": update_s, "peak": peak, "held": held}))
+    return {"loss": name, "score": score_s, "update": update_s, "peak": peak, "held": held}
+
+
+def arguments():
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--vocab", type=int, default=32768)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--untied", action="store_true")
+    return parser.parse_args()
 
 
 def main():
-    """Measure every loss, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--vocab", type=int, default=32768)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--untied", action="store_true")
-    parser.add_argument("--child", choices=LOSSES, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    """Measure every loss, print a table, and check it."""
+    options = arguments()
     size = (options.tokens, options.vocab, not options.untied, options.repeats)
-    if options.child:
-        child(options.child, *size)
-        return
     print("| loss | teacher | update | held before | peak beyond it |\n|---|---|---|---|---|")
+    rows = []
     for name in LOSSES:
-        command = [sys.executable, __file__, *sys.argv[1:], "--child", name]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        row = json.loads(done.stdout.splitlines()[-1])
+        rows.append(row := in_a_process(measure, name, *size, preload=["opdctl.process.warm"]))
         print(
             f"| {name} | {row['score']:.2f} s | {row['update']:.2f} s | {row['held']:.0f} MiB "
             f"| {row['peak']:.0f} MiB |",
             flush=True,
         )
+    check(rows, len(LOSSES), ("score", "update", "held"), ("peak",))
 
 
 if __name__ == "__main__":

@@ -173,14 +173,19 @@ def torture(
     return phases, kinds, differ
 
 
-def main() -> None:
-    """Print kills by phase and kind, and the number of mismatches."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--recipe", type=Path, action="append")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print kills by phase and kind, and the number of mismatches."""
+    options = arguments()
     recipes, rng, bad = options.recipe or RECIPES, random.Random(options.seed), []
     for recipe in recipes:
         start = time.monotonic()

@@ -135,6 +135,21 @@ class Signal(Composed, Protocol):
         ...
 
 
+@runtime_checkable
+class Live(Protocol):
+    """A signal whose credit can follow the policy through the updates of a step.
+
+    Attributes:
+        live: it does, by its keys.
+    """
+
+    live: bool
+
+    def credit_now(self, view: Any) -> Tensor:
+        """Return the credit of each token of a chunk by the policy as it is, no gradient. [C]."""
+        ...
+
+
 class Weight(Composed, Protocol):
     """A per-token factor without a gradient: a mask, a factor or a gate, or several of them.
 

@@ -82,15 +82,13 @@ class First:
         lengths = [len(s) for s in self.spans]
         cut = {k: v.split(lengths) for k, v in self.columns.items()}
         self.model.net.zero_grad(set_to_none=True)
-        result = update.accumulate(
-            self.model,
+        batch = self.setup.batch(
             [self.spans[i] for i in some],
             {k: torch.cat([v[i] for i in some]) for k, v in cut.items()},
-            self.setup.terms,
-            Pass(temperature=self.setup.temperature, micro_batch=micro_batch),
-            teacher_cache=self.step.teacher_cache,
-            layers=self.setup.teacher_asks.layers,
+            self.step.teacher_cache,
         )
+        run = Pass(temperature=self.setup.temperature, micro_batch=micro_batch)
+        result = update.accumulate(self.model, batch, run)
         loss, table = result.loss, result.table
         grads = [p.grad.flatten() for p in self.model.net.parameters() if p.grad is not None]
         return loss, torch.cat(grads), table

@@ -148,15 +148,8 @@ def test_loss_and_gradient_are_those_of_autograd(unit, float64):
         model.net.zero_grad(set_to_none=True)
         update.rows_in = (lambda *_, rows=rows: rows) if rows else before
         try:
-            result = update.accumulate(
-                model,
-                spans,
-                columns,
-                [update.LossTerm(objective)],
-                Pass(micro_batch=micro_batch),
-                teacher_cache=taught,
-                layers=layers,
-            )
+            batch = update.Batch(spans, columns, [update.LossTerm(objective)], taught, layers)
+            result = update.accumulate(model, batch, Pass(micro_batch=micro_batch))
             loss, table = result.loss, result.table
         finally:
             update.rows_in = before

@@ -157,6 +157,7 @@ def test_memory_and_seconds_by_hand():
         student, [], dtype="bfloat16", learns=False, steps=False, cached=3, sampled=100
     )
     assert frozen.certain == 20 and frozen.peak == 20 + 600
+    assert student == (20, 40, 40)  # micro-batches are summed in float32
     assert student_bytes(10, "bfloat16", masters=True) == (20, 40, 120)  # a copy and two moments
     assert student_bytes(10, "bfloat16", adapter=3) == (20 + 12, 12, 24)
     shape = Shape(parameters=1e9, layers=10, hidden=8, kv_heads=2, head_dim=4)

@@ -77,6 +77,51 @@ def test_an_answer_has_a_largest_size(monkeypatch):
         assert len(exchange(server.url, None, "", 10.0)["a"]) == 2 << 20
 
 
+def test_the_size_of_an_answer_is_bounded_by_what_was_asked_for(monkeypatch):
+    monkeypatch.setattr(module, "ROOM", 1 << 20)
+    flood = with_body(b'{"a": "' + b"x" * (3 << 20) + b'"}')
+    with answering(flood) as server, pytest.raises(StageFailed, match="larger than 1048576"):
+        Endpoint("big", server.url, 10.0).ask("/x")
+    ids = list(range(1000, 5000))
+    asked = module.largest_answer({"prompt": [ids], "prompt_logprobs": 32, "max_tokens": 1})
+    assert asked > 34 * 60 * len(ids)  # a server's entry is some 60 bytes
+    drawn = module.largest_answer({"prompt": "a", "max_tokens": 8192, "n": 4, "logprobs": 1})
+    assert drawn > 2 * 60 * 4 * 8192
+
+
+@pytest.mark.parametrize("code", [201, 202, 204, 206])
+def test_an_answer_that_is_not_200_is_none(code):
+    def part(handler):
+        handler.wfile.write(b'HTTP/1.0 %d Some\r\nContent-Length: 8\r\n\r\n{"a": 1}' % code)
+
+    refused = pytest.raises(StageFailed, match=f"big: /x: it answered {code}")
+    with answering(part) as server, refused:
+        Endpoint("big", server.url, 5.0).ask("/x")
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [[b"-1"], [b"+8"], [b"8", b"9"], [b"8, 9"], [b"0x8"], [b"\xc2\xb2"]],
+)
+def test_a_length_that_cannot_be_is_no_answer(lengths):
+    headers = [b"Content-Length: " + length for length in lengths]
+    with answering(with_body(b'{"a": 1}', *headers)) as server, pytest.raises(HTTPException):
+        exchange(server.url, None, "", 10.0)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 9])
+def test_an_answer_without_a_length_that_is_cut_is_asked_for_again(kept):
+    whole, tries = b'{"a": "bcd"}', []
+
+    def cut_once(handler):
+        tries.append(1)
+        with_body(whole if len(tries) > 1 else whole[:kept])(handler)
+
+    with answering(cut_once) as server:
+        assert Endpoint("big", server.url, 5.0).ask("/x") == {"a": "bcd"}
+    assert len(tries) == 2
+
+
 def test_an_answer_that_is_no_object_or_no_whole_is_refused():
     for raw, what in ((b"[1]", "no JSON object but a list"), (b"[" * 10**5, "is no JSON")):
         with answering(with_body(raw)) as server, pytest.raises(ValueError, match=what):

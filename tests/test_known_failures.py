@@ -158,7 +158,7 @@ def test_a_temperature_that_is_declared_and_not_used(stage, on_disk, temperature
     assert (table["ratio"] - 1).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("key", ["top_p", "top_k", "min_p"])
+@pytest.mark.parametrize("key", ["top_p", "top_k", "min_p", "min_tokens"])
 def test_ratios_biased_by_a_truncated_sampler(stage, key):
     """TRL #6789: the engine renormalises what it cut, the trainer does not. Refused with why."""
     problem = refused(stage, sampling={"max_tokens": 6, key: 0.9})

@@ -278,7 +278,7 @@ def test_observed_tokens_are_never_supervised():
     try:
         model.net.zero_grad(set_to_none=True)
         term = update.LossTerm(Nll(Nll.Config()))
-        update.accumulate(model, spans, {}, [term], Pass(chunk_mib=1))
+        update.accumulate(model, update.Batch(spans, {}, [term]), Pass(chunk_mib=1))
         ours = torch.cat([p.grad.flatten() for p in model.net.parameters()])
         model.net.zero_grad(set_to_none=True)
         total = 0.0

@@ -11,13 +11,17 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from conftest import make_model
 from opdctl.config.settings import Optim, Runtime
 from opdctl.errors import Interrupted, UsageError
+from opdctl.loss.objectives.nll import Nll
 from opdctl.models import tensor_file
 from opdctl.models.gradient_checkpointing import enable_checkpointing
 from opdctl.models.master_weights import MasterWeights
 from opdctl.models.model import Model, load
 from opdctl.run.rundir import read_rows
+from opdctl.scoring.asks import Pass
 from opdctl.train import update
 from opdctl.train.context import Context
+from opdctl.train.gradient_sums import wide_sums
+from opdctl.types import ScoreRequest
 from running import carry_out, one_stage
 
 
@@ -69,6 +73,44 @@ def test_the_optimizer_moves_float32_copies():
         for name, parameter in names.items():
             assert torch.equal(model.masters.named[name], plain[name]), name
             assert torch.equal(parameter, plain[name].bfloat16()), name
+
+
+def relative_error(model, micro_batch, exact):
+    """The distance of the gradient to the exact one as a share of it; without one, the gradient."""
+    spans, terms = many_spans(), [update.LossTerm(Nll(Nll.Config()))]
+    model.net.zero_grad(set_to_none=True)
+    update.accumulate(model, update.Batch(spans, {}, terms), Pass(micro_batch=micro_batch))
+    grads = dict(model.net.named_parameters())
+    assert {p.grad.dtype for p in grads.values()} == {next(iter(grads.values())).dtype}
+    ours = torch.cat([p.grad.double().flatten() for p in grads.values()])
+    return ours if exact is None else apart(ours, exact)
+
+
+def many_spans(count=512):
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(3, 40, (count, 5), generator=generator).tolist()
+    return [ScoreRequest(tuple(ids), 2) for ids in draws]
+
+
+def test_micro_batches_of_bfloat16_are_summed_in_float32():
+    """512 of one sequence are as near the exact gradient as few large ones: a sum in bfloat16 had
+    three times their error. One pass, and float32, have no sum of their own."""
+    model, wide = make_model(dtype="bfloat16"), make_model()
+    wide.net.load_state_dict({n: w.float() for n, w in model.net.state_dict().items()})
+    exact = relative_error(wide, 64, None)  # of the rounded weights
+    one, many = (relative_error(model, n, exact) for n in (512, 1))
+    assert many < 1.1 * one and one < 0.012
+    hooks = [p._post_accumulate_grad_hooks for p in model.net.parameters()]
+    assert not any(hooks)  # none is left behind
+
+
+def test_a_pass_that_fails_leaves_no_hook_behind():
+    model = make_model(dtype="bfloat16")
+    with pytest.raises(ZeroDivisionError), wide_sums(model, 2):
+        raise ZeroDivisionError
+    assert not any(p._post_accumulate_grad_hooks for p in model.net.parameters())
+    with wide_sums(model, 1):
+        assert not any(p._post_accumulate_grad_hooks for p in model.net.parameters())
 
 
 class Stopped(Context):

@@ -56,14 +56,9 @@ def trained(student, spans, step, minibatches=1):
     lengths, found = [len(ids) - start for ids, start in spans], []
     for sequences, part in minibatch_slices(lengths, minibatches):
         student.net.zero_grad(set_to_none=True)
-        update.accumulate(
-            student,
-            spans[sequences],
-            {k: v[part] for k, v in step.columns.items()},
-            objective(),
-            Pass(temperature=TEMPERATURE, micro_batch=2, chunk_mib=1),
-            teacher_cache=step.teacher_cache,
-        )
+        columns = {k: v[part] for k, v in step.columns.items()}
+        batch = update.Batch(spans[sequences], columns, objective(), step.teacher_cache)
+        update.accumulate(student, batch, Pass(temperature=TEMPERATURE, micro_batch=2, chunk_mib=1))
         grads = [p.grad.flatten() for p in student.net.parameters()]
         found.append((sequences, torch.cat(grads)))
     return found

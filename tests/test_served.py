@@ -108,7 +108,7 @@ class Answer(BaseHTTPRequestHandler):
         answer = {"choices": [{"index": i, "prompt_logprobs": row} for i, row in enumerate(rows)]}
         answer["choices"].reverse()  # an index says which is which
         if not probing:
-            server.asked += len(rows)
+            server.asked += len(rows) - 1  # beside the known sequence
         if server.fault and (not probing or server.fault in AT_ONCE):
             answer = server.fault(self, answer)
         if answer is not None:
@@ -203,6 +203,27 @@ def raw_logits_later(handler, answer):
     return raw_logits(handler, answer) if handler.server.calls > 1 else answer
 
 
+def drifted_later(handler, answer):
+    if handler.server.calls > 1:
+        for choice in answer["choices"]:
+            for entry in choice["prompt_logprobs"][1:]:
+                for value in entry.values():
+                    value["logprob"] -= 0.2
+    return answer
+
+
+def all_zero(handler, answer):
+    for choice in answer["choices"]:
+        for entry in choice["prompt_logprobs"][1:]:
+            for value in entry.values():
+                value["logprob"] = 0.0
+    return answer
+
+
+def all_zero_later(handler, answer):
+    return all_zero(handler, answer) if handler.server.calls > 1 else answer
+
+
 def masked_later(handler, answer):
     (entry,) = last(answer)[-1].values()
     entry["logprob"] = -1e30
@@ -234,7 +255,7 @@ def an_id_that_is_no_number(handler, answer):
     return answer
 
 
-AT_ONCE = (without_scores, raw_logits)
+AT_ONCE = (without_scores, raw_logits, all_zero)
 FORM = r"teacher big \(http.*answered in a form that is not vLLM's: "
 FAULTS = {
     with_nan: r"teacher big gave a score that is not finite in the rollout of prompt \w+ \(sums\)",
@@ -250,6 +271,9 @@ FAULTS = {
     hanging: r"teacher big \(http.*no answer to /v1/completions within 1 s \(tries: 1\): ",
     raw_logits: r"teacher big \(http.*as log-probs",
     raw_logits_later: r"teacher big \(http.*gave 3.5 as a log-prob",
+    drifted_later: r"teacher big \(http.*is not what it was when this attempt began: .*-1.450",
+    all_zero: r"teacher big \(http.*\[0.0, 0.0, 0.0, 0.0\] as log-probs",
+    all_zero_later: r"teacher big \(http.*is not what it was when this attempt began",
     masked_later: r"teacher big \(http.*gave -1e\+30 as a log-prob",
     a_list: r"teacher big \(http.*is no JSON object but a list",
     a_list_of_texts: FORM + "AttributeError",
@@ -261,8 +285,9 @@ FAULTS = {
 
 def taught_by(stage, server, *overrides, **keys):
     teachers = {"big": {"model": server.url, "serves": {"sums": True}}}
-    limit = "runtime.server_timeout=1"
-    return stage(limit, *overrides, teachers=teachers, **keys)
+    own = any(text.startswith("runtime.server_timeout=") for text in overrides)
+    limit = [] if own else ["runtime.server_timeout=1"]
+    return stage(*limit, *overrides, teachers=teachers, **keys)
 
 
 def test_scores_stand_at_their_tokens(stage):

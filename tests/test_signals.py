@@ -89,13 +89,8 @@ def test_outcome_model_reads_the_last_token_and_learns():
     optim = update.Optim(lr=1e-2)
     optimizer = update.make_optimizer(model, optim)
     for _ in range(60):
-        update.accumulate(
-            model,
-            spans,
-            columns,
-            [update.LossTerm(OutcomeLoss(OutcomeLoss.Config()))],
-            Pass(chunk_mib=64),
-        )
+        term = update.LossTerm(OutcomeLoss(OutcomeLoss.Config()))
+        update.accumulate(model, update.Batch(spans, columns, [term]), Pass(chunk_mib=64))
         update.step(model, optimizer, 1e-2, 1.0)
     reward = Reward.__new__(Reward)
     reward.model = model

@@ -127,15 +127,8 @@ def ours(model, spans, teachers, *, masks=(), micro_batch=0, rows=0, **keys):
     before = update.rows_in
     update.rows_in = (lambda *_: rows) if rows else before
     try:
-        result = update.accumulate(
-            model,
-            spans,
-            columns,
-            [term],
-            Pass(micro_batch=micro_batch),
-            teacher_cache=taught,
-            layers=layers,
-        )
+        batch = update.Batch(spans, columns, [term], taught, layers)
+        result = update.accumulate(model, batch, Pass(micro_batch=micro_batch))
         loss, table = result.loss, result.table
     finally:
         update.rows_in = before

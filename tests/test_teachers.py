@@ -45,7 +45,8 @@ def test_pooled_is_the_weighted_sum_over_teachers(model64, options):
     columns, taught = pooled(spans, teachers, weights)
     terms = [*objective(), update.LossTerm(Nll(Nll.Config()), coef=0.3, normalise="token_mean")]
     model64.net.zero_grad(set_to_none=True)
-    result = update.accumulate(model64, spans, columns, terms, Pass(**options), taught)
+    batch = update.Batch(spans, columns, terms, taught)
+    result = update.accumulate(model64, batch, Pass(**options))
     loss, table = result.loss, result.table
     ours = torch.cat([p.grad.flatten() for p in model64.net.parameters()])
     model64.net.zero_grad(set_to_none=True)
@@ -95,14 +96,8 @@ def test_loads_per_minibatch_are_its_teachers(model64, micro_batch, keys, form):
     spans = spans_of()
     columns, taught = routed(spans, [make_model64(5), make_model64(6), make_model64(7)])
     for times in (1, 2):
-        update.accumulate(
-            model64,
-            spans,
-            columns,
-            objective(form=form, k=3, **keys),
-            Pass(micro_batch=micro_batch, chunk_mib=1),
-            teacher_cache=taught,
-        )
+        batch = update.Batch(spans, columns, objective(form=form, k=3, **keys), taught)
+        update.accumulate(model64, batch, Pass(micro_batch=micro_batch, chunk_mib=1))
         assert taught.loads == 3 * times
 
 

@@ -51,7 +51,8 @@ def tokens_in(spans):
 def gradient(model, spans, columns, terms, teacher_cache=None, **options):
     model.net.zero_grad(set_to_none=True)
     run = Pass(**{"chunk_mib": 256, **options})
-    loss = update.accumulate(model, spans, columns, terms, run, teacher_cache).loss
+    batch = update.Batch(spans, columns, terms, teacher_cache)
+    loss = update.accumulate(model, batch, run).loss
     return loss, torch.cat([p.grad.flatten() for p in model.net.parameters()])
 
 
@@ -211,7 +212,8 @@ def test_gates_zero_outside_and_keep_the_count(model64):
     ratio = (live - columns["behaviour"]).exp()
     inside = (ratio >= 0.5) & (ratio <= 2.0)
     assert not inside[3] and inside.sum() > 20
-    table = update.accumulate(model64, spans, columns, [term], Pass(chunk_mib=256)).table
+    batch = update.Batch(spans, columns, [term])
+    table = update.accumulate(model64, batch, Pass(chunk_mib=256)).table
     assert torch.equal(table["gate_open"].bool(), inside)
     assert torch.allclose(table["ratio"], ratio, atol=1e-12)
     _, gated = gradient(model64, spans, columns, [term])
@@ -265,9 +267,25 @@ def test_learning_rate_is_a_pure_function():
     optim = Optim(lr=1.0, schedule="cosine", warmup=10, final=0.1)
     values = [update.lr_at(s, 100, optim) for s in range(100)]
     assert values[0] == 0.1 and values[9] == 1.0 and values[10] == 1.0
-    assert 0.1 < values[-1] < 0.11 and values == sorted(values[:10]) + sorted(
-        values[10:], reverse=True
-    )
+    assert values[-1] == 0.1 and values == sorted(values[:10]) + sorted(values[10:], reverse=True)
     assert update.lr_at(55, 100, Optim(lr=2.0)) == 2.0
     linear = Optim(lr=1.0, schedule="linear", final=0.0)
-    assert update.lr_at(50, 100, linear) == 0.5
+    assert update.lr_at(50, 101, linear) == 0.5
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("final", [0.0, 0.05, 0.1, 1 / 3, 1.0])
+def test_the_last_step_has_the_share_that_final_says(schedule, final):
+    """Ten steps used to end at .19 of the rate (linear): the share was that of an eleventh."""
+    optim = update.Optim(lr=3e-4, schedule=schedule, final=final)
+    for warmup, steps in ((0, 10), (3, 10), (8, 10), (0, 2)):
+        optim.warmup = warmup
+        rates = [update.lr_at(s, steps, optim) for s in range(steps)]
+        assert rates[-1] == 3e-4 * final and rates[warmup] == pytest.approx(3e-4)
+        fall = rates[warmup:]
+        assert fall == sorted(fall, reverse=True)
+    for warmup, steps in ((0, 1), (9, 10)):  # the step after the warm-up is the last one
+        optim.warmup = warmup
+        assert update.lr_at(steps - 1, steps, optim) == 3e-4 * final
+    optim.warmup = 10  # the warm-up is longer than the stage: it rises to the end
+    assert update.lr_at(9, 10, optim) == 3e-4

@@ -174,7 +174,7 @@ def trained(model, optimizer, count=3):
     spans = [ScoreRequest((3, 4, 5, 6), 1), ScoreRequest((7, 8, 9), 1)]
     for _ in range(count):
         term = update.LossTerm(Nll(Nll.Config()))
-        update.accumulate(model, spans, {}, [term], Pass(chunk_mib=16))
+        update.accumulate(model, update.Batch(spans, {}, [term]), Pass(chunk_mib=16))
         yield
 
 
@@ -214,10 +214,11 @@ def test_masked_tokens_are_counted():
     model = make_model()
     spans = [ScoreRequest((3, 4, 5, 6), 1), ScoreRequest((7, 8, 9), 1)]
     term = update.LossTerm(Nll(Nll.Config()), masks=[Nothing()])
-    masked = update.accumulate(model, spans, {}, [term], Pass(chunk_mib=16))
+    masked = update.accumulate(model, update.Batch(spans, {}, [term]), Pass(chunk_mib=16))
     assert masked.loss == 0.0 and masked.table["masked"].tolist() == [1.0] * 5
     term = update.LossTerm(Nll(Nll.Config()))
-    assert "masked" not in update.accumulate(model, spans, {}, [term], Pass(chunk_mib=16)).table
+    batch = update.Batch(spans, {}, [term])
+    assert "masked" not in update.accumulate(model, batch, Pass(chunk_mib=16)).table
 
 
 # real stages -------------------------------------------------------------------------------------

@@ -13,7 +13,9 @@ from typing import Annotated
 import typer
 
 from opdctl import __version__
+from opdctl.cli.file_commands import cp, new, tidy
 from opdctl.cli.options import (
+    Detach,
     DirArg,
     From,
     Json,
@@ -24,6 +26,8 @@ from opdctl.cli.options import (
     Trust,
 )
 from opdctl.errors import EXIT_PENDING, EXIT_USAGE, OpdctlError, RecipeError
+from opdctl.process.import_path import close_working_directory
+from opdctl.process.streams import open_closed_streams
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -63,6 +67,7 @@ def run(
         typer.Option(help="this stage and what it needs; may be repeated"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="plan, and stop")] = False,
+    detach: Detach = False,
 ) -> None:
     """Plan a recipe, then do it."""
     from opdctl.cli.run_commands import run_recipe
@@ -77,6 +82,7 @@ def run(
             reuse=reuse,
             only=tuple(only or ()),
             dry_run=dry_run,
+            detached=detach,
         )
     )
 
@@ -94,6 +100,7 @@ def stage(
     ] = "",
     out: Annotated[Path | None, typer.Option(help="the run directory to make")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="plan, and stop")] = False,
+    detach: Detach = False,
 ) -> None:
     """Run one stage; its keys may be given without `stages.KIND.` in front."""
     from opdctl.cli.run_commands import run_stage
@@ -107,16 +114,17 @@ def stage(
             method=method,
             out=out,
             dry_run=dry_run,
+            detached=detach,
         )
     )
 
 
 @app.command()
-def resume(directory: DirArg, overrides: Overrides = None) -> None:
+def resume(directory: DirArg, overrides: Overrides = None, detach: Detach = False) -> None:
     """Continue a run, or a set of seeds, from where it stopped."""
     from opdctl.cli.run_commands import resume_run
 
-    sys.exit(resume_run(directory, tuple(overrides or ())))
+    sys.exit(resume_run(directory, tuple(overrides or ()), detach))
 
 
 @app.command()
@@ -348,34 +356,14 @@ def show(
         print(shown["more"])
 
 
-@app.command()
-def cp(
-    name: Annotated[str, typer.Argument(help="a shipped recipe or method")],
-    dest: Annotated[Path, typer.Argument(help="the file to write")],
-) -> None:
-    """Copy a shipped recipe or method, comments and all, to change it."""
-    from opdctl.cli.catalogue import copy
-
-    print(copy(name, dest))
-
-
-@app.command()
-def new(
-    family: Annotated[str, typer.Argument(help="signal, objective, weight, verifier, data, ...")],
-    name: Annotated[str, typer.Argument(help="small letters, digits and _")],
-    folder: Annotated[Path, typer.Option("--in", help="the folder of members")] = Path(
-        "my_members"
-    ),
-) -> None:
-    """Begin a member of your own: a file that works, and its test."""
-    from opdctl.cli.new import new_member
-
-    for line in new_member(family, name, folder):
-        print(line)
+for command in (cp, new, tidy):
+    app.command()(command)
 
 
 def main() -> None:
     """Run the command line: an expected error becomes one message and its exit code."""
+    close_working_directory()
+    open_closed_streams()
     try:
         app()
     except OpdctlError as error:

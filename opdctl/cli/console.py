@@ -16,6 +16,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from opdctl.config.secrets import masked
 from opdctl.evidence.verdict import format_number
 from opdctl.models.chat.example import heading
 from opdctl.run.rundir import finite, last_row, read_json
@@ -58,9 +59,11 @@ def say(text: str, style: str = "") -> None:
 def plain(text: str) -> str:
     """Escape every character that is not printable, except line breaks.
 
-    Text that a model or a stranger wrote cannot steer the terminal then.
+    Text that a model or a stranger wrote cannot steer the terminal then. Credentials in addresses
+    are left out.
     """
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    shown = masked(text)
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in shown)
 
 
 def table(columns: list[str], rows: list[list[Any]], title: str = "") -> Table:

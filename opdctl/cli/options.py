@@ -23,6 +23,9 @@ Overrides = Annotated[
 Size = Annotated[str, typer.Option(help="tiny (default), small or lab", metavar="SIZE")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
 From = Annotated[Path | None, typer.Option("--from", help="reuse finished stages of this run")]
+Detach = Annotated[
+    bool, typer.Option("--detach", help="go on without the terminal; `status --watch` shows it")
+]
 Trust = Annotated[
     bool,
     typer.Option(

@@ -12,7 +12,10 @@ from opdctl.cli import console
 from opdctl.config.registry import member
 from opdctl.config.schema import did_you_mean
 from opdctl.errors import UsageError
+from opdctl.estimate.memory import format_bytes
+from opdctl.process.detach import detach
 from opdctl.process.runner import Job, Outcome, carry_out, examine
+from opdctl.process.streams import outlive_the_terminal
 from opdctl.recipe.recipe import Recipe, load, resolve
 from opdctl.recipe.source import Source, read_source
 from opdctl.recipe.yaml_lines import dump
@@ -21,6 +24,7 @@ from opdctl.run import provenance
 from opdctl.run.one_stage import one_stage, run_data
 from opdctl.run.plan import Planned, needed, plan, ready
 from opdctl.run.rundir import RunDir, lock, new_name, write_json, write_text
+from opdctl.run.tidy import tidy
 
 STARTED = time.time()
 
@@ -35,6 +39,7 @@ def run_recipe(
     reuse: Path | None = None,
     only: tuple[str, ...] = (),
     dry_run: bool = False,
+    detached: bool = False,
 ) -> int:
     """Plan a recipe and carry it out: ``opdctl run``. Return the exit code."""
     recipe = load(name, size=size, overrides=overrides, trusted=not dry_run)
@@ -58,10 +63,10 @@ def run_recipe(
     source = read_source(name)
     path = out or Path("runs") / new_name(recipe.name)
     if not seeds:
-        return _start(recipe, source, path, old, only, planned)
+        return _start(recipe, source, path, old, only, planned, detached)
     recipes = [load(name, size=size, seed=s, overrides=overrides, trusted=True) for s in numbers]
     parent = run_launch.new_set(recipes, source, path, only)
-    return _carry_out(parent, list(zip(parent.runs(), recipes, strict=True)), only)
+    return _carry_out(parent, list(zip(parent.runs(), recipes, strict=True)), only, detached)
 
 
 def run_stage(
@@ -73,6 +78,7 @@ def run_stage(
     method: str,
     out: Path | None,
     dry_run: bool,
+    detached: bool = False,
 ) -> int:
     """Build a recipe of one stage and carry it out: ``opdctl stage``. Return the exit code."""
     tree, full, named, notes = one_stage(kind, overrides, student, teachers, method)
@@ -91,10 +97,10 @@ def run_stage(
         return 0
     _require_engine(recipe)
     path = out or Path("runs") / new_name(kind)
-    return _start(recipe, dump(tree), path, None, ())
+    return _start(recipe, dump(tree), path, None, (), detached=detached)
 
 
-def resume_run(directory: Path, overrides: tuple[str, ...]) -> int:
+def resume_run(directory: Path, overrides: tuple[str, ...], detached: bool = False) -> int:
     """Continue a run or a set of seeds: ``opdctl resume``. Return the exit code."""
     parent = RunDir(directory)
     runs = []
@@ -108,7 +114,7 @@ def resume_run(directory: Path, overrides: tuple[str, ...]) -> int:
         console.say(f"{run.path.name}: {where or 'every stage is done'}")
         if todo:
             _require_engine(recipe)
-    return _carry_out(parent, runs, (), rewrite=bool(overrides))
+    return _carry_out(parent, runs, (), detached, rewrite=bool(overrides))
 
 
 def _require_engine(recipe: Recipe) -> None:
@@ -147,26 +153,41 @@ def _start(
     old: RunDir | None,
     only: tuple[str, ...],
     planned: list[Planned] | None = None,
+    detached: bool = False,
 ) -> int:
     run = run_launch.new_run(recipe, source, path, only)
     if old:
-        reused, changed = run_launch.reuse(run, recipe, old, planned)
+        with lock(run / ".lock", str(run.path)):  # nobody continues it before that is over
+            reused, changed = run_launch.reuse(run, recipe, old, planned)
         console.say(f"reused from {old.path}: {', '.join(reused) or 'nothing'}")
         if changed:
             console.say(f"made again, as files they read have changed: {', '.join(changed)}")
-    return _carry_out(run, [(run, recipe)], only)
+    return _carry_out(run, [(run, recipe)], only, detached)
 
 
 def _carry_out(
-    parent: RunDir, runs: list[tuple[RunDir, Recipe]], only: tuple[str, ...], rewrite: bool = False
+    parent: RunDir,
+    runs: list[tuple[RunDir, Recipe]],
+    only: tuple[str, ...],
+    detached: bool = False,
+    rewrite: bool = False,
 ) -> int:
+    outlive_the_terminal()
     console.say(f"run directory: {parent.path}")
+    begun = None
+    if detached:
+        message = f"it goes on without this terminal: opdctl status --watch {parent.path}"
+        begun = detach(parent / "logs" / "detached.log", message)
+        console.err.soft_wrap = True  # what follows is a file
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock(parent / ".lock", str(parent.path)))
         for run, _ in runs:
             if run.path != parent.path:
                 stack.enter_context(lock(run / ".lock", str(run.path)))
             run_launch.new_attempt(run)
+            freed = tidy(run)
+            if freed:
+                console.say(f"{format_bytes(freed)} removed that no record needed")
         if rewrite:
             for run, recipe in runs:
                 write_text(run / "resolved.yaml", dump(recipe.to_dict()))
@@ -176,6 +197,8 @@ def _carry_out(
                 f"stage {planned.name} is blocked: {planned.reasons[0]}",
                 provenance.PUT_BACK,
             )
+        if begun:
+            begun()
         with console.Progress(jobs) as progress:
             outcome = carry_out(jobs, progress)
         _conclude(parent, runs, outcome)
@@ -193,6 +216,10 @@ def _conclude(parent: RunDir, runs, outcome: Outcome) -> None:
         console.say(f"failed: {stage}: {_why(run, stage)}", "red")
         console.say(f"log:    {run / 'logs' / 'latest'}")
         console.say(f"then:   opdctl resume {parent.path}")
+    for run, recipe in runs:
+        for stage in recipe.stages:
+            for line in run.record(stage).get("rounding", []):
+                console.say(f"{stage}: equal up to rounding only: {line}", "yellow")
     if outcome.code == 75:
         console.say(f"stopped; opdctl resume {parent.path}", "yellow")
     if outcome.code == 0:

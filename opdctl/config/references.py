@@ -16,6 +16,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from opdctl.config.files import open_regular, read_bytes, read_text
 from opdctl.config.schema import did_you_mean
 
 LONGEST = 1000  # characters; a longer one is no path
@@ -71,6 +72,9 @@ def folder_complaint(folder: str) -> tuple[str, str] | None:
     if not os.path.isdir(folder):
         otherwise = "a model folder holds config.json and model.safetensors"
         return f"no folder {folder}", hint or otherwise
+    special = [p for p in _files(place) if not (p.is_file() or p.is_dir())]
+    if special and special[0].name != "config.json":
+        return f"cannot read {special[0]}: a pipe, a device or a broken link", "remove it"
     if is_adapter(folder):
         return _unfounded(folder)
     if not is_model(folder):
@@ -86,7 +90,7 @@ def folder_complaint(folder: str) -> tuple[str, str] | None:
     hint = "a file was cut short, or belongs to another model"
     path = place / "config.json"
     try:
-        config = _json(path.read_bytes())
+        config = _json(read_bytes(path))
         shapes = []
         for path in weights:
             shapes += shapes_in(path)
@@ -98,6 +102,14 @@ def folder_complaint(folder: str) -> tuple[str, str] | None:
             message = f"says {name}: {value}, more than the weights beside it hold"
             return f"{place / 'config.json'} {message}", hint
     return None
+
+
+def _files(place: Path) -> list[Path]:
+    """Return what is in a folder; nothing of one that cannot be listed."""
+    try:
+        return sorted(place.iterdir())
+    except OSError:
+        return []
 
 
 def _json(content: bytes) -> dict:
@@ -114,7 +126,7 @@ def shapes_in(path: Path) -> list[list[int]]:
         OSError, ValueError: it cannot be read, or is shorter than its header says.
     """
     size = path.stat().st_size - 8
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length <= min(size, LARGEST_HEADER):
             raise ValueError("not safetensors")
@@ -175,13 +187,13 @@ def base_of(folder: str) -> str:
     if not is_adapter(folder):
         return ""
     try:
-        way = json.loads((Path(folder) / BESIDE).read_text(encoding="utf-8"))["path"]
+        way = json.loads(read_text(Path(folder) / BESIDE))["path"]
         if is_model(str(Path(folder, way))):
             return str(Path(folder, way).resolve())
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # only a stage writes it, and only of a base of its run
     try:
-        config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_text(Path(folder) / "adapter_config.json"))
         name, revision = str(config["base_model_name_or_path"]), config.get("revision")
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return str(Path(folder) / "adapter_config.json")  # names none: refused as a base
@@ -221,7 +233,7 @@ def written_in(folder: str) -> str:
         if not Path(folder).is_dir():
             return "model"  # a public name
     try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_text(Path(folder) / "config.json"))
         names = " ".join(config.get("architectures") or [])
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return ""
@@ -255,7 +267,7 @@ def vocabulary(folder: str) -> dict[str, int] | None:
     """Return ``{token: id}`` of the tokenizer in a folder, without loading it; None without one."""
     path = Path(folder) / "tokenizer.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         vocab = dict(content["model"]["vocab"])
         for token in content.get("added_tokens", []):
             vocab[token["content"]] = token["id"]
@@ -280,6 +292,6 @@ def origin(folder: str) -> dict | None:
     """The stage record of the run that wrote ``.../stages/NAME/output``; None elsewhere."""
     path = Path(folder).parent / "stage.json"
     try:
-        return _json(path.read_bytes())
+        return _json(read_bytes(path))
     except (OSError, ValueError, RecursionError):
         return None

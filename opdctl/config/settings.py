@@ -23,7 +23,12 @@ class Optim:
     lr: float = key(1e-3, "peak learning rate", least=0.0)
     schedule: Literal["constant", "linear", "cosine"] = key("constant", "shape after the warm-up")
     warmup: int = key(0, "steps of linear warm-up", least=0)
-    final: float = key(0.1, "share of lr left at the last step (linear, cosine)", least=0, most=1)
+    final: float = key(
+        0.1,
+        "share of lr that the last step has (linear, cosine), where that is after the warm-up",
+        least=0,
+        most=1,
+    )
     weight_decay: float = key(0.0, "decoupled; on matrices only", least=0.0)
     beta1: float = key(0.9, "decay of the first moment", least=0, most=0.99999)
     beta2: float = key(0.95, "decay of the second moment", least=0, most=0.99999)
@@ -51,14 +56,14 @@ class Sampling:
     """The sampler's keys. Responses come from the whole distribution, so log-probs are exact."""
 
     absent: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("top_p", "top_k", "min_p"),
+        ("top_p", "top_k", "min_p", "min_tokens"),
         "the whole distribution is sampled: tokens of a cut one have other log-probs than the loss "
         "gives them, and every ratio is biased",
     )
     temperature: float = key(
         1.0, "divides the logits, in sampler and loss alike (but see loss_temperature)", least=1e-3
     )
-    max_tokens: int = key(32, "longest turn of a response, in tokens", least=1)
+    max_tokens: int = key(32, "longest turn of a response, in tokens", least=1, most=2**24)
 
 
 def longest_turn(config: Any) -> int:
@@ -206,9 +211,13 @@ class TrainConfig(StageConfig):
 class Runtime:
     """The keys of how a run is carried out, whatever the recipe."""
 
-    threads: int = key(1, "CPU threads of a stage", role="numeric", least=1)
+    threads: int = key(1, "CPU threads of a stage", role="numeric", least=1, most=1024)
     jobs: int = key(
-        0, "stages at once; 0 is one per thread-group of cores", role="operational", least=0
+        0,
+        "stages at once; 0 is one per thread-group of cores",
+        role="operational",
+        least=0,
+        most=1024,
     )
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto takes CUDA if there", role="numeric")
     dtype: Literal["float32", "bfloat16", "float64"] = key("float32", "parameters and activations")
@@ -254,6 +263,15 @@ class Runtime:
     kernel: Literal["auto", "reference", "chunked", "triton"] = key(
         "auto", "row pass of the loss; auto is triton on CUDA, else chunked", role="numeric"
     )
+    other_machine: Literal["note", "refuse"] = key(
+        "note",
+        "a run that goes on under another class of processor, number of threads, device or version "
+        "of torch is equal up to rounding: say so, or refuse",
+        role="operational",
+    )
+    shared: bool = key(
+        False, "other users of this machine may read the run directory", role="operational"
+    )
     rounded_logits: bool = key(False, "round logits to bfloat16 in the loss, to compare")
     resident_teachers: int = key(
         0, "frozen models kept loaded; others are read again; 0 is all", role="operational", least=0
@@ -261,13 +279,20 @@ class Runtime:
     trust_remote_code: bool = key(
         False, "run code that a model brings with it (auto_map); read it first", neutral=True
     )
+    template_date: str = key(
+        "",
+        "the day, as 2026-01-31, that a chat template which prints one is shown; empty refuses it",
+        neutral=True,
+    )
     server_timeout: float = key(
         120.0,
         "seconds a served model has for an answer, tries included",
         role="operational",
         least=0.1,
     )
-    server_requests: int = key(4, "requests to a served model at once", role="operational", least=1)
+    server_requests: int = key(
+        4, "requests to a served model at once", role="operational", least=1, most=1024
+    )
     server_batch: int = key(16, "sequences in a request", role="numeric", least=1)
     checkpoint_every: int = key(20, "steps between checkpoints", role="operational", least=1)
     keep_checkpoints: int = key(2, "newest ones kept", role="operational", least=1)

@@ -1,7 +1,8 @@
 """Estimate the bytes that a stage holds at once, for ``plan`` and for the check before a start.
 
-Assumed: AdamW with two moments and gradients in the parameters' type, or in float32 for copies of
-bfloat16 parameters (counted with the moments) and for adapters; frozen models, all loaded or the
+Assumed: AdamW with two moments in the parameters' type, or in float32 for copies of bfloat16
+parameters (counted with the moments) and for adapters; gradients in at least float32, in which
+micro-batches are summed; frozen models, all loaded or the
 largest ``runtime.resident_teachers`` of them; full attention in every layer; a wave of responses of
 the largest allowed length; sampling and updates in turns. Not counted: hidden rows kept for
 teachers, fragmentation, other stages.
@@ -58,7 +59,7 @@ def student_bytes(
         return size + wide, wide, 2 * wide
     if masters:
         return size, int(4 * parameters), int(12 * parameters)
-    return size, size, 2 * size
+    return size, int(parameters * max(each, 4)), 2 * size
 
 
 def engine_bytes(runtime: Any, memory: float) -> float:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from opdctl.config import references
+from opdctl.config.files import open_regular, read_text
 from opdctl.config.shapes import Shape
 
 CHARACTERS = 128  # vocabulary of a model that a recipe makes: at most so many
@@ -124,7 +125,7 @@ def folder_shape(folder: Path) -> Shape | None:
     """Return the size of a model in a folder, its parameters from the headers of the weight files;
     None where they cannot be read."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_text(folder / "config.json"))
         count = sum(_parameters(path) for path in folder.glob("model*.safetensors"))
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -149,6 +150,6 @@ def folder_shape(folder: Path) -> Shape | None:
 
 def _parameters(path: Path) -> int:
     """Return the number of parameters in a safetensors file, from its header only."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")

@@ -6,9 +6,10 @@ and coefficients are in them already. Nothing here divides by a count.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MethodType
 from typing import Any
 
 import torch
@@ -18,9 +19,15 @@ from opdctl.kernels.chunks import Chunk, chunked_sum
 from opdctl.kernels.head import Head
 from opdctl.kernels.topk import overlap_numbers, union
 from opdctl.models.hidden_layers import LAST, Layers
-from opdctl.scoring.columns import POLICY, TEACHER_INDEX, TEACHER_ROW
+from opdctl.scoring.columns import (
+    ADVANTAGE,
+    FIXED_ADVANTAGE,
+    POLICY,
+    TEACHER_INDEX,
+    TEACHER_ROW,
+)
 from opdctl.scoring.overlap import top_of
-from opdctl.scoring.teacher_cache import TeacherCache
+from opdctl.scoring.teacher_cache import FINITE, TeacherCache
 
 
 @dataclass
@@ -33,12 +40,13 @@ class PerStep:
     """
 
     column: str
-    of: Callable[[Any], Tensor]
+    of: MethodType
 
     @property
     def logged(self) -> dict[str, float]:
         """The numbers that its weight logs of the step it saw last, if any."""
-        return self.of.__self__.logged
+        weight: Any = self.of.__self__
+        return weight.logged
 
     def mask(self, columns: dict[str, Tensor]) -> Tensor:
         """Return its numbers for the tokens of some columns."""
@@ -100,19 +108,33 @@ class TokenView:
     """The view that an objective or a gate has of one chunk of C tokens: never its logits.
 
     Everything but ``entropy_C`` and the columns is differentiable.
+
+    Args:
+        columns: per-token vectors, [C] each.
+        teacher_cache: what the tokens' teachers left behind, if anything here reads it.
+        layers: whose hidden states are compared.
+        credits: signals whose credit follows the policy, and their coefficients.
     """
 
     def __init__(
         self,
         chunk: Chunk,
         target_C: Tensor,
-        columns: dict,
+        columns: dict[str, Tensor],
         teacher_cache: TeacherCache | None,
         layers: Layers = LAST,
+        credits: Sequence[tuple[float, Any]] = (),
     ) -> None:
         self.chunk, self.target_C = chunk, target_C
-        self.columns, self.teacher_cache, self.layers = columns, teacher_cache, layers
+        self.columns, self.layers = columns, layers
+        self._cache, self._credits = teacher_cache, credits
         self.logged: dict[str, Tensor] = {}
+
+    @property
+    def teacher_cache(self) -> TeacherCache:
+        """The hidden rows, heads and lists of the tokens' teachers."""
+        assert self._cache is not None, "an objective that reads a teacher says so by its needs"
+        return self._cache
 
     @property
     def rows(self) -> Any:
@@ -157,6 +179,15 @@ class TokenView:
         """
         return self.columns[POLICY] if POLICY in self.columns else self.logprob_C.detach()
 
+    @cached_property
+    def advantage_C(self) -> Tensor:
+        """The advantage, without a gradient: that of the rollouts' making, or, where the credit of
+        a signal follows the policy, with its credit as it is now."""
+        if not self._credits:
+            return self.columns[ADVANTAGE]
+        live_C = sum(coef * signal.credit_now(self) for coef, signal in self._credits)
+        return self.columns[FIXED_ADVANTAGE] + live_C
+
     @property
     def _teacher_rows(self) -> tuple[Tensor, Tensor]:
         """The teacher of each token, and its row of that teacher."""
@@ -175,6 +206,7 @@ class TokenView:
             top_CK = teacher_CV.topk(top_of(self.chunk.head), dim=-1).indices
             ids_CK = torch.cat([ids_CK, top_CK], -1)
         value_C, entropy_C, logq_CK = self.rows.divergence(teacher_CV, direction, beta, ids_CK)
+        self.require_finite(value_C, FINITE)
         logp_CK = self.rows.at(ids_CK, leaf=False)
         ours_CK = self.rows.top(ids_CK.shape[1] - 1) if overlap else None
         self.log("divergence", value_C)
@@ -211,7 +243,7 @@ class TokenView:
         seen_ours_CK = ours_CK[:, :seen] if overlap and seen <= k else None
         self._log_both(seen_CK, seen_logp_CK, seen_logq_CK, seen_ours_CK, entropy_C)
         holds_C = (ids_CK[:, part] == self.target_C[:, None]).any(-1)
-        both = (self.rows.outside(outside_CK), tail_C) if tails else None
+        both = (self.rows.outside(outside_CK), tail_C) if tail_C is not None else None
         theirs = slice(part.start - first, part.stop - first)
         here = (logp_CK[:, part], logq_CK[:, 1:][:, theirs], keep_CK, both)
         return TopK(*here, holds_C, logq_CK[:, 0])
@@ -229,8 +261,12 @@ class TokenView:
             for name, value_C in numbers.items():
                 self.log(name, value_C)
 
+    def require_finite(self, value_C: Tensor, hint: str) -> None:
+        """Check that no teacher makes a loss infinite, see ``TeacherCache.require_finite``."""
+        self.teacher_cache.require_finite(value_C, self.columns[TEACHER_INDEX], hint)
+
     def __getitem__(self, column: str) -> Tensor:
-        return self.columns[column]
+        return self.advantage_C if column == ADVANTAGE else self.columns[column]
 
     def log(self, name: str, value_C: Tensor) -> None:
         """Keep a per-token value; metrics report its mean."""
@@ -249,6 +285,7 @@ def weighted_sum(
     teacher_cache: TeacherCache | None = None,
     layers: Layers = LAST,
     inner_NLD: Tensor | None = None,
+    credits: Sequence[tuple[float, Any]] = (),
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the sum over tokens and terms of weight x gates x loss, in bounded memory.
 
@@ -261,6 +298,7 @@ def weighted_sum(
         size: most rows of a chunk.
         layers: whose hidden states are compared.
         inner_NLD: rows of the inner ones.
+        credits: signals whose credit follows the policy, and their coefficients.
 
     Returns:
         The sum, and the table of what was logged per token, detached, [N] each.
@@ -269,8 +307,8 @@ def weighted_sum(
 
     def loss_of(chunk: Chunk, part: slice) -> Tensor:
         cut = {name: column[part] for name, column in columns.items()}
-        view = TokenView(chunk, target_N[part], cut, teacher_cache, layers)
-        loss_C = 0.0
+        view = TokenView(chunk, target_N[part], cut, teacher_cache, layers, credits)
+        loss_C = hidden_ND.new_zeros((), dtype=head.logits_dtype)
         for term, weight_N in terms:
             part_C = weight_N[part] * term.objective.loss(view)
             for gate in term.gates:

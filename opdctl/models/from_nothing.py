@@ -84,6 +84,7 @@ def new_model(ctx) -> Model:
         except (ImportError, ValueError) as error:
             raise load_error(f"stage {ctx.name}", error) from error
     net = net.to(dtype=getattr(torch, runtime.dtype), device=ctx.device)
-    model = Model(net.train(False), tokenizer, f"stage {ctx.name}")
+    keys = ctx.models.chat_keys
+    model = Model(net.train(False), tokenizer, f"stage {ctx.name}", chat_keys=keys)
     configure_forward(model, runtime.packing, runtime.gradient_checkpointing)
     return model

@@ -273,6 +273,7 @@ def _with_tokenizer(model: Model, folder: str) -> Model:
         folder,
         gradient_checkpointing=model.gradient_checkpointing,
         one_row=model.one_row,
+        chat_keys=model.chat_keys,
         own_head=model.own_head,
     )
 

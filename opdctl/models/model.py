@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from opdctl.config.references import first_difference
 from opdctl.errors import UsageError
 from opdctl.kernels.head import Head
+from opdctl.models.chat.control_tokens import NO_KEYS, ChatKeys
 from opdctl.models.chat.rendering import Chat, different_ends
 from opdctl.models.gradient_checkpointing import checkpointing, enable_checkpointing
 from opdctl.models.logits_check import (
@@ -44,6 +45,7 @@ class Model(Chat):
         gradient_checkpointing: a pass that needs a gradient computes activations again, see
             models/gradient_checkpointing.py.
         one_row: sequences stand one after another in a pass, without padding.
+        chat_keys: the keys of the run that say how it is spoken to.
         before_forward: called before each forward; a teacher that is an adapter turns it on.
         own_head: the head, where the module's own has an adapter in it that is not trained.
     """
@@ -55,6 +57,7 @@ class Model(Chat):
     masters: Any = None
     gradient_checkpointing: bool = False
     one_row: bool = False
+    chat_keys: ChatKeys = NO_KEYS
     before_forward: Callable[[], None] = lambda: None
     own_head: nn.Linear | None = None
 
@@ -148,7 +151,7 @@ def pick_device(wanted: str) -> str:
     return "cuda" if there and wanted != "cpu" else "cpu"
 
 
-def outline(folder: str, trust_remote_code: bool = False) -> Model:
+def outline(folder: str, trust_remote_code: bool = False, chat_keys: ChatKeys = NO_KEYS) -> Model:
     """Load a language model without its weights, on the meta device: tokenizer, shapes, rendering.
 
     Raises:
@@ -164,7 +167,7 @@ def outline(folder: str, trust_remote_code: bool = False) -> Model:
             net = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         with contextlib.suppress(OSError):  # a folder may lack it: the configuration stands in
             net.generation_config = GenerationConfig.from_pretrained(name, **options)
-        return Model(net.train(False), tokenizer, folder)
+        return Model(net.train(False), tokenizer, folder, chat_keys=chat_keys)
     except Exception as error:  # files of a stranger make transformers raise anything
         raise load_error(folder, error) from error
 
@@ -201,6 +204,7 @@ def load(
     attn: str = "auto",
     gradient_checkpointing: bool = False,
     packing: str = "auto",
+    chat_keys: ChatKeys = NO_KEYS,
     widen: bool = False,
 ) -> Model:
     """Load a model from a folder or a public name (``name@revision``).
@@ -212,6 +216,7 @@ def load(
         attn: implementation of attention, by transformers' name; auto leaves it to transformers.
         gradient_checkpointing: gradient checkpointing.
         packing: ``packed`` without padding, ``padded``, or ``auto``: packed with flash attention.
+        chat_keys: the keys of the run that say how the model is spoken to.
         widen: load in float32 what a narrower type would round away (``models/merging.py``).
 
     Raises:
@@ -242,7 +247,7 @@ def load(
             output_loading_info=True,
             **options,
         )
-        model = Model(net.to(device).train(False), tokenizer, folder)
+        model = Model(net.to(device).train(False), tokenizer, folder, chat_keys=chat_keys)
     except Exception as error:  # files of a stranger make transformers raise anything
         raise load_error(folder, error) from error
     require_all_weights(model, classifier, report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from opdctl import draws
@@ -67,8 +68,15 @@ class ModelStore:
 
         runtime = self.ctx.runtime
         options |= {"dtype": runtime.dtype, "attn": runtime.attn, "packing": runtime.packing}
-        options["trust_remote_code"] = runtime.trust_remote_code
+        options |= {"trust_remote_code": runtime.trust_remote_code, "chat_keys": self.chat_keys}
         return load(path, **options)
+
+    @cached_property
+    def chat_keys(self) -> Any:
+        """The keys of the run that say how its models are spoken to."""
+        from opdctl.models.chat.control_tokens import chat_keys_of
+
+        return chat_keys_of(self.ctx.runtime.template_date, self.ctx.recipe.data)
 
     def student(self, classifier: bool = False) -> Any:
         """Load the model that the stage trains, at its start, with an adapter if the keys say so;

@@ -48,7 +48,8 @@ class SharedBase:
             self._read(folder)
             self._switch_to(folder)
             head = head_now(self.base, self.head)
-            view = Model(self.base.net, adapter_tokenizer(self.base, folder), folder, own_head=head)
+            tokenizer, keys = adapter_tokenizer(self.base, folder), self.base.chat_keys
+            view = Model(self.base.net, tokenizer, folder, chat_keys=keys, own_head=head)
             view.one_row = self.base.one_row
             view.before_forward = lambda: self._switch_to(folder)
             self.views[folder] = view

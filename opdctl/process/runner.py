@@ -2,7 +2,7 @@
 
 The parent never imports torch. On a CPU a stage is forked from a server that has imported torch
 and transformers and done nothing else; on a GPU it is spawned. A failed stage stops what depends
-on it; the others finish. SIGINT and SIGTERM are passed on, and each stage commits a checkpoint.
+on it; the others finish. SIGINT, SIGTERM and SIGHUP end it: each stage commits a checkpoint.
 """
 
 from __future__ import annotations
@@ -92,7 +92,10 @@ def carry_out(jobs: list[Job], watch: Callable[[list[Job]], None]) -> Outcome:
         for process in running.values():
             process.stop()
 
-    old_handlers = {s: signal.signal(s, request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    wanted = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: it is to go on
+        wanted.remove(signal.SIGHUP)
+    old_handlers = {number: signal.signal(number, request_stop) for number in wanted}
     try:
         while True:
             if not stopping:
@@ -185,7 +188,7 @@ def _ask_worker(
             if run.record(name).get("status") == "done" and run.output(name).is_dir():
                 copy.output(name).symlink_to(run.output(name), target_is_directory=True)
         worker = subprocess.Popen(
-            [sys.executable, "-m", "opdctl.process.worker", str(copy.path), *arguments],
+            [sys.executable, "-P", "-m", "opdctl.process.worker", str(copy.path), *arguments],
             stdin=subprocess.PIPE,  # it ends when this process does
             stdout=sys.stderr.fileno(),
         )
@@ -260,6 +263,15 @@ class _Launcher:
             self.context.set_forkserver_preload(["opdctl.process.warm", *loaded])
 
     def start(self, run: RunDir, stage: str) -> _Process:
+        """Start a stage. Neither it nor the fork server hears SIGHUP, which a closed terminal sends
+        to all: this process does, and passes it on."""
+        old = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+        try:
+            return self._start(run, stage)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+    def _start(self, run: RunDir, stage: str) -> _Process:
         from opdctl.process.worker import child
 
         log = run / "logs" / "latest"
@@ -270,6 +282,7 @@ class _Launcher:
         with open(log, "ab") as file:
             command = [
                 sys.executable,
+                "-P",
                 "-m",
                 "opdctl.process.worker",
                 str(run.path),

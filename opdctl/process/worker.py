@@ -17,6 +17,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -28,11 +29,14 @@ from pathlib import Path
 
 from opdctl.checks.preflight._run_checks import check, finding_lines, raise_errors
 from opdctl.config.registry import member
+from opdctl.config.secrets import masked
 from opdctl.errors import EXIT_FAILED, EXIT_USAGE, Interrupted, OpdctlError, UsageError
+from opdctl.process.same_bits import other_settings, require_same, settings_of
+from opdctl.process.streams import outlive_the_terminal
 from opdctl.run import provenance
 from opdctl.run.fingerprint import fingerprints, is_stale, member_record, revisions, semantic
 from opdctl.run.launch import read_recipe
-from opdctl.run.rundir import RunDir, clear_stage, drop_checkpoints, lock, write_json
+from opdctl.run.rundir import RunDir, clear_stage, drop_checkpoints, last_step, lock, write_json
 from opdctl.train.context import Context
 from opdctl.train.wal import Wal
 from opdctl.types import Finding
@@ -85,12 +89,13 @@ def _attempt(ctx: Context, start: float) -> int:
     else:
         record["preflight"] = passed  # of an earlier attempt: the models are the same
     write_json(path, record)
-    code, problem = _run_recorded(ctx, record, path)
-    if code == EXIT_USAGE and not (ctx.folder / "metrics.jsonl").exists():
-        record["inputs"] = before.get("inputs", {})  # nothing was made from what was refused
+    code, problem = _run_recorded(ctx, before, record, path)
+    if code and not last_step(ctx.folder / "metrics.jsonl"):
+        record["inputs"] = _used(ctx, code, before.get("inputs", {}), record["inputs"])
     if ctx.prompts.counts:
         record["data"] = ctx.prompts.counts
     if problem:
+        problem = masked(problem)
         record |= {"status": "failed", "error": problem}
         with contextlib.suppress(OSError):  # a log on a full disk
             print(f"[{ctx.name}] {problem}", file=sys.stderr, flush=True)
@@ -105,6 +110,25 @@ def _attempt(ctx: Context, start: float) -> int:
     if code == 0:
         drop_checkpoints(ctx.folder)  # not before: a kill in between would begin the stage again
     return code
+
+
+def _used(ctx: Context, code: int, before: dict, now: dict) -> dict:
+    """Return those inputs of an attempt without a step that something was made from.
+
+    A server that failed, or that was found to be the wrong one, may be put right.
+    """
+    if code == EXIT_USAGE and not (ctx.folder / "metrics.jsonl").exists():
+        return before  # the loop has not begun
+    used = {}
+    for dotted, entry in now.items():
+        teacher = re.fullmatch(r"teachers\.(.+)\.model", dotted)
+        if "served" not in entry or ctx.wal.holds(
+            f"teacher {teacher[1]} " if teacher else "answer"
+        ):
+            used[dotted] = entry
+        elif dotted in before:
+            used[dotted] = before[dotted]
+    return used
 
 
 def _new_record(ctx: Context, before: dict, fingerprint: str) -> dict:
@@ -130,10 +154,14 @@ def _new_record(ctx: Context, before: dict, fingerprint: str) -> dict:
     }
 
 
-def _run_recorded(ctx: Context, record: dict, path: Path) -> tuple[int, str | None]:
+def _run_recorded(ctx: Context, before: dict, record: dict, path: Path) -> tuple[int, str | None]:
     """Run the stage and put its results into ``record``. Return the exit code and the error."""
     try:
         prepare(ctx)
+        record["settings"] = settings_of(ctx.device, record["versions"])
+        lines = other_settings(ctx.run, ctx.recipe, ctx.name, before, record["settings"])
+        require_same(ctx.run, ctx.recipe, ctx.name, lines)
+        record["rounding"] = [*before.get("rounding", []), *lines]
         inputs = provenance.inputs(ctx.run, ctx.recipe, ctx.name, ctx.check)
         provenance.require_unchanged(ctx.run, ctx.recipe, ctx.name, inputs)
         record["inputs"] = inputs
@@ -226,6 +254,7 @@ def child(folder: str, stage: str, log: str) -> None:
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
+    outlive_the_terminal()  # its log may be on a disk that is full
     parent = multiprocessing.parent_process()
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     code = run_stage(folder, stage)

@@ -7,6 +7,7 @@ vocabulary are read.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import graphlib
 import os
 from dataclasses import replace
@@ -45,7 +46,18 @@ def check(recipe: Any, folders: bool) -> list[Problem]:
     for claim, roles in recipe.claims.items():
         problems += _claim(recipe, claim, roles)
     problems += _adapters(recipe) + _merged_away(recipe)
-    return problems + _engine(recipe) + rounding(recipe, lost=True)
+    problems += _engine(recipe) + _date(recipe.runtime.template_date)
+    return problems + rounding(recipe, lost=True)
+
+
+def _date(text: str) -> list[Problem]:
+    """Return why a text is no date."""
+    try:
+        datetime.datetime.fromisoformat(text or "2000-01-01")
+    except ValueError:
+        message = f"{text!r} is no date in ISO's form"
+        return [Problem("runtime.template_date", message, "runtime.template_date=2026-01-31")]
+    return []
 
 
 def _engine(recipe: Any) -> list[Problem]:

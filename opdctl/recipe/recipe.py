@@ -17,6 +17,7 @@ from typing import Any
 from opdctl.config import references, registry
 from opdctl.config.schema import build, did_you_mean, to_dict
 from opdctl.config.schema import references as refs_of
+from opdctl.config.secrets import credentials_in
 from opdctl.config.settings import Runtime, StageConfig
 from opdctl.config.shapes import Shape
 from opdctl.errors import Note, OpdctlError, Problem, RecipeError, UsageError
@@ -30,12 +31,14 @@ from opdctl.recipe.resolution import (
     choose,
     expand,
     interpolate,
+    require_distinct,
     split,
 )
 from opdctl.recipe.sizes import lay_size
 from opdctl.recipe.source import read_source
 
-LONGEST_NAME = 100  # bytes
+LONGEST_NAME = 100  # characters
+LARGEST_SEED = 2**63
 
 
 @dataclass
@@ -169,6 +172,7 @@ def resolve(
     """
     problems = list(problems or [])
     pending = [split(text) for text in overrides]
+    problems += require_distinct(pending, tree.get("options"))
     sizes = [value for parts, value, _ in pending if parts == ["size"]]
     layer = Layer(dict(tree), lines or {})
     if not written:
@@ -178,6 +182,9 @@ def resolve(
     tree = choose(interpolate(tree, problems), problems)
     tree = expand(tree, where, problems)
     tree = assign_all(tree, pending, where, problems, expanded=True)
+    leaks = list(credentials_in(tree))
+    if leaks:  # before anything else could repeat one in a message
+        raise RecipeError([where.place(p) for p in leaks], label)
     typed = any(parts == ["members"] for parts, _, _ in pending)
     wrong = use_members_of(tree, label, typed, trusted)
     if wrong:  # every member of its own would be called unknown too
@@ -217,8 +224,11 @@ def _build(tree: dict, problems: list[Problem]) -> Recipe | None:
         if not isinstance(value, kind) or isinstance(value, bool):
             problems.append(Problem(name, f"expected {kind.__name__}, got {value!r}"))
         values[name] = value
+    if isinstance(values["seed"], int) and not 0 <= values["seed"] < LARGEST_SEED:
+        message = f"expected a whole number from 0 to 2**63 - 1, got {values['seed']}"
+        problems.append(Problem("seed", message))
     name = str(values["name"])
-    if not re.fullmatch(r"\w[\w.-]*", name) or len(name.encode()) > LONGEST_NAME:
+    if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII) or len(name.encode()) > LONGEST_NAME:
         message = f"letters, digits, _ . - only, {LONGEST_NAME} at most: it names the run directory"
         problems.append(Problem("name", message))
     for part in ("options", "models", "shapes", "data", "stages", "claims", "runtime"):
@@ -255,11 +265,17 @@ def _build(tree: dict, problems: list[Problem]) -> Recipe | None:
 
 def _kinds(family: str, entries: dict, problems: list[Problem]) -> dict:
     built = {}
+    folders: dict[str, str] = {}
     for name, entry in entries.items():
         path = f"{family}.{name}"
-        if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name) or len(name.encode()) > LONGEST_NAME:
-            message = f"a name has letters, digits, _ and - only, {LONGEST_NAME} at most"
+        if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name, re.ASCII) or len(name) > LONGEST_NAME:
+            message = f"a name has letters a-z, digits, _ and - only, {LONGEST_NAME} at most"
             problems.append(Problem(path, message, "it is the name of a folder"))
+            continue
+        twin = folders.setdefault(name.lower(), name)
+        if twin != name:
+            message = f"differs from {family}.{twin} by case only"
+            problems.append(Problem(path, message, "some disks hold one folder for both"))
             continue
         if not isinstance(entry, dict):
             problems.append(Problem(path, f"expected a mapping, got {entry!r}"))

@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from opdctl.config.schema import did_you_mean
+from opdctl.config.secrets import masked
 from opdctl.errors import Problem, RecipeError, UsageError
 from opdctl.recipe.yaml_lines import DEEPEST, parse_value
 
@@ -93,6 +94,27 @@ def split(text: str) -> tuple[list[str], Any, str]:
     return parts, parse_value(value), text
 
 
+def require_distinct(pending: list[tuple[list[str], Any, str]], options: Any) -> list[Problem]:
+    """Return a problem for each override that a later one silently undoes.
+
+    Args:
+        pending: parts, value and text of each override, in order.
+        options: the recipe's options; ``NAME=true`` is short for ``options.NAME=true``.
+    """
+    problems = []
+    earlier: dict[tuple[str, ...], tuple[Any, str]] = {}
+    for parts, value, text in pending:
+        short = len(parts) == 1 and isinstance(options, dict) and parts[0] in options
+        path = ("options", *parts) if short and parts[0] not in TOP else tuple(parts)
+        for other, (old, old_text) in earlier.items():
+            if other[: len(path)] == path and (other != path or old != value):
+                message = f"{old_text!r:.80} is given too, and this would undo it"
+                where = f"override {text!r:.80}"
+                problems.append(Problem(".".join(path), message, "keep one of the two", where))
+        earlier[path] = (value, text)
+    return problems
+
+
 def _below(path: str, value: Any) -> Iterator[str]:
     """Yield a dotted key, and the keys of a mapping assigned to it."""
     yield path
@@ -116,7 +138,7 @@ def assign_all(tree, pending, where, problems, *, expanded: bool) -> dict:
             continue
         path = ".".join(parts)
         for below in _below(path, value):
-            where.overrides[below] = f"override {text!r}"
+            where.overrides[below] = f"override {masked(text)!r}"
         if unknown and parts[0] in ("stages", "data") and text in where.later:
             hint = did_you_mean(parts[1], entries, f"{parts[0]}:")
             problems.append(Problem(path, f"no {parts[0].rstrip('s')} {parts[1]!r}", hint))
@@ -317,6 +339,10 @@ def _combinations(axes: Any, name: str, path: str, problems: list[Problem]) -> l
     for combination in itertools.product(*axes.values()):
         values: dict[str, Any] = {}
         for axis, value in zip(axes, combination, strict=True):
+            if value is None:
+                hint = "quote it, or name it: ~ and null stand for nothing"
+                problems.append(Problem(f"{path}.matrix.{axis}", "a value is empty", hint))
+                return []
             values[axis] = value
             own = axes[axis][value] if isinstance(axes[axis], dict) else {}
             values |= {f"{axis}.{k}": v for k, v in own.items()}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from opdctl.config.files import read_text
 from opdctl.config.schema import did_you_mean
 from opdctl.errors import Problem, RecipeError, UsageError
 from opdctl.recipe.layers import Layer
@@ -78,8 +79,7 @@ def read(path: Path) -> str:
         UsageError: it cannot be read, is not UTF-8, or is too long for a recipe.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(LONGEST + 1)
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {path}: {error}", "a recipe is a text file, UTF-8") from None
     if len(text) > LONGEST:

@@ -2,7 +2,8 @@
 
 PyYAML alone keeps the last of two equal keys and says nothing. A recipe is text of a stranger: its
 size, its depth and what its aliases unfold to are bounded, tags that make objects are refused, and
-a leaf is text, a number, true or false, or nothing.
+a leaf is text, a number, true or false, or nothing. A number that two versions of YAML read in two
+ways is refused.
 """
 
 from __future__ import annotations
@@ -128,6 +129,12 @@ class _Reader:
             message = getattr(error, "problem", None) or str(error)
             self.problems.append(Problem(path, message, "", self._at(node)))
             return None
+        item = path.rpartition(".")[2].isdecimal()
+        if not node.style and _is_ambiguous(node.value, value, item):  # a plain scalar
+            message = f"{node.value} is {value!r:.40} in one version of YAML, and not in another"
+            hint = "write it out, or quote it"
+            self.problems.append(Problem(path, message, hint, self._at(node)))
+            return None
         if isinstance(value, int) and abs(value) >= LARGEST:
             self.problems.append(Problem(path, "a whole number too large", "", self._at(node)))
             return None
@@ -172,3 +179,17 @@ class _Reader:
             self.lines.setdefault(where, self._at(node))
         else:
             self.lines[where] = self._at(node)
+
+
+def _is_ambiguous(text: str, value: Any, item: bool) -> bool:
+    """Return True if YAML 1.1, which PyYAML reads, and YAML 1.2 take a plain scalar differently.
+
+    010 is 8 and 1:30 is 90 in YAML 1.1. As an item of a list, ``no`` is false there and a word in
+    1.2; as the value of a key of truth it is false to every reader.
+    """
+    if isinstance(value, bool):
+        return item and text.lower() not in ("true", "false")
+    if not isinstance(value, int | float):
+        return False
+    digits = text.lstrip("+-").replace("_", "")
+    return ":" in text or (digits.isdecimal() and int(digits) != abs(value))

@@ -2,14 +2,13 @@
 
 The deadline covers one request with all its retries. A request that is refused, cut off, or
 answered by 429 or 5xx is sent again while time is left; any other answer that is not 200, a
-redirect too, is an error at once. A key for the server is read from OPDCTL_API_KEY and stored
-nowhere.
+redirect too, is an error at once. A key for the server is read from the environment and stored
+nowhere, even if the server repeats it.
 """
 
 from __future__ import annotations
 
 import http.client
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
 from opdctl.config import references
+from opdctl.config.secrets import key_of, masked, remember
 from opdctl.errors import OpdctlError, StageFailed, UsageError
 from opdctl.remote.http import Refused, exchange
 from opdctl.types import WAITING
@@ -51,7 +51,7 @@ class Endpoint:
         timeout: seconds that a request may take with all its retries.
         most: requests at once.
         elsewhere: the key of the recipe that sets another address.
-        key: a secret; None takes that of OPDCTL_API_KEY.
+        key: a secret; None takes that of the environment, see ``config/secrets.py``.
 
     Attributes:
         again: the codes after which a request is sent again.
@@ -63,7 +63,8 @@ class Endpoint:
     ) -> None:
         self.who, self.base, self.timeout, self.most = who, base.rstrip("/"), timeout, most
         self.trouble, self.again, self.elsewhere = "", AGAIN, elsewhere
-        self.key = os.environ.get("OPDCTL_API_KEY", "") if key is None else key
+        self.key = key_of(self.base) if key is None else key
+        remember(self.key)
 
     def ask(self, path: str, body: dict | None = None, stopped=None) -> dict:
         """Send a GET, or with a body a POST, and return the JSON answer.
@@ -92,7 +93,8 @@ class Endpoint:
                 raise StageFailed(f"{self.who}: {path}: {error}") from None
             except (OSError, http.client.HTTPException) as error:
                 reason = getattr(error, "reason", error)
-                why = "it did not answer" if isinstance(reason, TimeoutError) else str(reason)
+                late = isinstance(reason, TimeoutError)
+                why = "it did not answer" if late else masked(str(reason))
             self.trouble = why
             pause = min(pause, end - time.monotonic() - FIRST_PAUSE)  # a last try has some time
             if pause <= 0 or (stopped and stopped.wait(pause)):
@@ -176,7 +178,8 @@ def reading(who: str, whose: str = "vLLM's") -> Iterator[None]:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise StageFailed(
-            f"{who} answered in a form that is not {whose}: {type(error).__name__}: {error}"
+            f"{who} answered in a form that is not {whose}: "
+            f"{type(error).__name__}: {masked(str(error))}"
         ) from None
 
 
@@ -203,9 +206,10 @@ def opened(
         names = [m["id"] for m in models]
         chosen = [m for m in models if m["id"] == name or (not name and len(models) == 1)]
     if not chosen:
+        shown = [masked(str(served)) for served in names]
         raise UsageError(
-            f"{who} serves {', '.join(map(str, names)) or 'no model'}"
+            f"{who} serves {', '.join(shown) or 'no model'}"
             + (f", and not {name}" if name else ": which one is meant?"),
-            f"{base}#{names[0] if names else 'NAME'}",
+            f"{base}#{shown[0] if shown else 'NAME'}",
         )
     return endpoint, chosen[0]

@@ -15,8 +15,12 @@ import urllib.error
 import urllib.request
 from functools import partial
 
+from opdctl.config.secrets import masked
+
 PIECE = 1 << 20
-LARGEST = 1 << 30  # bytes of an answer: 32 log-probs a token are some 2 KB
+LARGEST = 1 << 30  # bytes of any answer
+ROOM = 16 << 20  # bytes of an answer beside its log-probs
+ENTRY = 256  # bytes of one log-prob of one token, with its text
 REFUSAL = 2000  # bytes of a refusal that are read
 
 
@@ -41,8 +45,8 @@ def exchange(url: str, body: dict | None, key: str, seconds: float) -> dict:
         seconds: the time from the connection to the last byte.
 
     Raises:
-        Refused: the answer is not 200, redirects included.
-        ValueError: the answer is no JSON object, or too large.
+        Refused: the answer is not 200: a redirect or a part (206) is none.
+        ValueError: the answer is no JSON object, or larger than such an answer can be.
         OSError, http.client.HTTPException: no answer, or a part of one.
     """
     headers = {"Content-Type": "application/json"}
@@ -52,29 +56,57 @@ def exchange(url: str, body: dict | None, key: str, seconds: float) -> dict:
     request = urllib.request.Request(url, data, headers)
     try:
         with OPENER.open(request, timeout=seconds) as reply:
-            raw = _whole(reply)
+            if reply.status != 200:
+                raise Refused(reply.status, masked(reply.read(REFUSAL).decode(errors="replace")))
+            framed = _is_framed(reply)
+            raw = _whole(reply, largest_answer(body))
     except urllib.error.HTTPError as error:
         with error:
             text = error.read(REFUSAL).decode(errors="replace").strip()
         if 300 <= error.code < 400:
             text = f"ask {error.headers.get('Location')} instead; that is not done by itself"
-        raise Refused(error.code, text) from None
+        raise Refused(error.code, masked(text)) from None
     try:
         content = json.loads(raw)
     except (ValueError, RecursionError) as error:
+        if not framed and isinstance(error, ValueError) and raw.lstrip()[:1] in (b"", b"{"):
+            raise http.client.IncompleteRead(b"") from None  # only its end would have told
         raise ValueError(f"its answer is no JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"its answer is no JSON object but a {type(content).__name__}")
     return content
 
 
-def _whole(reply) -> bytes:
+def largest_answer(body: dict | None) -> int:
+    """Return the most bytes that an answer to a question can have, by the log-probs it asks for."""
+    if body is None:
+        return min(ROOM, LARGEST)
+    lists = [body.get(name) for name in ("prompt_logprobs", "logprobs", "top_logprobs")]
+    listed = 2 + max((n for n in lists if isinstance(n, int)), default=0)
+    written = body.get("max_tokens") or body.get("max_completion_tokens") or 0
+    tokens = len(json.dumps(body)) // 2 + written * (body.get("n") or 1)  # an id has 2 letters
+    return min(ROOM + ENTRY * listed * tokens, LARGEST)
+
+
+def _is_framed(reply) -> bool:
+    """Return True if the head of an answer says where it ends.
+
+    Raises:
+        HTTPException: it says so in a way that cannot be.
+    """
+    lengths = set(reply.headers.get_all("Content-Length") or [])
+    if len(lengths) > 1 or not all(n.strip().isascii() and n.strip().isdigit() for n in lengths):
+        raise http.client.HTTPException(f"its Content-Length is {', '.join(lengths):.80}")
+    return bool(lengths) or reply.chunked
+
+
+def _whole(reply, largest: int) -> bytes:
     pieces, size = [], 0
     while piece := reply.read(PIECE):
         pieces.append(piece)
         size += len(piece)
-        if size > LARGEST:
-            raise ValueError(f"its answer is larger than {LARGEST} bytes")
+        if size > largest:
+            raise ValueError(f"its answer is larger than {largest} bytes")
     if reply.length:  # reading in pieces does not tell
         raise http.client.IncompleteRead(b"", reply.length)
     return b"".join(pieces)

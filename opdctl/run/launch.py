@@ -12,13 +12,14 @@ import time
 from pathlib import Path
 
 from opdctl import __version__
+from opdctl.config.files import read_text
 from opdctl.config.schema import role_of
 from opdctl.errors import UsageError
 from opdctl.recipe.recipe import Recipe, resolve
 from opdctl.recipe.source import Source
 from opdctl.recipe.yaml_lines import dump, parse
-from opdctl.run import rundir
 from opdctl.run.fingerprint import differences, fingerprints, semantic
+from opdctl.run.new_directory import new_directory
 from opdctl.run.plan import Planned, plan
 from opdctl.run.rundir import RunDir, write_json, write_text
 
@@ -35,48 +36,48 @@ def new_run(recipe: Recipe, source: Source | str, path: Path, only: tuple[str, .
     Raises:
         UsageError: the directory exists, or cannot be written.
     """
-    run = rundir.begin(path)
     text, digests = (source, {}) if isinstance(source, str) else (source.text, source.digests)
-    write_text(run / "recipe.yaml", text)
-    write_text(run / "resolved.yaml", dump(recipe.to_dict()))
-    for stage in recipe.stages:
-        write_text(run.stage(stage) / "config.yaml", dump(semantic(recipe, stage)))
-    write_json(
-        run / "run.json",
-        {
-            "opdctl": __version__,
-            "recipe": recipe.name,
-            "size": recipe.size,
-            "seed": recipe.seed,
-            "only": list(only),
-            "created": time.time(),
-            "command": sys.argv,
-            "files": digests,
-            "fingerprints": fingerprints(recipe),
-        },
-    )
-    return rundir.finish(run, path)
+    with new_directory(path, recipe.runtime.shared) as run:
+        write_text(run / "recipe.yaml", text)
+        write_text(run / "resolved.yaml", dump(recipe.to_dict()))
+        for stage in recipe.stages:
+            write_text(run.stage(stage) / "config.yaml", dump(semantic(recipe, stage)))
+        write_json(
+            run / "run.json",
+            {
+                "opdctl": __version__,
+                "recipe": recipe.name,
+                "size": recipe.size,
+                "seed": recipe.seed,
+                "only": list(only),
+                "created": time.time(),
+                "command": sys.argv,
+                "files": digests,
+                "fingerprints": fingerprints(recipe),
+            },
+        )
+    return RunDir(path)
 
 
 def new_set(
     recipes: list[Recipe], source: Source | str, path: Path, only: tuple[str, ...] = ()
 ) -> RunDir:
     """Create a directory with one run per recipe, which differ in their seeds."""
-    parent = rundir.begin(path)
-    for recipe in recipes:
-        new_run(recipe, source, parent / f"seed-{recipe.seed}", only)
-    write_json(
-        parent / "run.json",
-        {
-            "opdctl": __version__,
-            "recipe": recipes[0].name,
-            "size": recipes[0].size,
-            "seeds": [recipe.seed for recipe in recipes],
-            "created": time.time(),
-            "command": sys.argv,
-        },
-    )
-    return rundir.finish(parent, path)
+    with new_directory(path, recipes[0].runtime.shared) as parent:
+        for recipe in recipes:
+            new_run(recipe, source, parent / f"seed-{recipe.seed}", only)
+        write_json(
+            parent / "run.json",
+            {
+                "opdctl": __version__,
+                "recipe": recipes[0].name,
+                "size": recipes[0].size,
+                "seeds": [recipe.seed for recipe in recipes],
+                "created": time.time(),
+                "command": sys.argv,
+            },
+        )
+    return RunDir(path)
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -113,9 +114,9 @@ def read_recipe(run: RunDir, overrides: tuple[str, ...] = (), *, trusted: bool =
     run.manifest()
     path = run / "resolved.yaml"
     try:
-        tree, lines, problems = parse(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+        tree, lines, problems = parse(read_text(path), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from None
     return resolve(
         tree,
         str(path),
@@ -141,7 +142,7 @@ def reopen(run: RunDir, overrides: tuple[str, ...] = ()) -> tuple[Recipe, list[s
     changed = []
     for stage in old.stages:
         try:
-            text = (run.stage(stage) / "config.yaml").read_text(encoding="utf-8")
+            text = read_text(run.stage(stage) / "config.yaml")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read {run.stage(stage) / 'config.yaml'}: {error}") from None
         edited = differences(parse(text, "config.yaml")[0], semantic(old, stage))

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from opdctl import __version__
 from opdctl.config import references
+from opdctl.config.files import open_regular
 from opdctl.config.registry import member
 from opdctl.config.shards import shards
 from opdctl.errors import UsageError
@@ -78,7 +79,7 @@ def _hash_files(folder: Path, files: Iterable[Path]) -> str:
     files, whole = sorted(files), hashlib.sha256()
     for path in files:
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise UsageError(f"cannot read {path}: {error.strerror}", "chmod +r") from error

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from opdctl.config.files import open_regular, read_text
 from opdctl.errors import BusyError, UsageError
 
 VOLATILE = ("seconds", "time", "cpu_seconds", "attempt", "host", "memory_mib", "teacher_loads")
@@ -70,43 +71,6 @@ class RunDir:
 def new_name(recipe: str) -> str:
     """Return a name that no other run has: ``mimo-20261120-101500-3f2a``."""
     return f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-
-
-def begin(path: Path) -> RunDir:
-    """Begin a run directory beside its place; ``finish`` puts it there.
-
-    Raises:
-        UsageError: the place is taken, or cannot be written.
-    """
-    if path.is_dir() and any(path.iterdir()):
-        known = (path / "run.json").is_file()
-        raise UsageError(
-            f"{path} exists" + ("" if known else " and is not a run directory"),
-            f"opdctl resume {path}    continues it\n"
-            f"  --from {path} --out OTHER    starts a new run that reuses its finished stages\n"
-            "  --out OTHER    starts afresh"
-            if known
-            else "choose another --out",
-        )
-    part = path.with_name(f".{path.name}.part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}", "choose another --out") from None
-    return RunDir(part)
-
-
-def finish(run: RunDir, path: Path) -> RunDir:
-    """Rename a complete run directory into its place: a kill leaves all of it or nothing."""
-    try:
-        if path.is_dir():
-            path.rmdir()  # it is empty
-        run.path.rename(path)
-        sync_file(path.parent)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}", "choose another --out") from None
-    return RunDir(path)
 
 
 def clear_stage(folder: Path) -> None:
@@ -170,11 +134,15 @@ def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all, durably."""
     make_folder(path.parent)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.rename(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     sync_file(path.parent)
 
 
@@ -197,7 +165,7 @@ def finite(content: Any) -> Any:
 def read_json(path: Path, kind: type = dict) -> Any:
     """Return the content; None where there is no readable JSON of that kind."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, kind) else None
@@ -210,13 +178,13 @@ def read_rows(path: Path) -> list[dict]:
     """
     rows: dict[Any, dict] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
+        lines = read_text(path).splitlines()
+    except (OSError, UnicodeDecodeError):
         return []
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows[row["step"]] = row
@@ -226,7 +194,7 @@ def read_rows(path: Path) -> list[dict]:
 def last_row(path: Path) -> dict:
     """Return the last whole line of a metrics file, read from its end; empty without one."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             file.seek(0, 2)
             file.seek(max(0, file.tell() - 16384))
             lines = file.read().splitlines()
@@ -235,7 +203,7 @@ def last_row(path: Path) -> dict:
     for line in reversed(lines):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             return row

@@ -6,6 +6,7 @@ import contextlib
 import json
 from pathlib import Path
 
+from opdctl.config.files import open_regular
 from opdctl.run.launch import read_recipe
 from opdctl.run.plan import Planned, needed, plan
 from opdctl.run.rundir import RunDir, held, last_step
@@ -93,7 +94,7 @@ class Tail:
     def read(self) -> list[str]:
         """Return what came since the last time: ``step 12: watchdogs.kl math: ...``."""
         try:
-            with open(self.path, "rb") as file:
+            with open_regular(self.path) as file:
                 if file.seek(0, 2) < self.at:
                     self.at = 0  # it was begun again
                 file.seek(self.at)
@@ -114,7 +115,7 @@ class Tail:
 def last_line(path: Path) -> str:
     """Return the last line of a log; empty without one."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             file.seek(max(0, file.seek(0, 2) - 2000))
             return (file.read().decode(errors="replace").splitlines() or [""])[-1]
     except OSError:

@@ -42,4 +42,5 @@ REWARD = "reward"  # of the response
 RIGHT = "right"  # the verdict on the response
 DOMAIN = "domain"  # its number
 ADVANTAGE = "advantage"
+FIXED_ADVANTAGE = "advantage_fixed"  # without the signals whose credit follows the policy
 DECAY = "decay"  # what weights/overlap leaves of a token

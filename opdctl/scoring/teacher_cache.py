@@ -18,11 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from opdctl.errors import StageFailed
 from opdctl.kernels.head import Head
 from opdctl.kernels.topk import divergence_on, log_outside
 from opdctl.models import tensor_file
 from opdctl.scoring.columns import PAIR_WEIGHT, TEACHER_INDEX, TEACHER_ROW
 
+FINITE = "direction: forward or jsd, which are finite there, or a teacher of the whole vocabulary"
 TAIL_LEAST = 1e-6  # of a mass of 1; what a list in fp32 cannot tell from 0
 
 
@@ -149,6 +151,26 @@ class TeacherCache:
         parts = [getattr(self.held[i], name)[row_C[part]] for part, i in segments(index_C)]
         return torch.cat(parts)
 
+    def require_finite(self, value_C: Tensor, index_C: Tensor, hint: str) -> None:
+        """Check that no teacher makes a number of the tokens infinite.
+
+        Args:
+            value_C: a divergence to the tokens' own teachers, or an advantage over them.
+            index_C: which teacher.
+            hint: what to do instead.
+
+        Raises:
+            StageFailed: a side gives no probability to a token that the other may say.
+        """
+        infinite_C = value_C.detach().isinf()
+        if infinite_C.any():
+            name = self.held[int(index_C[infinite_C][0])].name or "teacher"
+            raise StageFailed(
+                f"the divergence to teacher {name} is infinite: one side gives probability 0 to a "
+                "token that has some from the other",
+                hint,
+            )
+
     def states(self, index_C: Tensor, row_C: Tensor, places: list[int]):
         """Yield runs of tokens of one teacher: where, its name, its states, [run, L, width]."""
         for part, i in segments(index_C):
@@ -225,6 +247,7 @@ def reverse_kl(
                 value_C = divergence_on(*pair, ids_CK >= 0, "renormalised", "reverse", 0.5)
             else:
                 value_C = rows.divergence(teacher_CV, "reverse", 0.5, ids_CK)[0]
+            teacher_cache.require_finite(value_C, index_N[at_C], FINITE)
             value_NM[at_C, place] = value_C
     total_N = weight_NM.sum(1)
     return (weight_NM * value_NM).sum(1) / torch.where(total_N > 0, total_N, 1.0)

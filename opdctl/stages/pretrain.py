@@ -22,15 +22,15 @@ from opdctl.stages._stage import Stage
 class Shape:
     """The keys of the size of the new Qwen3 model."""
 
-    hidden: int = key(64, "width", least=8)
-    layers: int = key(2, "transformer layers", least=1)
-    heads: int = key(4, "query heads", least=1)
-    kv_heads: int = key(2, "key-value heads", least=1)
-    head_dim: int = key(16, "width of a head; even", least=2)
-    intermediate: int = key(192, "width of the feed-forward part", least=8)
+    hidden: int = key(64, "width", least=8, most=2**17)
+    layers: int = key(2, "transformer layers", least=1, most=2**10)
+    heads: int = key(4, "query heads", least=1, most=2**12)
+    kv_heads: int = key(2, "key-value heads", least=1, most=2**12)
+    head_dim: int = key(16, "width of a head; even", least=2, most=2**12)
+    intermediate: int = key(192, "width of the feed-forward part", least=8, most=2**20)
     tied: bool = key(True, "the head is the embedding")
     init_std: float = key(0.02, "standard deviation of the initial weights", least=0)
-    context: int = key(512, "longest sequence", least=8)
+    context: int = key(512, "longest sequence", least=8, most=2**24)
 
 
 class Pretrain(Stage):

@@ -183,6 +183,16 @@ def ineffective_keys(config) -> list[Problem]:
     ).items():
         notes = member(*path.split(".")[-2:]).notes(keys)
         problems += [replace(n, path=f"{path}.{n.path}") for n in notes]
+    for name, signal in config.signals.items():
+        live = signal.coef and getattr(signal, "policy", "") == "live"
+        if live and config.epochs * config.minibatches == 1:
+            problems.append(
+                Problem(
+                    f"signals.{name}.policy",
+                    "with one update per rollout the policy that made it is the live one",
+                    "minibatches=2, or policy=old",
+                )
+            )
     for name, objective in config.objectives.items():
         clip = getattr(objective, "clip_low", 0) or getattr(objective, "clip_high", 0)
         if clip and config.epochs * config.minibatches == 1:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from opdctl.errors import Interrupted
+from opdctl.errors import Interrupted, StageFailed
 from opdctl.models.model import Model
 from opdctl.models.packing import pack
 from opdctl.run.rundir import write_json
@@ -72,9 +72,18 @@ def measure(ctx: Context, model: Model, setup: TrainSetup) -> Compute:
 
 
 def _batch(ctx: Context, model: Model, setup: TrainSetup, so_far: Sums, metrics: Metrics) -> None:
-    """Take one more batch; ``so_far`` changes when all of its gradients are there."""
+    """Take one more batch; ``so_far`` changes when all of its gradients are there.
+
+    Raises:
+        StageFailed: the source refused all of its samples.
+    """
     clock, compute, gap = Clock(), copy.deepcopy(so_far.compute), so_far.gap
     rollouts = [r for r in setup.source.draw(so_far.done) if r.response_ids]
+    if not rollouts:
+        raise StageFailed(
+            f"batch {so_far.done + 1} has nothing to measure",
+            "the source refused all of its samples: raise prompts.per_step",
+        )
     if not so_far.done:
         ctx.show_first(rollouts[0], model.tokenizer)
     count_rollouts(setup.source, compute)
@@ -137,15 +146,9 @@ def _save(ctx: Context, so_far: Sums) -> None:
 def _gradient(ctx, model, setup, step, term) -> tuple[torch.Tensor, int]:
     """The gradient of one objective, flat, in float64."""
     model.net.zero_grad(set_to_none=True)
-    result = update.accumulate(
-        model,
-        [r.request for r in step.rollouts],
-        step.columns,
-        [term],
-        Pass.of(ctx, setup.temperature),
-        step.teacher_cache,
-        setup.teacher_asks.layers,
-    )
+    spans = [r.request for r in step.rollouts]
+    batch = setup.batch(spans, step.columns, step.teacher_cache, [term])
+    result = update.accumulate(model, batch, Pass.of(ctx, setup.temperature))
     flat = [  # an expert that no token went to has none
         (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
         for p in model.net.parameters()

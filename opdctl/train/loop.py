@@ -34,7 +34,7 @@ from opdctl.train.metrics import Metrics, Watch
 from opdctl.train.score_step import score_step, set_advantage, set_weights
 from opdctl.train.step import Step, TrainSetup
 from opdctl.train.step_metrics import step_metrics
-from opdctl.train.update import UpdateResult
+from opdctl.train.update import Batch, UpdateResult
 from opdctl.types import FORWARD, Compute, Rollout
 
 
@@ -136,7 +136,8 @@ class Loop:
             metrics.close()
         if not self.compute.train_tokens:
             raise StageFailed(
-                "no step had anything to train on", "the source refused all of its samples"
+                "no step had anything to train on",
+                "the source refused all of its samples, or masks left none of their tokens",
             )
         return self.compute
 
@@ -271,32 +272,36 @@ class Loop:
             yield states_for_fit(rollouts, self.model, self.setup, self.ctx, self.compute, which)
 
     def _update(self, step: Step, done: int) -> list[UpdateResult]:
-        """Move the weights: one result for each optimizer step."""
+        """Move the weights: one result for each optimizer step, or for what had no token for it."""
         spans, lengths = [r.request for r in step.rollouts], [r.length for r in step.rollouts]
-        setup, results = self.setup, []
+        results = []
         lr = update.lr_at(done, self.steps, self.optim)
         self.ctx.check()
-        for _ in range(setup.updates):
-            for sequences, tokens in packing.minibatch_slices(lengths, setup.minibatches):
+        for _ in range(self.setup.updates):
+            for sequences, tokens in packing.minibatch_slices(lengths, self.setup.minibatches):
                 columns = {k: v[tokens] for k, v in step.columns.items()}
-                result = update.accumulate(
-                    self.model,
-                    spans[sequences],
-                    columns,
-                    setup.terms,
-                    self.pass_,
-                    step.teacher_cache,
-                    setup.teacher_asks.layers,
-                )
-                if step.teacher_cache is not None:
-                    result.teachers = len(columns[TEACHER_INDEX].unique())
-                result.lr, clip = lr, self.optim.clip_norm
-                moved = update.step(self.model, self.optimizer, lr, clip, result.loss)
-                result.norm, result.taken = moved
+                batch = self.setup.batch(spans[sequences], columns, step.teacher_cache)
+                result = self._moved(batch, lr)
+                result.lr = lr
                 results.append(result)
                 self.compute.train_tokens += result.processed
                 self.compute.flops["train"] += self.model.flops * result.processed
         return results
+
+    def _moved(self, batch: Batch, lr: float) -> UpdateResult:
+        """Take one optimizer step, unless there is nothing to learn from: AdamW would move the
+        weights by its momentum and its decay alone."""
+        device = self.model.device
+        if batch.is_empty(device):
+            return UpdateResult.of_nothing(int(batch.lengths.sum()), device)
+        result = update.accumulate(self.model, batch, self.pass_)
+        if batch.teacher_cache is not None:
+            result.teachers = len(batch.columns[TEACHER_INDEX].unique())
+        clip, shut = self.optim.clip_norm, result.shut
+        moved = update.step(self.model, self.optimizer, lr, clip, result.loss, shut)
+        result.norm, result.taken = moved
+        result.empty = shut and result.norm == 0.0
+        return result
 
     def _shuffled(self, rollouts: list[Rollout], done: int) -> list[Rollout]:
         """Return the groups in an order of the step's own, so that minibatches mix domains."""

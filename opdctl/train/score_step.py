@@ -17,6 +17,7 @@ from opdctl.kernels.select import rows_class
 from opdctl.loss.token_view import LossTerm, PerStep
 from opdctl.models.model import Model
 from opdctl.models.packing import per_sequence
+from opdctl.protocols import Live
 from opdctl.scoring.ask_teachers import (
     TeacherRequests,
     TeacherScores,
@@ -29,6 +30,7 @@ from opdctl.scoring.columns import (
     ADVANTAGE,
     BEHAVIOUR,
     DOMAIN,
+    FIXED_ADVANTAGE,
     POLICY,
     POLICY_KL,
     REWARD,
@@ -170,7 +172,12 @@ def set_advantage(step: Step, signals: dict[str, tuple[float, Any]]) -> dict:
     credit = {n: (c, s.credit(step)) for n, (c, s) in signals.items()}
     if not credit:
         return values
-    step.columns[ADVANTAGE] = sum(c * v for c, v in credit.values())
+    zero_N = torch.zeros_like(next(iter(credit.values()))[1])
+    step.columns[ADVANTAGE] = sum((c * v for c, v in credit.values()), zero_N)
+    live = {n for n, (_, s) in signals.items() if isinstance(s, Live) and s.live}
+    if live:
+        rest = (c * v for n, (c, v) in credit.items() if n not in live)
+        step.columns[FIXED_ADVANTAGE] = sum(rest, zero_N)
     size = {n: float((c * v).abs().mean()) for n, (c, v) in credit.items()}
     whole = sum(size.values())
     for name, (_, vector_N) in credit.items():

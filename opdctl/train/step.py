@@ -16,10 +16,12 @@ from opdctl.models.packing import (
     per_sequence,
     token_positions,
 )
+from opdctl.protocols import Live
 from opdctl.scoring.ask_teachers import TeacherRequests
 from opdctl.scoring.asks import LOGPROBS, NOTHING, Asks
 from opdctl.scoring.teacher_cache import TeacherCache
-from opdctl.types import Rollout
+from opdctl.train.update import Batch
+from opdctl.types import Rollout, ScoreRequest
 
 
 @dataclass
@@ -70,6 +72,33 @@ class TrainSetup:
     steps: int = 1
     updates: int = 1
     minibatches: int = 1
+
+    def batch(
+        self,
+        spans: list[ScoreRequest],
+        columns: dict[str, Tensor],
+        cache: TeacherCache | None,
+        terms: list[LossTerm] | None = None,
+    ) -> Batch:
+        """Return the batch of some rollouts of a step.
+
+        Args:
+            cache: what the step's teachers left behind.
+            terms: some of the objectives; None is all of them.
+        """
+        return Batch(
+            spans=spans,
+            columns=columns,
+            terms=self.terms if terms is None else terms,
+            teacher_cache=cache,
+            layers=self.teacher_asks.layers,
+            credits=self.live_signals,
+        )
+
+    @property
+    def live_signals(self) -> list[tuple[float, Live]]:
+        """The signals whose credit follows the policy through the updates of a step."""
+        return [(c, s) for c, s in self.signals.values() if isinstance(s, Live) and s.live]
 
 
 @dataclass

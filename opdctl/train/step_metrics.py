@@ -26,14 +26,16 @@ def step_metrics(
     """Return what a step's row says of its rollouts and its updates.
 
     Args:
-        updates: one for each optimizer step, in their order.
+        updates: one for each optimizer step, in their order, and for each mini-batch that had no
+            token for one. Loss and norm are means over the steps that were tried.
         kernel: the level of the row pass.
         verdicts: of the rollouts, where their accuracy is logged.
     """
     rollouts, lengths = step.rollouts, [r.length for r in step.rollouts]
+    tried = [u for u in updates if not u.empty]
     values: dict[str, Any] = {
-        "loss": mean(u.loss for u in updates),
-        "grad_norm": mean(u.norm for u in updates),
+        "loss": mean(u.loss for u in tried),
+        "grad_norm": mean(u.norm for u in tried),
         "lr": updates[-1].lr,
         "kernel": kernel,
         "rollouts": len(rollouts),
@@ -41,8 +43,10 @@ def step_metrics(
         "length": mean(lengths),
         "truncated": mean(float(r.truncated) for r in rollouts),
     }
-    if skipped := sum(not u.taken for u in updates):
+    if skipped := sum(not u.taken for u in tried):
         values["skipped"] = skipped
+    if len(tried) < len(updates):
+        values["empty_updates"] = len(updates) - len(tried)
     if step.teacher_cache is not None:
         values["teachers"] = sum(u.teachers for u in updates)  # of each mini-batch, together
     if setup.rewards:
@@ -50,13 +54,28 @@ def step_metrics(
         values["reward_by_domain"] = by_domain(rollouts, [r.reward for r in rollouts])
     if verdicts is not None:
         values["accuracy"] = by_domain(rollouts, verdicts)
-    logged = {name: torch.cat([u.table[name] for u in updates]) for name in updates[0].table}
+    logged = _logged(updates, lengths, setup)
     kept_N = logged["masked"] == 0 if "masked" in logged else None
     values |= _token_means(step, logged, kept_N, setup)
     values |= sampler_metrics(step, logged, setup)
     if "divergence" in logged and setup.updates == 1:
         values["divergence_by_domain"] = _by_domain(step, logged["divergence"], kept_N)
     return values
+
+
+def _logged(
+    updates: list[UpdateResult], lengths: list[int], setup: TrainSetup
+) -> dict[str, Tensor]:
+    """Return what was logged per token, of one update after another; 0 where an update did not log
+    it, as it had no token that counts. Shape [updates x N] each."""
+    slices = packing.minibatch_slices(lengths, setup.minibatches)
+    counts = [tokens.stop - tokens.start for _, tokens in slices] * setup.updates
+    table: dict[str, Tensor] = {}
+    for name in dict.fromkeys(name for u in updates for name in u.table):
+        like = next(u.table[name] for u in updates if name in u.table)
+        pairs = zip(updates, counts, strict=True)
+        table[name] = torch.cat([u.table.get(name, like.new_zeros(n)) for u, n in pairs])
+    return table
 
 
 def _token_means(

@@ -71,6 +71,14 @@ class Wal:
             if int(path.name[5:]) < before:
                 path.unlink()
 
+    def holds(self, prefix: str) -> bool:
+        """Return True if any step's log has an entry whose name begins so."""
+        return any(
+            name.startswith(prefix)
+            for path in sorted(self.folder.glob("step-*"))
+            for name, _, _ in entries(path.read_bytes())
+        )
+
     def close(self) -> None:
         """Close the file of the step."""
         if self._file is not None:

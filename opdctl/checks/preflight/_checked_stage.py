@@ -79,7 +79,7 @@ class CheckedStage:
         path = self.ctx.models.path_of(reference)
         if path not in self._outlines:
             base, trusted = references.base_of(path), self.ctx.runtime.trust_remote_code
-            self._outlines[path] = outline(base or path, trusted)
+            self._outlines[path] = outline(base or path, trusted, self.ctx.models.chat_keys)
             if base:
                 from opdctl.models.lora import adapter_tokenizer
 
@@ -191,7 +191,8 @@ class CheckedStage:
         rollouts, keys = empty_rollouts(self.ctx, self.student, prompts, 0, "teacher", 1)
         answers = api.answer(prompts, keys, self.sampling)
         for rollout, (rollout.text, rollout.truncated) in zip(rollouts, answers, strict=True):
-            rollout.response_ids = self.student.encode(rollout.text)
+            opening = self.student.opening(rollout.prompt)
+            rollout.response_ids = self.student.encode(rollout.text, opening, sampled=True)
         return rollouts
 
     @property

@@ -4,6 +4,12 @@ MiMo-V2-Flash (arXiv 2601.02780) Eq. 8, GLM-5 (arXiv 2602.15763) Eq. 2. Its expe
 student's own next token is -KL(S || T), so as an advantage it gives the reverse-KL gradient. Of
 the three estimators of a KL only this one, k1, does: the credit -k2 has another gradient, and that
 of -k3 is the reverse KL's minus the forward KL's.
+
+S is the policy as it was when the rollouts were made (``policy: old``): a credit that is worked out
+once a step, as most frameworks do. Both papers' equations have the policy as it is in each update
+(``policy: live``). The two are equal in a step's first update, so in a stage of one update a step;
+later a live credit no longer pays for what the updates before it brought about, and falls to 0 at
+the teacher. Clip and floor act on either.
 """
 
 from __future__ import annotations
@@ -40,6 +46,12 @@ class ReverseKl(Signal):
             neutral=True,
         )
         estimator: Literal["k1", "k2", "k3"] = key("k1", "as a credit only k1 is that of a KL")
+        policy: Literal["old", "live"] = key(
+            "old",
+            "S: the policy that made the rollouts, or, live, as it is in each update (GLM-5 Eq. 2, "
+            "MiMo Eq. 8)",
+            neutral=True,
+        )
 
     @staticmethod
     def problems(config, stage) -> list[Problem]:
@@ -55,13 +67,20 @@ class ReverseKl(Signal):
         return "reverse"
 
     def __init__(self, config, ctx) -> None:
-        self.config = config
+        self.config, self.live = config, config.policy == "live"
 
     def credit(self, step):
         """Return the credit of each token. Shape [N]; zero where teacher and student agree."""
-        credit_N = step.columns[TEACHER] - step.columns[POLICY]
+        return self._credit(step.columns, step.columns[POLICY])
+
+    def credit_now(self, view):
+        """Return the credit of each token of a chunk by the policy as it is. Shape [C]."""
+        return self._credit(view.columns, view.logprob_C.detach())
+
+    def _credit(self, columns, policy_N):
+        credit_N = columns[TEACHER] - policy_N
         if self.config.floor:
             credit_N = credit_N.clamp(min=math.log(self.config.floor) / (1 - self.config.floor))
         if self.config.clip:
             credit_N = credit_N.clamp(-self.config.clip, self.config.clip)
-        return credit_N * step.columns[TEACHER_WEIGHT]
+        return credit_N * columns[TEACHER_WEIGHT]

@@ -4,8 +4,8 @@ The assistant's tokens are supervised, with the token that ends each of its turn
 tool turns never are. If the chat template marks the assistant's text ({% generation %}), its marks
 are used. Otherwise the conversation is rendered up to each turn, and each rendering must be a
 prefix of the next, or the conversation is refused: a template that rewrites earlier turns (Qwen3
-drops their thinking) would show a turn in training differently from how it was sampled. Text
-between two turns is encoded by itself, as ``Chat.observation`` does.
+drops their thinking) would show a turn in training differently from how it was sampled. Each
+part is encoded as the text before it goes on, so the whole has the ids of the whole.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass
 
 from opdctl.errors import UsageError
+from opdctl.models.chat.control_tokens import unguarded
 from opdctl.models.chat.messages import Message
 from opdctl.models.chat.rendering import Chat
 from opdctl.types import Prompt
@@ -70,9 +71,9 @@ def _by_prefix(
         _require_prefix(chat, before, after, i, "is asked for")
         _require_prefix(chat, after, whole, i, "is over")
         turn, end = _split_end(chat, after[len(before) :], whole[len(after) :], i == places[-1])
-        ids += chat.ids(whole[at : len(before)])
+        ids += chat.ids(whole[at : len(before)], whole[:at])
         start = len(ids)
-        ids += [*chat.ids(turn), end]
+        ids += [*chat.ids(turn, before), end]
         spans.append((start, len(ids)))
         at = len(before) + len(turn) + len(chat.tokenizer.convert_ids_to_tokens(end))
     return RenderedConversation(ids, spans)
@@ -84,7 +85,7 @@ def _require_prefix(chat: Chat, part: str, whole: str, turn: int, when: str) -> 
     at = next((i for i, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b), len(whole))
     raise UsageError(
         f"{chat.name}: its chat template shows a conversation otherwise once turn {turn} {when}: "
-        f"{part[at : at + 30]!r} becomes {whole[at : at + 30]!r}",
+        f"{unguarded(part[at:])[:30]!r} becomes {unguarded(whole[at:])[:30]!r}",
         "sources.dataset.turns=last supervises the last turn alone; or a chat template with "
         "{% generation %} marks",
     )
@@ -103,7 +104,7 @@ def _split_end(chat: Chat, turn: str, rest: str, last: bool) -> tuple[str, int]:
         return turn, chat.end_of_turn
     raise UsageError(
         f"{chat.name}: its chat template ends a turn of the assistant by no token that ends a "
-        f"response, but by {rest[:20]!r}",
+        f"response, but by {unguarded(rest)[:20]!r}",
         "sources.dataset.turns=last, or name its end in eos_token_id of generation_config.json",
     )
 
@@ -111,17 +112,7 @@ def _split_end(chat: Chat, turn: str, rest: str, last: bool) -> tuple[str, int]:
 def _marked(
     chat: Chat, prompt: Prompt, turns: tuple[Message, ...], every: bool
 ) -> RenderedConversation:
-    options = {}
-    if prompt.enable_thinking is not None:
-        options["enable_thinking"] = prompt.enable_thinking
-    rendered = chat.tokenizer.apply_chat_template(
-        list(turns),
-        tools=list(prompt.tools) or None,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        **options,
-    )
-    ids, mask = list(rendered["input_ids"]), list(rendered["assistant_masks"])
+    ids, mask = chat.apply_marked(turns, prompt)
     starts = [i for i, m in enumerate(mask) if m and not (i and mask[i - 1])]
     spans = []
     for start in starts:

@@ -8,19 +8,20 @@ must not drop.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 from opdctl.errors import UsageError
+from opdctl.models.chat.control_tokens import unguarded
 from opdctl.models.chat.messages import Message, question
+from opdctl.models.chat.templating import PLACEHOLDER, Templating
+from opdctl.models.chat.turn_frame import TurnFrame, frame_of
 from opdctl.types import Prompt
 
 CACHE_LIMIT = (
     2**21
 )  # ids, or characters, that a cache keeps: a stream never stops bringing new prompts
-PLACEHOLDER = "\x02said\x03"  # stands for a turn's content, and is cut out of the rendering again
 
 
 class RecentCache(dict):
@@ -39,7 +40,7 @@ class RecentCache(dict):
         return value
 
 
-class Chat:
+class Chat(Templating):
     """The rendering half of a model, which has ``tokenizer``, ``name`` and ``rows``.
 
     Attributes:
@@ -49,10 +50,6 @@ class Chat:
         pad: the token that fills a rectangle.
         rows: rows of the model's embedding; every id is below this number.
     """
-
-    tokenizer: Any
-    name: str
-    rows: int
 
     def begin_chat(self, generation: Any) -> None:
         """Find the end tokens.
@@ -64,8 +61,9 @@ class Chat:
             UsageError: the tokenizer has no end token.
         """
         self.generation = generation
-        vars(self).pop("reads_thinking", None)
+        self.forget_template()
         self.rendered: RecentCache = RecentCache()  # ids by prompt
+        self.openings: RecentCache = RecentCache()  # the ends of rendered prompts, by prompt
         self.answers: RecentCache = RecentCache()  # ids by what an environment said
         self.readable: RecentCache = RecentCache()  # texts
         token = self.tokenizer.eos_token_id
@@ -79,7 +77,7 @@ class Chat:
         pad = self.tokenizer.pad_token_id
         self.pad: int = token if pad is None else pad
         for ids, name in (([self.eos], "its end token"), ([self.pad], "padding")):
-            self._require_embedded(ids, name)
+            self.require_embedded(ids, name)
 
     def take_template(self, template: Any, whose: str) -> None:
         """Use another model's chat template from now on; it is saved with this model too.
@@ -115,68 +113,14 @@ class Chat:
         special |= {i for i, added_token in added.items() if added_token.special}
         for more, allowed in (([], special), ([turns[0]], set(stops))):
             try:
-                after = self.apply([*turns, *more]).rpartition(PLACEHOLDER)[2]
+                after = self.probe([*turns, *more]).rpartition(PLACEHOLDER)[2]
             except UsageError:
                 break
+            after = after if more else after.lstrip()  # white space before the end is said too
             ids = self.tokenizer(after, add_special_tokens=False)["input_ids"]
             if ids and ids[0] in allowed:
                 return ids[0]
         return self.eos
-
-    def apply(
-        self, messages: Sequence[Message], prompt: Prompt | None = None, generate: bool = False
-    ) -> str:
-        """Render a conversation as text.
-
-        Args:
-            prompt: gives the tools and ``enable_thinking``.
-            generate: end with the header of the coming response.
-
-        Raises:
-            UsageError: there is no template, or it refuses the conversation; says why.
-        """
-        options: dict[str, Any] = {}
-        if prompt and prompt.enable_thinking is not None:
-            options["enable_thinking"] = prompt.enable_thinking
-        tools = list(prompt.tools) if prompt and prompt.tools else None
-        if not self.tokenizer.chat_template:
-            raise UsageError(
-                f"{self.name}: its tokenizer has no chat template for {roles_of(messages)}",
-                "put a chat_template.jinja beside the tokenizer, or ask by a text alone",
-            )
-        try:
-            return self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=tools,
-                add_generation_prompt=generate,
-                tokenize=False,
-                **options,
-            )
-        except Exception as error:  # a template may raise anything
-            raise UsageError(
-                f"{self.name}: its chat template refuses {roles_of(messages)}: {error!s:.200}",
-                "leave out what it has no place for, or use a model whose template has one",
-            ) from error
-
-    def ids(self, text: str) -> list[int]:
-        """Return the ids of rendered text; the template has written the begin token itself."""
-        return self._require_embedded(
-            self.tokenizer(text, add_special_tokens=False)["input_ids"], text
-        )
-
-    def _require_embedded(self, ids: list[int], text: str) -> list[int]:
-        """Return the ids, after checking that the embedding has a row for each.
-
-        Raises:
-            UsageError: it has not: the tokenizer is larger than the model.
-        """
-        if ids and max(ids) >= self.rows:
-            too_large = f"its tokenizer gives id {max(ids)} in {text[:60]!r}"
-            raise UsageError(
-                f"{self.name}: {too_large}, and its embedding has {self.rows} rows",
-                "resize its embedding to its tokenizer",
-            )
-        return list(ids)
 
     def render(self, prompt: Prompt | str) -> list[int]:
         """Return the ids of a prompt, up to the start of the response.
@@ -189,33 +133,64 @@ class Chat:
         """
         key = prompt if isinstance(prompt, str) else (prompt.domain, prompt.id, prompt.text)
         if key not in self.rendered:
-            if isinstance(prompt, str):
-                prompt = Prompt("", "", prompt, "", {})
-            return self.rendered.keep(key, self._render(prompt))
+            return self.rendered.keep(key, self._render(prompt)[0])
         return self.rendered[key]
+
+    def opening(self, prompt: Prompt | str) -> str:
+        """Return the end of a rendered prompt, guarded: what the ids of a response depend on.
+
+        It begins at the last control token; without one it is all of the prompt.
+        """
+        key = prompt if isinstance(prompt, str) else (prompt.domain, prompt.id, prompt.text)
+        if key not in self.openings:
+            return self.openings.keep(key, self._render(prompt)[1])
+        return self.openings[key]
 
     def prompt_length(self, prompt: Prompt) -> int:
         """Return the number of tokens of a rendered prompt, without caching it."""
-        return len(self._render(prompt))
+        return len(self._render(prompt)[0])
 
-    def _render(self, prompt: Prompt) -> list[int]:
+    def _render(self, prompt: Prompt | str) -> tuple[list[int], str]:
+        """Return the ids of a prompt, and the end of its text from its last control token on."""
+        if isinstance(prompt, str):
+            prompt = Prompt("", "", prompt, "", {})
         turns = question(self.turns(prompt))
         for message in turns:
             self.require_readable(message.get("content") or "")
         plain = len(turns) == 1 and not prompt.tools and prompt.enable_thinking is None
         if plain and not self.tokenizer.chat_template:
-            return self._require_embedded(
-                self.tokenizer(prompt.text)["input_ids"], prompt.text
-            ) or [self.eos]
+            return self._without_template(prompt.text)
         text = self.apply(turns, prompt, generate=True)
         self._require_rendered(turns, prompt, text)
         ids, begin = self.ids(text), self.tokenizer.bos_token_id
         if begin is not None and ids[:2] == [begin, begin]:
             raise UsageError(
                 f"{self.name}: a rendered prompt begins by {self.tokenizer.bos_token!r} twice",
-                "its chat template and its prompts both write it: leave it out of the prompts",
+                "its chat template writes it twice: mend chat_template.jinja",
             )
-        return ids
+        return ids, self.encoder.tail(text)
+
+    def _without_template(self, text: str) -> tuple[list[int], str]:
+        """Return the ids of a text that is a prompt as it stands, and its end.
+
+        What the tokenizer's post-processor adds before it stays; an end token after it does not:
+        the model would answer after the end.
+        """
+        text = self.control.question(text)
+        probed = self.tokenizer("x", return_special_tokens_mask=True)
+        ids, mask = list(probed["input_ids"]), list(probed["special_tokens_mask"])
+        body = [i for i, added in enumerate(mask) if not added] or [len(ids)]
+        ends = {*self.ends, self.tokenizer.sep_token_id}
+        begin = [i for i in ids[: body[0]] if i == self.tokenizer.bos_token_id or i not in ends]
+        after = []
+        for added in ids[body[-1] + 1 :]:
+            if added in ends:
+                break
+            after.append(added)
+        written = self.require_embedded([*begin, *self.encoder.ids(text), *after], text)
+        end = "".join(self.tokenizer.convert_ids_to_tokens(after))
+        bos = self.tokenizer.bos_token_id
+        return written or [self.eos if bos is None else bos], self.encoder.tail(text + end)
 
     def turns(self, prompt: Prompt) -> tuple[Message, ...]:
         """Return a prompt's conversation, with the domain's system turn first if it has none."""
@@ -227,11 +202,12 @@ class Chat:
     def _require_rendered(self, turns: Sequence[Message], prompt: Prompt, text: str) -> None:
         last = [m for m in turns if m["role"] == "user"][-1:]
         for message in [*(m for m in turns if m["role"] in ("system", "developer")), *last]:
-            content = message["content"] or ""
-            if content.strip() not in text:
+            shown = self.control.message(message)["content"] or ""
+            if shown.strip() not in text:
                 turn = "question" if message["role"] == "user" else f"{message['role']} turn"
                 raise UsageError(
-                    f"{self.name}: its chat template leaves the {turn} out: {content[:40]!r}",
+                    f"{self.name}: its chat template leaves the {turn} out: "
+                    f"{unguarded(shown)[:40]!r}",
                     "mend chat_template.jinja, or use a model whose template has a place for it",
                 )
         if prompt.enable_thinking is not None and not self.reads_thinking:
@@ -240,12 +216,6 @@ class Chat:
                 f"(data.{prompt.domain}.thinking.switch)",
                 "thinking.switch=false, and a thinking.tag that its questions carry",
             )
-
-    @cached_property
-    def reads_thinking(self) -> bool:
-        """A flag: the template reads ``enable_thinking``."""
-        template = self.tokenizer.chat_template or ""
-        return bool(re.search(r"\benable_thinking\b", str(template)))
 
     def after_prompt(self, prompt: Prompt, text: str, opened: str, closed: str) -> str:
         """Remove from a demonstration the marks of thinking that its rendered prompt ends in.
@@ -276,10 +246,16 @@ class Chat:
         key = (text, role, end, prompt and prompt.enable_thinking)
         if key not in self.answers:
             self.require_readable(text)
-            return self.answers.keep(key, self._observation(text, role, end, prompt))
+            mark = self.tokenizer.convert_ids_to_tokens(end)
+            after = self.between(text, role, end, prompt)
+            return self.answers.keep(key, self.ids(after, mark))
         return self.answers[key]
 
-    def _observation(self, text: str, role: str, end: int, prompt: Prompt | None) -> list[int]:
+    def between(
+        self, text: str, role: str, end: int | None = None, prompt: Prompt | None = None
+    ) -> str:
+        """Return the guarded text of ``observation``: what goes on from the end token."""
+        end = self.end_of_turn if end is None else end
         turns = [
             {"role": "user", "content": "x"},
             {"role": "assistant", "content": PLACEHOLDER},
@@ -292,18 +268,61 @@ class Chat:
                 f"{self.name}: no place for a turn of role {role}; {error.message}",
                 "another role of the environment: role=user",
             ) from error
-        if not content or text not in after:
+        if not content or self.control.message(turns[2])["content"] not in after:
             raise UsageError(
                 f"{self.name}: its chat template does not show a turn and the answer to it",
                 "use a model with a chat template of several turns",
             )
         # the model has written its end token; if the template ends a turn by another, that stays
-        return self.ids(after.removeprefix(self.tokenizer.convert_ids_to_tokens(end)))
+        mark, rest = self.tokenizer.convert_ids_to_tokens(end), after.lstrip()
+        return rest.removeprefix(mark) if rest.startswith(mark) else after
 
-    def encode(self, answer: str) -> list[int]:
-        """Return the ids of a response, with the token that ends a turn."""
+    def encode(
+        self, answer: str, after: str | None = None, *, sampled: bool = False, cut: bool = False
+    ) -> list[int]:
+        """Return the ids of a response, with the token that ends a turn.
+
+        Args:
+            after: the text that it goes on from, of ``opening`` or ``between``; None is the header
+                of any response.
+            sampled: a model wrote the answer; see ``ids``.
+            cut: it was cut at a limit: no end.
+
+        Raises:
+            UsageError: the tokenizer joins the end of that text and the beginning of the answer.
+        """
         self.require_readable(answer)
-        return [*self.ids(answer), self.end_of_turn]
+        after = self.header if after is None else after
+        text = self.frame.around(self.control.guard(answer, spoken=True), sampled, cut)
+        apart = sampled or not self.tokenizer.chat_template
+        return [*self.ids(text, after, apart), *([] if cut else [self.end_of_turn])]
+
+    @cached_property
+    def frame(self) -> TurnFrame:
+        """The white space that the template writes around a response."""
+        return frame_of(self.probe, self.tokenizer.convert_ids_to_tokens(self.end_of_turn))
+
+    @cached_property
+    def header(self) -> str:
+        """The end of any rendered prompt; without a template a line's end."""
+        try:
+            return self.encoder.tail(self.probe([{"role": "user", "content": "x"}], True))
+        except UsageError:
+            return "\n"
+
+    @cached_property
+    def signs_spaces(self) -> bool:
+        """A flag: words begin by a sign for the space, as SentencePiece's do.
+
+        Decoding drops that of the first token, as if a text always began there.
+        """
+        first = self.tokenizer.convert_ids_to_tokens(self.apart(" x")[:1])
+        return bool(first) and first[0].startswith("\u2581")
+
+    @cached_property
+    def begins_by_space(self) -> bool:
+        """A flag: the tokenizer puts a space before each response, which the text has not."""
+        return self.adds_space and any(map(self.header.endswith, self.control.ids))
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of a response without its end token.
@@ -311,7 +330,11 @@ class Chat:
         Other special tokens stay: a verifier must not be shown a cleaner answer than was sampled.
         """
         body = ids[:-1] if ids and ids[-1] in self.ends else ids
-        return self.tokenizer.decode(body, skip_special_tokens=False)
+        if not self.signs_spaces:
+            return self.tokenizer.decode(body, skip_special_tokens=False)
+        mark = self.tokenizer.decode([self.eos], skip_special_tokens=False)
+        whole = self.tokenizer.decode([self.eos, *body], skip_special_tokens=False)
+        return whole.removeprefix(mark).removeprefix(" " if self.begins_by_space else "")
 
     def require_readable(self, text: str) -> None:
         """Check that the tokenizer drops no character of a text, as some do with unknown ones.
@@ -364,8 +387,3 @@ def different_ends(student: Chat, teacher: Chat) -> tuple[str, str] | None:
         "give both the same eos_token_id in generation_config.json and the same eos_token in "
         "tokenizer_config.json: the student would unlearn its own",
     )
-
-
-def roles_of(messages: Sequence[Message]) -> str:
-    """Return the name of a conversation in error messages: its roles."""
-    return "a conversation of " + ", ".join(m["role"] for m in messages)

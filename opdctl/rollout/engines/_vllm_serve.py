@@ -42,7 +42,7 @@ def main() -> None:
         sys.exit("usage: python -m opdctl.rollout.engines._vllm_serve DIR [flags of vLLM's server]")
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"
     module = "vllm.entrypoints.openai.api_server"
-    command = [sys.executable, "-m", module, *arguments(sys.argv[1], sys.argv[2:])]
+    command = [sys.executable, "-P", "-m", module, *arguments(sys.argv[1], sys.argv[2:])]
     os.execv(sys.executable, command)
 
 

@@ -64,8 +64,9 @@ class Dataset(Source):
                     group=group,
                     version=step,
                 )
+                opening = self.model.opening(prompt)
                 for turn, call in enumerate(prompt.calls):
-                    self._append(rollout, call)
+                    self._append(rollout, call, opening)
                     environment = self.environments[prompt.domain]
                     replied = append_reply(rollout, turn, self.environments, self.model)
                     if not replied or rollout.before[-1] == environment.refusal:
@@ -73,6 +74,8 @@ class Dataset(Source):
                             f"data.{prompt.domain}.call: the environment does not answer {call!r}",
                             "write a call as its environment reads it",
                         )
+                    reply, role = rollout.before[-1], environment.role
+                    opening = self.model.between(reply, role, prompt=prompt)
                 if not self.ctx.prompts.data(prompt.domain).config.thinking.follows_mode(
                     lead + answer
                 ):
@@ -80,7 +83,7 @@ class Dataset(Source):
                         f"data.{prompt.domain}: a demonstration without the thinking it asks for",
                         "a trace, a thought_column, or a teacher as the source",
                     )
-                self._append(rollout, self._after_prompt(prompt, lead, answer))
+                self._append(rollout, self._after_prompt(prompt, lead, answer), opening)
                 rollouts.append(rollout)
         return rollouts
 
@@ -136,8 +139,14 @@ class Dataset(Source):
         except UsageError as error:
             raise UsageError(f"data.{prompt.domain}: {error.message}", error.hint) from error
 
-    def _append(self, rollout: Rollout, text: str) -> None:
-        rollout.response_ids = [*rollout.response_ids, *self.model.encode(text)]
+    def _append(self, rollout: Rollout, text: str, opening: str) -> None:
+        try:
+            ids = self.model.encode(text, opening)
+        except UsageError as error:
+            raise UsageError(
+                f"data.{rollout.prompt.domain}: {error.message}", error.hint
+            ) from error
+        rollout.response_ids = [*rollout.response_ids, *ids]
         rollout.text = text
 
 

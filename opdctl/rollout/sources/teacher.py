@@ -91,7 +91,8 @@ class Teacher(Source):
         rollouts, keys = empty_rollouts(self.ctx, self.student, prompts, step, "teacher")
         answers = self._apis[expert].answer([r.prompt for r in rollouts], keys, sampling)
         for rollout, (rollout.text, rollout.truncated) in zip(rollouts, answers, strict=True):
-            rollout.response_ids = self.student.encode(rollout.text)
+            opening = self.student.opening(rollout.prompt)
+            rollout.response_ids = self.student.encode(rollout.text, opening, sampled=True)
         return rollouts, 0, [[None]] * len(rollouts)
 
     def _marks(self, rollout):
@@ -114,7 +115,8 @@ class Teacher(Source):
         student, marks = self.student, self._marks(rollout)
         domain = rollout.prompt.domain
         environment = self.ctx.prompts.environment(domain) if rollout.before else None
-        context = student.render(rollout.prompt)  # the ids before a turn
+        context = student.render(rollout.prompt)  # the ids before a turn, and the end of their text
+        said = student.opening(rollout.prompt)
         rollout.prompt_ids, rollout.observed = context, ()
         response, turns, replies = [], [*rollout.before[::2], rollout.text], rollout.before[1::2]
         for turn, text in enumerate(turns):
@@ -126,11 +128,11 @@ class Teacher(Source):
             except UsageError as error:
                 raise UsageError(f"data.{domain}: {error.message}", error.hint) from error
             turns[turn] = text
-            ids = student.encode(text)
-            response += ids[:-1] if cut else ids
+            response += student.encode(text, said, sampled=True, cut=cut)
             if turn < len(replies):
                 reply, role = replies[turn], environment.role
                 context = student.observation(reply, role, prompt=rollout.prompt)
+                said = student.between(reply, role, prompt=rollout.prompt)
                 rollout.observed += ((len(response), len(response) + len(context)),)
                 response += context
         before = tuple(text for both in zip(turns, replies, strict=False) for text in both)

@@ -6,8 +6,10 @@
 A server of several models wants the one meant: ``http://host:8000#NAME``. Its log-probs are those
 at temperature 1 over all rows of its head, padded ones included. At the start its whole vocabulary
 is compared with the student's, id by id, and a known sequence is scored, with as many of the most
-probable tokens as will be asked for. Each answer is logged as it comes, under what was asked and
-not where, so a resumed stage asks a server that was started again for the rest.
+probable tokens as will be asked for. That sequence goes along with every question: a server whose
+answer to it has changed serves other weights now, and nothing of that answer is used. Each answer
+is logged as it comes, under what was asked and not where, so a resumed stage asks a server that was
+started again for the rest.
 
 Left out: hidden rows and the whole vocabulary (a reply would be megabytes a token); log-probs at
 ids of the student's choice, which vLLM has for CUDA alone (``prompt_logprob_token_ids``, behind
@@ -30,6 +32,7 @@ from opdctl.types import ScoreRequest
 CHUNK = 1024  # ids of the vocabulary in one question
 NEVER = -9999.0  # what vLLM writes for minus infinity
 RAW = "start it with --logprobs-mode raw_logprobs, and in a precision that is finite"
+DRIFT = 0.05  # nats a token; vLLM in bfloat16 was .014 from transformers, on average
 ROUNDED = 1e-4  # the log of 1 in a low precision may come out this far above 0
 
 
@@ -59,7 +62,9 @@ class Server(Teacher):
         self.endpoint, served = opened(self.who, reference, runtime, ctx.check, elsewhere)
         self.served, self.longest = served["id"], served.get("max_model_len")
         self._compare_tokens()
-        self._probe(self._list_size(asks))
+        last = student.valid_V - 1
+        self.known = (student.eos, 0, last // 2, last, student.eos)
+        self.known_logprobs = self._probe(self._list_size(asks))
 
     def _list_size(self, asks: Asks) -> int:
         """Return how many of the most probable tokens answer what is asked."""
@@ -92,11 +97,15 @@ class Server(Teacher):
         answered = {key: logged[0] for key in by_key if (logged := self.ctx.wal.get(key))}
         todo = sorted((q for q in by_key if q not in answered), key=lambda q: len(by_key[q].ids))
         parts = [todo[i : i + self.batch] for i in range(0, len(todo), self.batch)]
-        bodies = [self._question([list(by_key[q].ids) for q in part], k) for part in parts]
+        bodies = [
+            self._question([*(list(by_key[q].ids) for q in part), list(self.known)], k)
+            for part in parts
+        ]
         with closing(self.endpoint.each("/v1/completions", bodies, self.ctx.check)) as answers:
             for at, answer in answers:
                 with reading(self.who):
-                    rows = self._rows(answer, len(parts[at]))
+                    *rows, known = self._rows(answer, len(parts[at]) + 1)
+                    self._require_same(known)
                     pairs = zip(parts[at], rows, strict=True)
                     read = {q: self._read(row, by_key[q], k) for q, row in pairs}
                 answered |= read
@@ -222,17 +231,18 @@ class Server(Teacher):
         with reading(self.who):
             return [answer["prompt"] for answer in answers]
 
-    def _probe(self, k: int) -> None:
-        """Score a known sequence: the same ids come back, with log-probs, and k at each place.
+    def _probe(self, k: int) -> list[float]:
+        """Score the known sequence: the same ids come back, with log-probs, and k at each place.
+
+        Returns:
+            The log-probs of its tokens but the first.
 
         Raises:
             UsageError: what comes back are not log-probs, or it lists fewer.
         """
-        last = self.student.valid_V - 1
-        ids = (self.student.eos, 0, last // 2, last, self.student.eos)
         try:
             answer = self.endpoint.all(
-                "/v1/completions", [self._question([list(ids)], k)], self.ctx.check
+                "/v1/completions", [self._question([list(self.known)], k)], self.ctx.check
             )
         except StageFailed as error:
             if k and "logprobs" in error.message:
@@ -243,11 +253,33 @@ class Server(Teacher):
             raise
         with reading(self.who):
             (row,) = self._rows(answer[0], 1)
-            logprobs = self._read(row, ScoreRequest(ids, 1), k)["logprobs"]
-        if not ((logprobs > NEVER) & (logprobs < ROUNDED)).all():
+            logprobs_NJ = self._read(row, ScoreRequest(self.known, 1), k)["logprobs"]
+        possible = ((logprobs_NJ > NEVER) & (logprobs_NJ < ROUNDED)).all()
+        if not possible or not logprobs_NJ[:, 0].any():  # four tokens by chance, each certain
             raise UsageError(
-                f"{self.who} gives {logprobs[:, 0].tolist()} as log-probs of known tokens",
+                f"{self.who} gives {logprobs_NJ[:, 0].tolist()} as log-probs of known tokens",
                 RAW,
+            )
+        return logprobs_NJ[:, 0].tolist()
+
+    def _require_same(self, row: list) -> None:
+        """Check that the known sequence has the log-probs it had at the start.
+
+        Raises:
+            StageFailed: it has others: the server's weights have changed meanwhile.
+        """
+        self._require_whole(row, self.known)
+        now = [logprob(entry[str(i)]) for i, entry in zip(self.known[1:], row[1:], strict=True)]
+        apart = [abs(a - b) for a, b in zip(now, self.known_logprobs, strict=True)]
+        if not sum(apart) <= DRIFT * len(apart):  # NaN too
+            before, after = (
+                " ".join(f"{value:.3f}" for value in values)
+                for values in (self.known_logprobs, now)
+            )
+            raise StageFailed(
+                f"{self.who} is not what it was when this attempt began: the log-probs of a known "
+                f"sequence were {before} and are {after}",
+                "serve the weights that it had; what it answered before is kept",
             )
 
 
