@@ -217,7 +217,7 @@ class Templating:
             ids, frozenset(allowed - framing - roles), self.chat_keys.tags, self.name
         )
 
-    def _frames(self, conversations: list[list[Message]]) -> str:
+    def _frames(self, conversations: Sequence[Sequence[Message]]) -> str:
         """Return what the template writes around the turns of conversations, one after another."""
         texts = []
         for messages in conversations:

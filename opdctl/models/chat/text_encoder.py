@@ -83,7 +83,8 @@ class TextEncoder:
             spelled += [(token, length)] if match[1] else []
             length += len(token)
         encoding = self.twin.encode("".join(parts), add_special_tokens=False)
-        ids = [self.real.get(i, i) for i in encoding.ids]
+        read: list[int] = encoding.ids
+        ids = [self.real.get(i, i) for i in read]
         controls = set(self.control.ids.values()) - {self.tokenizer.unk_token_id}
         if [i for i in ids if i in controls] != [i for i in own if i in controls]:
             raise self._cannot(spelled[0][0] if spelled else text, "its vocabulary holds it")
