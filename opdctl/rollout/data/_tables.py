@@ -16,8 +16,17 @@ from opdctl.config.registry import member
 from opdctl.config.schema import did_you_mean, key, with_role
 from opdctl.config.shards import shards
 from opdctl.errors import UsageError
-from opdctl.models.chat.messages import invalid_reason, last_answer, question, question_text
+from opdctl.models.chat.messages import (
+    invalid_reason,
+    last_answer,
+    question,
+    question_text,
+    read_messages,
+    read_tools,
+    without_nulls,
+)
 from opdctl.rollout.data._domain_data import DomainData
+from opdctl.rollout.data._nested import KeyOrder
 from opdctl.rollout.split import DomainKeys, Split, iterate_distinct, question_id
 from opdctl.types import Prompt
 
@@ -122,8 +131,14 @@ class TableData(DomainData):
         return [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
 
     def _read(self, split: Split) -> Iterator[Prompt]:
+        config = self.config
+        columns = ((config.messages_column, read_messages), (config.tools_column, read_tools))
+        nested = [(name, read, KeyOrder()) for name, read in columns if name]
         for number, row in enumerate(self.rows(split), 1):
             self.counts[split]["rows"] = number
+            for name, read, order in nested:
+                if name in row:
+                    row = {**row, name: order.sort(without_nulls(read(row[name])))}
             yield self._prompt(row, f"data.{self.domain}: {self.config.path}, row {number}")
 
     def _prompt(self, row: dict, where: str) -> Prompt:
@@ -159,8 +174,7 @@ class TableData(DomainData):
                 f"{where}: column {config.messages_column!r}: {reason}",
                 '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]',
             )
-        # a table gives every message the fields that any of them has
-        messages = tuple({k: v for k, v in m.items() if v is not None} for m in messages)
+        messages = tuple(messages)
         tools = (row[config.tools_column] or ()) if config.tools_column else ()
         if not isinstance(tools, list | tuple) or not all(isinstance(t, dict) for t in tools):
             raise UsageError(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from opdctl.config.schema import REQUIRED, did_you_mean, key
 from opdctl.config.shards import WILD
 from opdctl.errors import Problem, UsageError
+from opdctl.rollout.data._nested import arrow_row
 from opdctl.rollout.data._tables import ColumnKeys, TableData
 from opdctl.rollout.split import Split
 
@@ -72,7 +73,7 @@ class Hf(TableData):
                     revision=config.revision or None,
                     streaming=config.stream,  # row by row, without a copy of the whole
                 )
-            yield from table
+            yield from map(arrow_row, table)
         except UsageError:
             raise
         except Exception as error:  # files of a stranger make datasets raise anything

@@ -11,6 +11,7 @@ from pathlib import Path
 from opdctl.config.schema import REQUIRED, key
 from opdctl.config.shards import shards
 from opdctl.errors import Problem, UsageError
+from opdctl.rollout.data._nested import arrow_row
 from opdctl.rollout.data._tables import ColumnKeys, TableData
 from opdctl.rollout.split import Split
 
@@ -88,7 +89,7 @@ def parquet_rows(path: Path, domain: str) -> Iterator[dict]:
 
     try:
         for batch in parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
+            yield from map(arrow_row, batch.to_pylist(maps_as_pydicts="lossy"))
     except (pyarrow.ArrowException, OSError) as error:
         message = f"data.{domain}.path: {path} is not parquet: {error!s:.200}"
         raise UsageError(message, "anything that is not .parquet is read as JSON lines") from None
