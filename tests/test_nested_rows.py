@@ -50,11 +50,10 @@ def write(folder, rows):
             "saved": (Hf, folder / "saved")}  # fmt: skip
 
 
-def prompts(kind, path, **keys):
+def prompts(kind, path, spool=None, **keys):
     keys = {"messages_column": "turns", "tools_column": "tools", "eval_share": 0.0} | keys
-    return kind(kind.Config(kind=kind.__name__.lower(), path=str(path), **keys), "d", 0).prompts(
-        "train"
-    )
+    data = kind(kind.Config(kind=kind.__name__.lower(), path=str(path), **keys), "d", 0)
+    return data.stored("train", spool) if spool else data.prompts("train")
 
 
 def test_the_same_rows_give_the_same_ids(tmp_path):
@@ -63,6 +62,10 @@ def test_the_same_rows_give_the_same_ids(tmp_path):
         model.rendered.clear()
         read = prompts(kind, path)
         names[name] = [p.id for p in read]
+        spooled = prompts(kind, path, spool=tmp_path / name)
+        assert [(p, p.messages, p.tools) for p in spooled] == [
+            (p, p.messages, p.tools) for p in read
+        ]
         ids[name] = [render_conversation(model, p, True).ids for p in read]
     assert ids["lines"] == ids["parquet"] == ids["saved"] and len(ids["lines"]) == 4
     assert names["lines"] == names["parquet"] == names["saved"]

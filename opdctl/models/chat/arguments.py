@@ -110,14 +110,14 @@ def _each(turns: Sequence[Message], change: Callable[[Any], Any]) -> tuple[Messa
 
 
 def _object(arguments: Any) -> Any:
-    """Return arguments as an object, if they are the text of one."""
+    """Return arguments as an object, or a list, if they are the text of one."""
     if not isinstance(arguments, str):
         return arguments
     try:
         read = json.loads(arguments)
     except (ValueError, RecursionError):
         return arguments
-    return read if isinstance(read, dict) else arguments
+    return read if isinstance(read, dict | list) else arguments
 
 
 def _text(arguments: Any) -> Any:
