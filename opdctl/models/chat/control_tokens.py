@@ -122,6 +122,16 @@ class ControlTokens:
         tag = next((t for t in self.tags if text.endswith(t)), "")
         return self.guard(text.removesuffix(tag)) + tag
 
+    def spelled(self, guarded: Any) -> str:
+        """Return the first control token that guarded content spells as text; "" without one."""
+        if isinstance(guarded, Mapping):
+            return self.spelled([*guarded, *guarded.values()])
+        if isinstance(guarded, list | tuple):
+            return next(filter(None, map(self.spelled, guarded)), "")
+        if not isinstance(guarded, str):
+            return ""
+        return next((m[1] for m in self.pieces.finditer(guarded) if m[1]), "")
+
     def require_unmarked(self, content: Any) -> None:
         """Check that no text of some content has a character that marks rendered text.
 

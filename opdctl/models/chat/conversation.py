@@ -282,9 +282,9 @@ def _marked(talk: _Talk) -> RenderedConversation:
             "put it after the header that add_generation_prompt writes",
         )
     at = chat.encoder.spans(talk.whole)[1]  # in the text without guards
-    kept = [i for i, c in enumerate(talk.whole) if c not in GUARDS]
+    kept = [-1, *(i for i, c in enumerate(talk.whole) if c not in GUARDS), len(talk.whole)]
     said = {
-        turn: (kept[at[a][0]], kept[at[b - 1][1] - 1] + 1)
+        turn: (kept[at[a][0]] + 1, kept[at[b - 1][1] + 1])
         for turn, (a, b) in zip(places, spans, strict=True)
     }
     talk.require_said({turn: said[turn] for turn in talk.answers})
