@@ -354,7 +354,8 @@ def left_out(name: str, piece: Piece, turns: Sequence[Message], hint: str = "") 
         where = f"turn {piece.turn} ({turns[piece.turn]['role']})"
     if not hint and piece.turn != TOOLS and piece.path[0] not in ("content", "tool_calls"):
         hint = f"leave {piece.path[0]!r} out of the data, or give it as the template reads it"
+    value = unguarded(piece.value) if isinstance(piece.value, str) else piece.value
     return UsageError(
-        f"{name}: its chat template leaves out {piece.name} of {where}: {piece.value!r:.60}",
+        f"{name}: its chat template leaves out {piece.name} of {where}: {value!r:.60}",
         hint or "mend chat_template.jinja, or use a model whose template has a place for it",
     )
