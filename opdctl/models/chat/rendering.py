@@ -274,7 +274,13 @@ class Chat(Templating):
         return rest.removeprefix(mark) if rest.startswith(mark) else after
 
     def encode(
-        self, answer: str, after: str | None = None, *, sampled: bool = False, cut: bool = False
+        self,
+        answer: str,
+        after: str | None = None,
+        *,
+        sampled: bool = False,
+        cut: bool = False,
+        decoded: bool = False,
     ) -> list[int]:
         """Return the ids of a response, with the token that ends a turn.
 
@@ -283,6 +289,7 @@ class Chat(Templating):
                 of any response.
             sampled: a model wrote the answer; see ``ids``.
             cut: it was cut at a limit: no end.
+            decoded: its control tokens are the text of tokens that were sampled, and are tokens.
 
         Raises:
             UsageError: the tokenizer joins the end of that text and the beginning of the answer.
@@ -290,7 +297,8 @@ class Chat(Templating):
         self.require_readable(answer)
         self.control.require_unmarked(answer)
         after = self.header if after is None else after
-        text = self.frame.around(self.control.guard(answer, spoken=True), sampled, cut)
+        content = answer if decoded else self.control.guard(answer, spoken=True)
+        text = self.frame.around(content, sampled, cut)
         apart = sampled or not self.tokenizer.chat_template
         return [*self.ids(text, after, apart), *([] if cut else [self.end_of_turn])]
 
