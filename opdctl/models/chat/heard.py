@@ -293,7 +293,7 @@ def require_shown(chat: Any, turns: Sequence[Message], prompt: Prompt, text: str
 
     Args:
         chat: the model that renders.
-        text: the rendering as it reads, with the header of the response.
+        text: the rendering, with the header of the response.
 
     Raises:
         UsageError: a piece is left out; says which.
@@ -302,7 +302,7 @@ def require_shown(chat: Any, turns: Sequence[Message], prompt: Prompt, text: str
     pieces += tool_pieces(prompt.tools)
 
     def render(turns: Sequence[Message], tools: Sequence[Mapping]) -> str:
-        return unguarded(chat.apply(turns, replace(prompt, tools=tuple(tools)), generate=True))
+        return chat.apply(turns, replace(prompt, tools=tuple(tools)), generate=True)
 
     spots = find_pieces(render, turns, prompt.tools, pieces)
     for piece, places in zip(pieces, spots, strict=True):
