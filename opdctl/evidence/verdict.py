@@ -46,7 +46,12 @@ class Condition:
 
 
 def verdict(condition: Condition, estimate: float, low: float, high: float) -> bool | None:
-    """Return True where a condition holds, False where it is refuted, None where undecided."""
+    """Return True where a condition holds, False where it is refuted, None where undecided.
+
+    A number that could not be measured, NaN, decides nothing.
+    """
+    if any(map(math.isnan, (estimate, low, high))):
+        return None
     least = -math.inf if condition.least is None else condition.least
     most = math.inf if condition.most is None else condition.most
     if high < least or low > most:
