@@ -166,7 +166,8 @@ def _policy_kl(step: Step, policy: Scores, run: Pass, top: int) -> Tensor:
 def set_advantage(step: Step, signals: dict[str, tuple[float, Any]]) -> dict:
     """Set the column ``advantage``, the sum of coef x signal; return what to log of it.
 
-    Each signal's mean, spread and share of the whole; with a teacher the divergence by domain.
+    Each signal's mean, spread and share of the whole, and what a baseline does to the variance;
+    with a teacher the divergence by domain.
     """
     values: dict[str, Any] = {}
     credit = {n: (c, s.credit(step)) for n, (c, s) in signals.items()}
@@ -186,12 +187,31 @@ def set_advantage(step: Step, signals: dict[str, tuple[float, Any]]) -> dict:
         values[f"{name}_share"] = size[name] / whole if whole else 0.0
         for key, value in signals[name][1].logged.items():
             values[f"{name}_{key}"] = value
+        if signals[name][1].is_baseline and POLICY in step.columns:
+            plain_N = sum((c * v for n, (c, v) in credit.items() if n != name), zero_N)
+            values |= _variance(name, step, plain_N)
     if {TEACHER, POLICY} <= step.columns.keys():
         gap_N = step.columns[POLICY] - step.columns[TEACHER]
         sums_B = per_sequence(gap_N, step.sequence_N, len(step.rollouts)).tolist()
         each = [s / r.length for r, s in zip(step.rollouts, sums_B, strict=True)]
         values["kl"] = by_domain(step.rollouts, each)
     return values
+
+
+def _variance(name: str, step: Step, plain_N: Tensor) -> dict[str, float]:
+    """Return what a baseline makes of the variance of the sampled gradient, as a factor.
+
+    The mean gradient is the same with it and without, so the mean squares tell. Of a token's
+    gradient the part on its own logit is counted, advantage x (1 - p).
+
+    Args:
+        plain_N: the advantage without it.
+    """
+    push_N = 1 - step.columns[POLICY].exp()
+    before, after = (
+        float((push_N * a_N).square().sum()) for a_N in (plain_N, step.columns[ADVANTAGE])
+    )
+    return {f"{name}_variance": after / before} if before else {}
 
 
 def set_weights(step: Step, terms: list[LossTerm]) -> dict[str, float]:
