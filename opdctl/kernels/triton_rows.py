@@ -77,6 +77,14 @@ def _normalise(z_ptr, lse_ptr, entropy_ptr, stride, V, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _logprobs(s_ptr, t_ptr, at, mask, lse_s, lse_t):
+    """Return a block of both sides' log-probs, none below -1e4."""
+    s = tl.load(s_ptr + at, mask=mask, other=0.0) - lse_s
+    t = tl.load(t_ptr + at, mask=mask, other=0.0) - lse_t
+    return tl.maximum(s, -1e4), tl.maximum(t, -1e4)
+
+
+@triton.jit
 def _compare(
     s_ptr,
     t_ptr,
@@ -110,9 +118,7 @@ def _compare(
         mean = 0.0
         for start in range(0, V, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            s = tl.load(s_ptr + row * stride + at, mask=at < V, other=0.0) - lse_s
-            t = tl.load(t_ptr + row * stride + at, mask=at < V, other=0.0) - lse_t
-            s, t = tl.maximum(s, -1e4), tl.maximum(t, -1e4)
+            s, t = _logprobs(s_ptr, t_ptr, row * stride + at, at < V, lse_s, lse_t)
             p, q = tl.where(at < V, tl.exp(s), 0.0), tl.where(at < V, tl.exp(t), 0.0)
             r = tl.maximum(s - t, -80.0)
             a = _log_mix(r, beta)
@@ -122,9 +128,7 @@ def _compare(
             value = _plus(value, tl.where(at < V, term, 0.0))
     for start in range(0, V, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        s = tl.load(s_ptr + row * stride + at, mask=at < V, other=0.0) - lse_s
-        t = tl.load(t_ptr + row * stride + at, mask=at < V, other=0.0) - lse_t
-        s, t = tl.maximum(s, -1e4), tl.maximum(t, -1e4)
+        s, t = _logprobs(s_ptr, t_ptr, row * stride + at, at < V, lse_s, lse_t)
         p, q, r = tl.exp(s), tl.exp(t), s - t
         if DIRECTION == "reverse":
             value = _plus(value, tl.where(at < V, _kl_term(p, q, r), 0.0))
