@@ -82,7 +82,7 @@ def depth_of(model: Any) -> int:
     return model.net.config.get_text_config().num_hidden_layers
 
 
-def forward_kwargs(layers: tuple[int, ...], model: Any) -> dict[str, bool]:
+def forward_kwargs(layers: tuple[int, ...], model: Any) -> dict[str, Any]:
     """Return the keyword arguments that make the backbone return the states of these layers."""
     depth = depth_of(model)
     return {"output_hidden_states": True} if any(n < depth for n in layers) else {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,15 +47,20 @@ class Packed:
     position_BT: Tensor | None = None
 
     @property
-    def inputs(self) -> dict:
+    def inputs(self) -> dict[str, Any]:
         """The keyword arguments of the backbone; without a cache, as nothing is generated."""
-        arguments = {"input_ids": self.ids_BT, "use_cache": False}
+        arguments: dict[str, Any] = {"input_ids": self.ids_BT, "use_cache": False}
         if self.position_BT is None:
             return arguments
         return arguments | {"position_ids": self.position_BT}
 
 
-def pack(spans: Sequence[ScoreRequest], pad: int, device="cpu", one_row: bool = False) -> Packed:
+def pack(
+    spans: Sequence[ScoreRequest],
+    pad: int,
+    device: str | torch.device = "cpu",
+    one_row: bool = False,
+) -> Packed:
     """Pack spans; their targets are supervised. A span without a target is allowed."""
     length = [len(span.ids) for span in spans]
     B, T = len(spans), max(length, default=1)
@@ -157,7 +163,7 @@ def minibatch_slices(lengths: Sequence[int], count: int) -> list[tuple[slice, sl
 def micro_batches(
     spans: Sequence[ScoreRequest],
     size: int,
-    device="cpu",
+    device: str | torch.device = "cpu",
     first: Sequence[int] | None = None,
 ) -> list[tuple[list[int], Tensor]]:
     """Group sequences of similar length, so that little of a rectangle is padding.
