@@ -217,7 +217,7 @@ class Objective(Composed, Protocol):
     on_policy_only: ClassVar[bool] = False
     same_width: ClassVar[str] = ""
     fitted: ClassVar[bool] = False
-    compares: int = 0
+    compares: float = 0
     config: Any
 
     def __init__(self, config: Any) -> None: ...

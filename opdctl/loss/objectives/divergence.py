@@ -93,7 +93,7 @@ class Divergence(Objective):
     def __init__(self, config) -> None:
         self.config, self.needs = config, self.needs_for(config)
         ids = math.inf if config.support == "full" else config.k
-        self.compares = ids if config.overlap else 0
+        self.compares = ids if config.overlap else 0.0
 
     def loss(self, view):
         """Return the loss of each token. Shape [C]."""
