@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -125,7 +126,14 @@ class Composed(Configured, Protocol):
 
 
 class Signal(Composed, Protocol):
-    """Per-token credit without a gradient; larger is better."""
+    """Per-token credit without a gradient; larger is better.
+
+    Attributes:
+        is_baseline: it does not depend on the token that was sampled, so its expected gradient is
+            zero; a row of metrics says what it does to the variance.
+    """
+
+    is_baseline: ClassVar[bool] = False
 
     def __init__(self, config: Any, ctx: Any) -> None: ...
 
@@ -209,7 +217,7 @@ class Objective(Composed, Protocol):
     on_policy_only: ClassVar[bool] = False
     same_width: ClassVar[str] = ""
     fitted: ClassVar[bool] = False
-    compares: int = 0
+    compares: float = 0
     config: Any
 
     def __init__(self, config: Any) -> None: ...
@@ -329,11 +337,13 @@ class Teacher(Member, Protocol):
         provides: the needs it can serve.
         keeps: it logs its own answers one by one as they come.
         parameters: of its model; 0 behind a server.
+        stored: the file with the weight of its head, where ``head`` returns the shape alone.
     """
 
     provides: ClassVar[tuple[str, ...]]
     keeps: ClassVar[bool]
     parameters: float
+    stored: Path | None = None
 
 
 class Check(Member, Protocol):

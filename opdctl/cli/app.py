@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -153,10 +153,11 @@ def plan(
 
     planned, costs = plan_target(target, tuple(overrides or ()), size=size, reuse=reuse, gpu=gpu)
     if as_json:
-        content = {"stages": [p.to_dict() for p in planned]}
+        entries = [p.to_dict() for p in planned]
+        content: dict[str, Any] = {"stages": entries}
         if costs:
             content |= {"gpu": costs.gpu.name, "assumed": costs.assumed}
-            for entry in content["stages"]:
+            for entry in entries:
                 entry["estimate"] = costs.of(entry["name"])
         console.emit_json(content)
     else:

@@ -141,7 +141,7 @@ def _reach(reach: dict) -> Any:
 
 
 def _with(value: float | None, ends: list | None, sign: str) -> str:
-    if value is None:
+    if value is None or ends is None:
         return "not measured"
     return f"{value:{sign}.2f} [{ends[0]:{sign}.2f}, {ends[1]:{sign}.2f}]"
 

@@ -115,6 +115,7 @@ def diagnose_stages(
         raise UsageError("one recipe or run directory, or a student and a teacher", hint)
     if targets:
         recipe, stages, run = diagnosed_recipe.from_recipe(targets[0], stage, overrides)
+        entries = {}
     else:
         if stage or not (student and teachers):
             wrong = "--stage is of a recipe" if stage else "--student and --teacher are both needed"

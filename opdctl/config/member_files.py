@@ -36,8 +36,11 @@ CONTRACTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "verifiers": (("problems", "needs_answer", "score"), ()),
     "environments": (("alphabet", "refusal", "reply"), ("open", "close")),
     "teachers": (("keeps", "provides", "score"), ()),
-    "signals": (("needs", "credit"), ("coef",)),
-    "objectives": (("needs", "rows", "loss"), ("coef", "normalise", "weights")),
+    "signals": (("needs", "credit"), ("coef", "reward", "policy")),
+    "objectives": (
+        ("needs", "rows", "loss"),
+        ("coef", "normalise", "weights", "k", "rank", "layers", "clip_low", "clip_high"),
+    ),
     "weights": (("needs", "mask|factor|gate"), ()),
     "claims": (("statement", "source", "reported", "threshold", "conditions"), ()),
 }

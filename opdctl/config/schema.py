@@ -287,6 +287,11 @@ def to_dict(config: Any) -> Any:
     return config
 
 
+def has_key(config: Any, name: str) -> bool:
+    """Return True where a Config has a key of that name."""
+    return any(f.name == name for f in dataclasses.fields(config))
+
+
 def with_role(config: Any, role: str) -> Any:
     """The keys of one role, as plain mappings; nested Configs are searched whatever theirs."""
     if isinstance(config, dict):
@@ -309,7 +314,7 @@ def role_of(config: Any, dotted: str) -> str:
         if isinstance(config, dict):
             config = config.get(part)
             continue
-        if not dataclasses.is_dataclass(config) or not hasattr(config, part):
+        if not dataclasses.is_dataclass(config) or not has_key(config, part):
             break
         role = type(config).__dataclass_fields__[part].metadata.get("role", "semantic")
         if role != "semantic":
@@ -330,10 +335,11 @@ def references(config: Any, path: str = "") -> list[tuple[str, str]]:
         for k, v in config.items():
             pairs += references(v, f"{path}.{k}" if path else str(k))
     elif dataclasses.is_dataclass(config):
-        if getattr(config, "coef", 1.0) == 0:
+        values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        if values.get("coef", 1.0) == 0:
             return []  # turned off: it reads nothing
         for f in dataclasses.fields(config):
-            value = getattr(config, f.name)
+            value = values[f.name]
             where = f"{path}.{f.name}" if path else f.name
             if f.metadata.get("ref") and isinstance(value, str):
                 pairs.append((where, value))

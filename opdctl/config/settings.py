@@ -5,14 +5,17 @@ Each stage kind's own Config stands in ``stages/``; each member's in its family.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, TypeVar
 
 from opdctl.config.schema import REQUIRED, key
 
 # AdamW moves a weight by about lr; bfloat16 keeps 8 bits of it. Measured, 50 steps on weights of
 # std .02: at 1e-6 2 % of them moved at all, at 1e-5 15 %, at 1e-4 88 %, in float32 every one.
 ROUNDED_AWAY = 1e-5
+T = TypeVar("T")
 WATCHDOGS = ("non_finite", "empty", "kl", "length", "entropy", "reward", "mismatch")
 
 
@@ -66,15 +69,41 @@ class Sampling:
     max_tokens: int = key(32, "longest turn of a response, in tokens", least=1, most=2**24)
 
 
+NO_MEMBERS: Mapping[str, Any] = MappingProxyType({})
+
+
+def no_keys(kind: type[T]) -> T | None:
+    """Return None, typed as keys of that kind that a stage may lack."""
+    return None
+
+
+@dataclass(kw_only=True)
+class SourceConfig:
+    """The values that are read of a source without a key of that name; it adds no keys."""
+
+    domains = NO_MEMBERS
+    model = ""
+    experts = NO_MEMBERS
+    sampling = no_keys(Sampling)
+
+
+@dataclass(kw_only=True)
+class ControllerConfig:
+    """The values that are read of a controller without a key of that name; it adds no keys."""
+
+    most = 0  # tokens of the longest turn that it may allow
+    candidates = 0  # weights that it scores beside those of a step
+
+
 def longest_turn(config: Any) -> int:
     """The most tokens that a turn of a stage may ever have, where a controller moves the limit."""
-    moved = [c.most for c in getattr(config, "controllers", {}).values() if hasattr(c, "most")]
+    moved = [controller.most for controller in config.controllers.values()]
     return max(config.sampling.max_tokens, *moved, 0)
 
 
 @dataclass(kw_only=True)
-class PromptLength:
-    """The keys for prompts that are too long."""
+class PromptKeys:
+    """The keys of the prompts of any stage."""
 
     max_tokens: int = key(
         0, "longest prompt, in tokens as the student reads it; 0 is any", least=0, neutral=True
@@ -82,13 +111,13 @@ class PromptLength:
     too_long: Literal["error", "drop"] = key(
         "error", "error: the stage is refused; drop: they are left out and counted", neutral=True
     )
+    domains: dict[str, float] = key({}, "domain: share of each step; empty is all, equally")
 
 
 @dataclass(kw_only=True)
-class Prompts(PromptLength):
+class Prompts(PromptKeys):
     """The prompts of a step. Their order is a pure function of seed, epoch and position."""
 
-    domains: dict[str, float] = key({}, "domain: share of each step; empty is all, equally")
     per_step: int = key(32, "prompts a step", least=1)
     samples: int = key(1, "responses per prompt (the group, G)", least=1)
     pool: int = key(
@@ -125,7 +154,7 @@ class Teacher:
         return f"{self.at}#{name}" if self.at and name else self.at or self.model
 
 
-def routes(domains: dict[str, float], teachers: dict[str, Teacher]) -> dict[str, list[str]]:
+def routes(domains: Mapping[str, float], teachers: Mapping[str, Teacher]) -> dict[str, list[str]]:
     """Return the names of the teachers that serve each domain.
 
     A teacher serves what ``serves`` says; without it the domain of its name; and the only one, if
@@ -144,9 +173,12 @@ def routes(domains: dict[str, float], teachers: dict[str, Teacher]) -> dict[str,
 
 @dataclass(kw_only=True)
 class SignalConfig:
-    """Keys of every signal."""
+    """Keys of every signal, and what is read of one that lacks a key others have."""
 
     coef: float = key(1.0, "factor of this signal in the advantage; 0 turns it off")
+
+    reward = ""  # who rewards the rollouts that it reads, if it reads a reward
+    policy = ""  # the policy that it reads, if it reads one
 
 
 # What the k most probable ids of a side ask of a teacher. Its log-probs at the student's ids come
@@ -161,7 +193,7 @@ ON_TOP = {
 
 @dataclass(kw_only=True)
 class ObjectiveConfig:
-    """Keys of every objective."""
+    """Keys of every objective, and what is read of one that lacks a key others have."""
 
     coef: float = key(1.0, "factor of this objective in the loss; 0 turns it off", least=0.0)
     normalise: Literal["seq_mean", "token_mean", "domain_mean"] = key(
@@ -170,6 +202,12 @@ class ObjectiveConfig:
         "weigh as its share of the responses",
     )
     weights: dict = key({}, "per-token factors", family="weights")
+
+    k = 0  # ids of a list that it asks a teacher for
+    rank = 0  # numbers that the states of both sides are mapped to
+    layers = ""
+    clip_low = 0.0
+    clip_high = 0.0
 
 
 @dataclass(kw_only=True)
@@ -182,11 +220,38 @@ class WatchdogConfig:
     )
 
 
+NO_TEACHERS: Mapping[str, Teacher] = MappingProxyType({})
+
+
 @dataclass(kw_only=True)
 class StageConfig:
-    """Keys of every stage."""
+    """Keys of every stage, and what is read of a kind that lacks a key others have.
+
+    What has no annotation below is no key: it is the neutral value that a stage without the key of
+    that name has, so that nobody asks a stage whether it has one.
+    """
 
     kind: str = key(REQUIRED, "the stage's kind; `opdctl ls stages` lists them")
+
+    student = ""
+    lora = Lora()
+    reference = ""
+    template = ""
+    prompts = no_keys(PromptKeys)
+    sampling = no_keys(Sampling)
+    optim = no_keys(Optim)
+    seed_group = ""
+    steps = 0
+    batches = 0
+    epochs = 1
+    minibatches = 1
+    loss_temperature = 0.0
+    pooled = False
+    sources = NO_MEMBERS
+    controllers = NO_MEMBERS
+    signals = NO_MEMBERS
+    objectives = NO_MEMBERS
+    teachers = NO_TEACHERS
 
 
 @dataclass(kw_only=True)

@@ -10,10 +10,11 @@ stages.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from opdctl.config import references
+from opdctl.config.settings import Prompts
 from opdctl.estimate.gpus import Gpu
 from opdctl.estimate.memory import BYTES, SHARE, Estimate, engine_bytes, estimate, student_bytes
 from opdctl.estimate.rollout import (
@@ -27,7 +28,13 @@ from opdctl.estimate.rollout import (
     decode_seconds,
     served_seconds,
 )
-from opdctl.estimate.shape import HeldModel, adapter_parameters, held_model, pretrain_shape
+from opdctl.estimate.shape import (
+    HeldModel,
+    adapter_parameters,
+    held_model,
+    pretrain_shape,
+    with_adapter,
+)
 from opdctl.estimate.work import DEMONSTRATION, Work, behind_server, stage_work
 from opdctl.types import FORWARD, TRAIN
 
@@ -108,15 +115,15 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
     away = list(dict.fromkeys(filter(behind_server, texts)))
     named = [t for t in texts if t not in away and references.parse(t).form != "unknown"]
     held = {text: held_model(recipe, text, stage) for text in named}  # the verifier is no model
-    if missing := [s.place for s in held.values() if s.base is None]:
+    bases = {text: s.base for text, s in held.items() if s.base is not None}
+    if missing := [s.place for text, s in held.items() if text not in bases]:
         return f"no size of {missing[0]}; shapes: {{{missing[0]}: {{parameters: N, layers: N}}}}"
-    shapes = {text: s.whole for text, s in held.items()}
-    start, lora = getattr(config, "student", ""), getattr(config, "lora", None)
-    alone = bool(lora and lora.rank)  # an adapter is trained and nothing else
-    merged = config.kind == "merge" or (lora is not None and not alone)
-    rank = lora.rank if alone else 0
+    shapes = {text: with_adapter(base, held[text].adapter) for text, base in bases.items()}
+    start, rank = config.student, config.lora.rank
+    alone = bool(rank)  # an adapter is trained and nothing else
+    merged = config.kind != "evaluate" and not alone  # an evaluation takes an adapter as it is
     adapter = 0.0 if merged or not start else adapter_parameters(held[start], rank)
-    student = replace(held[start], adapter=adapter).whole if start else pretrain_shape(config.model)
+    student = with_adapter(bases[start], adapter) if start else pretrain_shape(config.model)
     work = stage_work(config, recipe.domains(stage), student, shapes)
     wave, longest = _wave(work, runtime.rollout_batch)
     apart, share = runtime.engine == "vllm_server", engine_bytes(runtime, gpu.memory)
@@ -127,13 +134,13 @@ def cost(recipe: Any, stage: str, gpu: Gpu) -> Cost | str:
         student_bytes(
             student.parameters - adapter,
             runtime.dtype,
-            masters=hasattr(config, "optim") and runtime.masters_of(config.optim.lr),
+            masters=config.optim is not None and runtime.masters_of(config.optim.lr),
             adapter=adapter if alone or adapter else None,
         ),
         _frozen_bytes(frozen, BYTES[runtime.dtype]),
         dtype=runtime.dtype,
         learns=learns,
-        steps=hasattr(config, "optim"),
+        steps=config.optim is not None,
         resident=1 if config.kind == "merge" else runtime.resident_teachers,
         chunk_mib=runtime.chunk_mib,
         cached=max((s.model.cached for s in work.samples), default=0),
@@ -203,7 +210,7 @@ def update_flops(each: float, adapter: float | None) -> float:
 
 def _frozen_bytes(frozen: list[HeldModel], each: int) -> list[float]:
     """Return the bytes of each frozen base together with its adapters, which are in float32."""
-    held = {s.place: each * s.base.parameters for s in frozen}
+    held = {s.place: each * s.base.parameters for s in frozen if s.base is not None}
     for (place, _), adapter in {(s.place, s.name): 4 * s.adapter for s in frozen}.items():
         held[place] += adapter
     return list(held.values())
@@ -215,12 +222,12 @@ def _largest_pass(config: Any) -> int:
     They are all those of an optimizer step, if alike in length: ``models/packing.micro_batches``
     closes no group of them.
     """
-    prompts = getattr(config, "prompts", None)
-    whole = prompts.per_step * getattr(prompts, "samples", 1) if hasattr(prompts, "per_step") else 0
-    return math.ceil(whole / getattr(config, "minibatches", 1))
+    prompts = config.prompts
+    whole = prompts.per_step * prompts.samples if isinstance(prompts, Prompts) else 0
+    return math.ceil(whole / config.minibatches)
 
 
-def _wave(work: Work, most: int) -> tuple[int, int]:
+def _wave(work: Work, most: int) -> tuple[float, int]:
     """Return the number of responses at once, and the tokens of the longest."""
     batch = max((min(s.batch, most) for s in work.samples), default=0)
     return batch, max((s.longest for s in work.samples), default=0)

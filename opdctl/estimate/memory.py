@@ -27,7 +27,7 @@ class Estimate:
     moments: int
     teachers: int
     chunk: int
-    cache: int
+    cache: float
     activations: int = 0
 
     @property
@@ -36,7 +36,7 @@ class Estimate:
         return self.parameters + self.gradients + self.moments + self.teachers
 
     @property
-    def peak(self) -> int:
+    def peak(self) -> float:
         """The bytes of sampling or of an update, the larger."""
         held = self.parameters + self.moments + self.teachers
         return held + max(self.cache, self.gradients + self.chunk + self.activations)
@@ -87,7 +87,7 @@ def estimate(
     chunk_mib: int = 0,
     device: str = "cuda",
     cached: int = 0,
-    sampled: int = 0,
+    sampled: float = 0,
     engine: float = 0,
     activated: int = 0,
     trained: int = 0,

@@ -21,6 +21,11 @@ LAUNCH = 5e-4  # seconds a layer and token: launching kernels one by one, whatev
 GRAPH = 1e-4  # vllm's, which captures them in a graph
 
 
+def mean_length(longest: int) -> float:
+    """Return the tokens that a response of at most ``longest`` is assumed to have."""
+    return max(1.0, LENGTH * longest)
+
+
 @dataclass
 class Responses:
     """The responses that one model of a stage writes: ``rounds`` times ``batch`` of them.
@@ -31,16 +36,16 @@ class Responses:
 
     model: Shape
     rounds: int
-    batch: int
+    batch: float
     longest: int
 
     @property
     def mean(self) -> float:
         """The tokens of a response, as assumed."""
-        return max(1.0, LENGTH * self.longest)
+        return mean_length(self.longest)
 
     @property
-    def responses(self) -> int:
+    def responses(self) -> float:
         return self.rounds * self.batch
 
 

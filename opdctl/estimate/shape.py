@@ -41,10 +41,13 @@ class HeldModel:
     @property
     def whole(self) -> Shape | None:
         """The size of both together: a token goes through all of the adapter."""
-        if self.base is None:
-            return None
-        active = self.base.active and self.base.active + self.adapter
-        return replace(self.base, parameters=self.base.parameters + self.adapter, active=active)
+        return None if self.base is None else with_adapter(self.base, self.adapter)
+
+
+def with_adapter(base: Shape, adapter: float) -> Shape:
+    """Return the size of a model and an adapter of so many parameters together."""
+    active = base.active and base.active + adapter
+    return replace(base, parameters=base.parameters + adapter, active=active)
 
 
 def shape_of(recipe: Any, reference: str, stage: str = "") -> Shape | None:
@@ -63,10 +66,10 @@ def held_model(recipe: Any, reference: str, stage: str = "") -> HeldModel:
         return held_model(recipe, recipe.stages[stage].student)
     if ref.form == "stage":
         config = recipe.stages[ref.name]
-        if not hasattr(config, "student"):
+        if not config.student:
             return HeldModel(reference, pretrain_shape(config.model))
-        start, lora = held_model(recipe, config.student), getattr(config, "lora", None)
-        if lora and lora.rank and lora.output == "adapter":
+        start, lora = held_model(recipe, config.student), config.lora
+        if lora.rank and lora.output == "adapter":
             return replace(start, adapter=adapter_parameters(start, lora.rank), name=reference)
         return HeldModel(reference, start.base)
     listed = {references.parse(name).name: shape for name, shape in recipe.shapes.items()}

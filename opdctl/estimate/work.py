@@ -12,7 +12,7 @@ from typing import Any
 from opdctl.config import references
 from opdctl.config.settings import longest_turn
 from opdctl.config.shapes import Shape
-from opdctl.estimate.rollout import PROMPT, Responses
+from opdctl.estimate.rollout import PROMPT, Responses, mean_length
 
 DEMONSTRATION = 512  # tokens of an answer that the data gives
 
@@ -34,7 +34,9 @@ class Work:
     longest: int = DEMONSTRATION
 
 
-def stage_work(config: Any, domains: dict[str, float], student: Shape, shapes: dict) -> Work:
+def stage_work(
+    config: Any, domains: dict[str, float], student: Shape, shapes: dict[str, Shape]
+) -> Work:
     """Estimate the work of a stage from its keys.
 
     Args:
@@ -60,15 +62,15 @@ def stage_work(config: Any, domains: dict[str, float], student: Shape, shapes: d
     if kind == "orm":
         return Work(samples, trained=tokens, longest=longest_turn(config))
     scored = _scored(config, domains, tokens, shapes)
-    passes = getattr(config, "epochs", 1)
-    if passes * getattr(config, "minibatches", 1) > 1:
+    passes = config.epochs
+    if passes * config.minibatches > 1:
         scored.append((student, tokens))  # the log-probs before the first update
     if kind == "gradients":
         passes = sum(o.coef > 0 for o in config.objectives.values())
     scoring = [  # of the weights at steps 2^n and of each candidate, where all are tried
         Responses(student, rounds.bit_length() * (c.candidates + 1), c.size, longest_turn(config))
-        for c in getattr(config, "controllers", {}).values()
-        if hasattr(c, "candidates")
+        for c in config.controllers.values()
+        if c.candidates
     ]
     return Work([*samples, *scoring], scored, tokens * passes, longest_turn(config))
 
@@ -82,7 +84,7 @@ def _on_policy(
     config, domains, rounds: int, batch: int, student: Shape, shapes: dict
 ) -> tuple[list[Responses], float]:
     """Return the responses of an on-policy stage by model, and their tokens with the prompts'."""
-    longest, sources = longest_turn(config), getattr(config, "sources", {})
+    longest, sources = longest_turn(config), config.sources
     whole = Responses(student, rounds, batch, longest)
     if "teacher_mixed" in sources:  # both models read every token
         read = _by_teacher(config, domains, batch, shapes)
@@ -129,21 +131,21 @@ def _imitation(config, domains, rounds: int, batch: int, shapes: dict) -> Work:
     work = Work(trained=shown * (PROMPT + DEMONSTRATION))
     for expert, share in shares.items():
         work.longest = longest = teacher.sampling.max_tokens
-        sampled = Responses(shapes.get(expert), rounds, max(1, round(batch * share)), longest)
-        work.trained += sampled.responses * (PROMPT + sampled.mean)
-        if not behind_server(expert):
-            work.samples.append(sampled)
+        each = max(1, round(batch * share))
+        work.trained += rounds * each * (PROMPT + mean_length(longest))
+        if expert in shapes:
+            work.samples.append(Responses(shapes[expert], rounds, each, longest))
     return work
 
 
 def _scored(config, domains, tokens: float, shapes: dict) -> list[tuple[Shape, float]]:
     """Return the scored tokens by model: a teacher scores its domains, a reference and a reward
     model everything."""
-    scored = _by_teacher(config, domains, tokens, shapes) if getattr(config, "teachers", {}) else []
-    if reference := getattr(config, "reference", None):
+    scored = _by_teacher(config, domains, tokens, shapes)
+    if reference := config.reference:
         scored.append((shapes[config.student if reference == "policy" else reference], tokens))
     for signal in config.signals.values():
-        reward = getattr(signal, "reward", "verifier")
-        if signal.coef and references.parse(reward).form in ("stage", "folder", "public"):
-            scored.append((shapes[reward], tokens))
+        loaded = references.parse(signal.reward).form in ("stage", "folder", "public")
+        if signal.coef and signal.reward and loaded:
+            scored.append((shapes[signal.reward], tokens))
     return scored

@@ -144,8 +144,7 @@ def read_measurements(run: RunDir) -> Measured:
         of_stage = compute_facts(record) | (read_json(folder / "facts.json") or {})
         result.facts |= {(name, k): v for k, v in of_stage.items()}
         result.rows[name] = read_rows(folder / "metrics.jsonl")
-        sampling = getattr(stage, "sampling", None)
-        if sampling is None or sampling.temperature != 1.0:
+        if stage.sampling is None or stage.sampling.temperature != 1.0:
             continue
         try:
             for row in read_json(folder / "results.json", list) or []:

@@ -32,6 +32,7 @@ class ScalarRows:
         self.leaves = [self.score_C]
 
     def gradient(self, grads: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        assert grads[0] is not None, "its one leaf is the score"
         return grads[0][:, None], None
 
 
@@ -71,6 +72,7 @@ class Chunk:
     @cached_property
     def inner_CLD(self) -> Tensor:
         """The states of the inner layers that are compared, a leaf."""
+        assert self._inner_CLD is not None, "an objective that compares layers says so by its needs"
         return self._inner_CLD.detach().clone().requires_grad_()
 
     def backward(
@@ -107,11 +109,12 @@ class _Chunked(torch.autograd.Function):
             buffer_CV = hidden_ND.new_empty(size, head.valid_V, dtype=head.logits_dtype)
         for start in range(0, len(hidden_ND), size):
             part = slice(start, min(start + size, len(hidden_ND)))
-            inner = (None, None) if inner_NLD is None else (inner_NLD[part], grad_NLD[part])
-            chunk = Chunk(hidden_ND[part], head, rows_of, buffer_CV, inner[0])
+            inner_CLD = None if inner_NLD is None else inner_NLD[part]
+            chunk = Chunk(hidden_ND[part], head, rows_of, buffer_CV, inner_CLD)
             with torch.enable_grad():
                 loss = loss_of(chunk, part).sum()
-            chunk.backward(loss, grad_ND[part], grad, inner[1])
+            inner_out_CLD = None if grad_NLD is None else grad_NLD[part]
+            chunk.backward(loss, grad_ND[part], grad, inner_out_CLD)
             total += loss.detach()
         ctx.save_for_backward(grad_ND, grad_NLD)
         ctx.head = [grad.weight_VD, grad.bias_V][: len(parameters)]
@@ -119,7 +122,8 @@ class _Chunked(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx, *grad_outputs):
+        (upstream,) = grad_outputs
         if ctx.head is None:
             raise RuntimeError("the gradient of a chunked loss can be taken once")
         grads = ctx.saved_tensors  # of the hidden rows, and of the inner ones if there are any

@@ -6,7 +6,9 @@ as in kernels/reference.py, and its gradient p (r - K), which it writes in the t
 read; a jsd needs a third sweep. The per-token factor of the gradient, known only later, scales
 rows of the products instead: no further sweep. ``_affine`` writes a p (plus the former) over the
 logits, which with k added entries is the gradient of any function of log-probs at k ids; it is
-rounded to the operands' type after they are added. fp32 logits only. The
+rounded to the operands' type after they are added. fp32 logits only. An id
+without mass has a logit of -inf, which is read as -1e30 where a row is summed and as a log-prob of
+-1e4 where it is compared: no 0 x infinity, see kernels/reference.py. The
 same source runs on a CPU under TRITON_INTERPRET=1, which is how it is tested without a GPU.
 """
 
@@ -16,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from opdctl.kernels.reference import endpoint
 from opdctl.kernels.topk import log_outside, share_outside
@@ -25,9 +28,11 @@ BLOCK = 4096  # elements of a row read at once: 32 KiB of two rows in registers
 
 @triton.jit
 def _kl_term(a, b, r):
-    """Return a r - a + b for r = log a - log b, as a series near r = 0: never negative."""
+    """Return a r - a + b for r = log a - log b, as a series near r = 0: never negative; infinite
+    where b alone has no mass."""
     series = a * r * r * (0.5 + r * (-1 / 6 + r * (1 / 24 - r / 120)))
-    return tl.where(tl.abs(r) < 0.125, series, a * (r - 1) + b)
+    far = tl.where((r > 5e3) & (a > 0), float("inf"), a * (r - 1) + b)  # b is 0, and a is not
+    return tl.where(tl.abs(r) < 0.125, series, far)
 
 
 @triton.jit
@@ -52,6 +57,12 @@ def _grow(m, n, h, z, valid):
 
 
 @triton.jit
+def _plus(total, x):
+    """Return a running sum with the sum of a block added."""
+    return total + tl.sum(x, 0)
+
+
+@triton.jit
 def _normalise(z_ptr, lse_ptr, entropy_ptr, stride, V, BLOCK: tl.constexpr):
     """Return the log-normaliser and the entropy of a row."""
     row = tl.program_id(0).to(tl.int64)
@@ -59,9 +70,18 @@ def _normalise(z_ptr, lse_ptr, entropy_ptr, stride, V, BLOCK: tl.constexpr):
     for start in range(0, V, BLOCK):
         at = start + tl.arange(0, BLOCK)
         z = tl.load(z_ptr + row * stride + at, mask=at < V, other=0.0)
+        z = tl.maximum(z, -1e30)
         m, n, h, _, _ = _grow(m, n, h, z, at < V)
     tl.store(lse_ptr + row, m + tl.log(n))
     tl.store(entropy_ptr + row, tl.log(n) - h / n)
+
+
+@triton.jit
+def _logprobs(s_ptr, t_ptr, at, mask, lse_s, lse_t):
+    """Return a block of both sides' log-probs, none below -1e4."""
+    s = tl.load(s_ptr + at, mask=mask, other=0.0) - lse_s
+    t = tl.load(t_ptr + at, mask=mask, other=0.0) - lse_t
+    return tl.maximum(s, -1e4), tl.maximum(t, -1e4)
 
 
 @triton.jit
@@ -84,12 +104,13 @@ def _compare(
         at = start + tl.arange(0, BLOCK)
         s = tl.load(s_ptr + row * stride + at, mask=at < V, other=0.0)
         t = tl.load(t_ptr + row * stride + at, mask=at < V, other=0.0)
+        s, t = tl.maximum(s, -1e30), tl.maximum(t, -1e30)
         old_ms, old_mt, old_ns = ms, mt, ns
         ms, ns, hs, e, scale = _grow(ms, ns, hs, s, at < V)
         mt, nt, ht, _, _ = _grow(mt, nt, ht, t, at < V)
         # sum of e^(s - ms) ((s - ms) - (t - mt)): its shifts follow both maxima
         cross = scale * (cross + ((old_ms - ms) - (old_mt - mt)) * old_ns)
-        cross += tl.sum(tl.where(at < V, e * ((s - ms) - (t - mt)), 0.0), 0)
+        cross = _plus(cross, tl.where(at < V, e * ((s - ms) - (t - mt)), 0.0))
     lse_s, lse_t = ms + tl.log(ns), mt + tl.log(nt)
     mean = cross / ns - tl.log(ns) + tl.log(nt)  # sum of p r
     value = 0.0
@@ -97,25 +118,23 @@ def _compare(
         mean = 0.0
         for start in range(0, V, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            s = tl.load(s_ptr + row * stride + at, mask=at < V, other=0.0) - lse_s
-            t = tl.load(t_ptr + row * stride + at, mask=at < V, other=0.0) - lse_t
+            s, t = _logprobs(s_ptr, t_ptr, row * stride + at, at < V, lse_s, lse_t)
             p, q = tl.where(at < V, tl.exp(s), 0.0), tl.where(at < V, tl.exp(t), 0.0)
             r = tl.maximum(s - t, -80.0)
             a = _log_mix(r, beta)
             m = p + beta * (q - p)
-            mean += tl.sum(p * a, 0)
+            mean = _plus(mean, p * a)
             term = beta * _kl_term(q, m, a - r) + (1 - beta) * _kl_term(p, m, a)
-            value += tl.sum(tl.where(at < V, term, 0.0), 0)
+            value = _plus(value, tl.where(at < V, term, 0.0))
     for start in range(0, V, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        s = tl.load(s_ptr + row * stride + at, mask=at < V, other=0.0) - lse_s
-        t = tl.load(t_ptr + row * stride + at, mask=at < V, other=0.0) - lse_t
+        s, t = _logprobs(s_ptr, t_ptr, row * stride + at, at < V, lse_s, lse_t)
         p, q, r = tl.exp(s), tl.exp(t), s - t
         if DIRECTION == "reverse":
-            value += tl.sum(tl.where(at < V, _kl_term(p, q, r), 0.0), 0)
+            value = _plus(value, tl.where(at < V, _kl_term(p, q, r), 0.0))
             out = p * (r - mean)
         elif DIRECTION == "forward":
-            value += tl.sum(tl.where(at < V, _kl_term(q, p, -r), 0.0), 0)
+            value = _plus(value, tl.where(at < V, _kl_term(q, p, -r), 0.0))
             out = p - q
         else:
             out = (1 - beta) * p * (_log_mix(tl.maximum(r, -80.0), beta) - mean)
@@ -162,42 +181,42 @@ class Rows:
         self.leaves: list[Tensor] = []
         self._ids: list[Tensor | int | None] = []
         self._tails: list[tuple[Tensor, Tensor]] = []
-        self._lse_C: Tensor | None = None
+        self._normalised: tuple[Tensor, Tensor] | None = None
         self._unit_CV: Tensor | None = None
 
-    def _normalised(self) -> None:
-        if self._lse_C is None:
+    def _lse_and_entropy(self) -> tuple[Tensor, Tensor]:
+        if self._normalised is None:
             z_CV = self.logits_CV
-            self._lse_C, self._entropy_C = z_CV.new_empty(2, len(z_CV))
-            options = {"BLOCK": _block(z_CV.shape[1])}
-            _normalise[(len(z_CV),)](
-                z_CV, self._lse_C, self._entropy_C, z_CV.stride(0), z_CV.shape[1], **options
-            )
+            lse_C, entropy_C = z_CV.new_empty(2, len(z_CV))
+            V = z_CV.shape[1]
+            _launch(_normalise, z_CV, lse_C, entropy_C, z_CV.stride(0), V, BLOCK=_block(V))
+            self._normalised = lse_C, entropy_C
+        return self._normalised
 
     def at(self, ids_CK: Tensor, leaf: bool = True) -> Tensor:
-        self._normalised()
-        logp_CK = self.logits_CV.gather(-1, ids_CK) - self._lse_C[:, None]
+        lse_C, _ = self._lse_and_entropy()
+        logp_CK = self.logits_CV.gather(-1, ids_CK) - lse_C[:, None]
         return self._leaf(logp_CK, ids_CK) if leaf else logp_CK
 
     def outside(self, ids_CK: Tensor) -> Tensor:
-        self._normalised()
+        lse_C, _ = self._lse_and_entropy()
         raw_C = log_outside(self.logits_CV, ids_CK)
         self._tails.append((ids_CK, raw_C))
-        return self._leaf(raw_C - self._lse_C, len(self._tails) - 1)
+        return self._leaf(raw_C - lse_C, len(self._tails) - 1)
 
     def top(self, k: int) -> Tensor:
         return self.logits_CV.topk(k, dim=-1).indices
 
     def entropy(self) -> Tensor:
-        self._normalised()
-        return self._entropy_C
+        return self._lse_and_entropy()[1]
 
     def divergence(self, teacher_CV: Tensor, direction: str, beta: float, ids_CK: Tensor):
         z_CV = self.logits_CV
         C, V = z_CV.shape
         table_5C = z_CV.new_empty(5, C)
         self._unit_CV = torch.empty(C, V, dtype=self.operand, device=z_CV.device)
-        _compare[(C,)](
+        _launch(
+            _compare,
             z_CV,
             teacher_CV,
             self._unit_CV,
@@ -209,7 +228,8 @@ class Rows:
             DIRECTION=endpoint(direction, beta),
             BLOCK=_block(V),
         )
-        value_C, self._lse_C, lse_C, self._entropy_C, entropy_C = table_5C
+        value_C, our_lse_C, lse_C, our_entropy_C, entropy_C = table_5C
+        self._normalised = our_lse_C, our_entropy_C
         logq_CK = teacher_CV.gather(-1, ids_CK) - lse_C[:, None]
         return self._leaf(value_C, None), entropy_C, logq_CK
 
@@ -219,16 +239,18 @@ class Rows:
         picked = [(ids, g) for ids, g in leaf_grads if isinstance(ids, Tensor)]
         tails = [(self._tails[i], g) for i, g in leaf_grads if isinstance(i, int)]
         if not picked and not tails:
+            assert self._unit_CV is not None, "the one leaf left is a divergence"
             return self._unit_CV, weight_C
         shares = [share_outside(self.logits_CV, *t).mul_(g[:, None]) for t, g in tails]
         picked_C = -sum([g.sum(-1) for _, g in picked] + [g for _, g in tails])
         z_CV = self.logits_CV
-        _affine[(len(z_CV),)](
+        _launch(
+            _affine,
             z_CV,
-            self._lse_C,
+            self._lse_and_entropy()[0],
             picked_C,
             picked_C if weight_C is None else weight_C.contiguous(),
-            z_CV if weight_C is None else self._unit_CV,
+            z_CV if weight_C is None or self._unit_CV is None else self._unit_CV,
             z_CV.stride(0),
             z_CV.shape[1],
             ADD=weight_C is not None,
@@ -244,6 +266,20 @@ class Rows:
         self.leaves.append(value.requires_grad_())
         self._ids.append(ids_CK)
         return value
+
+
+def _launch(
+    kernel: JITFunction,
+    z_CV: Tensor,
+    *arguments: Tensor | float,
+    **fixed: int | str | bool,
+) -> None:
+    """Run a kernel, one program a row of logits.
+
+    Args:
+        fixed: what it is compiled for.
+    """
+    kernel[(len(z_CV),)](z_CV, *arguments, **fixed)
 
 
 def _block(V: int) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -82,7 +82,13 @@ def depth_of(model: Any) -> int:
     return model.net.config.get_text_config().num_hidden_layers
 
 
-def forward_kwargs(layers: tuple[int, ...], model: Any) -> dict[str, bool]:
+class Returned(TypedDict, total=False):
+    """The keyword arguments of a backbone that say what it returns."""
+
+    output_hidden_states: bool
+
+
+def forward_kwargs(layers: tuple[int, ...], model: Any) -> Returned:
     """Return the keyword arguments that make the backbone return the states of these layers."""
     depth = depth_of(model)
     return {"output_hidden_states": True} if any(n < depth for n in layers) else {}

@@ -11,11 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 
 from opdctl.types import ScoreRequest
+
+
+class Inputs(TypedDict):
+    """The keyword arguments of a backbone over packed sequences."""
+
+    input_ids: Tensor
+    use_cache: bool
+    position_ids: NotRequired[Tensor]
 
 
 @dataclass
@@ -46,15 +55,20 @@ class Packed:
     position_BT: Tensor | None = None
 
     @property
-    def inputs(self) -> dict:
+    def inputs(self) -> Inputs:
         """The keyword arguments of the backbone; without a cache, as nothing is generated."""
-        arguments = {"input_ids": self.ids_BT, "use_cache": False}
-        if self.position_BT is None:
-            return arguments
-        return arguments | {"position_ids": self.position_BT}
+        arguments: Inputs = {"input_ids": self.ids_BT, "use_cache": False}
+        if self.position_BT is not None:
+            arguments["position_ids"] = self.position_BT
+        return arguments
 
 
-def pack(spans: Sequence[ScoreRequest], pad: int, device="cpu", one_row: bool = False) -> Packed:
+def pack(
+    spans: Sequence[ScoreRequest],
+    pad: int,
+    device: torch.device | str = "cpu",
+    one_row: bool = False,
+) -> Packed:
     """Pack spans; their targets are supervised. A span without a target is allowed."""
     length = [len(span.ids) for span in spans]
     B, T = len(spans), max(length, default=1)
@@ -157,7 +171,7 @@ def minibatch_slices(lengths: Sequence[int], count: int) -> list[tuple[slice, sl
 def micro_batches(
     spans: Sequence[ScoreRequest],
     size: int,
-    device="cpu",
+    device: torch.device | str = "cpu",
     first: Sequence[int] | None = None,
 ) -> list[tuple[list[int], Tensor]]:
     """Group sequences of similar length, so that little of a rectangle is padding.

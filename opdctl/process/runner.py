@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from opdctl.errors import EXIT_INTERRUPTED, EXIT_USAGE, StageFailed, UsageError
 from opdctl.recipe.recipe import Recipe
@@ -26,6 +27,8 @@ from opdctl.run.launch import new_run
 from opdctl.run.plan import Planned, plan
 from opdctl.run.rundir import RunDir, read_json
 from opdctl.types import Finding
+
+Content = TypeVar("Content", list, dict)
 
 
 @dataclass
@@ -169,8 +172,8 @@ def diagnose(
 
 
 def _ask_worker(
-    recipe: Recipe, run: RunDir | None, arguments: list[str], file: str, kind: type
-) -> list | dict:
+    recipe: Recipe, run: RunDir | None, arguments: list[str], file: str, kind: type[Content]
+) -> Content:
     """Run a worker on a temporary run directory, and return the content of the file it writes.
 
     Args:
@@ -184,9 +187,10 @@ def _ask_worker(
     """
     with tempfile.TemporaryDirectory(prefix="opdctl-") as folder:
         copy = new_run(recipe, dump(recipe.to_dict()), Path(folder) / "run")
-        for name in recipe.stages if run else ():
-            if run.record(name).get("status") == "done" and run.output(name).is_dir():
-                copy.output(name).symlink_to(run.output(name), target_is_directory=True)
+        if run is not None:
+            for name in recipe.stages:
+                if run.record(name).get("status") == "done" and run.output(name).is_dir():
+                    copy.output(name).symlink_to(run.output(name), target_is_directory=True)
         worker = subprocess.Popen(
             [sys.executable, "-P", "-m", "opdctl.process.worker", str(copy.path), *arguments],
             stdin=subprocess.PIPE,  # it ends when this process does
@@ -196,7 +200,8 @@ def _ask_worker(
             code = worker.wait()
         finally:
             worker.kill()
-            worker.stdin.close()
+            if worker.stdin is not None:
+                worker.stdin.close()
         content = read_json(copy / file, kind)
         if code or content is None:
             raise StageFailed(

@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 import traceback
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from opdctl.checks.preflight._run_checks import check, finding_lines, raise_errors
@@ -38,7 +38,6 @@ from opdctl.run.fingerprint import fingerprints, is_stale, member_record, revisi
 from opdctl.run.launch import read_recipe
 from opdctl.run.rundir import RunDir, clear_stage, drop_checkpoints, last_step, lock, write_json
 from opdctl.train.context import Context
-from opdctl.train.wal import Wal
 from opdctl.types import Finding
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -223,13 +222,14 @@ def examine(folder: str, depth: str, *stages: str) -> int:
     for stage in stages:
         print(f"checking {stage}", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as aside:  # what it samples is no part of the run
-            ctx = Context(run, recipe, stage, wal=Wal(Path(aside)))
+            ctx = Context(run, recipe, stage, log_folder=Path(aside))
             try:
                 prepare(ctx)
                 findings += check(ctx, deep=depth == "deep")
             except UsageError as error:
-                more = {"why": "a stage cannot run where it cannot be checked", "check": "device"}
-                findings.append(Finding("error", error.message, error.hint, stage=stage, **more))
+                wrong = Finding("error", error.message, error.hint, stage=stage, check="device")
+                why = "a stage cannot run where it cannot be checked"
+                findings.append(replace(wrong, why=why))
     write_json(run / "preflight.json", [asdict(f) for f in findings])
     return 0
 
@@ -243,7 +243,7 @@ def diagnose(folder: str, effort: str, *stages: str) -> int:
     try:
         for stage in stages:
             with tempfile.TemporaryDirectory() as aside:
-                ctx = Context(run, recipe, stage, wal=Wal(Path(aside)))
+                ctx = Context(run, recipe, stage, log_folder=Path(aside))
                 prepare(ctx)
                 result["stages"].append(measure(ctx, Effort(**json.loads(effort))))
     except OpdctlError as error:

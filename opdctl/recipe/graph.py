@@ -45,7 +45,8 @@ def check(recipe: Any, folders: bool) -> list[Problem]:
             problems.append(replace(problem, path=f"stages.{stage}.{problem.path}"))
     for claim, roles in recipe.claims.items():
         problems += _claim(recipe, claim, roles)
-    problems += _adapters(recipe) + _engine(recipe) + _date(recipe.runtime.template_date)
+    problems += _adapters(recipe) + _merged_away(recipe) + _engine(recipe)
+    problems += _date(recipe.runtime.template_date)
     return problems + rounding(recipe, lost=True)
 
 
@@ -83,9 +84,9 @@ def rounding(recipe: Any, lost: bool) -> list[Problem]:
     rates = {
         stage: config.optim.lr
         for stage, config in recipe.stages.items()
-        if hasattr(config, "optim")
+        if config.optim is not None
         and not recipe.runtime.masters_of(config.optim.lr)
-        and not (getattr(config, "lora", Lora()).rank and config.kind != "orm")
+        and not (config.lora.rank and config.kind != "orm")
     }
     named = [f"{s} ({lr:g})" for s, lr in rates.items() if (lr <= ROUNDED_AWAY) == lost]
     if recipe.runtime.dtype != "bfloat16" or not named:
@@ -108,8 +109,30 @@ def _adapters(recipe: Any) -> list[Problem]:
             "lora.rank=16, or leave the others out",
         )
         for stage, config in recipe.stages.items()
-        if hasattr(config, "lora") and not config.lora.rank and config.lora != Lora()
+        if not config.lora.rank and config.lora != Lora()
     ]
+
+
+def _merged_away(recipe: Any) -> list[Problem]:
+    """Return the stages of a bfloat16 run that read a merged adapter, and would round it away."""
+    if recipe.runtime.dtype != "bfloat16":
+        return []
+    problems = []
+    for stage in recipe.stages:
+        for dotted, text in recipe.references(stage):
+            read = references.parse(text)
+            if read.form != "stage" or dotted.endswith(".reward"):  # that is read in float32
+                continue
+            config = recipe.stages[read.name]
+            lora = getattr(config, "lora", Lora())
+            if lora.rank and lora.output == "merged" and config.kind != "orm":
+                message = (
+                    f"its weights are float32, and stage {stage} reads them in bfloat16, which "
+                )
+                message += "rounds away what the adapter added"
+                hint = "lora.output=adapter, or runtime.dtype=float32"
+                problems.append(Problem(f"stages.{read.name}.lora.output", message, hint))
+    return list(dict.fromkeys(problems))
 
 
 def _aliases(recipe, folders: bool) -> list[Problem]:
@@ -142,7 +165,7 @@ def _references(recipe, stage: str, folders: bool) -> list[Problem]:
             wrong = _kind(recipe, reference, "classifier" if rewarding else "model", folders)
         if wrong:
             problems.append(Problem(f"stages.{stage}.{dotted}", *wrong))
-    for domain, share in getattr(getattr(config, "prompts", None), "domains", {}).items():
+    for domain, share in (config.prompts.domains if config.prompts else {}).items():
         path = f"stages.{stage}.prompts.domains.{domain}"
         if domain not in recipe.data:
             near = did_you_mean(domain, recipe.data, "data:")

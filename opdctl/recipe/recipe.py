@@ -67,16 +67,15 @@ class Recipe:
 
     def domains(self, stage: str) -> dict[str, float]:
         """Return ``{domain: share}`` of a stage; shares sum to 1."""
-        prompts = getattr(self.stages[stage], "prompts", None)
-        shares = dict(getattr(prompts, "domains", {})) or dict.fromkeys(self.data, 1.0)
+        prompts = self.stages[stage].prompts
+        shares = dict(prompts.domains if prompts else {}) or dict.fromkeys(self.data, 1.0)
         total = sum(shares.values())
         return {d: s / total for d, s in shares.items() if s > 0} if total else {}
 
     def total(self, stage: str) -> int:
         """Return a stage's steps, its batches, or its evaluated domains; 0 for a merge."""
         config = self.stages[stage]
-        evaluated = self.domains(stage) if hasattr(config, "prompts") else {}
-        return getattr(config, "steps", 0) or getattr(config, "batches", 0) or len(evaluated)
+        return config.steps or config.batches or len(self.domains(stage) if config.prompts else {})
 
     def notes(self) -> list[Problem]:
         """Return the settings that are allowed and have less effect than it seems, or none."""
@@ -91,7 +90,7 @@ class Recipe:
     def references(self, stage: str) -> list[tuple[str, str]]:
         """Return ``(key, model reference)`` of all models a stage reads, its judges included."""
         pairs = refs_of(self.stages[stage])
-        if hasattr(self.stages[stage], "prompts"):
+        if self.stages[stage].prompts:
             for domain in self.domains(stage):
                 verifier = self.data[domain].verifier
                 pairs += refs_of(verifier, f"data.{domain}.verifier")

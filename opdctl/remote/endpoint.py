@@ -11,7 +11,7 @@ from __future__ import annotations
 import http.client
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
@@ -62,7 +62,8 @@ class Endpoint:
         self, who: str, base: str, timeout: float, most: int = 1, elsewhere: str = "", key=None
     ) -> None:
         self.who, self.base, self.timeout, self.most = who, base.rstrip("/"), timeout, most
-        self.trouble, self.again, self.elsewhere = "", AGAIN, elsewhere
+        self.again: tuple[int, ...] = AGAIN
+        self.trouble, self.elsewhere = "", elsewhere
         self.key = key_of(self.base) if key is None else key
         remember(self.key)
 
@@ -105,8 +106,8 @@ class Endpoint:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def each(
-        self, path: str, bodies: list[dict | None], check: Callable[[], None], confirm=None
-    ) -> Iterator[tuple[int, dict]]:
+        self, path: str, bodies: Sequence[dict | None], check: Callable[[], None], confirm=None
+    ) -> Generator[tuple[int, dict], None, None]:
         """Send several requests at once, and yield (index, answer) as the answers come.
 
         Args:
@@ -155,7 +156,9 @@ class Endpoint:
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def all(self, path: str, bodies: list[dict | None], check: Callable[[], None]) -> list[dict]:
+    def all(
+        self, path: str, bodies: Sequence[dict | None], check: Callable[[], None]
+    ) -> list[dict]:
         """Send several requests at once, as ``each``, and return the answers in their order."""
         answers = dict(self.each(path, bodies, check))
         return [answers[i] for i in range(len(bodies))]

@@ -10,10 +10,11 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import ssl
 import time
 import urllib.error
 import urllib.request
-from functools import partial
+from typing import Any
 
 from opdctl.config.secrets import masked
 
@@ -133,17 +134,18 @@ class _Timed(io.RawIOBase):
         super().close()
 
 
-class _Response(http.client.HTTPResponse):
-    def __init__(self, sock, *args, end: float, **keys) -> None:
-        super().__init__(sock, *args, **keys)
-        self.fp.close()
-        self.fp = io.BufferedReader(_Timed(sock, end))
-
-
 class _Connection(http.client.HTTPConnection):
-    def __init__(self, *args, timeout: float, **keys) -> None:
-        super().__init__(*args, timeout=timeout, **keys)
-        self.response_class = partial(_Response, end=time.monotonic() + timeout)
+    def __init__(self, host: str, *, timeout: float = 0.0, **keys: Any) -> None:
+        super().__init__(host, timeout=timeout, **keys)
+        end = time.monotonic() + timeout
+
+        class Response(http.client.HTTPResponse):
+            def __init__(self, sock, *args: Any, **keys: Any) -> None:
+                super().__init__(sock, *args, **keys)
+                self.fp.close()
+                self.fp = io.BufferedReader(_Timed(sock, end))
+
+        self.response_class = Response
 
 
 class _Secure(_Connection, http.client.HTTPSConnection):
@@ -151,17 +153,22 @@ class _Secure(_Connection, http.client.HTTPSConnection):
 
 
 class _Plain(urllib.request.HTTPHandler):
-    def http_open(self, request):
-        return self.do_open(_Connection, request)
+    def http_open(self, req):
+        return self.do_open(_Connection, req)
 
 
 class _Tls(urllib.request.HTTPSHandler):
-    def https_open(self, request):
-        return self.do_open(_Secure, request, context=self._context)
+    def __init__(self) -> None:
+        self.context = ssl.create_default_context()
+        self.context.set_alpn_protocols(["http/1.1"])  # as http.client does by itself
+        super().__init__(context=self.context)
+
+    def https_open(self, req):
+        return self.do_open(_Secure, req, context=self.context)
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_):
+    def redirect_request(self, req, fp, code, msg, headers, newurl) -> None:
         """Return None: the redirect itself is the answer."""
 
 

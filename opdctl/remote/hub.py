@@ -25,8 +25,7 @@ TOKENIZER_FILES = (
 def commit_of(name: str) -> str:
     """Return the commit of ``org/name@revision`` from the hub, or without a network from its cache;
     empty where neither has it."""
-    from transformers.utils import cached_file
-    from transformers.utils.hub import extract_commit_hash
+    from transformers.utils.hub import cached_file, extract_commit_hash
 
     repository, _, revision = name.partition("@")
     quiet = ("gated_repo", "missing_entries", "connection_errors")
@@ -48,7 +47,7 @@ def adapter_of(name: str) -> str:
     Only files of an adapter and of a tokenizer are fetched.
     """
     from huggingface_hub import snapshot_download
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     repository, _, revision = name.partition("@")
     revision = revision or None

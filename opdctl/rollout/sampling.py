@@ -7,6 +7,7 @@ answer's tokens are context. A later turn continues the exact ids of the turns b
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from opdctl.types import Prompt, Rollout
 def sample_group(
     ctx,
     model,
-    prompts: list[Prompt],
+    prompts: Sequence[Prompt],
     step: int,
     source: str,
     *,
@@ -98,7 +99,13 @@ def _sample_turns(
 
 
 def empty_rollouts(
-    ctx, model, prompts: list[Prompt], step: int, source: str, samples: int = 0, purpose: str = ""
+    ctx,
+    model,
+    prompts: Sequence[Prompt],
+    step: int,
+    source: str,
+    samples: int = 0,
+    purpose: str = "",
 ) -> tuple[list[Rollout], list[int]]:
     """Return the rollouts of a step before anything is sampled, and the key of each one's draws."""
     samples = samples or ctx.config.prompts.samples

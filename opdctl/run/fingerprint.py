@@ -92,7 +92,7 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
                 inputs[dotted] = prints[ref.name]
             elif ref.form == "folder":
                 inputs[dotted] = (references.origin(ref.name) or {}).get("fingerprint", ref.name)
-        name = getattr(recipe.stages[stage], "seed_group", "") or stage
+        name = recipe.stages[stage].seed_group or stage
         content = [semantic(recipe, stage), revisions(recipe, stage), inputs, name]
         own = member_record(recipe, stage)
         content += [own] if own else []  # without any it is what it was before there were any

@@ -215,7 +215,7 @@ def ready(
     now, later = [], {}
     config: Any
     for stage, config in recipe.stages.items():
-        teachers = getattr(config, "teachers", {})
+        teachers = config.teachers
         missing = ""
         for text in (config.student, *(t.model for t in teachers.values())) if teachers else ():
             ref = references.parse(text)

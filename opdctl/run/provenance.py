@@ -127,7 +127,7 @@ def inputs(
     """
     local = local_inputs(run, recipe, stage)
     entries: dict[str, dict[str, str]] = {}
-    teachers = getattr(recipe.stages[stage], "teachers", {})
+    teachers = recipe.stages[stage].teachers
     at = {f"teachers.{name}.model": teacher.address for name, teacher in teachers.items()}
     for dotted, text in recipe.references(stage):
         ref = references.parse(text)

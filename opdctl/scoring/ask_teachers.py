@@ -155,6 +155,7 @@ def score_by_teachers(
         for need in (row.need for row in numbers if row.need in scores.per_token):
             table.put(need, where, scores.per_token[need])
         if ours_NK is not None:
+            assert scores.top_NK is not None, "an overlap is of the most probable ids of both"
             overlap_N = _overlap(ours_NK[where[0]], scores.top_NK)
             table.put(columns.DRIFT_OVERLAP, where, overlap_N.to(like.dtype))
         entry = _cached(name, teacher, mine.requests, its_asks, scores, run)
@@ -200,7 +201,7 @@ def score_by_reference(
     scores, parameters = _ask(*question, run, log, like.device, top1_id_N)
     check_scores("reference", scores, TeacherRequests(requests=requests, names=names))
     answer = TeacherScores({columns.REFERENCE: scores.logprobs_N})
-    if top1_id_N is not None:
+    if scores.other_N is not None:
         answer.columns[columns.REFERENCE_TOP1] = scores.other_N
     answer.count(requests, parameters)
     return answer
@@ -211,9 +212,10 @@ def _cached(
 ) -> CachedTeacher | None:
     """Return what is kept of a teacher for the update: a list, or its rows and the head."""
     if scores.hidden_ND is None and TOPK_LIST in asks:
-        top_NK, target_N = scores.top_NK, [[q.ids[t]] for q in requests for t in q.targets]
+        top_NK, top_logprob_NK = scores.top_list()
+        target_N = [[q.ids[t]] for q in requests for t in q.targets]
         ids_NJ = torch.cat([torch.tensor(target_N).to(top_NK), top_NK], -1)
-        logq_NJ = torch.cat([scores.logprobs_N[:, None], scores.top_logprob_NK], -1)
+        logq_NJ = torch.cat([scores.logprobs_N[:, None], top_logprob_NK], -1)
         return CachedTeacher(top_NK=top_NK, name=name, listed=(ids_NJ, logq_NJ))
     if scores.hidden_ND is None and scores.inner_NLD is None:
         return None
@@ -306,7 +308,9 @@ def check_scores(name: str, scores: Scores, mine: TeacherRequests) -> None:
         if bad_N.any():
             first = int(bad_N.nonzero()[0, 0])
             owner = next(i for i, end in enumerate(ends) if first < end)
+            hint = "its weights or its precision: try runtime.dtype=float32"
+            if value_N.ndim == 1 and value_N[first] == -torch.inf:
+                hint = "it gives it probability 0: objectives: {divergence: {direction: forward}}"
             raise StageFailed(
-                f"teacher {name} gave a score that is not finite in {mine.names[owner]}",
-                "its weights or its precision: try runtime.dtype=float32",
+                f"teacher {name} gave a score that is not finite in {mine.names[owner]}", hint
             )

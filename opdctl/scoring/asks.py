@@ -55,7 +55,9 @@ class Asks:
     def list_size(self) -> int:
         """The entries of a list that answer it; 0 where none is needed."""
         sizes = [q.list_size or self.top for q in self.numbers if q.of_list]
-        return max([*sizes, *([self.top] if TOPK_LIST in self else [])], default=0)
+        if TOPK_LIST in self:
+            sizes.append(self.top)
+        return max(sizes, default=0)
 
     def rebuilding(self) -> Asks:
         """Return the same, with what rebuilds the logits in the place of lists."""

@@ -70,8 +70,7 @@ def agreement(
         numbers["entropy_gap"] = (numbers["teacher_entropy"] - numbers["entropy"]).abs()
         if divergences:
             for direction in ("reverse", "forward"):
-                logs = (side.logp_CV for side in sides)
-                numbers[direction] = divergence(*logs, direction)
+                numbers[direction] = divergence(sides[0].logp_CV, sides[1].logp_CV, direction)
         for name, value_C in numbers.items():
             table.setdefault(name, []).append(value_C)
     return {name: torch.cat(chunks) for name, chunks in table.items()}
@@ -88,11 +87,13 @@ def compared(
     """
     run = Pass.of(ctx, temperature)
     sides = [
-        (score(model, requests, ROWS, run).hidden_ND, model.lm_head(temperature))
+        (score(model, requests, ROWS, run).rows(), model.lm_head(temperature))
         for model in (student, teacher)
     ]
-    size = max(1, rows_in(run.chunk_mib, sides[0][1]) // 4)  # the definition keeps more
-    return agreement(*sides[0], *sides[1], size=size, divergences=True), sides
+    (ours_ND, our_head), (theirs_ND, their_head) = sides
+    size = max(1, rows_in(run.chunk_mib, our_head) // 4)  # the definition keeps more
+    rows = (ours_ND, our_head, theirs_ND, their_head)
+    return agreement(*rows, size=size, divergences=True), sides
 
 
 def logged(
@@ -118,8 +119,8 @@ def logged(
         requests = {i: request for i, request in pairs if i in chosen}
         if not requests or "teacher.hidden" not in teacher.provides:
             continue
-        ours_ND = score(student, [rollouts[i].request for i in requests], ROWS, run).hidden_ND
-        theirs_ND = teacher.score([*requests.values()], ROWS, run).hidden_ND
+        ours_ND = score(student, [rollouts[i].request for i in requests], ROWS, run).rows()
+        theirs_ND = teacher.score([*requests.values()], ROWS, run).rows()
         heads = [m.lm_head(run.temperature) for m in (student, teacher.model)]
         size = rows_in(run.chunk_mib, heads[0])
         tables.append(agreement(ours_ND, heads[0], theirs_ND, heads[1], size=size))

@@ -47,6 +47,17 @@ class Scores:
         """The log-probs of the targets."""
         return self.per_token["logprobs"]
 
+    def rows(self) -> Tensor:
+        """Return the hidden rows, which were asked for. Shape [N, D]."""
+        assert self.hidden_ND is not None, "hidden rows are asked for by name"
+        return self.hidden_ND
+
+    def top_list(self) -> tuple[Tensor, Tensor]:
+        """Return the most probable ids and their log-probs, which were asked for. [N, K] each."""
+        assert self.top_NK is not None, "a list is asked for by name"
+        assert self.top_logprob_NK is not None, "a list is asked for with its log-probs"
+        return self.top_NK, self.top_logprob_NK
+
     def parts(self) -> list[Tensor]:
         """Return all that is there, each with one row per token."""
         rows = (self.hidden_ND, self.inner_NLD, self.top_logprob_NK, self.other_N)
@@ -56,7 +67,7 @@ class Scores:
         """Set the quantities that come out of the list of most probable ids."""
         for row in asks.numbers:
             if row.of_list and row.need not in self.per_token:
-                self.per_token[row.need] = row.of_list(self.top_NK, self.top_logprob_NK)
+                self.per_token[row.need] = row.of_list(*self.top_list())
 
 
 @torch.no_grad()
@@ -75,7 +86,10 @@ def score(
     count = sum(map(len, requests))
     head = model.lm_head(run.temperature, run.rounded)
     scores = _allocated(head, count, asks, other_ids_N)
-    inner = asks.layers.counterparts(depth_of(model)) if INNER in asks else ()
+    inner: tuple[int, ...] = ()
+    if INNER in asks:
+        assert asks.layers is not None, "inner rows are those of some layers"
+        inner = asks.layers.counterparts(depth_of(model))
     reads_logits = other_ids_N is not None or bool(asks.quantities - {HIDDEN, INNER})
     rows = rows_in(run.chunk_mib, head)
     for group, tokens_N in micro_batches(requests, run.micro_batch, model.device):
@@ -130,7 +144,7 @@ def _write_scores(
     at_C: Tensor,
 ) -> None:
     """Put what is asked of a chunk's logits in its place; overwrites them."""
-    if scores.other_N is not None:
+    if scores.other_N is not None and other_C is not None:
         scores.other_N[at_C] = target_logprob(logits_CV, other_C)
     if scores.top_NK is not None:
         top_CK, scores.top_NK[at_C] = logits_CV.topk(scores.top_NK.shape[1], dim=-1)

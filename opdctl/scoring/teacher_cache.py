@@ -58,6 +58,11 @@ class CachedTeacher:
     name: str = ""
     listed: tuple[Tensor, Tensor] | None = None
 
+    def rows(self, row_C: Tensor) -> Tensor:
+        """Return the last hidden states of some rows, which were kept. Shape [C, D]."""
+        assert self.hidden_ND is not None, "a teacher whose logits are rebuilt has its rows kept"
+        return self.hidden_ND[row_C]
+
     def states(self, row_C: Tensor, places: list[int]) -> Tensor:
         """Return hidden states of some rows, [C, L, width].
 
@@ -65,8 +70,7 @@ class CachedTeacher:
             places: which of the layers kept, the inner ones and then the last.
         """
         inner = [] if self.inner_NLD is None else self.inner_NLD[row_C].unbind(1)
-        last = [] if self.hidden_ND is None else [self.hidden_ND[row_C]]
-        each = [*inner, *last]
+        each = [*inner, self.rows(row_C)] if self.hidden_ND is not None else [*inner]
         return torch.stack([each[place] for place in places], 1)
 
 
@@ -95,7 +99,7 @@ class TeacherCache:
             self._buffers[use] = torch.empty(shape, dtype=head.logits_dtype, device=self.device)
         out_CV = self._buffers[use][: shape[0]]
         for part, index in segments(index_C):
-            hidden_CD = self.held[index].hidden_ND[row_C[part]]
+            hidden_CD = self.held[index].rows(row_C[part])
             self._head(index).logits(hidden_CD, out_CV[part])
         return out_CV
 
@@ -113,22 +117,27 @@ class TeacherCache:
         """
         if all(held.listed is None for held in self.held):
             return self._rebuilt(index_C, row_C, ids_CK, outside_CK)
-        scored = []
+        scored: list[Tensor] = []
+        tails: list[Tensor] = []
         for part, index in segments(index_C):
             outside = None if outside_CK is None else outside_CK[part]
-            if self.held[index].listed is not None:
-                ids_NJ, logq_NJ = self.held[index].listed
-                listed = (ids_NJ[row_C[part]], logq_NJ[row_C[part]])
-                scored.append(lookup(*listed, ids_CK[part], outside))
+            row, listed = row_C[part], self.held[index].listed
+            if listed is not None:
+                ids_NJ, logq_NJ = listed
+                logq_CK, tail_C = lookup(ids_NJ[row], logq_NJ[row], ids_CK[part], outside)
             else:
-                scored.append(self._rebuilt(index_C[part], row_C[part], ids_CK[part], outside))
-        logq, tails = zip(*scored, strict=True)
-        return torch.cat(logq), None if outside_CK is None else torch.cat(tails)
+                logq_CK, tail_C = self._rebuilt(index_C[part], row, ids_CK[part], outside)
+            scored.append(logq_CK)
+            if tail_C is not None:
+                tails.append(tail_C)
+        return torch.cat(scored), torch.cat(tails) if tails else None
 
-    def _rebuilt(self, index_C, row_C, ids_CK, outside_CK) -> tuple[Tensor, Tensor | None]:
-        heads = [held for held in self.held if held.head is not None]
-        D = max(held.hidden_ND.shape[1] for held in heads)
-        head, tail_C = heads[0].head, None
+    def _rebuilt(
+        self, index_C: Tensor, row_C: Tensor, ids_CK: Tensor, outside_CK: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        heads = [held.head for held in self.held if held.head is not None]
+        D = max(head.weight_VD.shape[1] for head in heads)
+        head, tail_C = heads[0], None
         lse_C = self.gather("lse_N", index_C, row_C)
         if outside_CK is not None or ids_CK.shape[1] * D >= head.valid_V:
             logits_CV = self.logits(index_C, row_C, "gathered")
@@ -138,7 +147,7 @@ class TeacherCache:
         else:
             logits_CK = torch.empty(ids_CK.shape, dtype=head.logits_dtype, device=self.device)
             for part, index in segments(index_C):
-                hidden_CD = self.held[index].hidden_ND[row_C[part]]
+                hidden_CD = self.held[index].rows(row_C[part])
                 logits_CK[part] = self._head(index).at(hidden_CD, ids_CK[part])
         return logits_CK - lse_C[:, None], tail_C
 
@@ -151,7 +160,7 @@ class TeacherCache:
         parts = [getattr(self.held[i], name)[row_C[part]] for part, i in segments(index_C)]
         return torch.cat(parts)
 
-    def require_finite(self, value_C: Tensor, index_C: Tensor, hint: str) -> None:
+    def require_finite(self, value_C: Tensor, index_C: Tensor, hint: str = FINITE) -> None:
         """Check that no teacher makes a number of the tokens infinite.
 
         Args:
@@ -178,31 +187,34 @@ class TeacherCache:
 
     def _head(self, index: int) -> Head:
         """Return the head of a teacher, on the device; the next one's copy is started."""
-        if self._resident is None or self._resident[0] != index:
-            self.loads += 1
-            coming, self._coming, self._resident = self._coming, None, None  # two heads at most
-            head = coming[1] if coming and coming[0] == index else self._copy(index)
-            if self._stream is not None:
-                torch.cuda.current_stream(self.device).wait_stream(self._stream)
-            self._resident = (index, head)
-            following = (index + 1) % len(self.held)
-            if following != index and self.held[following].head is not None:
-                self._coming = (following, self._copy(following))
-            self._copies = [r for r in self._copies if r() is not None]
-            heads = [held.head for held in self.held if held.head is not None]
-            here = sum(head.weight_VD.device == self.device for head in heads)
-            self.most = max(self.most, here + len(self._copies))
-        return self._resident[1]
+        if self._resident is not None and self._resident[0] == index:
+            return self._resident[1]
+        self.loads += 1
+        coming, self._coming, self._resident = self._coming, None, None  # two heads at most
+        head = coming[1] if coming and coming[0] == index else self._copy(index)
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        self._resident = (index, head)
+        following = (index + 1) % len(self.held)
+        if following != index and self.held[following].head is not None:
+            self._coming = (following, self._copy(following))
+        self._copies = [r for r in self._copies if r() is not None]
+        heads = [held.head for held in self.held if held.head is not None]
+        here = sum(head.weight_VD.device == self.device for head in heads)
+        self.most = max(self.most, here + len(self._copies))
+        return head
 
     def _copy(self, index: int) -> Head:
         """Return a head on the device: read from disk, or on a stream of its own copied there."""
         head, stored = self.held[index].head, self.held[index].stored
+        assert head is not None, "logits are rebuilt of a teacher whose head is kept"
         if head.weight_VD.device == self.device:
             return head
         if stored is not None:
             copy = replace(head, weight_VD=tensor_file.read(stored)["weight"])
             self._copies.append(weakref.ref(copy.weight_VD))
             return copy
+        assert self._stream is not None, "on a CPU a head is where its model is, or on disk"
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             bias_V = head.bias_V
@@ -247,7 +259,7 @@ def reverse_kl(
                 value_C = divergence_on(*pair, ids_CK >= 0, "renormalised", "reverse", 0.5)
             else:
                 value_C = rows.divergence(teacher_CV, "reverse", 0.5, ids_CK)[0]
-            teacher_cache.require_finite(value_C, index_N[at_C], FINITE)
+            teacher_cache.require_finite(value_C, index_N[at_C], "leave kl_baseline and tip out")
             value_NM[at_C, place] = value_C
     total_N = weight_NM.sum(1)
     return (weight_NM * value_NM).sum(1) / torch.where(total_N > 0, total_N, 1.0)

@@ -98,7 +98,7 @@ def _duplicate(path: str, other: str, way: str) -> Problem:
 
 def _mixing_source(config) -> tuple[str, type | None, object]:
     """Return name, class and keys of the stage's source; no class if only the student samples."""
-    for name, keys in getattr(config, "sources", {}).items():
+    for name, keys in config.sources.items():
         if name != "student" and member("sources", name).in_opd:
             return name, member("sources", name), keys
     return "student", None, None

@@ -12,13 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
-from opdctl.config.settings import PromptLength, Sampling, StageConfig
+from opdctl.config.settings import PromptKeys, Sampling, StageConfig
 from opdctl.errors import Problem
 from opdctl.stages._stage import Stage
 
 
 @dataclass(kw_only=True)
-class HeldOut(PromptLength):
+class HeldOut(PromptKeys):
     """The keys of the held-out prompts."""
 
     domains: dict[str, float] = key({}, "domains, each with any number above 0; empty is all")

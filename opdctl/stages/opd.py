@@ -16,7 +16,7 @@ from pathlib import Path
 
 from opdctl.config import references
 from opdctl.config.registry import member, needs_of, parse_need
-from opdctl.config.schema import did_you_mean, key
+from opdctl.config.schema import did_you_mean, has_key, key
 from opdctl.config.settings import Teacher, routes
 from opdctl.errors import Problem
 from opdctl.estimate.shape import shape_of
@@ -169,12 +169,12 @@ def _excess_ranks_and_layers(config, recipe, stage) -> list[Problem]:
     for name, objective in config.objectives.items():
         if not objective.coef:
             continue
-        rank = getattr(objective, "rank", 0)
+        rank = objective.rank
         narrow = min((s.hidden for s in known.values() if s and s.hidden), default=0)
         if narrow and rank > narrow:
             message = f"{rank} directions, and a side has {narrow} numbers"
             problems.append(Problem(f"objectives.{name}.rank", message, f"rank={min(8, narrow)}"))
-        layers, student = getattr(objective, "layers", ""), known[config.student]
+        layers, student = objective.layers, known[config.student]
         depth = student.layers if student else 0
         if isinstance(layers, list) and depth and max(layers, default=0) > depth:
             message = f"{layers}, and the student has the layers 1 to {depth}"
@@ -216,9 +216,9 @@ def _wrong_addresses(config) -> list[Problem]:
 
 def _server_alternative(keys) -> str:
     """Return a hint at what a member could use that a server provides."""
-    if hasattr(keys, "support"):
+    if has_key(keys, "support"):
         return "support=topk_teacher, whose ids a server lists, or a folder"
-    if hasattr(keys, "over"):
+    if has_key(keys, "over"):
         return "over=listed, or a folder"
     return "signals: {reverse_kl: {}} and objectives: {policy_gradient: {}}, or a folder"
 

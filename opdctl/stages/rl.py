@@ -71,8 +71,8 @@ def _unmet_needs(config, active: dict, provided: set[str]) -> list[Problem]:
         provided.add("policy.kl")
     if "teacher.topk" in provided:
         provided.add("policy.overlap")
-    controllers = getattr(config, "controllers", {})
-    wanted = {f"controllers.{n}": (member("controllers", n), c) for n, c in controllers.items()}
+    own = config.controllers.items()
+    wanted = {f"controllers.{n}": (member("controllers", n), c) for n, c in own}
     wanted |= {f"signals.{n}": (member("signals", n), s) for n, s in active.items()}
     for name, objective in config.objectives.items():
         wanted[f"objectives.{name}"] = (member("objectives", name), objective)
@@ -126,7 +126,7 @@ def _ratio_problems(config) -> list[Problem]:
             message = f"{' and '.join(ratios)}: each applies the ratio of trainer to sampler"
             problems.append(Problem(f"objectives.{name}.weights", message, "keep one"))
         gate = objective.weights.get("is_gate")
-        if gate and (getattr(objective, "clip_low", 0) or getattr(objective, "clip_high", 0)):
+        if gate and (objective.clip_low or objective.clip_high):
             problems.append(
                 Problem(
                     f"objectives.{name}.weights.is_gate",
@@ -155,7 +155,7 @@ def _size_problems(config, active: dict) -> list[Problem]:
 
 
 def _sources(config) -> dict:
-    return getattr(config, "sources", {}) or {"student": None}
+    return config.sources or {"student": None}
 
 
 def active_members(config, active: dict) -> dict:
@@ -165,8 +165,8 @@ def active_members(config, active: dict) -> dict:
         active: the signals with a coef above 0.
     """
     used = {f"signals.{name}": keys for name, keys in active.items()}
-    used |= {f"controllers.{n}": keys for n, keys in getattr(config, "controllers", {}).items()}
-    used |= {f"sources.{name}": keys for name, keys in getattr(config, "sources", {}).items()}
+    used |= {f"controllers.{n}": keys for n, keys in config.controllers.items()}
+    used |= {f"sources.{name}": keys for name, keys in config.sources.items()}
     for name, objective in config.objectives.items():
         if objective.coef:
             path = f"objectives.{name}"
@@ -184,7 +184,7 @@ def ineffective_keys(config) -> list[Problem]:
         notes = member(*path.split(".")[-2:]).notes(keys)
         problems += [replace(n, path=f"{path}.{n.path}") for n in notes]
     for name, signal in config.signals.items():
-        live = signal.coef and getattr(signal, "policy", "") == "live"
+        live = signal.coef and signal.policy == "live"
         if live and config.epochs * config.minibatches == 1:
             problems.append(
                 Problem(
@@ -194,7 +194,7 @@ def ineffective_keys(config) -> list[Problem]:
                 )
             )
     for name, objective in config.objectives.items():
-        clip = getattr(objective, "clip_low", 0) or getattr(objective, "clip_high", 0)
+        clip = objective.clip_low or objective.clip_high
         if clip and config.epochs * config.minibatches == 1:
             problems.append(
                 Problem(

@@ -8,6 +8,7 @@ from typing import Any
 
 from opdctl.config import references
 from opdctl.config.registry import member, parse_need
+from opdctl.config.schema import has_key
 from opdctl.config.settings import Teacher, routes
 from opdctl.loss.token_view import LossTerm, PerStep
 from opdctl.models.hidden_layers import layers_of
@@ -45,11 +46,11 @@ def terms_of(objectives: dict[str, Any]) -> list[LossTerm]:
 
 def source_of(ctx: Context, model: Any, sources: dict[str, Any]) -> Any:
     """The source of a stage; of several, each for its own domains."""
-    taken = {d for c in sources.values() for d, on in getattr(c, "domains", {}).items() if on}
+    taken = {d for c in sources.values() for d, on in c.domains.items() if on}
     rest = {d: True for d in ctx.recipe.domains(ctx.name) if d not in taken}
     each = [
         member("sources", name)(
-            replace(c, domains=rest) if getattr(c, "domains", None) == {} else c, ctx, model
+            replace(c, domains=rest) if has_key(c, "domains") and not c.domains else c, ctx, model
         )
         for name, c in sources.items()
     ]
@@ -98,7 +99,7 @@ def named(needs: set[str], giver: str) -> set[str]:
 def asks_of_objectives(config: Any) -> Asks:
     """Return what the objectives of a stage and their weights ask of a served teacher."""
     terms = terms_of(config.objectives)
-    top = max([0, *(getattr(t.objective.config, "k", 0) for t in terms)])
+    top = max([0, *(t.objective.config.k for t in terms)])
     return Asks(frozenset(named(needs_in(terms, {}), "teacher")), top)
 
 
@@ -157,9 +158,9 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> TrainSe
     signals = {
         n: (c.coef, member("signals", n)(c, ctx)) for n, c in config.signals.items() if c.coef
     }
-    needs, sources = needs_in(terms, signals), getattr(config, "sources", {})
+    needs, sources = needs_in(terms, signals), config.sources
     compared = _listed_by_weights(config)
-    top = max([0, *(getattr(t.objective.config, "k", 0) for t in terms), *compared])
+    top = max([0, *(t.objective.config.k for t in terms), *compared])
     asks = teacher_asks(model, needs, top)
     reference_asks = Asks(frozenset(named(needs, "reference")))
     rewards = _rewards(ctx, config)
@@ -172,16 +173,14 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> TrainSe
             asks = asks.rebuilding()  # entropy has a column too
         route = routes(ctx.recipe.domains(ctx.name), teachers)
         ctx.inspect(model)
-    updates = getattr(config, "epochs", 1)  # gradients of one step are not applied
-    minibatches = getattr(config, "minibatches", 1)
+    updates, minibatches = config.epochs, config.minibatches
     return TrainSetup(
         source=source_of(ctx, model, sources)
         if sources
         else member("sources", "student")(None, ctx, model),
         terms=terms,
         controllers={
-            n: member("controllers", n)(c, ctx, model)
-            for n, c in getattr(config, "controllers", {}).items()
+            n: member("controllers", n)(c, ctx, model) for n, c in config.controllers.items()
         },
         signals=signals,
         rewards=rewards,
@@ -193,9 +192,9 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> TrainSe
         policy_asks=policy_asks(needs, updates * minibatches > 1, max(compared, default=16)),
         policy_kl_top=_kl_top(signals) if "policy.kl" in needs else None,
         judged="verdict" in needs,
-        temperature=getattr(config, "loss_temperature", 0) or config.sampling.temperature,
+        temperature=config.loss_temperature or config.sampling.temperature,
         sampled_at=config.sampling.temperature,
-        steps=getattr(config, "steps", 1),  # gradients has batches, all of the same weights
+        steps=config.steps or 1,  # gradients has batches, all of the same weights
         updates=updates,
         minibatches=minibatches,
     )
@@ -204,11 +203,11 @@ def on_policy(ctx: Context, model: Any, teachers: dict[str, Teacher]) -> TrainSe
 def _listed_by_weights(config: Any) -> list[int]:
     """Return how many of the most probable ids each weight compares."""
     weights = [w for o in config.objectives.values() if o.coef for w in o.weights.values()]
-    return [w.k for w in weights if hasattr(w, "k")]
+    return [w.k for w in weights if has_key(w, "k")]
 
 
 def _rewards(ctx: Context, config: Any) -> list[Any]:
-    signals = [c for c in config.signals.values() if c.coef and hasattr(c, "reward")]
+    signals = [c for c in config.signals.values() if c.coef and c.reward]
     return [reward_of(ctx, c.reward) for c in signals]
 
 

@@ -116,13 +116,16 @@ def score_nodes(
         steps["sampled"] = steps["reverse_kl"]
         gap_CV, p_CV = logq_CV - logp_CV, logp_CV.exp()
         p_CV = p_CV.scatter(-1, ids_CK, 0.0)
-        logprobs_at = (x.gather(-1, ids_CK) for x in (logp_CV, logq_CV))
+        logp_CK, logq_CK = (x.gather(-1, ids_CK) for x in (logp_CV, logq_CV))
         beyond = ((p_CV * gap_CV.sign()).sum(-1), (p_CV * gap_CV**2).sum(-1))
-        parts.append(NodeScores(ids_CK, *logprobs_at, steps, *beyond))
+        parts.append(NodeScores(ids_CK, logp_CK, logq_CK, steps, *beyond))
     return NodeScores(
-        *(torch.cat([getattr(p, n) for p in parts]) for n in ("ids_NK", "logp_NK", "logq_NK")),
-        {name: torch.cat([p.directions[name] for p in parts]) for name in parts[0].directions},
-        *(torch.cat([getattr(p, n) for p in parts]) for n in ("rest_sign_N", "rest_square_N")),
+        ids_NK=torch.cat([p.ids_NK for p in parts]),
+        logp_NK=torch.cat([p.logp_NK for p in parts]),
+        logq_NK=torch.cat([p.logq_NK for p in parts]),
+        directions={n: torch.cat([p.directions[n] for p in parts]) for n in parts[0].directions},
+        rest_sign_N=torch.cat([p.rest_sign_N for p in parts]),
+        rest_square_N=torch.cat([p.rest_square_N for p in parts]),
     )
 
 

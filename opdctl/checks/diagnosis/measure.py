@@ -137,19 +137,20 @@ def _measure_teacher(
 def _measure_local(reference: str, ctx, rollouts, effort: Effort, entry: dict, progress) -> None:
     """Fill in the entry of a teacher whose weights can be read here."""
     progress("agreement on the student's answers")
-    models = [ctx.models.start(), ctx.models.frozen(reference)]
+    student, teacher = ctx.models.start(), ctx.models.frozen(reference)
     requests = [r.request for r in rollouts]
-    table, sides = compared(ctx, *models, requests, ctx.config.sampling.temperature)
-    top = top_of(sides[0][1])
-    sequence_N = rollout_of_token(rollouts, sides[0][0].device)
+    table, sides = compared(ctx, student, teacher, requests, ctx.config.sampling.temperature)
+    (ours_ND, our_head), (theirs_ND, their_head) = sides
+    top = top_of(our_head)
+    sequence_N = rollout_of_token(rollouts, ours_ND.device)
     entry["step0"] = {"top": top, "tokens": len(sequence_N)}
     entry["step0"] |= {column: mean_and_interval(v_N, sequence_N) for column, v_N in table.items()}
     entry["profile"] = profile(table, sequence_N, len(rollouts))
 
     def score_at(_, at_N: Tensor) -> directions.NodeScores:
-        rows = [(hidden_ND[at_N], head) for hidden_ND, head in sides]
-        size = max(1, rows_in(ctx.runtime.chunk_mib, sides[0][1]) // 16)  # it keeps as many copies
-        width = min(effort.top, sides[0][1].valid_V)
-        return directions.score_nodes(*rows[0], *rows[1], candidates=width, top=top, size=size)
+        rows = (ours_ND[at_N], our_head, theirs_ND[at_N], their_head)
+        size = max(1, rows_in(ctx.runtime.chunk_mib, our_head) // 16)  # it keeps as many copies
+        width = min(effort.top, our_head.valid_V)
+        return directions.score_nodes(*rows, candidates=width, top=top, size=size)
 
-    entry |= alignment(ctx, models, rollouts, score_at, effort, progress)
+    entry |= alignment(ctx, [student, teacher], rollouts, score_at, effort, progress)

@@ -123,15 +123,15 @@ def measure_served(
     theirs = teacher.score(requests, Asks.of("logprobs", "topk_list", top=top), run)
     sequence_N = rollout_of_token(rollouts, theirs.logprobs_N.device)
     size = rows_in(ctx.runtime.chunk_mib, head)
-    lists = (theirs.top_NK, theirs.top_logprob_NK)
+    ours_ND, (ids_NK, logq_NK) = ours.rows(), theirs.top_list()
     table = {"log_ratio": ours.logprobs_N - theirs.logprobs_N}
-    table |= list_overlap(ours.hidden_ND, head, *lists, size)
+    table |= list_overlap(ours_ND, head, ids_NK, logq_NK, size)
     entry["step0"] = {"top": top, "tokens": len(sequence_N)}
     entry["step0"] |= {column: mean_and_interval(v_N, sequence_N) for column, v_N in table.items()}
     entry["profile"] = profile(table, sequence_N, len(rollouts))
 
     def score_at(nodes: list[Node], at_N: Tensor) -> directions.NodeScores:
-        logp_NV = head.logits(ours.hidden_ND[at_N]).log_softmax(-1)
+        logp_NV = head.logits(ours_ND[at_N]).log_softmax(-1)
         logp_NK, ids_NK = logp_NV.topk(min(effort.top, head.valid_V), dim=-1)
         candidates = []
         for node, ids in zip(nodes, ids_NK.tolist(), strict=True):

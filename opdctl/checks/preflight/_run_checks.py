@@ -25,7 +25,7 @@ def check(ctx, student: Any = None, deep: bool = False) -> list[Finding]:
         deep: run the checks that sample too, and ask the servers.
     """
     server_findings = check_text_servers(ctx) if deep else []
-    if not getattr(ctx.config, "teachers", {}):
+    if not ctx.config.teachers:
         return server_findings
     stage = CheckedStage(ctx, student)
     checks = [(name, member("preflight", name)) for name in members("preflight")]

@@ -81,7 +81,8 @@ def stage_memory(stage: CheckedStage) -> Estimate:
     places: dict[str, int] = {}
     for path, model in held.items():  # the outline of an adapter is that of its base
         base = references.base_of(path)
-        whole = places.get(base or path, model.parameters * each)
+        bytes_of_it: int = model.parameters * each
+        whole = places.get(base or path, bytes_of_it)
         places[base or path] = whole + (adapter_bytes(path) if base else 0)
     prompts = [p for d in stage.route for p in stage.prompts(d, PROMPTS)]
     longest = max(len(student.render(p)) for p in prompts) + longest_turn(config)
@@ -92,7 +93,7 @@ def stage_memory(stage: CheckedStage) -> Estimate:
         list(places.values()),
         dtype=runtime.dtype,
         learns=True,
-        steps=hasattr(config, "optim"),
+        steps=config.optim is not None,
         resident=runtime.resident_teachers,
         chunk_mib=runtime.chunk_mib,
         device=stage.ctx.device,
@@ -106,14 +107,14 @@ def trained(stage: CheckedStage) -> tuple[int, int, int]:
     """Return the bytes of the student's parameters, of its gradients and of the optimizer's
     state."""
     config, runtime, student = stage.ctx.config, stage.ctx.runtime, stage.student
-    lora = getattr(config, "lora", None)
-    if lora is not None and lora.rank:
+    lora = config.lora
+    if lora.rank:
         from opdctl.models.lora import adapter_parameters
 
         added = student.trained if student.adapter else adapter_parameters(student, lora)
         own = student.parameters - (added if student.adapter else 0)
         return student_bytes(own, runtime.dtype, adapter=added)
-    masters = hasattr(config, "optim") and runtime.masters_of(config.optim.lr)
+    masters = config.optim is not None and runtime.masters_of(config.optim.lr)
     return student_bytes(student.parameters, runtime.dtype, masters=masters)
 
 

@@ -123,7 +123,10 @@ def served_divergence(
     asks = Asks.of("topk_list" if lists else "logprobs", top=k)
     theirs = stage.server(name).score(requests, asks, run)
     gap_N = ours.logprobs_N - theirs.logprobs_N
-    overlap = float(overlap_ratio(ours.top_NK, theirs.top_NK).mean()) if lists else 1.0
+    overlap = 1.0
+    if lists:
+        assert ours.top_NK is not None, "it is asked for above"
+        overlap = float(overlap_ratio(ours.top_NK, theirs.top_NK).mean())
     error = float(gap_N.std()) / math.sqrt(len(gap_N)) if len(gap_N) > 1 else math.inf
     return float(gap_N.mean()), error, overlap, k
 
@@ -135,7 +138,7 @@ def divergence_and_overlap(
     from opdctl.scoring.overlap import compared, top_of
 
     ctx = stage.ctx
-    models = [ctx.models.start(), ctx.models.frozen(stage.teachers[name])]
-    numbers, _ = compared(ctx, *models, requests, ctx.config.sampling.temperature)
-    means = (float(numbers[column].mean()) for column in ("reverse", "overlap"))
-    return *means, top_of(models[0].lm_head())
+    student, teacher = ctx.models.start(), ctx.models.frozen(stage.teachers[name])
+    numbers, _ = compared(ctx, student, teacher, requests, ctx.config.sampling.temperature)
+    kl, overlap = (float(numbers[column].mean()) for column in ("reverse", "overlap"))
+    return kl, overlap, top_of(student.lm_head())

@@ -8,6 +8,7 @@ two turns. Templates that differ in their source text only are fine.
 from __future__ import annotations
 
 from opdctl.checks.preflight._checked_stage import CheckedStage
+from opdctl.config.schema import has_key
 from opdctl.protocols import Check
 from opdctl.types import Finding
 
@@ -63,7 +64,7 @@ def _mend(stage: CheckedStage, name: str) -> str:
         "give both the same chat_template: copy the teacher's chat_template.jinja beside the "
         "student's tokenizer"
     )
-    how = taken if hasattr(stage.ctx.config, "template") else copied
+    how = taken if has_key(stage.ctx.config, "template") else copied
     return f"{how}, or train the student on it first (sft)"
 
 

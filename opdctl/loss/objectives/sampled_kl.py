@@ -50,7 +50,7 @@ class SampledKl(Objective):
             gives = f"the gradient of the {gives} KL" if gives else "no gradient on average"
             message = f"{config.estimator}, differentiated, has {gives}"
             problems.append(Problem("estimator", message, f"estimator={right}"))
-        if config.estimator == "k3" and getattr(stage, "pooled", False):
+        if config.estimator == "k3" and stage.pooled:
             message = "k3 of a weighted mean of teachers is not the weighted mean of theirs"
             problems.append(Problem("estimator", message, "pooled=false, or estimator=k2"))
         if stage.epochs * stage.minibatches > 1:

@@ -48,7 +48,7 @@ class Eopd(Weight):
     @staticmethod
     def problems(config, stage) -> list[Problem]:
         """A list is as long as some objective says."""
-        listing = [o for o in stage.objectives.values() if o.coef and hasattr(o, "k")]
+        listing = [o for o in stage.objectives.values() if o.coef and o.k]
         if config.over == "vocabulary" or listing:
             return []
         message = "no objective here says how many of the teacher's tokens are listed"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opdctl import draws
 from opdctl.errors import UsageError
@@ -20,6 +20,8 @@ from opdctl.rollout.engines._engine import Engine, Sample
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
+    from torch import Tensor
 
 
 class Transformers(Engine):
@@ -76,12 +78,13 @@ class Transformers(Engine):
             )
         return samples
 
-    def _sample_batch(self, prompts, keys_B, temperature, max_tokens) -> list[Sample]:
+    def _sample_batch(
+        self, prompts: list[list[int]], keys_B: np.ndarray, temperature: float, max_tokens: int
+    ) -> list[Sample]:
         import numpy as np
         import torch
-        from transformers.cache_utils import DynamicCache, DynamicLayer
 
-        model, device = self.model, self.model.device
+        model = self.model
         tokens_BT = np.full((len(prompts), max_tokens), model.eos)
         logprobs_BT = np.zeros((len(prompts), max_tokens))
         request = (model.name, self.version, prompts, keys_B.tolist(), temperature, max_tokens)
@@ -92,49 +95,17 @@ class Transformers(Engine):
         ended_B = np.isin(tokens_BT[:, :logged], model.ends).any(1)
         if logged == max_tokens or ended_B.all():
             return to_samples(tokens_BT, logprobs_BT, model.ends)
-        unique_prompts = list(dict.fromkeys(map(tuple, prompts)))
-        place = {prompt: u for u, prompt in enumerate(unique_prompts)}
-        owner_B = torch.tensor([place[tuple(p)] for p in prompts], device=device)
-        T = max(map(len, unique_prompts))
-        ids_UT = torch.full((len(unique_prompts), T), model.pad, dtype=torch.long)
-        pads = [T - len(p) for p in unique_prompts]
-        for u, prompt in enumerate(unique_prompts):
-            ids_UT[u, pads[u] :] = torch.tensor(prompt)
-        pad_U = torch.tensor(pads, device=device)
-        seen_UT = torch.arange(T + max_tokens, device=device) >= pad_U[:, None]
         models = [model, self.blend[0]] if self.blend else [model]
-        caches = [DynamicCache(config=m.net.config) for m in models]
-        names = [cache_name(m.net.base_model) for m in models]
-        layers = [layer for cache in caches for layer in cache.layers]
-        additive_only = all(map(reads_additive_mask, models))
-        additive_only = additive_only and all(type(layer) is DynamicLayer for layer in layers)
-        mask = additive_mask(next(model.net.parameters()).dtype) if additive_only else padding_mask
-        inputs = {
-            "input_ids": ids_UT.to(device),
-            "attention_mask": mask(seen_UT[:, :T], T),
-            "position_ids": (torch.arange(T, device=device) - pad_U[:, None]).clamp(min=0),
-        }
-
-        def select(kept_B):
-            for cache in caches:
-                keep_rows(cache, kept_B)
-
+        passes = _Passes(models, prompts, max_tokens, all(map(reads_additive_mask, models)))
         alive = np.arange(len(prompts))  # rows still in the batch
         ended_B = np.zeros(len(prompts), bool)
+        token_B: torch.Tensor | None = None
         with torch.inference_mode():
             for t in range(max_tokens):
                 self.check()
-                last = [
-                    m.backbone(**inputs, **{name: cache}, use_cache=True)
-                    for m, name, cache in zip(models, names, caches, strict=True)
-                ]
-                last = [out.last_hidden_state[:, -1] for out in last]
-                if t == 0:  # a prompt is read once, whatever the size of its group
-                    last, seen_UT = [hidden[owner_B] for hidden in last], seen_UT[owner_B]
-                    position_B1 = inputs["position_ids"][owner_B, -1:]
-                    select(owner_B)
+                last = passes.of_prompts() if token_B is None else passes.of_tokens(token_B)
                 if t < logged:
-                    token_B = torch.from_numpy(tokens_BT[alive, t]).to(device)
+                    token_B = torch.from_numpy(tokens_BT[alive, t]).to(model.device)
                 else:
                     token_B, logprob_B = draw_tokens(
                         self._logits(last, temperature), draws.uniform(keys_B[alive], t)
@@ -146,17 +117,10 @@ class Transformers(Engine):
                 going = ~ended_B[alive]
                 if not going.any():
                     break
-                position_B1 = position_B1 + 1
                 if going.mean() < 0.7:  # drop the rows that ended
-                    kept_B = torch.from_numpy(np.flatnonzero(going)).to(device)
-                    select(kept_B)
-                    token_B, position_B1 = token_B[kept_B], position_B1[kept_B]
-                    seen_UT, alive = seen_UT[kept_B], alive[going]
-                inputs = {
-                    "input_ids": token_B[:, None],
-                    "position_ids": position_B1,
-                    "attention_mask": mask(seen_UT[:, : T + t + 1], 1),
-                }
+                    kept_B = torch.from_numpy(np.flatnonzero(going)).to(model.device)
+                    passes.keep(kept_B)
+                    token_B, alive = token_B[kept_B], alive[going]
         return to_samples(tokens_BT, logprobs_BT, model.ends)
 
     def _logits(self, last, temperature: float):
@@ -183,6 +147,79 @@ class Transformers(Engine):
     def _log(self, name: str, alive, tokens_B, logprobs_B) -> None:
         if self.wal is not None:
             self.wal.put(name, {"alive": alive, "tokens": tokens_B, "logprobs": logprobs_B})
+
+
+class _Passes:
+    """The forward passes of a batch, one token after another, each model with a cache of its own.
+
+    A prompt is read once, whatever the size of its group.
+    """
+
+    def __init__(
+        self, models: list[Any], prompts: list[list[int]], most: int, additive: bool
+    ) -> None:
+        """Lay out the prompts, padded on the left.
+
+        Args:
+            models: of the same tokens.
+            prompts: one for each row of the batch; those of a group are equal.
+            most: the tokens that may follow them.
+            additive: every model reads an additive mask.
+        """
+        import torch
+        from transformers.cache_utils import DynamicCache, DynamicLayer
+
+        device = models[0].device
+        distinct = list(dict.fromkeys(map(tuple, prompts)))
+        place = {prompt: u for u, prompt in enumerate(distinct)}
+        self.owner_B = torch.tensor([place[tuple(p)] for p in prompts], device=device)
+        self.length = max(map(len, distinct))
+        pads = [self.length - len(p) for p in distinct]
+        ids_UT = torch.full((len(distinct), self.length), models[0].pad, dtype=torch.long)
+        for u, prompt in enumerate(distinct):
+            ids_UT[u, pads[u] :] = torch.tensor(prompt)
+        pad_U1 = torch.tensor(pads, device=device)[:, None]
+        self.ids_UT = ids_UT.to(device)
+        self.seen_BT = torch.arange(self.length + most, device=device) >= pad_U1
+        self.position_BT = (torch.arange(self.length, device=device) - pad_U1).clamp(min=0)
+        self.models, self.names = models, [cache_name(m.net.base_model) for m in models]
+        self.caches = [DynamicCache(config=m.net.config) for m in models]
+        layers = [layer for cache in self.caches for layer in cache.layers]
+        plain = additive and all(type(layer) is DynamicLayer for layer in layers)
+        dtype = next(models[0].net.parameters()).dtype
+        self.mask = additive_mask(dtype) if plain else padding_mask
+
+    def of_prompts(self) -> list[Tensor]:
+        """Return each model's hidden rows after the prompts, one a row of the batch. [B, D]."""
+        last = self._run(self.ids_UT, self.mask(self.seen_BT[:, : self.length], self.length))
+        last = [hidden_UD[self.owner_B] for hidden_UD in last]
+        self.position_BT = self.position_BT[:, -1:]
+        self.keep(self.owner_B)
+        return last
+
+    def of_tokens(self, token_B: Tensor) -> list[Tensor]:
+        """Return each model's hidden rows after one more token of every row. [B, D]."""
+        self.length, self.position_BT = self.length + 1, self.position_BT + 1
+        return self._run(token_B[:, None], self.mask(self.seen_BT[:, : self.length], 1))
+
+    def keep(self, index_B: Tensor) -> None:
+        """Keep these rows of the batch, in this order."""
+        self.seen_BT, self.position_BT = self.seen_BT[index_B], self.position_BT[index_B]
+        for cache in self.caches:
+            keep_rows(cache, index_B)
+
+    def _run(self, ids_BT: Tensor, mask: Tensor) -> list[Tensor]:
+        inputs = {
+            "input_ids": ids_BT,
+            "attention_mask": mask,
+            "position_ids": self.position_BT,
+            "use_cache": True,
+        }
+        outputs = [
+            m.backbone(**inputs, **{name: cache})
+            for m, name, cache in zip(self.models, self.names, self.caches, strict=True)
+        ]
+        return [out.last_hidden_state[:, -1] for out in outputs]
 
 
 def reads_additive_mask(model) -> bool:
@@ -256,13 +293,12 @@ def keep_rows(cache, index_B) -> None:
 
     The state is keys and values, or that of a linear attention, which has a method of its own.
     """
-    from transformers import cache_utils
+    from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
-    linear = getattr(cache_utils, "LinearAttentionCacheLayerMixin", ())
     for layer in cache.layers:
-        if isinstance(layer, linear):
-            linear.reorder_cache(layer, index_B)
-        if hasattr(layer, "batch_select_indices"):
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            LinearAttentionCacheLayerMixin.reorder_cache(layer, index_B)
+        if isinstance(layer, DynamicLayer):
             layer.batch_select_indices(index_B)
 
 

@@ -19,14 +19,20 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from opdctl import draws
 from opdctl.config.references import base_of, parse
 from opdctl.config.registry import member
 from opdctl.config.schema import did_you_mean
 from opdctl.config.settings import longest_turn
 from opdctl.errors import Problem, UsageError
 from opdctl.rollout.engines._engine import Engine, Sample
+from opdctl.rollout.engines._logged import Finished, is_trained, sampled_or_logged
 
+ROUNDED = (  # of an adapter: message and hint
+    "vllm samples from merged weights, and in bfloat16 what an adapter adds is rounded away",
+    "runtime.engine=transformers, runtime.dtype=float32, or runtime.engine_args.dtype=float32 "
+    "(not of a server)",
+)
+WIDE = ("float32", "float", "float64")
 LOWEST_TEMPERATURE = 0.01  # vLLM raises a lower one to this, and says so in its log only
 RESERVED = {  # arguments that are set here, with the reason
     **dict.fromkeys(("model", "tokenizer", "revision"), "the engine samples the stage's own model"),
@@ -70,11 +76,10 @@ class Vllm(Engine):
             message = "vllm has no float64"
             wrong.append(Problem("runtime.dtype", message, "runtime.engine=transformers"))
         for stage, config in recipe.stages.items():
-            sources = getattr(config, "sources", {})
-            places = {f"stages.{stage}.sampling": getattr(config, "sampling", None)}
-            for name, source in sources.items():
+            places = {f"stages.{stage}.sampling": config.sampling}
+            for name, source in config.sources.items():
                 place = f"stages.{stage}.sources.{name}"
-                places[f"{place}.sampling"] = getattr(source, "sampling", None)
+                places[f"{place}.sampling"] = source.sampling
                 if (
                     name == "mixture"
                     and source.teacher
@@ -84,7 +89,9 @@ class Vllm(Engine):
                     hint = "runtime.engine=transformers"
                     wrong.append(Problem(f"{place}.teacher", message, hint))
             room = recipe.runtime.engine_args.get("max_model_len")
-            if hasattr(config, "sampling") and isinstance(room, int):
+            if config.lora.rank and rounds_adapters(recipe.runtime):
+                wrong.append(Problem(f"stages.{stage}.lora.rank", ROUNDED[0], ROUNDED[1]))
+            if config.sampling is not None and isinstance(room, int):
                 most = longest_turn(config)  # report it now, not when a limit has grown to it
                 if most >= room:
                     message = (
@@ -103,8 +110,8 @@ class Vllm(Engine):
         """Return objectives that take sampler for trainer, and several samplers in turns."""
         notes = []
         for stage, config in recipe.stages.items():
-            for name, source in getattr(config, "sources", {}).items():
-                models = {getattr(source, "model", ""), *getattr(source, "experts", {}).values()}
+            for name, source in config.sources.items():
+                models = {source.model, *source.experts.values()}
                 if name == "mixture" and source.teacher:
                     models = {t.model for t in config.teachers.values()}
                 if len([m for m in models if parse(m).form != "server"]) > 1:
@@ -113,7 +120,7 @@ class Vllm(Engine):
                     )
                     hint = "of one shape they do so in place; another starts vllm again each time"
                     notes.append(Problem(f"stages.{stage}.sources.{name}", message, hint))
-            for name, keys in getattr(config, "objectives", {}).items():
+            for name, keys in config.objectives.items():
                 own = keys.coef and member("objectives", name).on_policy_only
                 if own and not any(member("weights", w).is_importance_weight for w in keys.weights):
                     path = f"stages.{stage}.objectives.{name}.weights"
@@ -170,6 +177,8 @@ class Vllm(Engine):
         if not os.path.isdir(name):
             name, _, revision = name.partition("@")
         arguments = self._arguments(batch, args or {})
+        self.wide = _type_of(arguments, type_name(model)) in WIDE
+        self._require_exact(model)
         rows = model.head.out_features
         try:
             self.llm = vllm.LLM(
@@ -207,13 +216,24 @@ class Vllm(Engine):
                 near = did_you_mean(name, known, "arguments of vllm's engine:")
                 raise UsageError(f"runtime.engine_args.{name}: vllm has no such argument", near)
         return {
-            "dtype": str(next(self.model.net.parameters()).dtype).removeprefix("torch."),
+            "dtype": type_name(self.model),
             "max_num_seqs": batch,
             "use_tqdm_on_load": False,
             **({"gpu_memory_utilization": 0.3} if self.cuda else {"enforce_eager": True}),
             **({} if self.cuda else {"kv_cache_memory_bytes": 256 << 20}),
             **args,
         }
+
+    def _require_exact(self, model) -> None:
+        """Check that the engine holds all that an adapter adds to a model.
+
+        Raises:
+            UsageError: it would be rounded to 16 bits.
+        """
+        from opdctl.models.merging import has_adapter
+
+        if not self.wide and has_adapter(model.net):
+            raise UsageError(f"{model.name} has an adapter: {ROUNDED[0]}", ROUNDED[1])
 
     def switch_model(self, model) -> bool:
         """Sample from another model from now on, once its weights are published.
@@ -222,6 +242,7 @@ class Vllm(Engine):
         """
         if module_config(model) != module_config(self.model):
             return False
+        self._require_exact(model)
         self.model, self.published = model, None
         self.trained, self.differs_from_folder = is_trained(model), True
         return True
@@ -279,26 +300,35 @@ class Vllm(Engine):
                 f"runtime.engine_args.max_model_len={most}, or a smaller sampling.max_tokens",
             )
         requests = list(zip(prompts, keys, strict=True))
-        of = (self.model.name, self.published if self.trained else None)
-        names = [
-            f"response {draws.key(*of, p, k, temperature, max_tokens):016x}" for p, k in requests
-        ]
-        samples = [logged_sample(self.wal, name, self.model.ends) for name in names]
-        todo = [i for i, sample in enumerate(samples) if sample is None]
-        for i, sample in self._run([(i, *requests[i]) for i in todo], temperature, max_tokens):
-            samples[i] = sample
-            if self.wal is not None:
-                self.wal.put(names[i], log_entry(sample))
-        return samples
 
-    def _run(self, requests, temperature, max_tokens):
-        """Yield (place, sample) of each (place, prompt, seed) when it is finished."""
+        def run(places: list[int]) -> Finished:
+            return self._run(requests, places, temperature, max_tokens)
+
+        return sampled_or_logged(
+            self.wal,
+            (self.model.name, self.published if self.trained else None),
+            requests,
+            self.model.ends,
+            run,
+            temperature=temperature,
+            max_tokens=max_tokens,
+        )
+
+    def _run(
+        self,
+        requests: list[tuple[list[int], int]],
+        places: list[int],
+        temperature: float,
+        max_tokens: int,
+    ) -> Finished:
+        """Yield the place and the sample of each prompt and seed at these places, as it comes."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         engine, waiting = self.llm.llm_engine, set()
         try:
-            for place, prompt, seed in requests:
+            for place in places:
+                prompt, seed = requests[place]
                 params = SamplingParams(
                     temperature=temperature,
                     max_tokens=max_tokens,
@@ -326,9 +356,20 @@ class Vllm(Engine):
         return Sample(ids, logprobs, ids[-1] not in self.model.ends)
 
 
-def is_trained(model) -> bool:
-    """Return True if a model's weights change between publications."""
-    return any(p.requires_grad for p in model.net.parameters())
+def rounds_adapters(runtime: Any) -> bool:
+    """Return True where vLLM would hold merged adapters in 16 bits."""
+    return _type_of(runtime.engine_args, runtime.dtype) not in WIDE
+
+
+def _type_of(args: dict[str, Any], dtype: str) -> str:
+    """Return the type of vLLM's weights, from its arguments and the type of the model's."""
+    chosen = str(args.get("dtype", "auto"))
+    return dtype if chosen == "auto" else chosen
+
+
+def type_name(model) -> str:
+    """Return the type of a model's weights, as vLLM names it."""
+    return str(next(model.net.parameters()).dtype).removeprefix("torch.")
 
 
 def module_config(model) -> dict:
@@ -340,19 +381,3 @@ def module_config(model) -> dict:
         "valid": model.valid_V,
         "rows": model.head.out_features,
     }
-
-
-def logged_sample(wal, name: str, ends) -> Sample | None:
-    """Return the sample that an earlier attempt finished and logged under a name, if it did."""
-    entries = wal.get(name) if wal else []
-    if not entries:
-        return None
-    ids, logprobs = entries[0]["tokens"].tolist(), entries[0]["logprobs"].tolist()
-    return Sample(ids, logprobs, ids[-1] not in ends)
-
-
-def log_entry(sample: Sample) -> dict:
-    """Return the log's entry of a finished response."""
-    import numpy as np
-
-    return {"tokens": np.array(sample.ids), "logprobs": np.array(sample.logprobs)}

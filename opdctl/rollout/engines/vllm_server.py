@@ -19,13 +19,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from opdctl import draws
 from opdctl.errors import Problem, StageFailed, UsageError
 from opdctl.estimate.rollout import AT_ONCE
 from opdctl.models import tensor_file
 from opdctl.remote.endpoint import opened, reading
 from opdctl.rollout.engines._engine import Engine, Sample
-from opdctl.rollout.engines.vllm import Vllm, is_trained, log_entry, logged_sample
+from opdctl.rollout.engines._logged import Finished, is_trained, sampled_or_logged
+from opdctl.rollout.engines.vllm import ROUNDED, Vllm
 
 ACTIVE = "a weight update is already active"  # vLLM's words for one that was not finished
 
@@ -69,6 +69,7 @@ class VllmServer(Engine):
             UsageError: the server was not started for this.
         """
         self.model, self.check, self.wal, self.share = model, check, wal, runtime.engine_share
+        _require_exact(model)
         if not Path(self.share).is_dir():
             message = f"runtime.engine_share: there is no folder {self.share}"
             raise UsageError(message, "a folder that the server sees too, at the same path")
@@ -76,9 +77,8 @@ class VllmServer(Engine):
         self.endpoint, served = opened(
             self.who, runtime.engine_at, runtime, check, "runtime.engine_at=http://host:8000"
         )
-        self.endpoint.again = [
-            code for code in self.endpoint.again if code != 500
-        ]  # reported at once
+        again = self.endpoint.again
+        self.endpoint.again = tuple(code for code in again if code != 500)  # reported at once
         self.endpoint.most = min(batch, AT_ONCE)
         self.served, self.longest = served["id"], served.get("max_model_len")
         self.published: int | str | None = None
@@ -94,6 +94,7 @@ class VllmServer(Engine):
 
     def switch_model(self, model) -> bool:
         """Sample from another model from now on; the server refuses weights that do not fit."""
+        _require_exact(model)
         self.model, self.trained, self.published = model, is_trained(model), None
         return True
 
@@ -154,23 +155,30 @@ class VllmServer(Engine):
                 f"start it with --max-model-len {most}, or a smaller sampling.max_tokens",
             )
         requests = list(zip(prompts, keys, strict=True))
-        of = (self.model.name, self.published if self.trained else None)
-        names = [
-            f"response {draws.key(*of, p, k, temperature, max_tokens):016x}" for p, k in requests
-        ]
-        samples = [logged_sample(self.wal, name, self.model.ends) for name in names]
-        todo = [i for i, sample in enumerate(samples) if sample is None]
-        bodies = [self._request(*requests[i], temperature, max_tokens) for i in todo]
-        if todo:
-            self._require_own()
+
+        def run(places: list[int]) -> Finished:
+            bodies = [self._request(*requests[i], temperature, max_tokens) for i in places]
+            return self._run(places, bodies)
+
+        return sampled_or_logged(
+            self.wal,
+            (self.model.name, self.published if self.trained else None),
+            requests,
+            self.model.ends,
+            run,
+            temperature=temperature,
+            max_tokens=max_tokens,
+        )
+
+    def _run(self, places: list[int], bodies: list[dict]) -> Finished:
+        """Yield the place and the sample of each request, as it is answered."""
+        self._require_own()
         each = self.endpoint.each("/v1/completions", bodies, self.check, self._require_own_now)
         with closing(each) as answers:
             for at, answer in answers:
                 with reading(self.who):
-                    sample = samples[todo[at]] = self._sample(answer)
-                if self.wal is not None:
-                    self.wal.put(names[todo[at]], log_entry(sample))
-        return samples
+                    sample = self._sample(answer)
+                yield places[at], sample
 
     def _request(self, prompt, seed: int, temperature: float, max_tokens: int) -> dict:
         return {
@@ -249,3 +257,15 @@ class VllmServer(Engine):
 
     def _post(self, path: str, body: dict) -> None:
         self.endpoint.all(path, [body], lambda: None)
+
+
+def _require_exact(model) -> None:
+    """Check that a server, which has a model's type, holds all that an adapter adds to it.
+
+    Raises:
+        UsageError: it would be rounded to 16 bits.
+    """
+    from opdctl.models.merging import has_adapter, is_narrow
+
+    if has_adapter(model.net) and is_narrow(model.net):
+        raise UsageError(f"{model.name} has an adapter: {ROUNDED[0]}", ROUNDED[1])

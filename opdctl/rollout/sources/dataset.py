@@ -6,12 +6,14 @@ improve and imitation cannot: a model that learns the corpus at temperature 1 ma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
 from opdctl import draws
 from opdctl.config.schema import key
+from opdctl.config.settings import SourceConfig
 from opdctl.errors import UsageError
 from opdctl.models.chat.conversation import render_conversation
 from opdctl.models.chat.retemplated import retemplate, thought_opening
@@ -28,7 +30,7 @@ class Dataset(Source):
     samples_from = "dataset"
 
     @dataclass(kw_only=True)
-    class Config:
+    class Config(SourceConfig):
         """The keys of a dataset source."""
 
         domains: dict[str, bool] = key(
@@ -95,7 +97,11 @@ class Dataset(Source):
                 f"data.{prompt.domain}: a conversation has no answer that could be corrupted",
                 "sources.dataset.corrupt=0",
             )
-        rendered = render_conversation(self.model, prompt, self.config.turns == "all")
+        try:
+            rendered = render_conversation(self.model, prompt, self.config.turns == "all", thinking)
+        except UsageError as error:
+            where = f"data.{prompt.domain}, the conversation of {prompt.text[:40]!r}"
+            raise UsageError(f"{where}: {error.message}", error.hint) from error
         first, end = rendered.spans[0][0], rendered.spans[-1][1]
         gaps = [(a[1] - first, b[0] - first) for a, b in pairwise(rendered.spans)]
         written = [self.model.decode(rendered.ids[a:b]) for a, b in rendered.spans]
@@ -150,7 +156,7 @@ class Dataset(Source):
         rollout.text = text
 
 
-def corrupt_answer(prompt: Prompt, pool: list[Prompt], *name: object) -> tuple[str, str]:
+def corrupt_answer(prompt: Prompt, pool: Sequence[Prompt], *name: object) -> tuple[str, str]:
     """Return (lead, answer) with a wrong answer that looks like one of its domain.
 
     Half the time it is another prompt's answer with its thinking; half the time the right thinking

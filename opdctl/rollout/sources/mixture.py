@@ -18,7 +18,7 @@ from opdctl import draws
 from opdctl.config.references import parse
 from opdctl.config.registry import config_of, member
 from opdctl.config.schema import key
-from opdctl.config.settings import routes
+from opdctl.config.settings import SourceConfig, routes
 from opdctl.errors import Problem
 from opdctl.rollout.prompts import PromptOrder
 from opdctl.rollout.sampling import sample_group
@@ -33,7 +33,7 @@ class Mixture(Source):
     in_opd = True
 
     @dataclass(kw_only=True)
-    class Config:
+    class Config(SourceConfig):
         """The keys of mixture. The shares sum to 1."""
 
         student: float = key(0.5, "share of prompts the student answers", least=0, most=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opdctl.config.settings import SourceConfig
 from opdctl.rollout.prompts import PromptOrder
 from opdctl.rollout.sampling import sample_group
 from opdctl.rollout.sources._source import Source
@@ -18,7 +19,7 @@ class Student(Source):
     in_opd = True
 
     @dataclass(kw_only=True)
-    class Config:
+    class Config(SourceConfig):
         """The keys, of which there are none: see the stage's ``prompts`` and ``sampling``."""
 
     @staticmethod

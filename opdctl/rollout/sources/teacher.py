@@ -14,7 +14,7 @@ from typing import Literal
 from opdctl.config import references
 from opdctl.config.registry import member
 from opdctl.config.schema import REQUIRED, key
-from opdctl.config.settings import Sampling
+from opdctl.config.settings import Sampling, SourceConfig
 from opdctl.errors import UsageError
 from opdctl.models.chat.retemplated import retemplate, thought_opening
 from opdctl.rollout.prompts import PromptOrder
@@ -29,7 +29,7 @@ class Teacher(Source):
     samples_from = "teacher"
 
     @dataclass(kw_only=True)
-    class Config:
+    class Config(SourceConfig):
         """The keys of a teacher source."""
 
         domains: dict[str, bool] = key(
@@ -114,7 +114,7 @@ class Teacher(Source):
         """
         student, marks = self.student, self._marks(rollout)
         domain = rollout.prompt.domain
-        environment = self.ctx.prompts.environment(domain) if rollout.before else None
+        environment = self.ctx.prompts.environment(domain)
         context = student.render(rollout.prompt)  # the ids before a turn, and the end of their text
         said = student.opening(rollout.prompt)
         rollout.prompt_ids, rollout.observed = context, ()
@@ -128,12 +128,13 @@ class Teacher(Source):
             except UsageError as error:
                 raise UsageError(f"data.{domain}: {error.message}", error.hint) from error
             turns[turn] = text
-            response += student.encode(text, said, sampled=True, cut=cut)
+            decoded = before[turn] is not None  # else it is the text of an API
+            response += student.encode(text, said, sampled=True, cut=cut, decoded=decoded)
             if turn < len(replies):
                 reply, role = replies[turn], environment.role
                 context = student.observation(reply, role, prompt=rollout.prompt)
                 said = student.between(reply, role, prompt=rollout.prompt)
                 rollout.observed += ((len(response), len(response) + len(context)),)
                 response += context
-        before = tuple(text for both in zip(turns, replies, strict=False) for text in both)
-        rollout.response_ids, rollout.before, rollout.text = response, before, turns[-1]
+        earlier = tuple(text for both in zip(turns, replies, strict=False) for text in both)
+        rollout.response_ids, rollout.before, rollout.text = response, earlier, turns[-1]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from opdctl.config.references import parse
 from opdctl.config.schema import key
-from opdctl.config.settings import routes
+from opdctl.config.settings import SourceConfig, routes
 from opdctl.errors import Problem
 from opdctl.rollout.prompts import PromptOrder
 from opdctl.rollout.sampling import sample_group
@@ -32,7 +32,7 @@ class TeacherMixed(Source):
     engines = ("transformers",)
 
     @dataclass(kw_only=True)
-    class Config:
+    class Config(SourceConfig):
         """The keys of teacher_mixed."""
 
         alpha: float = key(0.2, "the teacher's share in every token", least=0, most=0.99)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from contextlib import closing
 
 from opdctl import draws
-from opdctl.errors import StageFailed
+from opdctl.errors import StageFailed, UsageError
 from opdctl.models.chat.messages import question
 from opdctl.protocols import Teacher
 from opdctl.remote.endpoint import opened, reading
@@ -49,14 +49,16 @@ class Api(Teacher):
 
         Raises:
             StageFailed: it failed, or gave no answer; what was answered before is kept.
+            UsageError: a prompt spells a control token, which a server would read as one.
         """
         how = (self.reference, sampling.temperature, sampling.max_tokens)
         questions = list(map(self._body, prompts))
         names = [
             f"answer {draws.key(*how, a, k):016x}" for a, k in zip(questions, keys, strict=True)
         ]
-        answers = [self._recall(name) for name in names]
-        todo = [i for i, answer in enumerate(answers) if answer is None]
+        logged = {i: self._recall(name) for i, name in enumerate(names)}
+        answers = {i: answer for i, answer in logged.items() if answer is not None}
+        todo = [i for i in logged if i not in answers]
         path = "/v1/chat/completions" if self.chat else "/v1/completions"
         bodies = [self._question(questions[i], keys[i], sampling) for i in todo]
         with closing(self.endpoint.each(path, bodies, self.ctx.check)) as replies:
@@ -64,9 +66,16 @@ class Api(Teacher):
                 with reading(self.who, "OpenAI's"):
                     answers[todo[at]] = self._read(reply)
                 self._log(names[todo[at]], *answers[todo[at]])
-        return answers
+        return [answers[i] for i in range(len(prompts))]
 
     def _body(self, prompt: Prompt) -> dict:
+        turns, guarded = self.student.guarded(question(self.student.turns(prompt)), prompt)
+        if token := self.student.control.spelled([*turns, *guarded.tools]):
+            raise UsageError(
+                f"data.{prompt.domain}: {self.who} is sent text and may read {token!r} in "
+                f"{prompt.text[:60]!r} as a control token, which is text for the student",
+                "leave such rows out, or a teacher whose weights are read here: it is shown ids",
+            )
         if not self.chat:
             return {"prompt": prompt.text}
         body: dict = {"messages": [dict(m) for m in question(self.student.turns(prompt))]}

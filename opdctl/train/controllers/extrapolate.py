@@ -22,12 +22,20 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from opdctl.config.schema import key
+from opdctl.config.settings import ControllerConfig
 from opdctl.errors import Problem, UsageError
 from opdctl.protocols import Controller
 from opdctl.rollout.prompts import PromptOrder
 from opdctl.rollout.sampling import sample_group
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from opdctl.models.extrapolation import AdapterLine, WeightLine
 
 
 class Extrapolate(Controller):
@@ -37,7 +45,7 @@ class Extrapolate(Controller):
     needs = ("verdict",)
 
     @dataclass(kw_only=True)
-    class Config:
+    class Config(ControllerConfig):
         """The keys of extrapolate."""
 
         modules: list[str] = key(
@@ -67,8 +75,7 @@ class Extrapolate(Controller):
         self.config, self.ctx, self.model, self.sampled = config, ctx, model, 0
         self.where = f"stages.{ctx.name}.controllers.extrapolate"
         self.prompts = self._drawn()
-        self.line = None
-        self.previous: dict = {}
+        self.previous: dict[str, Tensor] = {}
 
     def _drawn(self) -> list:
         """The prompts that score, in an order of their own.
@@ -81,20 +88,21 @@ class Extrapolate(Controller):
         prompts = order.at(0)
         if len({p.id for p in prompts}) < size:
             pools = {d: len(order.pools[d]) / share for d, share in order.shares.items()}
-            few = min(pools, key=pools.get)
+            few = min(pools, key=lambda domain: pools[domain])
             shortage = f"{self.where}.size is {size}, and {few} has {len(order.pools[few])} prompts"
             raise UsageError(f"{shortage} for its share", f"{self.where}.size={int(pools[few])}")
         return prompts
 
     def start(self) -> None:
         """Keep the weights before the first step, from which the first direction is measured."""
-        self._begin()
         self.previous = self.line.snapshot()
 
-    def _begin(self) -> None:
+    @cached_property
+    def line(self) -> WeightLine | AdapterLine:
+        """The line that the weights move on, from where they are when it is first asked for."""
         from opdctl.models.extrapolation import line_of
 
-        self.line = line_of(self.model, self.config.modules, f"{self.where}.modules")
+        return line_of(self.model, self.config.modules, f"{self.where}.modules")
 
     def state(self) -> dict:
         """Return where the last leap ended, and what an adapter has beside it; tensors are never
@@ -104,8 +112,6 @@ class Extrapolate(Controller):
 
     def load(self, state: dict) -> None:
         """Go on with a state; the weights are those that it was taken with."""
-        if self.line is None:
-            self._begin()
 
         def part(prefix: str) -> dict:
             return {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
@@ -123,7 +129,8 @@ class Extrapolate(Controller):
         self.sampled = 0
         if done & (done - 1):
             return {}
-        start, best, scores, kept = self.line.snapshot(), [], [], 0
+        start, scores, kept = self.line.snapshot(), [], 0
+        best: list[float] = []
         verdicts: set[float] = set()
         try:
             for k in range(self.config.candidates + 1):

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opdctl.config.schema import key
+from opdctl.config.settings import ControllerConfig
 from opdctl.errors import Problem
 from opdctl.protocols import Controller
 from opdctl.scoring.columns import DECAY
@@ -29,7 +30,7 @@ class Length(Controller):
     needs = ()
 
     @dataclass(kw_only=True)
-    class Config:
+    class Config(ControllerConfig):
         """The keys of length."""
 
         least: int = key(1024, "smallest limit, tokens", least=1)
