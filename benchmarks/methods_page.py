@@ -8,12 +8,13 @@ lies on the other, else it is *not shown*. Run by ``benchmarks/methods.py page``
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-from opdctl.evidence.judge import t_half_width
+from opdctl.intervals import student
 
 SAMPLED, FULL, IMITATION = "thinking_machines", "deepseek_v4", "seqkd"
 VERSIONS = ("opdctl", "python", "torch", "transformers")
@@ -113,7 +114,8 @@ def noise(gradient: dict) -> float | None:
 def interval(each: list[float]) -> tuple[float, float, float]:
     """Return the mean and its 95 % interval; of one value the value three times."""
     mean = statistics.fmean(each)
-    half = t_half_width(each) if len(each) > 1 else 0.0
+    spread = statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else 0.0
+    half = float(student(len(each) - 1)) * spread if spread else 0.0
     return mean, mean - half, mean + half
 
 
