@@ -263,7 +263,7 @@ def test_a_template_that_prints_the_date_is_told_one_or_refused(monkeypatch):
     tokenizer = of_family("bytes")
     with pytest.raises(UsageError, match="prints the date") as caught:
         chat_of(tokenizer, dated()).render("1 2")
-    assert "runtime.template_date=" in caught.value.hint
+    assert "'runtime.template_date=" in caught.value.hint
     llama = (
         "{% if not date_string is defined %}{% if strftime_now is defined %}"
         '{% set date_string = strftime_now("%d %b %Y") %}{% else %}{% set date_string = "26" %}'

@@ -346,7 +346,8 @@ class Runtime:
     )
     template_date: str = key(
         "",
-        "the day, as 2026-01-31, that a chat template which prints one is shown; empty refuses it",
+        "the day, as '2026-01-31' in quotes, that a chat template which prints one is shown; empty "
+        "refuses such a template",
         neutral=True,
     )
     server_timeout: float = key(

@@ -56,7 +56,7 @@ def _date(text: str) -> list[Problem]:
         datetime.datetime.fromisoformat(text or "2000-01-01")
     except ValueError:
         message = f"{text!r} is no date in ISO's form"
-        return [Problem("runtime.template_date", message, "runtime.template_date=2026-01-31")]
+        return [Problem("runtime.template_date", message, "'runtime.template_date=\"2026-01-31\"'")]
     return []
 
 

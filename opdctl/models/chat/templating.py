@@ -185,8 +185,8 @@ class Templating:
         return UsageError(
             f"{self.name}: its chat template prints the date (strftime_now), so that the prompts "
             "of a stage that is resumed on another day would be others",
-            f"runtime.template_date={datetime.date.today().isoformat()}, which every stage of the "
-            "run is then shown",
+            f"'runtime.template_date=\"{datetime.date.today().isoformat()}\"' (quoted as here), "
+            "which every stage of the run is then shown",
         )
 
     def _source(self, template: str, date: str) -> tuple[str, str]:
