@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opdctl.config.positions import room_of
 from opdctl.config.references import first_difference
 from opdctl.errors import UsageError
 from opdctl.kernels.head import Head
@@ -68,6 +69,7 @@ class Model(Chat):
         self.sampling_checked = False  # not yet compared with itself step by step
         ids = 1 + max(self.tokenizer.get_vocab().values())  # len() would miss ids after a hole
         self.valid_V = min(ids, self.net.config.get_text_config().vocab_size)
+        self.room = room_of(self.net.config.to_dict())
         self.softcap, self.scale = softcap_and_scale(self.net.config.get_text_config())
         self.count()
 
@@ -103,11 +105,32 @@ class Model(Chat):
         return self.net.score if hasattr(self.net, "score") else self.net.get_output_embeddings()
 
     def backbone(self, input_ids: Tensor, **options: Any) -> Any:
-        """Run the transformer without its head; causal, right-padded. Hidden is [B, T, D]."""
+        """Run the transformer without its head; causal, right-padded. Hidden is [B, T, D].
+
+        Raises:
+            UsageError: a sequence is longer than the model reads; a sampler, with its cache, looks
+                itself.
+        """
+        if not options.get("use_cache"):
+            place = options.get("position_ids")
+            longest = input_ids.shape[-1] if place is None else 1 + int(place.max())
+            self.require_room(longest, "a sequence")
         self.before_forward()
         again = self.gradient_checkpointing and torch.is_grad_enabled()
         with checkpointing(self.net) if again else contextlib.nullcontext():
             return self.net.base_model(input_ids=input_ids, **options)
+
+    def require_room(self, tokens: int, of: str) -> None:
+        """Check that the model reads sequences of so many tokens.
+
+        Args:
+            of: the sequence's name, for messages.
+
+        Raises:
+            UsageError: it reads fewer.
+        """
+        if self.room.longest and tokens > self.room.longest:
+            raise UsageError(*self.room.complaint(self.name, tokens, of))
 
     def own_logits(self, ids_BT: Tensor) -> Tensor:
         """Return the logits that the model itself computes, [B, T, V], to compare with."""
@@ -169,6 +192,21 @@ def outline(folder: str, trust_remote_code: bool = False, chat_keys: ChatKeys = 
         with contextlib.suppress(OSError):  # a folder may lack it: the configuration stands in
             net.generation_config = GenerationConfig.from_pretrained(name, **options)
         return Model(net.train(False), tokenizer, folder, chat_keys=chat_keys)
+    except Exception as error:  # files of a stranger make transformers raise anything
+        raise load_error(folder, error) from error
+
+
+def config_of(folder: str, trust_remote_code: bool = False) -> Any:
+    """Return the configuration of a model, without its weights.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    name, options = location(folder, trust_remote_code)
+    try:
+        return AutoConfig.from_pretrained(name, **options)
     except Exception as error:  # files of a stranger make transformers raise anything
         raise load_error(folder, error) from error
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from opdctl import draws
 from opdctl.config import references
+from opdctl.config.positions import Room, room_of
 from opdctl.config.registry import member
 
 
@@ -21,6 +22,7 @@ class ModelStore:
         """Hold a stage's context, whose keys say how its models are loaded."""
         self.ctx, self.loads = ctx, 0
         self._frozen: dict[str, Any] = {}
+        self._rooms: dict[str, Room] = {}
         self._engine: Any = None
 
     def path_of(self, reference: str) -> str:
@@ -33,6 +35,16 @@ class ModelStore:
 
             return adapter_of(parsed.name) or parsed.name
         return str(self.ctx.run.output(parsed.name)) if parsed.form == "stage" else parsed.name
+
+    def room(self, reference: str) -> Room:
+        """Return the longest sequence of a model, from its configuration alone."""
+        from opdctl.models.model import config_of
+
+        path = self.path_of(reference)
+        if path not in self._rooms:
+            base, trusted = references.base_of(path), self.ctx.runtime.trust_remote_code
+            self._rooms[path] = room_of(config_of(base or path, trusted).to_dict())
+        return self._rooms[path]
 
     def load(
         self, reference: str, *, device: str = "", classifier: bool = False, trained: bool = False

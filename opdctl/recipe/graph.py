@@ -19,6 +19,7 @@ from opdctl.config.schema import did_you_mean
 from opdctl.config.schema import references as refs_of
 from opdctl.config.settings import ROUNDED_AWAY, Lora
 from opdctl.errors import Problem
+from opdctl.recipe.room import room_problems
 
 
 def check(recipe: Any, folders: bool) -> list[Problem]:
@@ -45,8 +46,9 @@ def check(recipe: Any, folders: bool) -> list[Problem]:
             problems.append(replace(problem, path=f"stages.{stage}.{problem.path}"))
     for claim, roles in recipe.claims.items():
         problems += _claim(recipe, claim, roles)
-    problems += _adapters(recipe) + _merged_away(recipe) + _engine(recipe)
-    problems += _date(recipe.runtime.template_date)
+    problems += _adapters(recipe) + _merged_away(recipe)
+    problems += _engine(recipe) + _date(recipe.runtime.template_date)
+    problems += room_problems(recipe) if folders else []
     return problems + rounding(recipe, lost=True)
 
 

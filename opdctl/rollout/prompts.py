@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 import math
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from opdctl import draws
 from opdctl.errors import UsageError
+from opdctl.rollout.room import require_room
 from opdctl.types import Prompt
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ class PromptOrder:
                 "more rows, a smaller eval_share or more prompts.max_tokens: equal ones count once",
             )
         self.orders: dict[tuple[str, int], np.ndarray] = {}
+        for domain, prompts in self._taken(ctx.recipe.total(ctx.name)):
+            require_room(ctx, model, domain, prompts)
 
     def at(self, step: int) -> list[Prompt]:
         """Return the ``per_step`` prompts of a step, domains in the recipe's order."""
@@ -99,6 +102,13 @@ class PromptOrder:
         order = copy.copy(self)
         order.at = at
         return order
+
+    def _taken(self, steps: int) -> Iterator[tuple[str, Iterator[Prompt]]]:
+        """Yield each domain and the prompts that so many steps take of it, each once."""
+        for domain, _, stop in self._cursors(steps - 1):
+            count = min(stop, len(self.pools[domain]))
+            if count and (self.domains is None or domain in self.domains):
+                yield domain, (self._prompt(domain, position) for position in range(count))
 
     def _cursors(self, step: int):
         """Yield (domain, first position, last position + 1) of each domain."""

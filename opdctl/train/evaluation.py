@@ -9,6 +9,7 @@ import numpy as np
 from opdctl.errors import UsageError
 from opdctl.intervals import share_ends
 from opdctl.rollout.prompts import prompts_within_limit
+from opdctl.rollout.room import require_room
 from opdctl.rollout.sampling import sample_group
 from opdctl.run.rundir import read_json, write_json
 from opdctl.train.context import Clock, Context
@@ -108,6 +109,7 @@ def _domain(ctx: Context, model, name: str, domain: str) -> dict:
     prompts = list(prompts_within_limit(ctx, model, domain, "eval", config.prompts.limit))
     if not prompts:
         raise UsageError(f"data.{domain} holds out no prompts", "raise eval_share")
+    require_room(ctx, model, domain, prompts)
     rollouts = sample_group(ctx, model, prompts, 0, "student")
     if domain == next(iter(ctx.recipe.domains(ctx.name))):
         ctx.show_first(rollouts[0], model.tokenizer, trained=False)

@@ -104,6 +104,31 @@ def mask_padding() -> type:
     return MaskPadding
 
 
+def require_fixed_rope(model, longest: int | None) -> None:
+    """Check that vLLM rotates a model's keys as the trainer does.
+
+    It has one table of rotations, made for its longest sequence: of dynamic NTK another one than
+    that of short sequences, of longrope the long one wherever its limit is beyond the switch.
+
+    Args:
+        longest: vLLM's ``max_model_len``; None where it is not known.
+
+    Raises:
+        UsageError: it does not.
+    """
+    room = model.room
+    if room.switches and ("dynamic" in room.why or not longest or longest > room.longest):
+        hint = "runtime.engine=transformers"
+        if "dynamic" not in room.why:
+            hint = f"runtime.engine_args.max_model_len={room.longest} (of a server, when it is "
+            hint += f"started), or {hint}"
+        raise UsageError(
+            f"{model.name}: vllm has other rotations than the trainer's below {room.longest} "
+            f"positions ({room.why})",
+            hint,
+        )
+
+
 def named_weights(model) -> dict:
     """Return the weights by their names in a checkpoint, with adapters merged.
 

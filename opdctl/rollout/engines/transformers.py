@@ -61,12 +61,15 @@ class Transformers(Engine):
             keys: 64 bits each, which determine the draws.
 
         Raises:
-            UsageError: the model cannot be sampled from step by step with left padding.
+            UsageError: the model cannot be sampled from step by step with left padding, or reads
+                fewer tokens than a prompt and its response may have.
             Interrupted: a stop was asked for, at any token.
         """
         import numpy as np
 
+        most = max(map(len, prompts), default=0) + max_tokens
         for model in [self.model, *(self.blend or ())[:1]]:
+            model.require_room(most, "a prompt and its response")
             if not model.sampling_checked and not reads_additive_mask(model):
                 require_stepwise_sampling(model)
             model.sampling_checked = True

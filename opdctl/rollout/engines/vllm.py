@@ -170,9 +170,9 @@ class Vllm(Engine):
         self.trained = is_trained(model)
         base = base_of(model.name)
         self.differs_from_folder = self.trained or bool(base)  # no folder has these exact weights
-        from opdctl.rollout.engines._vllm_plugins import import_vllm, mask_padding, register_backend
+        from opdctl.rollout.engines import _vllm_plugins as plugins
 
-        vllm = import_vllm(self.cuda)
+        vllm = plugins.import_vllm(self.cuda)
         name, revision = base or model.name, ""
         if not os.path.isdir(name):
             name, _, revision = name.partition("@")
@@ -189,8 +189,8 @@ class Vllm(Engine):
                 generation_config="vllm",
                 logprobs_mode="processed_logprobs",
                 enable_sleep_mode=self.cuda,
-                weight_transfer_config={"backend": register_backend()},
-                logits_processors=[mask_padding()] if model.valid_V < rows else None,
+                weight_transfer_config={"backend": plugins.register_backend()},
+                logits_processors=[plugins.mask_padding()] if model.valid_V < rows else None,
                 additional_config={"valid": model.valid_V},
                 **arguments,
             )
@@ -200,6 +200,7 @@ class Vllm(Engine):
                 "runtime.engine=transformers, or other runtime.engine_args",
             ) from error
         self.longest = self.llm.model_config.max_model_len
+        plugins.require_fixed_rope(model, self.longest)
         self.llm.init_weight_transfer_engine({"init_info": {}})
 
     def _arguments(self, batch: int, args: dict[str, Any]) -> dict[str, Any]:

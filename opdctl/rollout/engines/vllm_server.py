@@ -25,6 +25,7 @@ from opdctl.models import tensor_file
 from opdctl.remote.endpoint import opened, reading
 from opdctl.rollout.engines._engine import Engine, Sample
 from opdctl.rollout.engines._logged import Finished, is_trained, sampled_or_logged
+from opdctl.rollout.engines._vllm_plugins import require_fixed_rope
 from opdctl.rollout.engines.vllm import ROUNDED, Vllm
 
 ACTIVE = "a weight update is already active"  # vLLM's words for one that was not finished
@@ -81,6 +82,7 @@ class VllmServer(Engine):
         self.endpoint.again = tuple(code for code in again if code != 500)  # reported at once
         self.endpoint.most = min(batch, AT_ONCE)
         self.served, self.longest = served["id"], served.get("max_model_len")
+        require_fixed_rope(model, self.longest)
         self.published: int | str | None = None
         self.trained = is_trained(model)
         self.label = ""
@@ -95,6 +97,7 @@ class VllmServer(Engine):
     def switch_model(self, model) -> bool:
         """Sample from another model from now on; the server refuses weights that do not fit."""
         _require_exact(model)
+        require_fixed_rope(model, self.longest)
         self.model, self.trained, self.published = model, is_trained(model), None
         return True
 
