@@ -130,7 +130,8 @@ class _Reader:
             self.problems.append(Problem(path, message, "", self._at(node)))
             return None
         item = path.rpartition(".")[2].isdecimal()
-        if not node.style and _is_ambiguous(node.value, value, item):  # a plain scalar
+        plain = isinstance(node, yaml.ScalarNode) and not node.style
+        if plain and _is_ambiguous(node.value, value, item):
             message = f"{node.value} is {value!r:.40} in one version of YAML, and not in another"
             hint = "write it out, or quote it"
             self.problems.append(Problem(path, message, hint, self._at(node)))

@@ -33,6 +33,7 @@ class DomainKeys:
     messages_column = ""
     tools_column = ""
     path = ""
+    eval_share = 0.0
 
     kind: str = key(REQUIRED, "the domain's kind; `opdctl ls data` lists them")
     thinking: Thinking = key(

@@ -43,7 +43,7 @@ class Verifiers:
             StageFailed: the verifier of a domain raised on every one of its first answers.
         """
         waiting: dict[str, list[Rollout]] = {}
-        verdicts = {id(r): r.right for r in rollouts}
+        verdicts = {id(r): r.right for r in rollouts if r.right is not None}
         for rollout in (r for r in rollouts if r.right is None):
             verdicts[id(rollout)] = 0.0
             if not rollout.truncated and self.obeyed(rollout):
@@ -57,7 +57,7 @@ class Verifiers:
                     verdicts[id(rollout)] = verdict
         for rollout in rollouts:
             rollout.right = verdicts[id(rollout)]
-        return [r.right for r in rollouts]
+        return [verdicts[id(r)] for r in rollouts]
 
     def _verdicts(self, domain: str, rollouts: list[Rollout]) -> list[float | Exception]:
         """Ask the verifier that a domain names, made once; or its data, which brings its own."""
