@@ -354,3 +354,33 @@ class Check(Member, Protocol):
     def findings(self, stage: Any) -> list[Finding]:
         """Return the findings about a checked stage, one a teacher or one in all."""
         ...
+
+
+class Claim(Member, Protocol):
+    """A statement of a report, judged on the measurements of runs.
+
+    Attributes:
+        source: the report, and the place in it.
+        reported: its numbers.
+        threshold: the condition, in words, set before anything was run.
+    """
+
+    statement: ClassVar[str]
+    source: ClassVar[str]
+    reported: ClassVar[str]
+    threshold: ClassVar[str]
+
+    @staticmethod
+    def problems(roles: Any) -> list[Problem]:
+        """Return what the schema cannot see of the roles, with paths below the claim's."""
+        return []
+
+    @staticmethod
+    @abstractmethod
+    def conditions(roles: Any, runs: Any) -> tuple[list[Any], str]:
+        """Return the numbers that decide, each with its threshold, and a note.
+
+        Raises:
+            KeyError: a number was not measured; names it.
+        """
+        ...

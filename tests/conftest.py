@@ -125,10 +125,10 @@ def files_of(folder):
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory):
     """An uninterrupted run of the demo recipe: (folder, what the command printed)."""
-    from running import DEMO, opdctl
+    from running import DEMO, inside
 
     folder = tmp_path_factory.mktemp("runs") / "demo"
-    done = opdctl("run", DEMO, "--out", folder)
+    done = inside("run", DEMO, "--out", folder)
     assert done.returncode == 0, done.stderr
     before = files_of(folder)
     yield folder, done

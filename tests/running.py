@@ -1,14 +1,20 @@
 """Real runs for the tests: the command line in processes of its own, and comparison of runs."""
 
 import contextlib
+import io
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
+import tempfile
+import types
 from pathlib import Path
 
+from breaking import another, aside, broken
 from hostile import command
 from opdctl.config.registry import member
+from opdctl.process import runner
 from opdctl.recipe.recipe import resolve
 from opdctl.run.launch import new_run
 from opdctl.run.rundir import VOLATILE, RunDir, read_rows
@@ -29,9 +35,31 @@ def opdctl(*arguments, cwd=None, **options):
 def inside(*arguments, cwd=None):
     """The command in this process, for tests of what it says or leaves: torch is imported once for
     all of them. Its workers are processes as ever, forked from one warm server."""
-    with contextlib.chdir(cwd or HERE.parent):
-        code, out, err = command(*arguments)
+    runner.subprocess = types.SimpleNamespace(Popen=Aside, PIPE=subprocess.PIPE)
+    try:
+        with contextlib.chdir(cwd or HERE.parent):
+            code, out, err = command(*arguments)
+    finally:
+        runner.subprocess = subprocess
     return subprocess.CompletedProcess(arguments, code, out, err)
+
+
+class Aside:
+    """The process that checks or measures stages for a command, forked from the warm server where
+    the command would start a new interpreter. ``opdctl`` above starts it as a user's does."""
+
+    def __init__(self, words, stdin, stdout):
+        self.stdin, self.stderr = io.BytesIO(), stdout
+        self.words = words[words.index("opdctl.process.worker") + 1 :]
+
+    def wait(self):
+        with tempfile.TemporaryDirectory() as folder:
+            done = forked(Path(folder) / "log", aside, list(map(str, self.words)))
+        os.write(self.stderr, done.stdout.encode())
+        return done.returncode
+
+    def kill(self):
+        """Nothing: it has ended."""
 
 
 def start(*arguments):
@@ -49,23 +77,27 @@ def start(*arguments):
 def worker(folder, stage, patch=""):
     """Run one stage's worker, forked from a warm server, after ``patch``: source that may break
     it on purpose. Returns its exit code and what it printed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["opdctl.process.warm"])
     log = Path(folder) / "logs" / "test.log"
     log.parent.mkdir(exist_ok=True)
+    return forked(log, broken, str(folder), stage, patch)
+
+
+def elsewhere(folder, code, *words, paths):
+    """Run code with the opdctl that stands under the first of the paths, as a program in a folder:
+    a process that is spared the import of torch, and no more. Returns its exit code and output."""
+    places = [str(p) for p in paths]
+    return forked(folder / "elsewhere.log", another, str(folder), places, [*map(str, words)], code)
+
+
+def forked(log, body, *arguments):
+    """Run a function of ``breaking`` in a fork of the warm server; it prints to a log."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["opdctl.process.warm"])
     log.unlink(missing_ok=True)
-    process = context.Process(target=broken, args=(str(folder), stage, patch, str(log)))
+    process = context.Process(target=body, args=(*arguments, str(log)))
     process.start()
     process.join(300)
     return subprocess.CompletedProcess([], process.exitcode, log.read_text(), "")
-
-
-def broken(folder, stage, patch, log):
-    """Body of that worker."""
-    from opdctl.process.worker import child
-
-    exec(patch, {})
-    child(folder, stage, log)
 
 
 def one_stage(folder, data, *overrides, context=Context, runtime=None, **stage):

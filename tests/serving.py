@@ -18,8 +18,9 @@ FAST = {"TORCHDYNAMO_DISABLE": "1", "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
 
 @contextlib.contextmanager
 def listening(server):
-    """An HTTP server of this process, in a thread until the block ends."""
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    """An HTTP server of this process, in a thread until the block ends; it looks every 10 ms
+    whether it shall stop."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield server

@@ -20,7 +20,8 @@ from opdctl.config import references
 from opdctl.config.registry import member
 from opdctl.errors import Interrupted, RecipeError, UsageError
 from opdctl.models import tensor_file
-from opdctl.models.lora import adapter_parameters, unadapted_matrices, weight_deltas, with_adapters
+from opdctl.models.lora import adapter_parameters, unadapted_matrices, weight_deltas
+from opdctl.models.merging import with_adapters
 from opdctl.models.model import load, outline, save
 from opdctl.recipe.recipe import resolve
 from opdctl.remote.hub import adapter_of

@@ -1,10 +1,7 @@
 """docs/adding-a-method.md, carried out: what it says to write works, in all three places."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -12,6 +9,10 @@ import pytest
 from one_step import write
 
 from conftest import make_model
+from opdctl.config import registry
+from opdctl.config.member_files import installed
+from opdctl.recipe.own_members import trust_all
+from running import elsewhere, inside
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "adding-a-method.md").read_text()
@@ -60,24 +61,43 @@ def fork(models, tmp_path_factory):
     return folder
 
 
-def command(folder, *arguments, path=(ROOT,)):
-    """A module's main, run in a folder; its exit code and output."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
-    environment.pop("OPDCTL_TRUST_MEMBERS", None)
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+@pytest.fixture(autouse=True)
+def as_it_was(monkeypatch):
+    """Nothing is trusted before a test, and nothing of its members is left after it."""
+    monkeypatch.delenv("OPDCTL_TRUST_MEMBERS", raising=False)
+    yield
+    registry.use_members(None)
+    trust_all(False)
+    installed.cache_clear()
+
+
+def command(folder, *words):
+    """The command, run in a folder; its exit code and output."""
+    done = inside(*words, cwd=folder)
     return done.returncode, done.stdout + done.stderr
 
 
-def stage(folder, out, *words, path=(ROOT,)):
+# the command with the copy's opdctl, whose stages are forked from it: no server imports torch anew
+FORKING = """
+import multiprocessing
+get = multiprocessing.get_context
+multiprocessing.get_context = lambda kind: get("fork")
+from opdctl.cli.app import main
+main()
+"""
+
+
+def in_the_fork(fork, *words):
+    done = elsewhere(fork, FORKING, "opdctl", *words, paths=(fork,))
+    return done.returncode, done.stdout
+
+
+def stage(folder, out, *words, run=command):
     """``opdctl stage opd`` on the models, of two steps."""
     data = ["data.sums.kind=jsonl", "data.sums.path=sums.jsonl", "data.sums.eval_share=0"]
     keys = ["steps=2", "prompts.per_step=2", "sampling.max_tokens=4"]
     teach = ["--student", "s", "--teacher", "sums=t"]
-    out = ["--out", out]
-    return command(folder, "opdctl", "stage", "opd", *teach, *data, *keys, *words, *out, path=path)
+    return run(folder, "stage", "opd", *teach, *data, *keys, *words, "--out", out)
 
 
 def test_the_page_names_every_file_it_needs():
@@ -109,21 +129,21 @@ def test_a_new_weight_is_one_file(place):
 
 def test_a_recipe_brings_its_folder_and_plan_asks_first(place):
     lay(place, MEMBER, "own.yaml")
-    code, output = command(place, "opdctl", "plan", "own.yaml")
+    code, output = command(place, "plan", "own.yaml")
     assert code == 2 and "--trust-members" in output
-    code, output = command(place, "opdctl", "plan", "own.yaml", "--trust-members")
+    code, output = command(place, "plan", "own.yaml", "--trust-members")
     assert code == 0, output
-    code, output = command(place, "opdctl", "run", "own.yaml", "--out", "run")
+    code, output = command(place, "run", "own.yaml", "--out", "run")
     assert code == 0, output
     (place / MEMBER).write_text(BLOCKS[MEMBER].replace("clamp(max=0)", "clamp(max=1)"))
-    code, output = command(place, "opdctl", "plan", "run", "--trust-members")
+    code, output = command(place, "plan", "run", "--trust-members")
     assert "members/weights/trust.py changed" in output
     for words in (("ls", "weights"), ("show", "trust")):
-        code, output = command(place, "opdctl", *words, "--members", "./my_members")
+        code, output = command(place, *words, "--members", "./my_members")
         assert code == 0 and LINE in output, output
 
 
-def test_a_package_brings_its_members_where_it_is_installed(place):
+def test_a_package_brings_its_members_where_it_is_installed(place, monkeypatch):
     lay(place, MEMBER, "lab/pyproject.toml")
     project = tomllib.loads((place / "lab" / "pyproject.toml").read_text())["project"]
     (group, points), = project["entry-points"].items()  # fmt: skip
@@ -135,28 +155,36 @@ def test_a_package_brings_its_members_where_it_is_installed(place):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lab\nVersion: 1.0\n")
     lines = [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
     (info / "entry_points.txt").write_text("\n".join(lines))
-    code, output = stage(place, "run", *COMPOSED, path=(ROOT, site))
+    monkeypatch.syspath_prepend(str(site))
+    installed.cache_clear()
+    code, output = stage(place, "run", *COMPOSED)
     assert code == 0, output
-    code, output = command(place, "opdctl", "ls", "weights", path=(ROOT, site))
+    code, output = command(place, "ls", "weights")
     assert LINE in output
 
 
 def test_a_member_of_the_package_is_the_same_file(fork):
-    code, output = stage(fork, "run", "--method", "trust", path=(fork,))
+    code, output = stage(fork, "run", "--method", "trust", run=in_the_fork)
     assert code == 0, output
-    code, output = command(fork, "opdctl", "ls", "weights", path=(fork,))
+    code, output = in_the_fork(fork, "ls", "weights")
     assert LINE in output
 
 
 def test_the_test_of_the_page_passes_and_fails_where_the_formula_is_broken(fork):
-    tests = ("pytest", "-q", "-n", "0", "tests/test_method_values.py", "-k", "trust")
-    code, output = command(fork, *tests, path=(fork,))
+    program = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    words = ("pytest", "-q", "-p", "no:xdist", "tests/test_method_values.py", "-k", "trust")
+
+    def tested():
+        done = elsewhere(fork, program, *words, paths=(fork, fork / "tests"))
+        return done.returncode, done.stdout
+
+    code, output = tested()
     assert code == 0 and "1 passed" in output, output
     member = fork / "opdctl" / "loss" / "weights" / "trust.py"
     text = member.read_text()
     try:
         member.write_text(text.replace("clamp(max=0)", "clamp(max=1)"))
-        code, output = command(fork, *tests, path=(fork,))
+        code, output = tested()
     finally:
         member.write_text(text)
     assert code == 1 and "1 failed" in output, output

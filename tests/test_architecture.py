@@ -1,6 +1,7 @@
 """The rules of the layout, read from the syntax trees: wings, duties, sizes."""
 
 import ast
+import functools
 import graphlib
 import statistics
 import subprocess
@@ -20,10 +21,21 @@ def name_of(path):
     return str(path.relative_to(PACKAGE))
 
 
+@functools.cache
+def tree_of(path):
+    """A file's syntax tree, and all nodes of it."""
+    tree = ast.parse(path.read_text())
+    return tree, list(ast.walk(tree))
+
+
+@functools.cache
 def imports(path, top_only=False):
     """(module, line) of every import; at module level only if asked."""
-    tree = ast.parse(path.read_text())
-    nodes = tree.body if top_only else ast.walk(tree)
+    tree, nodes = tree_of(path)
+    return list(imports_among(tree.body if top_only else nodes))
+
+
+def imports_among(nodes):
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
@@ -114,6 +126,7 @@ def wing_of(module):
     return module.split(".")[0]
 
 
+@functools.cache
 def import_graph():
     """Module -> modules of the package it imports, at any depth of its code."""
     modules = {module_of(f): f for f in FILES if f != PACKAGE / "__init__.py"}
@@ -180,7 +193,7 @@ def test_no_function_is_longer_than_a_screen():
     long = [
         f"{name_of(f)}:{node.lineno} {node.name} has {node.end_lineno - node.lineno + 1} lines"
         for f in FILES
-        for node in ast.walk(ast.parse(f.read_text()))
+        for node in tree_of(f)[1]
         if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= FUNCTION_LINES
     ]
     assert not long
@@ -191,7 +204,7 @@ def test_nothing_of_a_stranger_is_unpickled_or_executed():
     calls = [
         (name_of(f), node.func)
         for f in FILES
-        for node in ast.walk(ast.parse(f.read_text()))
+        for node in tree_of(f)[1]
         if isinstance(node, ast.Call)
     ]
     names = {(f, c.id) for f, c in calls if isinstance(c, ast.Name)}

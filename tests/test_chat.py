@@ -278,7 +278,7 @@ def test_which_part_of_a_conversation_asks():
 
 def test_what_is_remembered_of_prompts_does_not_grow(monkeypatch):
     """A stream brings new ones for ever: the newest are kept, by their length in all."""
-    monkeypatch.setattr("opdctl.models.chat.rendering.CACHE_LIMIT", 200)
+    monkeypatch.setattr("opdctl.models.chat.recent_cache.CACHE_LIMIT", 200)
     model = chat(CHATML)
     for i in range(50):
         text = f"question {i}"

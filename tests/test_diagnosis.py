@@ -484,5 +484,5 @@ def test_what_a_stage_waits_for_is_what_to_run(folder, tmp_path):  # noqa: F811
     ],
 )
 def test_what_is_asked_wrongly(given, said):
-    done = opdctl("diagnose", *given)
+    done = inside("diagnose", *given)
     assert done.returncode == 2 and said in done.stderr and not done.stdout

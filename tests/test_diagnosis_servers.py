@@ -8,7 +8,7 @@ from test_served import dying, serving
 from conftest import make_model
 from opdctl.errors import StageFailed, UsageError
 from opdctl.models.model import load
-from running import opdctl
+from running import inside
 
 NOBODY = "http://127.0.0.1:1"
 JUDGED = {"verifier": {"judge_server": {"url": NOBODY, "name": "big", "timeout": 0.3}}}
@@ -61,13 +61,13 @@ def test_a_dead_server_is_the_error_of_the_command(folder):  # noqa: F811
     """And the key in its hint names another one: this one is found to be of other tokens."""
     command = ("diagnose", "--student", f"{folder}/student", "--teacher", f"sums={NOBODY}")
     command += ("--data", f"{folder}/p.jsonl", "teachers.sums.serves={p: true}", "--json")
-    dead = opdctl(*command, "runtime.server_timeout=0.5")
+    dead = inside(*command, "runtime.server_timeout=0.5")
     *_, error, hint = dead.stderr.splitlines()
     assert dead.returncode == 1 and not dead.stdout and "ended with" not in dead.stderr
     assert error.startswith(f"error: teacher sums ({NOBODY}): no answer to /v1/models")
     assert "nothing of a diagnosis is kept" in hint and "resume" not in hint
     elsewhere = hint.split("the same command with ")[1]
     with serving(tokenizer=make_model(alphabet=ALPHABETS["other"]).tokenizer) as server:
-        moved = opdctl(*command, elsewhere.replace("http://host:8000", server.url))
+        moved = inside(*command, elsewhere.replace("http://host:8000", server.url))
     assert moved.returncode == 2 and not moved.stdout
     assert f"error: teacher sums ({server.url}) has another tokenizer" in moved.stderr

@@ -1,11 +1,10 @@
 """The measure of a newcomer's work: how many files a new idea touches. Each idea is put into a copy
 of the package and run there, up to the first gradient of a stage."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+
+from running import elsewhere
 
 ROOT = Path(__file__).parent.parent
 
@@ -135,15 +134,9 @@ def tried(folder, on_disk, new, edits, script):
             assert text.count(before) == 1, (path, before)
             text = text.replace(before, after)
         (folder / path).write_text(text)
-    done = subprocess.run(
-        [sys.executable, "-c", BEGIN + script, str(on_disk), str(folder)],
-        env={**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT / 'tests'}"},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    words, paths = ("tried", on_disk, folder), (folder, ROOT / "tests")
+    done = elsewhere(folder, BEGIN + script, *words, paths=paths)
+    assert done.returncode == 0, done.stdout[-3000:]
     return changed(folder)
 
 

@@ -22,7 +22,7 @@ from opdctl.run.launch import new_run
 from opdctl.run.plan import ready
 from opdctl.run.rundir import RunDir
 from opdctl.train.context import Context
-from running import opdctl, worker
+from running import inside, opdctl, worker
 
 EVERY = set(members("preflight")) - {"served"}  # no teacher here is behind a server
 CHEAP = {"distinct", "memory", "padded_rows", "template", "tokens", "widths"}
@@ -374,12 +374,12 @@ def test_validate_deep(several, folder):
         by_stage.setdefault(f["stage"], {})[f["check"]] = f["severity"]
     assert by_stage["sound"] == by_stage["public"] == dict.fromkeys(EVERY, "ok")
     assert by_stage["broken"] == dict.fromkeys(CHEAP, "ok") | {"tokens": "error"}
-    plain = opdctl("validate", several)
+    plain = inside("validate", several)
     assert plain.returncode == 0 and "Preflight" not in plain.stdout
 
 
 def test_run_refuses_before_anything_is_made(several, folder, tmp_path):
-    done = opdctl("run", several, "stages.public=null", "--out", tmp_path / "run", cwd=folder)
+    done = inside("run", several, "stages.public=null", "--out", tmp_path / "run", cwd=folder)
     assert done.returncode == 2 and not list(tmp_path.iterdir()), done.stderr
     told = done.stderr.partition("error: tokens, teacher sums: ")[2].splitlines()
     assert "the student ends a response by '<|end|>'" in told[0]
@@ -389,7 +389,7 @@ def test_run_refuses_before_anything_is_made(several, folder, tmp_path):
 
 
 def test_a_stage_does_not_start_with_a_broken_teacher(folder, broken, tmp_path):
-    done = opdctl(
+    done = inside(
         *("stage", "opd", "--student", folder / "student", "--teacher", f"sums={broken['sums']}"),
         *("data.sums.kind=jsonl", f"data.sums.path={folder}/p.jsonl", "prompts.per_step=6"),
         *("steps=2", "sampling.max_tokens=4", "--out", tmp_path / "run"),
@@ -431,7 +431,7 @@ def test_a_warning_is_recorded_and_a_run_directory_looked_at(folder, tmp_path):
     (warning,) = run.record("second")["preflight"]
     assert warning["check"] == "distinct" and warning["severity"] == "warning"
     shutil.rmtree(run.stage("third"))
-    done = opdctl("validate", run.path, "--deep")
+    done = inside("validate", run.path, "--deep")
     assert done.returncode == 0, done.stderr
     assert "write more: policy" in done.stdout and "why distinct matters" in done.stdout
     assert "third" in done.stdout and "checked when" not in done.stdout

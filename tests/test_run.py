@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from opdctl.run.rundir import RunDir, read_json, read_rows
-from running import DEMO, inside, opdctl, worker
+from running import DEMO, inside, worker
 
 STAGE_KEYS = {"kind", "status", "step", "total", "attempt", "seconds", "fingerprint"}
 
@@ -240,13 +240,13 @@ def test_several_seeds(tmp_path):
         "stages.mopd.steps=1",
         "stages.distilled.steps=1",
     ]
-    done = opdctl("run", DEMO, "--seeds", "3..4", "--out", tmp_path / "set", *short)
+    done = inside("run", DEMO, "--seeds", "3..4", "--out", tmp_path / "set", *short)
     assert done.returncode == 0, done.stderr
-    found = json.loads(opdctl("status", tmp_path / "set", "--json").stdout)
+    found = json.loads(inside("status", tmp_path / "set", "--json").stdout)
     assert [r["seed"] for r in found["runs"]] == [3, 4] and found["state"] == "done"
-    claims = json.loads(opdctl("claims", tmp_path / "set", "--json").stdout)["claims"]
+    claims = json.loads(inside("claims", tmp_path / "set", "--json").stdout)["claims"]
     assert claims[0]["seeds"] == [3, 4]
-    again = opdctl("resume", tmp_path / "set")
+    again = inside("resume", tmp_path / "set")
     assert again.returncode == 0 and "every stage is done" in again.stderr
     weights = [
         (RunDir(tmp_path / "set" / f"seed-{s}").output("base") / "model.safetensors")

@@ -2,8 +2,11 @@
 every family. The right value is ``apply_chat_template`` of the whole conversation."""
 
 import functools
+from datetime import datetime
+from types import SimpleNamespace
 
 import pytest
+from one_step import prompts
 from tokenizers_of import (
     CHATML,
     FAMILIES,
@@ -16,10 +19,16 @@ from tokenizers_of import (
     tokenizer_of,
 )
 
-from opdctl.errors import UsageError
+from opdctl.errors import Interrupted, RecipeError, UsageError
 from opdctl.models.chat.control_tokens import ChatKeys, chat_keys_of
 from opdctl.models.chat.conversation import render_conversation
+from opdctl.models.chat.thinking import Thinking
+from opdctl.models.model import load, save
+from opdctl.run.fingerprint import fingerprints
+from opdctl.run.rundir import read_rows
+from opdctl.train.context import Context
 from opdctl.types import Prompt
+from running import carry_out, one_stage
 
 of_family = functools.cache(tokenizer_of)
 TEMPLATES = {"chatml": CHATML, "tokens": TOKENS, "llama2": LLAMA2, "spaced": SPACED}
@@ -222,10 +231,6 @@ def test_an_answer_writes_the_marks_of_its_thought_and_no_frame():
 
 
 def test_the_marks_and_tags_of_the_data_are_not_content():
-    from types import SimpleNamespace
-
-    from opdctl.models.chat.thinking import Thinking
-
     tokenizer = tokenizer_of("bytes", [*SPECIAL, "<plan>", "</plan>", "<|deep|>"])
     thinking = Thinking(mode="think", tag=" <|deep|>", open="<plan>\n", close="\n</plan>\n")
     domain = SimpleNamespace(thinking=thinking, environment={})
@@ -286,3 +291,49 @@ def test_a_template_that_changes_between_two_renderings_is_refused(written, says
     chat = chat_of(of_family("bytes"), written + CHATML, keys=ChatKeys("2026-01-31"))
     with pytest.raises(UsageError, match=says):
         chat.render("1 2")
+
+
+class Stopped(Context):
+    """A stage that is asked to stop after two steps."""
+
+    def check(self):
+        self.stop = len(read_rows(self.folder / "metrics.jsonl")) >= 2
+        super().check()
+
+
+def test_a_stage_that_is_resumed_on_another_day_gives_the_same_bits(on_disk, tmp_path, monkeypatch):
+    """The date of the run, in its fingerprint; without one the stage is refused before a step."""
+    model = load(str(on_disk / "s"))
+    model.tokenizer.chat_template = "{{ strftime_now('%j ') }}" + model.tokenizer.chat_template
+    save(model, tmp_path / "dated")
+
+    def on(day):
+        stopped = type("Day", (datetime,), {"now": classmethod(lambda cls, tz=None: day)})
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", stopped)
+
+    sft = {
+        "kind": "sft",
+        "student": str(tmp_path / "dated"),
+        "steps": 3,
+        "prompts": {"per_step": 4},
+    }
+    sums = {"sums": prompts(on_disk)}
+    told = {"template_date": "2026-02-03"}
+    on(datetime(2026, 2, 3))
+    with pytest.raises(UsageError, match="prints the date"):
+        carry_out(one_stage(tmp_path / "none", sums, **sft))
+    whole = one_stage(tmp_path / "whole", sums, runtime=told, **sft)
+    cut = one_stage(tmp_path / "cut", sums, runtime=told, context=Stopped, **sft)
+    carry_out(whole)
+    assert "034 <|user|>" in (whole.folder / "example.json").read_text()
+    with pytest.raises(Interrupted):
+        carry_out(cut)
+    on(datetime(2027, 9, 9))
+    carry_out(Context(cut.run, cut.recipe, "it", attempt=2))
+    ours, theirs = ((c.folder / "output" / "model.safetensors").read_bytes() for c in (whole, cut))
+    assert ours == theirs
+    assert len({fingerprints(c.recipe)["it"] for c in (whole, cut)}) == 1
+    other = one_stage(tmp_path / "other", sums, runtime={"template_date": "2026-02-04"}, **sft)
+    assert fingerprints(other.recipe)["it"] != fingerprints(whole.recipe)["it"]
+    with pytest.raises(RecipeError, match="no date in ISO"):
+        one_stage(tmp_path / "wrong", sums, runtime={"template_date": "today"}, **sft)

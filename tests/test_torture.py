@@ -11,7 +11,7 @@ import pytest
 from test_resume import copy_without
 
 from opdctl.run.rundir import RunDir
-from running import DEMO, assert_same, inside, opdctl, worker
+from running import DEMO, assert_same, inside, worker
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -67,7 +67,7 @@ def test_a_disk_that_is_really_full(small_disk):
     """A whole run on it: an error in words and how to go on; with room it does."""
     filler = small_disk / "filler"
     filler.write_bytes(b"x" * 2_300_000)
-    failed = opdctl("run", DEMO, "--out", small_disk / "run")
+    failed = inside("run", DEMO, "--out", small_disk / "run")
     assert failed.returncode == 1 and "Traceback" not in failed.stderr, failed.stderr
     assert f"opdctl resume {small_disk / 'run'}" in failed.stderr
     assert "No space left" in failed.stderr

@@ -16,6 +16,7 @@ from opdctl.recipe.methods import method, methods
 from opdctl.recipe.recipe import lookup
 from opdctl.recipe.source import find, read, read_source, shipped
 from opdctl.recipe.yaml_lines import parse
+from opdctl.rollout.extraction import Extract
 from opdctl.run.rundir import RunDir, read_json
 
 
@@ -99,8 +100,7 @@ def detail(name: str, folder: Path | None = None) -> dict:
             if file := registry.file_of(family, member):
                 about.append(f"one's own: {file}")
             prefix = "" if alone else f"{family}/{member}: "
-            if hasattr(cls, "Config"):
-                keys += describe(cls.Config, lookup, prefix)
+            keys += _member_keys(cls, family, prefix)
         field = "also" if "about" in shown else "about"
         return {**shown, field: "\n".join(about), "keys": keys, "more": _more(keys)}
     if name == "runtime":
@@ -117,6 +117,15 @@ def detail(name: str, folder: Path | None = None) -> dict:
         *(m for f in registry.FAMILIES for m in registry.members(f)),
     ]
     raise UsageError(f"nothing called {name!r}", did_you_mean(name, everything, "try `opdctl ls`:"))
+
+
+def _member_keys(cls: type, family: str, prefix: str) -> list[dict[str, str]]:
+    """Return a row per key; of a verifier also its domain's, which say what it is given."""
+    rows = describe(cls.Config, lookup, prefix) if hasattr(cls, "Config") else []
+    if family == "verifiers":
+        for part in ("extract", "reference"):
+            rows += describe(Extract, lookup, f"data.NAME.{part}.")
+    return rows
 
 
 def _recipe(name: str) -> dict:

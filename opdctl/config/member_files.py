@@ -51,6 +51,7 @@ BASES: dict[str, type] = {
     "signals": protocols.Signal,
     "objectives": protocols.Objective,
     "weights": protocols.Weight,
+    "claims": protocols.Claim,
 }
 
 

@@ -1,28 +1,34 @@
 """Read the measurements of runs for claims: scores per prompt, facts of a stage, learning curves.
 
 Scores come from the evaluations at temperature 1 and are kept per prompt, so that a bootstrap over
-prompts can draw the same prompts for every model. Facts come from the stages' records (the ledger)
-and their results; curves from metrics.jsonl.
+prompts can weigh the same prompts for every model and on every seed. Facts come from the stages'
+records (the ledger) and their results; curves from metrics.jsonl.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from opdctl import draws
 from opdctl.errors import UsageError
 from opdctl.run.launch import read_recipe
 from opdctl.run.rundir import RunDir, read_json, read_rows
 
-RESAMPLES = 1000
+RESAMPLES = 2000
 
 
-class Scores(dict):
+Key = tuple[str, ...]  # (model, domain) or (model, domain, kind)
+Number = float | NDArray[np.float64]  # of one run, or of its resamples
+
+
+class Scores(dict[Key, Any]):
     """The scores of one run: means over prompts, or those of all resamples as arrays.
 
     ``scores[model, domain]`` is the accuracy; ``scores[model, domain, kind]`` is ``tokens`` per
@@ -43,7 +49,7 @@ class Scores(dict):
             raise KeyError((stage, name))
         return value
 
-    def curve(self, stage: str, name: str) -> list[dict]:
+    def curve(self, stage: str, name: str) -> list[Any]:
         """Return a key of the stage's metrics, step by step.
 
         Raises:
@@ -65,7 +71,7 @@ class Measured:
         rows: the metrics of each stage.
     """
 
-    values: dict[tuple, np.ndarray] = field(default_factory=dict)
+    values: dict[Key, NDArray[np.float64]] = field(default_factory=dict)
     facts: dict[tuple[str, str], float] = field(default_factory=dict)
     rows: dict[str, list[dict]] = field(default_factory=dict)
 
@@ -76,36 +82,51 @@ class Measured:
         return means
 
     def resampled(self, seed: int = 0) -> Scores:
-        """Return the means over resampled prompts, [RESAMPLES] each; all models share the draws."""
+        """Return the means over reweighed prompts, [RESAMPLES] each.
+
+        All models share the weights, and so do all runs resampled with one seed.
+        """
         scores = _Resampled()
-        scores.measured, scores.seed, scores.drawn = self, seed, {}
+        scores.measured, scores.seed = self, seed
         return scores
+
+
+def is_share(key: Key) -> bool:
+    """Return True for a score from 0 to 1: all but the tokens."""
+    return key[2:] != ("tokens",)
 
 
 class _Resampled(Scores):
     """The scores of the resamples, each computed on first use.
 
-    Where all of the prompts were failed, or none, every resample would be the same: their shares
-    are drawn from Beta(right + 1/2, wrong + 1/2) (Jeffreys), so that 0 of 20 is no certainty.
+    A resample gives the prompts of a domain the weights of a Bayesian bootstrap (Rubin, The Annals
+    of Statistics 9:130, 1981), and of a share two further prompts, on each of which every model is
+    right or wrong at even odds (for two models Agresti and Min, Statistics in Medicine 24:729,
+    2005, who add half a prompt to each of the four outcomes). So neither 0 of 20 is a certainty,
+    nor are equal answers of two models to each of 20 prompts.
     """
 
     seed: int
-    drawn: dict[tuple[str, int], np.ndarray]
 
-    def __missing__(self, key: tuple) -> np.ndarray:
+    def __missing__(self, key: Key) -> NDArray[np.float64]:
         value, domain = self.measured.values[key], key[1]
-        share = len(key) == 2 or key[2].startswith("pass@")
-        if share and value.std() == 0.0 and value[0] in (0.0, 1.0):
-            rng = np.random.default_rng(draws.key(self.seed, key))
-            ends = len(value) * value[0] + 0.5, len(value) * (1 - value[0]) + 0.5
-            self[key] = rng.beta(*ends, RESAMPLES)
+        weights = _weights(self.seed, domain, len(value))
+        inner, added = weights[:, : len(value)], weights[:, len(value) :]
+        if not is_share(key):
+            inner = inner / inner.sum(axis=1, keepdims=True)
+            self[key] = value[0] + inner @ (value - value[0])
             return self[key]
-        shape = domain, len(value)
-        if shape not in self.drawn:
-            rng = np.random.default_rng(draws.key(self.seed, domain))
-            self.drawn[shape] = rng.integers(0, len(value), (RESAMPLES, len(value)))
-        self[key] = value[self.drawn[shape]].mean(axis=1)
+        rng = np.random.default_rng(draws.key(self.seed, key))
+        self[key] = inner @ value + (added * rng.integers(0, 2, added.shape)).sum(axis=1)
         return self[key]
+
+
+@functools.lru_cache(maxsize=4)  # runs and models share them
+def _weights(seed: int, domain: str, count: int) -> NDArray[np.float64]:
+    """Return the weights of a domain's prompts and of two more, [RESAMPLES, count + 2]."""
+    rng = np.random.default_rng(draws.key(seed, domain))
+    weights = rng.standard_exponential((RESAMPLES, count + 2))
+    return weights / weights.sum(axis=1, keepdims=True)
 
 
 def read_measurements(run: RunDir) -> Measured:
@@ -135,11 +156,11 @@ def read_measurements(run: RunDir) -> Measured:
     return result
 
 
-def per_prompt(row: dict) -> dict[tuple, np.ndarray]:
+def per_prompt(row: dict) -> dict[Key, NDArray[np.float64]]:
     """Turn one record of an evaluation into arrays over its prompts, by score."""
     key, n = (row["model"], row["domain"]), int(row["samples"])
     right = np.array(row["right"], float)
-    arrays = {key: right / n}
+    arrays: dict[Key, NDArray[np.float64]] = {key: right / n}
     for k in (int(k) for k in row["pass_at_k"]):
         wrong = [math.comb(n - int(r), k) / math.comb(n, k) for r in right]
         arrays[*key, f"pass@{k}"] = 1.0 - np.array(wrong)

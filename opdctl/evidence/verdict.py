@@ -10,17 +10,16 @@ tokens, steps, divergences, variances.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from opdctl.evidence.measured import Measured, Scores
+    from opdctl.evidence.measured import Measured, Number, Scores
 
 DELTA = 0.03  # of a score
 DELTA_RECOVERY = 0.05  # of a recovery
+ROUNDING = 1e-9  # .62 - .65 is below -.03
 
 
 @dataclass
@@ -37,7 +36,7 @@ class Condition:
     """
 
     name: str
-    value: Callable[[Scores], np.ndarray]
+    value: Callable[[Scores], Number]
     least: float | None = None
     most: float | None = None
     delta: float = DELTA
@@ -46,24 +45,40 @@ class Condition:
 
 
 def verdict(condition: Condition, estimate: float, low: float, high: float) -> bool | None:
-    """Return True where a condition holds, False where it is refuted, None where undecided."""
-    least = -math.inf if condition.least is None else condition.least
-    most = math.inf if condition.most is None else condition.most
+    """Return True where a condition holds, False where it is refuted, None where undecided.
+
+    A number that is not finite, or an end that is not a number, decides nothing. What differs from
+    a threshold by rounding alone meets it.
+    """
+    if not math.isfinite(estimate) or math.isnan(low) or math.isnan(high):
+        return None
+    least = -math.inf if condition.least is None else condition.least - ROUNDING
+    most = math.inf if condition.most is None else condition.most + ROUNDING
     if high < least or low > most:
         return False
     if condition.touches:
-        return True
+        return True if math.isfinite(low) and math.isfinite(high) else None
     within = low >= least - condition.delta and high <= most + condition.delta
     return True if least <= estimate <= most and within else None
 
 
-def format_number(value: float) -> str:
-    """Format a number with three digits after the point, or as 1.2e-05 where that shows nothing."""
-    return f"{value:.1e}" if 0 < abs(value) < 0.0005 else f"{value:.3f}"
+def format_number(value: float | None) -> str:
+    """Format a number with three digits after the point, or as 1.2e-05 where that shows nothing.
+
+    None, which JSON has in place of a number that is not finite, is a question mark.
+    """
+    if value is None:
+        return "?"
+    if value == 0:
+        return "0.000"  # no minus
+    return f"{value:.1e}" if abs(value) < 0.0005 else f"{value:.3f}"
 
 
-def format_estimate(value: float, interval: list[float]) -> str:
-    """Format a number and its interval: ``.123 [.100, .150]``, see ``format_number``."""
+def format_estimate(value: float | None, interval: Sequence[float | None]) -> str:
+    """Format a number and both ends of its interval: ``.123 [.100, .150]``.
+
+    Every table, page and report shows its intervals by this function. See ``format_number``.
+    """
     low, high = map(format_number, interval)
     return f"{format_number(value)} [{low}, {high}]"
 
@@ -73,7 +88,7 @@ def stage_name(reference: str) -> str:
     return reference.removeprefix("stage:")
 
 
-def mean_score(model: str, domains: dict[str, bool], *kind: str) -> Callable[[Scores], np.ndarray]:
+def mean_score(model: str, domains: dict[str, bool], *kind: str) -> Callable[[Scores], Number]:
     """Return the function for the mean over domains of a model's accuracy.
 
     Args:
@@ -83,7 +98,7 @@ def mean_score(model: str, domains: dict[str, bool], *kind: str) -> Callable[[Sc
     return lambda scores: sum(scores[model, d, *kind] for d in chosen) / len(chosen)
 
 
-def gain(new: str, old: str, domain: str) -> Callable[[Scores], np.ndarray]:
+def gain(new: str, old: str, domain: str) -> Callable[[Scores], Number]:
     """Return the function for the gain in accuracy of one model over another on a domain.
 
     Args:
@@ -95,7 +110,7 @@ def gain(new: str, old: str, domain: str) -> Callable[[Scores], np.ndarray]:
 
 def mean_gain(
     new: str, old: str, domains: dict[str, bool], *kind: str
-) -> Callable[[Scores], np.ndarray]:
+) -> Callable[[Scores], Number]:
     """Return the function for the gain of one model over another in the mean over domains.
 
     Args:
@@ -106,17 +121,17 @@ def mean_gain(
     return lambda scores: ours(scores) - theirs(scores)
 
 
-def recovery(student: str, start: str, teacher: str, domain: str) -> Callable[[dict], np.ndarray]:
+def recovery(student: str, start: str, teacher: str, domain: str) -> Callable[[Scores], Number]:
     """Return the function for the recovery r_d = (s_d - start_d) / (T_d - start_d) of a domain."""
 
-    def value(scores: dict) -> np.ndarray:
+    def value(scores: Scores) -> Number:
         gap = scores[teacher, domain] - scores[start, domain]
         return (scores[student, domain] - scores[start, domain]) / gap
 
     return value
 
 
-def norm(student: str, start: str, teachers: dict[str, str]) -> Callable[[dict], np.ndarray]:
+def norm(student: str, start: str, teachers: dict[str, str]) -> Callable[[Scores], Number]:
     """Return the function for the Norm, the mean recovery over domains."""
     each = [recovery(student, start, t, d) for d, t in teachers.items()]
     return lambda scores: sum(value(scores) for value in each) / len(each)

@@ -18,7 +18,7 @@ from torch import nn
 from opdctl.errors import UsageError
 
 
-def enable_checkpointing(net: nn.Module, name: str) -> None:
+def enable_checkpointing(net: Any, name: str) -> None:
     """Turn gradient checkpointing on for all layers of a model.
 
     Args:
@@ -39,12 +39,10 @@ def enable_checkpointing(net: nn.Module, name: str) -> None:
         net.activation_checkpointing_enable({"use_reentrant": False})
     else:
         net.gradient_checkpointing_enable({"use_reentrant": False})
-    for layer in net.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            again = layer._gradient_checkpointing_func
-            layer._gradient_checkpointing_func = functools.partial(
-                _checkpointed_forward, layer, again
-            )
+    layers: list[Any] = [m for m in net.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers:
+        again = layer._gradient_checkpointing_func
+        layer._gradient_checkpointing_func = functools.partial(_checkpointed_forward, layer, again)
 
 
 def _checkpointed_forward(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import os
 import re
 import warnings
@@ -26,6 +27,7 @@ import torch
 from opdctl.config import references
 from opdctl.config.settings import Lora
 from opdctl.errors import UsageError
+from opdctl.models import merging
 from opdctl.models.model import Model
 from opdctl.run.rundir import write_json
 
@@ -50,7 +52,7 @@ class Adapter:
     def finish(self, model: Model, folder: Path) -> None:
         """Write the weights of a stage's output. Merging is in place, so call this last."""
         if self.merged:
-            merge(self.peft)
+            merging.merge(model, self.peft)
             model.net.save_pretrained(folder)
             return
         if len(self.peft.peft_config) > 1:
@@ -235,47 +237,57 @@ def alters_base(config: dict) -> bool:
     return start not in ("true", "false", "none", "gaussian", "orthogonal", "eva")
 
 
-def merge(peft: Any) -> None:
-    """Replace W by W + (alpha / rank) B A, in the type of W; the module is a plain one again."""
-    peft.merge_and_unload()
-
-
-@torch.no_grad()
-def with_adapters(model: Model) -> dict[str, torch.Tensor]:
-    """Return the weights of the same model without adapters, by its names.
-
-    They are W + (alpha / rank) B A, in the type of W, over every active adapter. The model does not
-    change.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    model.before_forward()
-    state = model.net.state_dict()
-    weights = {plain_name(n): weight for n, weight in state.items() if ".lora_" not in n}
-    for name, layer in model.net.named_modules():
-        if not isinstance(layer, BaseTunerLayer) or layer.disable_adapters:
-            continue
-        weight = f"{plain_name(name)}.{getattr(layer, 'parameter_name', 'weight')}"
-        for adapter in layer.active_adapters:
-            if adapter in layer.lora_A:
-                weights[weight] = weights[weight] + layer.get_delta_weight(adapter).to(
-                    weights[weight]
-                )
-    return weights
-
-
-def plain_name(name: str) -> str:
-    """Return the name of a module or a weight as in the model without adapters."""
-    return name.replace(".base_layer", "")
-
-
 def merged(model: Model, folder: str) -> Model:
-    """Return the model with the adapter of a folder merged into it."""
-    merge(read_adapter(model, folder))
+    """Return the model with the adapter of a folder merged into it.
+
+    Raises:
+        UsageError: it cannot be read or merged, or the model's 16-bit weights would round it away.
+    """
+    if merging.is_narrow(model.net):
+        config = adapter_config(folder)
+        rank, alpha = config.get("r", 0), config.get("lora_alpha", 0)
+        raise UsageError(
+            f"{folder} is an adapter, and its base in 16 bits would round away what it adds",
+            f"lora.rank={rank} lora.alpha={alpha} trains it further; or runtime.dtype=float32",
+        )
+    peft = read_adapter(model, folder)
+    model.name = folder
+    merging.merge(model, peft)
     model.net.requires_grad_(True)  # peft froze the base
-    kept = {"gradient_checkpointing": model.gradient_checkpointing, "one_row": model.one_row}
-    kept |= {"chat_keys": model.chat_keys}
-    return Model(model.net, adapter_tokenizer(model, folder), folder, **kept)
+    return _with_tokenizer(model, folder)
+
+
+def adapted(model: Model, folder: str) -> Model:
+    """Return the model with the adapter of a folder on it, unmerged and frozen."""
+    head, plain = model.head, hasattr(model.net, "score")
+    read_adapter(model, folder)
+    model.net.requires_grad_(False)
+    model.own_head = None if plain else merging.head_now(model, head)
+    return _with_tokenizer(model, folder)
+
+
+def _with_tokenizer(model: Model, folder: str) -> Model:
+    return Model(
+        model.net,
+        adapter_tokenizer(model, folder),
+        folder,
+        gradient_checkpointing=model.gradient_checkpointing,
+        one_row=model.one_row,
+        chat_keys=model.chat_keys,
+        own_head=model.own_head,
+    )
+
+
+def adapter_config(folder: str) -> dict[str, Any]:
+    """Return the content of an adapter's configuration.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        return json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise adapter_error(folder, error) from error
 
 
 def adapter_tokenizer(model: Model, folder: str) -> Any:
@@ -347,11 +359,13 @@ def join_frozen(peft: Any) -> None:
         b = torch.cat([layer.scaling[x] * layer.lora_B[x].weight for x in both], 1)
         factors[name], rank = (a, b), max(rank, len(a))
     config.r = config.lora_alpha = rank
+    config.use_rslora, config.rank_pattern, config.alpha_pattern = False, {}, {}  # scale is in B
     for old in (FROZEN, NAME):
         peft.delete_adapter(old)
     with torch.random.fork_rng(devices=[]):
         peft.add_adapter(NAME, config)
     for name, (a, b) in factors.items():
         new_RI, new_OR = (layers[name].lora_A[NAME].weight, layers[name].lora_B[NAME].weight)
-        new_RI.zero_(), new_OR.zero_()  # a layer that had nothing beside it has fewer
+        new_RI.zero_()  # a layer that had nothing beside it has fewer
+        new_OR.zero_()
         new_RI[: len(a)], new_OR[:, : len(a)] = a, b

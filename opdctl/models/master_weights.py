@@ -35,6 +35,7 @@ class MasterWeights:
         """Return a hook that moves a gradient from its parameter to the master's sum."""
 
         def take(parameter: Tensor) -> None:
+            assert parameter.grad is not None, "the hook runs when it has been added to"
             grad = parameter.grad.float()
             master.grad = grad if master.grad is None else master.grad.add_(grad)
             parameter.grad = None

@@ -29,7 +29,7 @@ from opdctl.models.logits_check import (
     require_own_logits,
     softcap_and_scale,
 )
-from opdctl.models.weights_check import load_error, require_all_weights
+from opdctl.models.weights_check import exact_type, load_error, require_all_weights
 
 
 @dataclass
@@ -47,9 +47,10 @@ class Model(Chat):
         one_row: sequences stand one after another in a pass, without padding.
         chat_keys: the keys of the run that say how it is spoken to.
         before_forward: called before each forward; a teacher that is an adapter turns it on.
+        own_head: the head, where the module's own has an adapter in it that is not trained.
     """
 
-    net: nn.Module
+    net: Any
     tokenizer: Any
     name: str = ""
     adapter: Any = None
@@ -58,9 +59,10 @@ class Model(Chat):
     one_row: bool = False
     chat_keys: ChatKeys = NO_KEYS
     before_forward: Callable[[], None] = lambda: None
+    own_head: nn.Linear | None = None
 
     def __post_init__(self) -> None:
-        self.rows: int = self.net.get_input_embeddings().num_embeddings
+        self.rows: int = len(self.net.get_input_embeddings().weight)  # a layer of peft has one too
         self.begin_chat(getattr(self.net, "generation_config", None) or self.net.config)
         self.sampling_checked = False  # not yet compared with itself step by step
         ids = 1 + max(self.tokenizer.get_vocab().values())  # len() would miss ids after a hole
@@ -95,6 +97,8 @@ class Model(Chat):
     @property
     def head(self) -> nn.Linear:
         """The language-model head, or the score head of a classifier."""
+        if self.own_head is not None:
+            return self.own_head
         return self.net.score if hasattr(self.net, "score") else self.net.get_output_embeddings()
 
     def backbone(self, input_ids: Tensor, **options: Any) -> Any:
@@ -121,7 +125,7 @@ class Model(Chat):
                 f"{self.name}: its head is a {type(layer).__name__}, not one plain linear layer",
                 "leave the head out of the adapter's target_modules, or train it in full",
             )
-        valid_V = min(self.valid_V, layer.out_features)
+        valid_V = min(self.valid_V, len(layer.weight))
         softcap = None if hasattr(self.net, "score") else self.softcap
         scale = 1.0 if hasattr(self.net, "score") else self.scale
         return Head(layer.weight, valid_V, layer.bias, softcap, temperature, rounded, scale)
@@ -155,7 +159,7 @@ def outline(folder: str, trust_remote_code: bool = False, chat_keys: ChatKeys = 
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    name, options = _location(folder, trust_remote_code)
+    name, options = location(folder, trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         config = AutoConfig.from_pretrained(name, **options)
@@ -176,14 +180,14 @@ def template_of(folder: str, trust_remote_code: bool = False) -> str | None:
     """
     from transformers import AutoTokenizer
 
-    name, options = _location(folder, trust_remote_code)
+    name, options = location(folder, trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(name, **options).chat_template
     except Exception as error:  # files of a stranger make transformers raise anything
         raise load_error(folder, error) from error
 
 
-def _location(folder: str, trust_remote_code: bool) -> tuple[str, dict]:
+def location(folder: str, trust_remote_code: bool) -> tuple[str, dict]:
     """Return the folder or public name to load, and the keyword arguments of from_pretrained."""
     name, _, revision = folder.partition("@") if not Path(folder).is_dir() else (folder, "", "")
     options = {"trust_remote_code": trust_remote_code}
@@ -201,6 +205,7 @@ def load(
     gradient_checkpointing: bool = False,
     packing: str = "auto",
     chat_keys: ChatKeys = NO_KEYS,
+    widen: bool = False,
 ) -> Model:
     """Load a model from a folder or a public name (``name@revision``).
 
@@ -212,6 +217,7 @@ def load(
         gradient_checkpointing: gradient checkpointing.
         packing: ``packed`` without padding, ``padded``, or ``auto``: packed with flash attention.
         chat_keys: the keys of the run that say how the model is spoken to.
+        widen: load in float32 what a narrower type would round away (``models/merging.py``).
 
     Raises:
         UsageError: the model cannot be loaded or is incomplete; says from where and why.
@@ -223,11 +229,12 @@ def load(
         AutoTokenizer,
     )
 
-    name, options = _location(folder, trust_remote_code)
-    kind = AutoModelForTokenClassification if classifier else AutoModelForCausalLM
+    name, options = location(folder, trust_remote_code)
+    kind: Any = AutoModelForTokenClassification if classifier else AutoModelForCausalLM
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         config = AutoConfig.from_pretrained(name, **options)
+        dtype = exact_type(config, dtype, folder, widen)
         if classifier:
             config.num_labels = 1
         if attn != "auto":

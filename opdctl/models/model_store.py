@@ -39,22 +39,28 @@ class ModelStore:
     ) -> Any:
         """Load a model, as the run's keys say; an adapter is merged into its base.
 
+        One on a base in 16 bits, which would round away what it adds, stays beside it.
+
         Args:
             trained: gradients are taken of it.
 
         Raises:
-            UsageError: it cannot be loaded, or is not whole.
+            UsageError: it cannot be loaded, or is not whole; or an adapter on a base in 16 bits
+                would have to be merged.
         """
         path = self.path_of(reference)
         base = references.base_of(path)
         checkpointing = trained and self.ctx.runtime.gradient_checkpointing
         where = device or self.ctx.device
         options = {"device": where, "classifier": classifier}
+        options["widen"] = classifier and not trained  # a reward is compared with no other model
         model = self._load(base or path, gradient_checkpointing=checkpointing, **options)
         if base:
-            from opdctl.models.lora import merged
+            from opdctl.models.lora import adapted, merged
+            from opdctl.models.merging import is_narrow
 
-            return merged(model, path)
+            beside = is_narrow(model.net) and not trained
+            return adapted(model, path) if beside else merged(model, path)
         return model
 
     def _load(self, path: str, **options: Any) -> Any:

@@ -18,6 +18,7 @@ from opdctl.models.lora import (
     read_adapter,
     require_safe,
 )
+from opdctl.models.merging import head_now
 from opdctl.models.model import Model
 
 
@@ -30,7 +31,9 @@ class SharedBase:
 
     def __init__(self, base: Model) -> None:
         base.net.requires_grad_(False)
-        self.base, self.peft = base, None
+        self.base: Model = base
+        self.peft: Any = None
+        self.head = base.head  # without an adapter
         self.active: str | None = ""
         self.names: dict[str, str] = {}
         self.views: dict[str, Model] = {"": base}
@@ -43,8 +46,10 @@ class SharedBase:
         """
         if folder not in self.views:
             self._read(folder)
+            self._switch_to(folder)
+            head = head_now(self.base, self.head)
             tokenizer, keys = adapter_tokenizer(self.base, folder), self.base.chat_keys
-            view = Model(self.base.net, tokenizer, folder, chat_keys=keys)
+            view = Model(self.base.net, tokenizer, folder, chat_keys=keys, own_head=head)
             view.one_row = self.base.one_row
             view.before_forward = lambda: self._switch_to(folder)
             self.views[folder] = view
@@ -56,6 +61,7 @@ class SharedBase:
         if self.peft is None:
             self.peft = read_adapter(self.base, folder, name)
             self.base.before_forward = lambda: self._switch_to("")
+            self.base.own_head = self.head
         else:
             require_safe(folder)
             try:
@@ -69,12 +75,13 @@ class SharedBase:
         """Turn this adapter on, and any other off."""
         if self.active == folder:
             return
-        layers: Any = self.peft.base_model
+        layers = self.peft.base_model
         if folder:
             layers.enable_adapter_layers()
             self.peft.set_adapter(self.names[folder], inference_mode=True)
         else:
             layers.disable_adapter_layers()
+        self.base.net.requires_grad_(False)  # peft turns it on for modules that it keeps whole
         self.active = folder
 
 

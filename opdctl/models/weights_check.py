@@ -1,4 +1,7 @@
-"""A check that all weights of a model were loaded: transformers fills missing ones at random."""
+"""Checks that a model is loaded as it was written.
+
+transformers fills missing weights at random, and rounds all of them to the type it is asked for.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,27 @@ from torch import nn
 
 from opdctl.config.references import parse
 from opdctl.errors import UsageError
+
+MERGED = "merged_adapter"  # in config.json: 16 bits would round away what an adapter added
+
+
+def exact_type(config: Any, dtype: str, folder: str, widen: bool) -> str:
+    """Return the type to load a checkpoint in, and take a merged adapter's mark off ``config``.
+
+    Args:
+        widen: load a marked one in float32 where ``dtype`` would round it.
+
+    Raises:
+        UsageError: it is marked, ``dtype`` would round it, and it may not be widened.
+    """
+    if not config.__dict__.pop(MERGED, False) or dtype != "bfloat16":
+        return dtype
+    if widen:
+        return "float32"
+    raise UsageError(
+        f"{folder} is an adapter merged in float32, and bfloat16 would round away what it added",
+        "lora.output=adapter in the stage that wrote it, or runtime.dtype=float32",
+    )
 
 
 def load_error(folder: str, error: Exception) -> UsageError:

@@ -45,7 +45,8 @@ def check(recipe: Any, folders: bool) -> list[Problem]:
             problems.append(replace(problem, path=f"stages.{stage}.{problem.path}"))
     for claim, roles in recipe.claims.items():
         problems += _claim(recipe, claim, roles)
-    problems += _adapters(recipe) + _engine(recipe) + _date(recipe.runtime.template_date)
+    problems += _adapters(recipe) + _merged_away(recipe) + _engine(recipe)
+    problems += _date(recipe.runtime.template_date)
     return problems + rounding(recipe, lost=True)
 
 
@@ -110,6 +111,28 @@ def _adapters(recipe: Any) -> list[Problem]:
         for stage, config in recipe.stages.items()
         if not config.lora.rank and config.lora != Lora()
     ]
+
+
+def _merged_away(recipe: Any) -> list[Problem]:
+    """Return the stages of a bfloat16 run that read a merged adapter, and would round it away."""
+    if recipe.runtime.dtype != "bfloat16":
+        return []
+    problems = []
+    for stage in recipe.stages:
+        for dotted, text in recipe.references(stage):
+            read = references.parse(text)
+            if read.form != "stage" or dotted.endswith(".reward"):  # that is read in float32
+                continue
+            config = recipe.stages[read.name]
+            lora = getattr(config, "lora", Lora())
+            if lora.rank and lora.output == "merged" and config.kind != "orm":
+                message = (
+                    f"its weights are float32, and stage {stage} reads them in bfloat16, which "
+                )
+                message += "rounds away what the adapter added"
+                hint = "lora.output=adapter, or runtime.dtype=float32"
+                problems.append(Problem(f"stages.{read.name}.lora.output", message, hint))
+    return list(dict.fromkeys(problems))
 
 
 def _aliases(recipe, folders: bool) -> list[Problem]:
@@ -261,8 +284,8 @@ def _claim(recipe, claim: str, roles) -> list[Problem]:
                 if domain not in recipe.data:
                     near = did_you_mean(domain, recipe.data, "data:")
                     problems.append(Problem(path, f"no domain {domain!r}", near))
-    check = getattr(registry.member("claims", claim.lower()), "problems", lambda _: [])
-    return problems + [replace(p, path=f"claims.{claim}.{p.path}") for p in check(roles)]
+    wrong = registry.member("claims", claim.lower()).problems(roles)
+    return problems + [replace(p, path=f"claims.{claim}.{p.path}") for p in wrong]
 
 
 def _domains(group: str | dict) -> list[str]:

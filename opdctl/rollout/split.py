@@ -16,6 +16,7 @@ from opdctl.config.schema import REQUIRED, key
 from opdctl.errors import Problem
 from opdctl.models.chat.messages import with_tag
 from opdctl.models.chat.thinking import Thinking
+from opdctl.rollout.extraction import Extract
 from opdctl.types import Prompt
 
 Split = Literal["train", "eval"]
@@ -34,6 +35,7 @@ class DomainKeys:
     tools_column = ""
     path = ""
     eval_share = 0.0
+    reference = Extract()
 
     kind: str = key(REQUIRED, "the domain's kind; `opdctl ls data` lists them")
     thinking: Thinking = key(
@@ -45,10 +47,13 @@ class DomainKeys:
     environment: dict = key(
         {}, "what answers a call; one at most", family="environments", neutral=True
     )
+    extract: Extract = key(
+        Extract(), "what of a response, after its thinking, is its answer", neutral=True
+    )
 
     def common_problems(self) -> list[Problem]:
         """Return what the schema cannot check of the keys that all kinds share."""
-        problems, thinking = [], self.thinking
+        problems, thinking = self.extract.problems("extract"), self.thinking
         if not (thinking.open and thinking.close) or thinking.open == thinking.close:
             problems.append(
                 Problem("thinking.close", "two different marks open and close the block")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from opdctl.config.registry import member
 from opdctl.errors import StageFailed
-from opdctl.types import Rollout
+from opdctl.types import Prompt, Rollout
 
 HOPELESS = 32  # answers that a verifier may raise on before the stage fails, if it passed none
 
@@ -60,17 +61,44 @@ class Verifiers:
         return [verdicts[id(r)] for r in rollouts]
 
     def _verdicts(self, domain: str, rollouts: list[Rollout]) -> list[float | Exception]:
-        """Ask the verifier that a domain names, made once; or its data, which brings its own."""
+        """Return a verdict on the answer in each response; a response without an answer is wrong.
+
+        The domain's ``extract`` finds the answer, its ``reference`` the part to compare it with.
+        """
         data = self.ctx.prompts.data(domain)
+        config = data.config
+        verdicts: list[float | Exception] = [0.0] * len(rollouts)
+        places, answers = [], []
+        for place, rollout in enumerate(rollouts):
+            plain = data.procedural and not config.extract.chosen  # its scorer leaves thinking out
+            text = rollout.text if plain else config.thinking.split(rollout.text)[1]
+            prompt = rollout.prompt
+            try:
+                answer = config.extract.find(text)
+                if config.reference.chosen:
+                    prompt = replace(prompt, answer=config.reference.find(prompt.answer))
+            except TimeoutError as error:
+                verdicts[place] = error
+                continue
+            if answer is not None:
+                places.append(place)
+                answers.append((prompt, answer))
+        for place, verdict in zip(places, self._scores(domain, data, answers), strict=True):
+            verdicts[place] = verdict
+        return verdicts
+
+    def _scores(
+        self, domain: str, data: Any, answers: list[tuple[Prompt, str]]
+    ) -> list[float | Exception]:
+        """Ask the verifier that a domain names, made once; or its data, which brings its own."""
         if data.procedural:
-            return [data.score(r.prompt, r.text) for r in rollouts]
+            return [data.score(prompt, answer) for prompt, answer in answers]
         if domain not in self.by_domain:
             ((name, config),) = data.config.verifier.items()
-            self.by_domain[domain] = member("verifiers", name)(config, self.ctx, domain)
-        thinking = data.config.thinking
-        return self.by_domain[domain].score(
-            [(r.prompt, thinking.split(r.text)[1]) for r in rollouts]
-        )
+            verifier = member("verifiers", name)(config, self.ctx, domain)
+            verifier.extracted = data.config.extract.chosen
+            self.by_domain[domain] = verifier
+        return self.by_domain[domain].score(answers) if answers else []
 
     def _raised(self, domain: str, rollout: Rollout, error: Exception) -> None:
         self.failed[domain] += 1

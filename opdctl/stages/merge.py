@@ -68,13 +68,15 @@ class Merge(Stage):
         import torch
 
         from opdctl.errors import StageFailed
+        from opdctl.models import merging
         from opdctl.models.model import require_same_tokens
         from opdctl.train.checkpoint import commit
         from opdctl.types import Compute
 
         config = ctx.config
         student = ctx.models.load(config.student, device="cpu")
-        own = student.net.state_dict()
+        own = merging.dense_weights(student)
+        wide = merging.is_narrow(student.net) and merging.has_adapter(student.net)
         total = sum(m.weight for m in config.models.values())
         merged = {n: w.double().clone() for n, w in own.items() if w.is_floating_point()}
         for name, ingredient in config.models.items():
@@ -83,7 +85,8 @@ class Merge(Stage):
             where = f"stages.{ctx.name}.models.{name}"
             require_same_tokens(student, model, where)
             factor = ingredient.weight * (config.scale if config.method != "average" else 1 / total)
-            theirs = model.net.state_dict()
+            theirs = merging.dense_weights(model)
+            wide |= merging.is_narrow(model.net) and merging.has_adapter(model.net)
             for n, weight in own.items():
                 if n not in theirs or theirs[n].shape != weight.shape:
                     raise StageFailed(
@@ -92,8 +95,13 @@ class Merge(Stage):
                     )
                 if n in merged:
                     merged[n] += factor * (theirs[n].double() - weight.double())
+        merging.unload(student.net)
+        if wide:
+            merging.widen(student.net)  # 16 bits would round away what an adapter adds
+        merging.untie_head(student.net, merged)
+        plain = student.net.state_dict()
         with torch.no_grad():
             for n, sum64 in merged.items():
-                own[n].copy_(sum64)
+                plain[n].copy_(sum64)
         commit(ctx.folder, student)
         return Compute()

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from opdctl.models import model as models
 from opdctl.models import tensor_file
+from opdctl.models.export import export
 from opdctl.models.model import Model
 from opdctl.run.rundir import commit_folder, make_folder, sync_file
 
@@ -157,8 +157,15 @@ def _require_ours(names: dict, weights: dict, moments: dict) -> None:
 
 
 def commit(folder: Path, model: Model) -> None:
-    """Write a stage's ``output/``: it appears only when it is complete."""
+    """Write a stage's ``output/``: it appears only when it is complete, and says what was trained.
+
+    The model is not to be used afterwards.
+
+    Raises:
+        StageFailed: what was written is not the model.
+    """
     part = folder / ".output.part"
     shutil.rmtree(part, ignore_errors=True)
-    models.save(model, part)
+    gap = export(model, part)
+    print(f"{folder.name}: log-probs of output/ are the model's to {gap:.1g} nats", flush=True)
     commit_folder(part, folder / "output")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from opdctl.errors import UsageError
-from opdctl.intervals import wilson
+from opdctl.intervals import share_ends
 from opdctl.rollout.prompts import prompts_within_limit
 from opdctl.rollout.sampling import sample_group
 from opdctl.run.rundir import read_json, write_json
@@ -48,15 +50,14 @@ def record(
         obeyed: samples of each prompt that think if and only if its mode says so.
     """
     shares = [r / samples for r in right]
-    accuracy, half = mean(shares), half_width(shares)
-    ends = [accuracy - half, accuracy + half] if half else wilson(accuracy, len(shares))
+    low, high = share_ends([np.array(shares)])
     ks = [k for k in (2**i for i in range(11)) if k <= samples]
     return {
         "model": model,
         "domain": domain,
         "n": len(right) * samples,
-        "accuracy": accuracy,
-        "ci95": ends,
+        "accuracy": mean(shares),
+        "ci95": [float(low), float(high)],
         "pass_at_k": {str(k): mean(pass_at_k(samples, r, k) for r in right) for k in ks},
         "mean_tokens": mean(lengths),
         "prompts": len(right),

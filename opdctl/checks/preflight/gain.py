@@ -1,13 +1,14 @@
 """Test that each teacher is better than the student on the domains it serves.
 
 Both answer the same training prompts with the same draws, once each; the verifier judges. The
-interval is that of the paired differences, over prompts. A teacher may have something to teach that
+interval is Newcombe's for paired verdicts. A teacher may have something to teach that
 the verifier does not see, so it is an error only where the whole interval lies below zero.
 """
 
 from __future__ import annotations
 
 from opdctl.checks.preflight._checked_stage import CheckedStage
+from opdctl.intervals import newcombe
 from opdctl.protocols import Check
 from opdctl.train.metrics import mean
 from opdctl.types import Finding
@@ -61,21 +62,16 @@ def paired_accuracy(stage: CheckedStage, name: str, domain: str) -> dict:
     Keys: ``student``, ``teacher``; ``gain`` and ``ci95``, the mean difference and its 95 %
     interval; ``prompts``, how many; ``right``, a tuple of both verdicts for each prompt.
     """
-    from opdctl.train.evaluation import half_width
-
     student, teacher = (
         stage.ctx.verdicts.verify([r for r in rollouts if r.prompt.domain == domain])
         for rollouts in (stage.rollouts, stage.answers(name))
     )
     right = list(zip(student, teacher, strict=True))
-    gaps = [t - s for s, t in right]
-    n, centre = len(gaps), mean(gaps)
-    half = half_width(gaps) if n > 1 else 1.0
     return {
         "student": mean(student),
         "teacher": mean(teacher),
-        "gain": centre,
-        "ci95": [centre - half, centre + half],
-        "prompts": n,
+        "gain": mean(t - s for s, t in right),
+        "ci95": newcombe(right),
+        "prompts": len(right),
         "right": right,
     }

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.evidence.verdict import Condition, gain
+from opdctl.protocols import Claim
 
 
-class Skeleton:
+class Skeleton(Claim):
     """A model scores higher than another one in a domain."""
 
     revision = 1

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.evidence.verdict import Condition, stage_name
+from opdctl.protocols import Claim
 
 
-class D1:
+class D1(Claim):
     """The full-vocabulary gradient is the sampled-token gradient with less noise."""
 
     revision = 1

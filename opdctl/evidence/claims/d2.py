@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.evidence.verdict import Condition, stage_name
+from opdctl.protocols import Claim
 
 
-class D2:
+class D2(Claim):
     """Rebuilt logits are the teacher's logits."""
 
     revision = 1

@@ -14,9 +14,10 @@ from opdctl.evidence.verdict import (
     mean_score,
     stage_name,
 )
+from opdctl.protocols import Claim
 
 
-class D5:
+class D5(Claim):
     """The merge keeps every specialist and the efforts' order, and beats the average."""
 
     revision = 1

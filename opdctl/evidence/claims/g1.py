@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.evidence.verdict import DELTA, Condition, gain
+from opdctl.protocols import Claim
 
 
-class G1:
+class G1(Claim):
     """Sequential RL forgets what an earlier stage taught."""
 
     revision = 1

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.evidence.verdict import DELTA, DELTA_RECOVERY, Condition, gain, stage_name
+from opdctl.protocols import Claim
 
 
-class G2:
+class G2(Claim):
     """Cross-stage distillation recovers every earlier domain, cheaply."""
 
     revision = 1
@@ -39,7 +40,7 @@ class G2:
 
         def to_best(domain: str):
             means = {c: sum(m.scores()[c, domain] for m in runs) for c in chain}
-            best = max(chain, key=means.get)
+            best = max(chain, key=lambda c: means[c])
             return best, gain(student, best, domain)
 
         conditions = []

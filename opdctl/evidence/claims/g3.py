@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.evidence.verdict import DELTA, Condition, mean_gain
+from opdctl.protocols import Claim
 
 
-class G3:
+class G3(Claim):
     """Groups of one are as good as groups of several at equal sequences."""
 
     revision = 1

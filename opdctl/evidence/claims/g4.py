@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from opdctl.config.schema import REQUIRED, key
 from opdctl.errors import Problem
 from opdctl.evidence.verdict import DELTA_RECOVERY, Condition, recovery, stage_name, wide_gaps
+from opdctl.protocols import Claim
 
 
-class G4:
+class G4(Claim):
     """A domain does not recover without its teacher."""
 
     revision = 1

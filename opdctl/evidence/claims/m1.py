@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.evidence.verdict import DELTA_RECOVERY, Condition, norm, recovery, wide_gaps
+from opdctl.protocols import Claim
 
 
 @dataclass(kw_only=True)
@@ -29,7 +30,7 @@ def resolve_roles(roles, runs) -> tuple[str, str, dict[str, str], str]:
     return roles.student.removeprefix("stage:"), start, kept, note
 
 
-class M1:
+class M1(Claim):
     """One student inherits every RL teacher."""
 
     revision = 1

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.evidence.verdict import DELTA_RECOVERY, Condition, norm, wide_gaps
+from opdctl.protocols import Claim
 
 
-class M2:
+class M2(Claim):
     """MOPD beats mixed RL, cascade RL, off-policy fine-tuning and merged weights."""
 
     revision = 1

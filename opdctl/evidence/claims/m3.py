@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from opdctl.config.schema import REQUIRED, key
 from opdctl.evidence.claims.m1 import Roles, resolve_roles
 from opdctl.evidence.verdict import DELTA_RECOVERY, Condition, norm
+from opdctl.protocols import Claim
 
 
 @dataclass(kw_only=True)
@@ -18,7 +19,7 @@ class Arms(Roles):
     orm_only: str = key(REQUIRED, "the arm without teachers", ref=True)
 
 
-class M3:
+class M3(Claim):
     """Dense signal does in 50 steps what reward alone does not."""
 
     revision = 1

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.evidence.verdict import DELTA_RECOVERY, Condition, norm, stage_name, wide_gaps
+from opdctl.protocols import Claim
 
 
-class M4:
+class M4(Claim):
     """Teachers of another origin start further away and teach less."""
 
     revision = 1

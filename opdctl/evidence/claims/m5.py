@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.evidence.verdict import DELTA, Condition
+from opdctl.protocols import Claim
 
 
-class M5:
+class M5(Claim):
     """A self-teacher keeps its domain."""
 
     revision = 1

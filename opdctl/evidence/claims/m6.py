@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.evidence.verdict import Condition
+from opdctl.protocols import Claim
 
 
-class M6:
+class M6(Claim):
     """A second round of teachers and distillation raises the mean score."""
 
     revision = 1

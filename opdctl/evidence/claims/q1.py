@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.evidence.verdict import DELTA, Condition, mean_gain, stage_name
+from opdctl.protocols import Claim
 
 
-class Q1:
+class Q1(Claim):
     """OPD reaches RL's score with a tenth of its compute, counted for the student."""
 
     revision = 1
@@ -16,7 +17,6 @@ class Q1:
     source = "Qwen3, arXiv 2505.09388, Table 21"
     reported = "AIME'24 74.4 and 67.6; 1800 and 17920 GPU hours"
     threshold = "s(OPD) >= s(RL) and flops(OPD) <= .1 flops(RL), of the student"
-    count = "student flops"
 
     @dataclass(kw_only=True)
     class Config:
@@ -26,15 +26,20 @@ class Q1:
         rl: str = key(REQUIRED, "the student after RL, from the same start", ref=True)
         domains: dict[str, bool] = key(REQUIRED, "domains of the mean score", domains=True)
 
-    @classmethod
-    def conditions(cls, roles, runs) -> tuple[list[Condition], str]:
+    @staticmethod
+    def conditions(roles, runs) -> tuple[list[Condition], str]:
         """Test the difference of the mean scores, and the ratio of the costs."""
-        opd, rl = stage_name(roles.opd), stage_name(roles.rl)
+        return conditions_by(roles, "student flops"), ""
 
-        def ratio(s):
-            return s.fact(opd, cls.count) / s.fact(rl, cls.count)
 
-        return [
-            Condition("OPD minus RL", mean_gain(opd, rl, roles.domains), least=0.0, delta=DELTA),
-            Condition("flops, OPD to RL", ratio, most=0.1, delta=0.0),
-        ], ""
+def conditions_by(roles, count: str) -> list[Condition]:
+    """Return the conditions, with the operations counted as the fact ``count`` does."""
+    opd, rl = stage_name(roles.opd), stage_name(roles.rl)
+
+    def ratio(s):
+        return s.fact(opd, count) / s.fact(rl, count)
+
+    return [
+        Condition("OPD minus RL", mean_gain(opd, rl, roles.domains), least=0.0, delta=DELTA),
+        Condition("flops, OPD to RL", ratio, most=0.1, delta=0.0),
+    ]

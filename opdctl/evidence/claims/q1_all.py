@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from opdctl.evidence.claims.q1 import Q1
+from opdctl.evidence.claims.q1 import Q1, conditions_by
+from opdctl.evidence.verdict import Condition
 
 
 class Q1All(Q1):
@@ -10,4 +11,8 @@ class Q1All(Q1):
 
     statement = "OPD reaches RL's score with a tenth of its compute (with teacher scoring)"
     threshold = "s(OPD) >= s(RL) and flops(OPD) <= .1 flops(RL), teacher scoring counted"
-    count = "all flops"
+
+    @staticmethod
+    def conditions(roles, runs) -> tuple[list[Condition], str]:
+        """Test the difference of the mean scores, and the ratio of the costs."""
+        return conditions_by(roles, "all flops"), ""

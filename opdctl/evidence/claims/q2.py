@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.evidence.verdict import Condition, mean_gain
+from opdctl.protocols import Claim
 
 
-class Q2:
+class Q2(Claim):
     """OPD widens what the student can reach in 32 tries; RL does not."""
 
     revision = 1

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.evidence.verdict import DELTA, Condition, gain
+from opdctl.protocols import Claim
 
 
-class Q3:
+class Q3(Claim):
     """Untrained domains do not fall under OPD."""
 
     revision = 1

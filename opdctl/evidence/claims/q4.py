@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.evidence.verdict import DELTA, Condition, mean_gain
+from opdctl.protocols import Claim
 
 
-class Q4:
+class Q4(Claim):
     """The student obeys the mode switch as its teacher does."""
 
     revision = 1

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.evidence.verdict import DELTA, Condition, mean_gain
+from opdctl.protocols import Claim
 
 
-class Q5:
+class Q5(Claim):
     """Fusion and general RL lower reasoning a little and raise the general score."""
 
     revision = 1

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.evidence.verdict import Condition, mean_gain
+from opdctl.protocols import Claim
 
 
-class S1:
+class S1(Claim):
     """A student of an RL-made teacher beats direct RL of the same student on the same labels."""
 
     revision = 1

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.evidence.verdict import Condition, mean_gain
+from opdctl.protocols import Claim
 
 
-class S2:
+class S2(Claim):
     """Distilling the teacher before its RL falls behind direct RL of the student."""
 
     revision = 1

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.evidence.verdict import Condition, mean_gain
+from opdctl.protocols import Claim
 
 
-class S3:
+class S3(Claim):
     """The student is worse without the teacher's RL, the bridge or OPD."""
 
     revision = 1

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.evidence.verdict import Condition, mean_gain
+from opdctl.protocols import Claim
 
 
-class S4:
+class S4(Claim):
     """RL of the student after the bridge raises its score."""
 
     revision = 1

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.evidence.verdict import DELTA, Condition, stage_name
+from opdctl.protocols import Claim
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from opdctl.evidence.measured import Scores
 
 WINDOW = 3  # steps over which the accuracy of the rollouts is averaged
 
 
-class T1:
+class T1(Claim):
     """OPD back into the base reaches the RL-made teacher in a fifth of the steps."""
 
     revision = 1
@@ -33,20 +41,23 @@ class T1:
 
         A run that never gets there counts as one that took all of RL's steps.
         """
+        import numpy as np
+
         opd, teacher, domain = stage_name(roles.opd), stage_name(roles.teacher), roles.domain
 
-        def steps(s, stage: str) -> float:
-            level = float(s[teacher, domain].mean()) - DELTA
+        def steps(s: Scores, stage: str) -> NDArray[np.float64]:
+            levels = np.atleast_1d(s[teacher, domain]) - DELTA
             curve = [row[domain] for row in s.curve(stage, "accuracy")]
-            for last in range(WINDOW, len(curve) + 1):
-                if sum(curve[last - WINDOW : last]) / WINDOW >= level:
-                    return last
-            return float("inf")
+            ends = range(WINDOW, len(curve) + 1)
+            best = np.maximum.accumulate([sum(curve[e - WINDOW : e]) / WINDOW for e in ends])
+            first = np.searchsorted(best, levels)  # the place of the first that is no lower
+            return np.where(first < len(best), first + float(WINDOW), np.inf)
 
-        def share(s):
-            return min(1.0, steps(s, opd) / len(s.curve(teacher, "accuracy")))
+        def share(s: Scores) -> NDArray[np.float64]:
+            of_rl = np.minimum(1.0, steps(s, opd) / len(s.curve(teacher, "accuracy")))
+            return of_rl if len(of_rl) > 1 else of_rl[0]
 
-        took = [steps(m.scores(), teacher) for m in runs]
-        taken = ", ".join("never" if t == float("inf") else str(t) for t in took)
+        took = [float(steps(m.scores(), teacher)[0]) for m in runs]
+        taken = ", ".join("never" if t == float("inf") else f"{t:.0f}" for t in took)
         note = f"step at which RL's own rollouts came to that level: {taken}"
         return [Condition("share of RL's steps", share, most=0.2, delta=0.0)], note

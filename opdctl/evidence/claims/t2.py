@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from opdctl.config.schema import REQUIRED, key
 from opdctl.evidence.verdict import DELTA_RECOVERY, Condition, recovery, stage_name, wide_gaps
+from opdctl.protocols import Claim
 
 
-class T2:
+class T2(Claim):
     """One prompt with many rollouts teaches nearly everything; imitation of it teaches nothing."""
 
     revision = 1

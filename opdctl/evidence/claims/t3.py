@@ -13,9 +13,10 @@ from opdctl.evidence.verdict import (
     mean_score,
     stage_name,
 )
+from opdctl.protocols import Claim
 
 
-class T3:
+class T3(Claim):
     """The old self restores what domain training lost, and the new knowledge stays."""
 
     revision = 1

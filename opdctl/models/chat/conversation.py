@@ -6,17 +6,35 @@ are used. Otherwise the conversation is rendered up to each turn, and each rende
 prefix of the next, or the conversation is refused: a template that rewrites earlier turns (Qwen3
 drops their thinking) would show a turn in training differently from how it was sampled. Each
 part is encoded as the text before it goes on, so the whole has the ids of the whole.
+
+All that a supervised message holds is in its span, and all that the others hold is in the
+rendering, or the conversation is refused (``heard.py``). A thought that the template cuts out of
+the last turn, as DeepSeek-R1's does, is put before the answer, where the template opens it.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from opdctl.errors import UsageError
+from opdctl.models.chat.arguments import readable
 from opdctl.models.chat.control_tokens import unguarded
+from opdctl.models.chat.heard import (
+    Piece,
+    Span,
+    find_pieces,
+    is_shown,
+    left_out,
+    message_pieces,
+    require_json,
+    tool_pieces,
+)
 from opdctl.models.chat.messages import Message
 from opdctl.models.chat.rendering import Chat
+from opdctl.models.chat.retemplated import retemplate, thought_opening
+from opdctl.models.chat.thinking import Thinking
 from opdctl.types import Prompt
 
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -35,59 +53,186 @@ class RenderedConversation:
     spans: list[tuple[int, int]]
 
 
-def render_conversation(chat: Chat, prompt: Prompt, every: bool) -> RenderedConversation:
+def render_conversation(
+    chat: Chat, prompt: Prompt, every: bool, marks: Thinking | None = None
+) -> RenderedConversation:
     """Render the conversation of a prompt whose last turn is the assistant's.
 
     Args:
         every: supervise all of the assistant's turns; else the last only.
+        marks: the marks of thinking of its domain; None is the usual ones.
 
     Raises:
-        UsageError: the turns cannot be told apart in the rendering; says where and what to do.
+        UsageError: the turns cannot be told apart in the rendering, or it lacks a part of one; says
+            where and what to do.
     """
     turns = chat.turns(prompt)
     assert turns[-1]["role"] == "assistant", "the data gives a question or a whole conversation"
-    for message in turns:
-        chat.require_readable(message.get("content") or "")
     chat.render(prompt)  # its checks: nothing is dropped, nothing begins twice
     if not chat.tokenizer.chat_template:
         chat.apply(turns, prompt)  # says that there is none
-    if MARK.search(chat.tokenizer.get_chat_template(tools=list(prompt.tools) or None)):
-        return _marked(chat, prompt, turns, every)
-    return _by_prefix(chat, prompt, turns, every)
 
+    def render(turns: Sequence[Message], tools: Sequence[Mapping]) -> str:
+        return unguarded(chat.apply(turns, replace(prompt, tools=tuple(tools))))
 
-def _by_prefix(
-    chat: Chat, prompt: Prompt, turns: tuple[Message, ...], every: bool
-) -> RenderedConversation:
+    turns = readable(render, turns, prompt.tools)
     whole = chat.apply(turns, prompt)
-    places = [i for i, m in enumerate(turns) if m["role"] == "assistant"]
+    talk = _Talk(chat, prompt, turns, whole, every, marks or Thinking())
+    for piece in talk.pieces:
+        chat.require_readable(piece.value if isinstance(piece.value, str) else "")
+    talk.spots = find_pieces(render, turns, prompt.tools, talk.pieces)
+    if MARK.search(chat.tokenizer.get_chat_template(tools=list(prompt.tools) or None)):
+        return _marked(talk)
+    return _by_prefix(talk)
+
+
+class _Talk:
+    """A conversation that is rendered.
+
+    Attributes:
+        whole: its rendering, guarded.
+        text: its rendering as it reads; places of pieces are in it.
+        answers: the numbers of the turns that are supervised.
+        pieces: what its messages and tools hold.
+        spots: for each piece, where ``text`` says it; see ``find_pieces``.
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        prompt: Prompt,
+        turns: tuple[Message, ...],
+        whole: str,
+        every: bool,
+        marks: Thinking,
+    ) -> None:
+        self.chat, self.prompt, self.turns, self.whole = chat, prompt, turns, whole
+        self.text = unguarded(whole)
+        self.every, self.marks = every, marks
+        self.own = [i for i, m in enumerate(turns) if m["role"] == "assistant"]
+        self.answers = self.own if every else self.own[-1:]
+        self.last = self.own[-1]
+        self.pieces = [p for n, m in enumerate(turns) for p in message_pieces(n, m, marks)]
+        self.pieces += tool_pieces(prompt.tools)
+        self.spots: list[list[Span] | None] = []
+
+    def is_cut(self) -> bool:
+        """Return True if the template leaves a thought out of the content of the last turn."""
+        return any(
+            piece.turn == self.last
+            and piece.kind == "thought"
+            and piece.path == ("content",)
+            and not is_shown(piece, spots, self.text)
+            for piece, spots in zip(self.pieces, self.spots, strict=True)
+        )
+
+    def require_said(self, spans: dict[int, Span], put: bool = False) -> None:
+        """Check that the rendering says all pieces, those of supervised turns in their spans.
+
+        Args:
+            spans: the part of ``text`` that each supervised turn is.
+            put: the thought in the last turn's content was put there without the template.
+
+        Raises:
+            UsageError: a piece is not said; says which.
+        """
+        said = {
+            (p.turn, p.value)
+            for p, spots in zip(self.pieces, self.spots, strict=True)
+            if p.kind == "thought" and is_shown(p, spots, self.text, spans.get(p.turn))
+        }  # some data has a thought under two names
+        for piece, spots in zip(self.pieces, self.spots, strict=True):
+            thought = piece.kind == "thought"
+            if thought and (piece.turn not in spans or (piece.turn, piece.value) in said):
+                continue
+            if thought and put and piece.turn == self.last and piece.path == ("content",):
+                continue
+            if not is_shown(piece, spots, self.text, spans.get(piece.turn)):
+                raise left_out(self.chat.name, piece, self.turns, self._way_out(piece, spots))
+        require_json(self.chat.name, self.turns, self.text)
+
+    def _way_out(self, piece: Piece, spots: list[Span] | None) -> str:
+        if spots and piece.turn in self.answers:
+            return "put it inside the part that the model writes, such as its {% generation %} mark"
+        if piece.kind == "thought" and piece.turn != self.last:
+            return "sources.dataset.turns=last supervises the last turn alone"
+        if piece.kind == "thought" and piece.path != ("content",):
+            whole = f"{self.marks.open}...{self.marks.close}answer"
+            return f"write the thought into the content, as the model writes it: {whole!r}"
+        return ""
+
+
+def _by_prefix(talk: _Talk) -> RenderedConversation:
+    chat, prompt, turns, whole = talk.chat, talk.prompt, talk.turns, talk.whole
     ids: list[int] = []
     spans: list[tuple[int, int]] = []
-    at = 0
-    for i in places if every else places[-1:]:
+    places: dict[int, Span] = {}
+    at, cut = 0, talk.is_cut()
+    for i in talk.answers:
         before = chat.apply(turns[:i], prompt, generate=True)
-        after = chat.apply(turns[: i + 1], prompt)
-        _require_prefix(chat, before, whole, i, "is asked for")
-        _require_prefix(chat, before, after, i, "is asked for")
-        _require_prefix(chat, after, whole, i, "is over")
-        turn, end = _split_end(chat, after[len(before) :], whole[len(after) :], i == places[-1])
-        ids += chat.ids(whole[at : len(before)], whole[:at])
+        if cut and i == talk.last:
+            turn, end, begin = _with_thought(talk, before)
+            places[i] = (len(unguarded(whole[:begin])), len(talk.text))
+            _require_prefix(talk, whole[:at], before, i, "is asked for")
+        else:
+            after = chat.apply(turns[: i + 1], prompt)
+            _require_prefix(talk, before, whole, i, "is asked for")
+            _require_prefix(talk, before, after, i, "is asked for")
+            _require_prefix(talk, after, whole, i, "is over")
+            rest = whole[len(after) :]
+            turn, end = _split_end(chat, after[len(before) :], rest, i == talk.last)
+            start = len(unguarded(before))
+            places[i] = (start, start + len(unguarded(turn)))
+        ids += chat.ids(before[at:], before[:at])
         start = len(ids)
         ids += [*chat.ids(turn, before), end]
         spans.append((start, len(ids)))
         at = len(before) + len(turn) + len(chat.tokenizer.convert_ids_to_tokens(end))
+    talk.require_said(places, cut)
     return RenderedConversation(ids, spans)
 
 
-def _require_prefix(chat: Chat, part: str, whole: str, turn: int, when: str) -> None:
+def _with_thought(talk: _Talk, before: str) -> tuple[str, int, int]:
+    """Put the thought of the last turn, which the template cuts, before the rest of its rendering.
+
+    Args:
+        before: the rendered prompt of the turn.
+
+    Returns:
+        The turn's text after ``before``; the token that ends it; where ``whole`` begins to say it.
+
+    Raises:
+        UsageError: the prompt closes the block of thought, or is another one in ``whole``.
+    """
+    chat, marks, content = talk.chat, talk.marks, talk.turns[talk.last]["content"]
+    opening = thought_opening(chat, chat.ids(before), marks)
+    header = before.removesuffix(opening)
+    _require_prefix(talk, header, talk.whole, talk.last, "is asked for")
+    rest, end = _split_end(chat, talk.whole[len(header) :], "", True)
+    start, close = marks.open.strip() or marks.open, marks.close.strip() or marks.close
+    thought, closed, answer = rest.partition(close)
+    if closed and not thought.replace(start, "").strip():
+        rest = answer  # an empty block in place of the thought
+    answer = content.rpartition(close)[2]
+    block = content[: len(content) - len(answer.lstrip())]
+    said = chat.control.guard(block, spoken=True) + rest.lstrip()
+    return retemplate(said, "", opening, marks), end, len(header)
+
+
+def _require_prefix(talk: _Talk, part: str, whole: str, turn: int, when: str) -> None:
     if whole.startswith(part):
         return
+    talk.require_said({i: (0, len(talk.text)) for i in talk.answers}, talk.is_cut())
     at = next((i for i, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b), len(whole))
+    hint = "or a chat template with {% generation %} marks"
+    if turn != talk.last or when == "is over":
+        hint = f"sources.dataset.turns=last supervises the last turn alone; {hint}"
+    elif part[at:].strip().startswith(talk.marks.open.strip()):
+        hint = f"a thought in the turn's content, which this template opens; {hint}"
     raise UsageError(
-        f"{chat.name}: its chat template shows a conversation otherwise once turn {turn} {when}: "
-        f"{unguarded(part[at:])[:30]!r} becomes {unguarded(whole[at:])[:30]!r}",
-        "sources.dataset.turns=last supervises the last turn alone; or a chat template with "
-        "{% generation %} marks",
+        f"{talk.chat.name}: its chat template shows a conversation otherwise once turn {turn} "
+        f"{when}: {unguarded(part[at:])[:30]!r} becomes {unguarded(whole[at:])[:30]!r}",
+        hint.removeprefix("or "),
     )
 
 
@@ -109,9 +254,8 @@ def _split_end(chat: Chat, turn: str, rest: str, last: bool) -> tuple[str, int]:
     )
 
 
-def _marked(
-    chat: Chat, prompt: Prompt, turns: tuple[Message, ...], every: bool
-) -> RenderedConversation:
+def _marked(talk: _Talk) -> RenderedConversation:
+    chat, prompt, turns = talk.chat, talk.prompt, talk.turns
     ids, mask = chat.apply_marked(turns, prompt)
     starts = [i for i, m in enumerate(mask) if m and not (i and mask[i - 1])]
     spans = []
@@ -122,7 +266,7 @@ def _marked(
         if ids[stop - 1] not in chat.ends and stop < len(ids) and ids[stop] in chat.ends:
             stop += 1  # marks that leave the end out
         spans.append((start, stop))
-    places = [i for i, m in enumerate(turns) if m["role"] == "assistant"]
+    places = talk.own
     if len(spans) != len(places):
         raise UsageError(
             f"{chat.name}: its chat template marks {len(spans)} of {len(places)} turns of the "
@@ -141,5 +285,8 @@ def _marked(
             f"{chat.name}: the {{% generation %}} mark does not begin where a response does",
             "put it after the header that add_generation_prompt writes",
         )
-    spans = spans if every else spans[-1:]
+    at = [*chat.encoder.spans(talk.whole)[1], (len(talk.text),) * 2]
+    said = {t: (at[a][0], at[b - 1][1]) for t, (a, b) in zip(places, spans, strict=True)}
+    talk.require_said({turn: said[turn] for turn in talk.answers})
+    spans = spans if talk.every else spans[-1:]
     return RenderedConversation(ids[: spans[-1][1]], spans)

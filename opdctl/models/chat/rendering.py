@@ -9,35 +9,20 @@ must not drop.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from opdctl.errors import UsageError
+from opdctl.models.chat.arguments import readable
 from opdctl.models.chat.control_tokens import unguarded
+from opdctl.models.chat.heard import require_shown
 from opdctl.models.chat.messages import Message, question
+from opdctl.models.chat.readable import dropped_characters
+from opdctl.models.chat.recent_cache import RecentCache
 from opdctl.models.chat.templating import PLACEHOLDER, Templating
 from opdctl.models.chat.turn_frame import TurnFrame, frame_of
 from opdctl.types import Prompt
-
-CACHE_LIMIT = (
-    2**21
-)  # ids, or characters, that a cache keeps: a stream never stops bringing new prompts
-
-
-class RecentCache(dict):
-    """A cache of the newest values, dropping old ones while their lengths exceed CACHE_LIMIT."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.length = 0
-
-    def keep(self, key: Any, value: Any) -> Any:
-        """Add a value and return it; the oldest values make room."""
-        self[key] = value
-        self.length += len(value)
-        while self.length > CACHE_LIMIT and len(self) > 1:
-            self.length -= len(self.pop(next(iter(self))))
-        return value
 
 
 class Chat(Templating):
@@ -160,8 +145,15 @@ class Chat(Templating):
         plain = len(turns) == 1 and not prompt.tools and prompt.enable_thinking is None
         if plain and not self.tokenizer.chat_template:
             return self._without_template(prompt.text)
+        turns = readable(
+            lambda m, t: unguarded(self.apply(m, replace(prompt, tools=tuple(t)), generate=True)),
+            turns,
+            prompt.tools,
+        )
         text = self.apply(turns, prompt, generate=True)
         self._require_rendered(turns, prompt, text)
+        if prompt.messages or prompt.tools:
+            require_shown(self, turns, prompt, unguarded(text))
         ids, begin = self.ids(text), self.tokenizer.bos_token_id
         if begin is not None and ids[:2] == [begin, begin]:
             raise UsageError(
@@ -340,13 +332,19 @@ class Chat(Templating):
         """Check that the tokenizer drops no character of a text, as some do with unknown ones.
 
         Raises:
-            UsageError: one would be dropped; says which.
+            UsageError: one would be dropped, or is no character at all; says which.
         """
-        if not self.tokenizer.is_fast or text in self.readable:
+        if text in self.readable:
             return
-        spans = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        covered = {i for start, stop in spans["offset_mapping"] for i in range(start, stop)}
-        lost = [c for i, c in enumerate(text) if i not in covered and not c.isspace()]
+        halves = [c for c in text if "\ud800" <= c <= "\udfff"]
+        if halves:
+            raise UsageError(
+                f"{self.name}: a text holds half a surrogate pair, as in {text[:60]!a}",
+                "write the whole character where this text comes from",
+            )
+        if not self.tokenizer.is_fast:
+            return
+        lost = dropped_characters(self.tokenizer, text)
         if lost:
             raise UsageError(
                 f"{self.name}: its tokenizer has no token for {lost[0]!r}, as in {text[:60]!r}",

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from opdctl.config.schema import REQUIRED, did_you_mean, key
 from opdctl.config.shards import WILD
 from opdctl.errors import Problem, UsageError
+from opdctl.rollout.data._nested import arrow_row
+from opdctl.rollout.data._spelling import narrow_floats
 from opdctl.rollout.data._tables import ColumnKeys, TableData
 from opdctl.rollout.split import Split
 
@@ -72,7 +74,9 @@ class Hf(TableData):
                     revision=config.revision or None,
                     streaming=config.stream,  # row by row, without a copy of the whole
                 )
-            yield from table
+            types = {n: getattr(f, "dtype", "") for n, f in (table.features or {}).items()}
+            narrow = {n: kind for n, kind in types.items() if kind in ("float16", "float32")}
+            yield from narrow_floats(map(arrow_row, table), narrow)
         except UsageError:
             raise
         except Exception as error:  # files of a stranger make datasets raise anything

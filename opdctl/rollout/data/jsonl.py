@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from pathlib import Path
 from opdctl.config.schema import REQUIRED, key
 from opdctl.config.shards import shards
 from opdctl.errors import Problem, UsageError
+from opdctl.rollout.data._nested import arrow_row
+from opdctl.rollout.data._spelling import narrow_floats, read_json
 from opdctl.rollout.data._tables import ColumnKeys, TableData
 from opdctl.rollout.split import Split
 
@@ -52,11 +53,17 @@ class Jsonl(TableData):
         if not files:
             raise UsageError(f"data.{self.domain}.path: no file {self.config.path}")
         for path in files:
-            yield from self._rows(path)
+            for number, row in self._rows(path):
+                self.last = f"{path}, row {number}"
+                yield row
 
-    def _rows(self, path: Path) -> Iterator[dict]:
+    def place(self, number: int) -> str:
+        """Return file and row of the row that was read last; in JSON lines, a row is a line."""
+        return self.last
+
+    def _rows(self, path: Path) -> Iterator[tuple[int, dict]]:
         if path.suffix == ".parquet":
-            yield from parquet_rows(path, self.domain)
+            yield from enumerate(parquet_rows(path, self.domain), 1)
             return
         hint = 'a line is one object, such as {"prompt": "1+1=", "answer": "2"}'
         try:
@@ -73,12 +80,12 @@ class Jsonl(TableData):
                 if len(line) > LONGEST:
                     raise UsageError(f"{where}: a line longer than {LONGEST} bytes", hint)
                 try:
-                    row = json.loads(line)
+                    row = read_json(line)
                 except (ValueError, RecursionError) as error:  # not UTF-8 is one too
                     raise UsageError(f"{where}: not JSON: {error}", hint) from None
                 if not isinstance(row, dict):
                     raise UsageError(f"{where}: expected an object", hint)
-                yield row
+                yield number, row
 
 
 def parquet_rows(path: Path, domain: str) -> Iterator[dict]:
@@ -86,9 +93,18 @@ def parquet_rows(path: Path, domain: str) -> Iterator[dict]:
     import pyarrow
     from pyarrow import parquet
 
+    count = 0
     try:
-        for batch in parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
+        file = parquet.ParquetFile(path)
+        floats = [f for f in file.schema_arrow if pyarrow.types.is_floating(f.type)]
+        narrow = {f.name: f"float{n}" for f in floats if (n := f.type.bit_width) <= 32}
+        for batch in file.iter_batches():
+            rows = batch.to_pylist(maps_as_pydicts="lossy")
+            yield from narrow_floats(map(arrow_row, rows), narrow)
+            count += len(batch)
+    except UnicodeDecodeError as error:
+        message = f"data.{domain}: {path}: a text after row {count} is not UTF-8: {error}"
+        raise UsageError(message, "write the file again, from text") from None
     except (pyarrow.ArrowException, OSError) as error:
         message = f"data.{domain}.path: {path} is not parquet: {error!s:.200}"
         raise UsageError(message, "anything that is not .parquet is read as JSON lines") from None

@@ -108,14 +108,16 @@ def named_weights(model) -> dict:
     """Return the weights by their names in a checkpoint, with adapters merged.
 
     Of tied weights only one is returned.
+
+    Raises:
+        UsageError: an adapter cannot be merged, or parts an embedding and a head that vLLM ties.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    weights = model.net.state_dict()
-    if any(".lora_A." in name for name in weights):
-        from opdctl.models.lora import with_adapters
+    from opdctl.models.merging import dense_weights, require_tied
 
-        weights = with_adapters(model)
+    weights = dense_weights(model)
+    require_tied(model, weights)
     untied, seen = {}, set()
     for name, tensor in weights.items():
         if tensor.data_ptr() not in seen:

@@ -27,6 +27,12 @@ from opdctl.errors import Problem, UsageError
 from opdctl.rollout.engines._engine import Engine, Sample
 from opdctl.rollout.engines._logged import Finished, is_trained, sampled_or_logged
 
+ROUNDED = (  # of an adapter: message and hint
+    "vllm samples from merged weights, and in bfloat16 what an adapter adds is rounded away",
+    "runtime.engine=transformers, runtime.dtype=float32, or runtime.engine_args.dtype=float32 "
+    "(not of a server)",
+)
+WIDE = ("float32", "float", "float64")
 LOWEST_TEMPERATURE = 0.01  # vLLM raises a lower one to this, and says so in its log only
 RESERVED = {  # arguments that are set here, with the reason
     **dict.fromkeys(("model", "tokenizer", "revision"), "the engine samples the stage's own model"),
@@ -83,6 +89,8 @@ class Vllm(Engine):
                     hint = "runtime.engine=transformers"
                     wrong.append(Problem(f"{place}.teacher", message, hint))
             room = recipe.runtime.engine_args.get("max_model_len")
+            if config.lora.rank and rounds_adapters(recipe.runtime):
+                wrong.append(Problem(f"stages.{stage}.lora.rank", ROUNDED[0], ROUNDED[1]))
             if config.sampling is not None and isinstance(room, int):
                 most = longest_turn(config)  # report it now, not when a limit has grown to it
                 if most >= room:
@@ -169,6 +177,8 @@ class Vllm(Engine):
         if not os.path.isdir(name):
             name, _, revision = name.partition("@")
         arguments = self._arguments(batch, args or {})
+        self.wide = _type_of(arguments, type_name(model)) in WIDE
+        self._require_exact(model)
         rows = model.head.out_features
         try:
             self.llm = vllm.LLM(
@@ -206,13 +216,24 @@ class Vllm(Engine):
                 near = did_you_mean(name, known, "arguments of vllm's engine:")
                 raise UsageError(f"runtime.engine_args.{name}: vllm has no such argument", near)
         return {
-            "dtype": str(next(self.model.net.parameters()).dtype).removeprefix("torch."),
+            "dtype": type_name(self.model),
             "max_num_seqs": batch,
             "use_tqdm_on_load": False,
             **({"gpu_memory_utilization": 0.3} if self.cuda else {"enforce_eager": True}),
             **({} if self.cuda else {"kv_cache_memory_bytes": 256 << 20}),
             **args,
         }
+
+    def _require_exact(self, model) -> None:
+        """Check that the engine holds all that an adapter adds to a model.
+
+        Raises:
+            UsageError: it would be rounded to 16 bits.
+        """
+        from opdctl.models.merging import has_adapter
+
+        if not self.wide and has_adapter(model.net):
+            raise UsageError(f"{model.name} has an adapter: {ROUNDED[0]}", ROUNDED[1])
 
     def switch_model(self, model) -> bool:
         """Sample from another model from now on, once its weights are published.
@@ -221,6 +242,7 @@ class Vllm(Engine):
         """
         if module_config(model) != module_config(self.model):
             return False
+        self._require_exact(model)
         self.model, self.published = model, None
         self.trained, self.differs_from_folder = is_trained(model), True
         return True
@@ -332,6 +354,22 @@ class Vllm(Engine):
         ids = list(output.token_ids)
         logprobs = [at[i].logprob for i, at in zip(ids, output.logprobs, strict=True)]
         return Sample(ids, logprobs, ids[-1] not in self.model.ends)
+
+
+def rounds_adapters(runtime: Any) -> bool:
+    """Return True where vLLM would hold merged adapters in 16 bits."""
+    return _type_of(runtime.engine_args, runtime.dtype) not in WIDE
+
+
+def _type_of(args: dict[str, Any], dtype: str) -> str:
+    """Return the type of vLLM's weights, from its arguments and the type of the model's."""
+    chosen = str(args.get("dtype", "auto"))
+    return dtype if chosen == "auto" else chosen
+
+
+def type_name(model) -> str:
+    """Return the type of a model's weights, as vLLM names it."""
+    return str(next(model.net.parameters()).dtype).removeprefix("torch.")
 
 
 def module_config(model) -> dict:

@@ -25,7 +25,7 @@ from opdctl.models import tensor_file
 from opdctl.remote.endpoint import opened, reading
 from opdctl.rollout.engines._engine import Engine, Sample
 from opdctl.rollout.engines._logged import Finished, is_trained, sampled_or_logged
-from opdctl.rollout.engines.vllm import Vllm
+from opdctl.rollout.engines.vllm import ROUNDED, Vllm
 
 ACTIVE = "a weight update is already active"  # vLLM's words for one that was not finished
 
@@ -69,6 +69,7 @@ class VllmServer(Engine):
             UsageError: the server was not started for this.
         """
         self.model, self.check, self.wal, self.share = model, check, wal, runtime.engine_share
+        _require_exact(model)
         if not Path(self.share).is_dir():
             message = f"runtime.engine_share: there is no folder {self.share}"
             raise UsageError(message, "a folder that the server sees too, at the same path")
@@ -93,6 +94,7 @@ class VllmServer(Engine):
 
     def switch_model(self, model) -> bool:
         """Sample from another model from now on; the server refuses weights that do not fit."""
+        _require_exact(model)
         self.model, self.trained, self.published = model, is_trained(model), None
         return True
 
@@ -255,3 +257,15 @@ class VllmServer(Engine):
 
     def _post(self, path: str, body: dict) -> None:
         self.endpoint.all(path, [body], lambda: None)
+
+
+def _require_exact(model) -> None:
+    """Check that a server, which has a model's type, holds all that an adapter adds to it.
+
+    Raises:
+        UsageError: it would be rounded to 16 bits.
+    """
+    from opdctl.models.merging import has_adapter, is_narrow
+
+    if has_adapter(model.net) and is_narrow(model.net):
+        raise UsageError(f"{model.name} has an adapter: {ROUNDED[0]}", ROUNDED[1])

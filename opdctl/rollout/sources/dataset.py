@@ -97,7 +97,11 @@ class Dataset(Source):
                 f"data.{prompt.domain}: a conversation has no answer that could be corrupted",
                 "sources.dataset.corrupt=0",
             )
-        rendered = render_conversation(self.model, prompt, self.config.turns == "all")
+        try:
+            rendered = render_conversation(self.model, prompt, self.config.turns == "all", thinking)
+        except UsageError as error:
+            where = f"data.{prompt.domain}, the conversation of {prompt.text[:40]!r}"
+            raise UsageError(f"{where}: {error.message}", error.hint) from error
         first, end = rendered.spans[0][0], rendered.spans[-1][1]
         gaps = [(a[1] - first, b[0] - first) for a, b in pairwise(rendered.spans)]
         written = [self.model.decode(rendered.ids[a:b]) for a, b in rendered.spans]

@@ -19,10 +19,13 @@ class Verifier(ABC):
     Attributes:
         revision: part of every fingerprint; raise it when the mathematics changes.
         asks_server: it sends answers to a server; ``require_served`` checks that server.
+        extracted: the domain's ``extract`` finds the answer in a response, so that all of what
+            the verifier is given is the answer.
     """
 
     revision: ClassVar[int]
     asks_server: ClassVar[bool] = False
+    extracted: bool = False
 
     def __init__(self, config, ctx, domain: str) -> None:
         self.config, self.ctx, self.domain = config, ctx, domain

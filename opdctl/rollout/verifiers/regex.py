@@ -31,6 +31,16 @@ class Regex(SingleAnswerVerifier):
         timeout: float = key(1.0, "seconds of one search", least=0.01)
 
     @staticmethod
+    def needs_answer(config) -> bool:
+        """Return True if the pattern has the group ``answer``; without it a match is enough."""
+        import regex
+
+        try:
+            return "answer" in regex.compile(config.pattern).groupindex
+        except regex.error:
+            return False  # said by problems
+
+    @staticmethod
     def problems(config) -> list[Problem]:
         """Return what the schema cannot check of the keys."""
         import regex
