@@ -126,7 +126,14 @@ class Composed(Configured, Protocol):
 
 
 class Signal(Composed, Protocol):
-    """Per-token credit without a gradient; larger is better."""
+    """Per-token credit without a gradient; larger is better.
+
+    Attributes:
+        is_baseline: it does not depend on the token that was sampled, so its expected gradient is
+            zero; a row of metrics says what it does to the variance.
+    """
+
+    is_baseline: ClassVar[bool] = False
 
     def __init__(self, config: Any, ctx: Any) -> None: ...
 
@@ -210,7 +217,7 @@ class Objective(Composed, Protocol):
     on_policy_only: ClassVar[bool] = False
     same_width: ClassVar[str] = ""
     fitted: ClassVar[bool] = False
-    compares: int = 0
+    compares: float = 0
     config: Any
 
     def __init__(self, config: Any) -> None: ...

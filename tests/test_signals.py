@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from opdctl.loss.objectives.outcome import Outcome as OutcomeLoss
+from opdctl.loss.signals.kl_baseline import KlBaseline
 from opdctl.loss.signals.outcome import Outcome
 from opdctl.loss.signals.reverse_kl import ReverseKl
 from opdctl.scoring.asks import Pass
+from opdctl.train.score_step import set_advantage
 from opdctl.train.step import Step
 from opdctl.types import Prompt, Rollout, ScoreRequest
 
@@ -46,6 +48,38 @@ def test_reverse_kl_by_hand():
     step = step_of([None] * 2, [0, 0], [2, 1], **columns)
     assert ReverseKl(ReverseKl.Config(), None).credit(step).tolist() == [1.0, -8.0, 0.0]
     assert ReverseKl(ReverseKl.Config(clip=5.0), None).credit(step).tolist() == [1.0, -5.0, 0.0]
+
+
+SURE = ([0.9, 0.05, 0.05], [0.4, 0.3, 0.3])  # a student surer than its teacher
+ALIKE = ([0.4, 0.4, 0.2], [0.6, 0.3, 0.1])
+
+
+@pytest.mark.parametrize(("sides", "rises"), [(SURE, True), (ALIKE, False), (SURE[::-1], False)])
+def test_a_baseline_says_what_it_does_to_the_variance(sides, rises):
+    """Tokens as often as the student says them: the metric is its formula in float64, and on the
+    side of 1 on which the variance of the whole gradient of the logits is."""
+    p, q = (torch.tensor(side, dtype=torch.float64) for side in sides)
+    token = torch.arange(3).repeat_interleave((20 * p).round().long())
+    kl = (p * (p / q).log()).sum()
+    columns = {"teacher": q.log()[token], "policy": p.log()[token]}
+    columns |= {"policy_kl": kl.expand(20), "teacher_weight": torch.ones(20, dtype=torch.float64)}
+    step = step_of([None], [0], [20], **columns)
+    step.sequence_N = torch.zeros(20, dtype=torch.long)
+    signals = {
+        "reverse_kl": (1.0, ReverseKl(ReverseKl.Config(), None)),
+        "kl_baseline": (1.0, KlBaseline(KlBaseline.Config(), None)),
+    }
+    logged = set_advantage(step, signals)
+    plain = (q / p).log()
+    own = [(p * ((1 - p) * a).square()).sum() for a in (plain + kl, plain)]
+    assert logged["kl_baseline_variance"] == pytest.approx(float(own[0] / own[1]), rel=1e-12)
+    score = torch.eye(3) - p  # of the logits, for each token
+    mean = (p[:, None] * plain[:, None] * score).sum(0)
+    traces = [
+        float((p * (a[:, None] * score - mean).square().sum(-1)).sum()) for a in (plain + kl, plain)
+    ]
+    assert (logged["kl_baseline_variance"] > 1) == (traces[0] > traces[1]) == rises
+    assert "reverse_kl_variance" not in logged
 
 
 def test_outcome_loss_is_cross_entropy_at_every_token():

@@ -26,6 +26,7 @@ from opdctl.models.chat.thinking import Thinking
 from opdctl.models.model import load, save
 from opdctl.run.fingerprint import fingerprints
 from opdctl.run.rundir import read_rows
+from opdctl.scoring.teachers.api import Api
 from opdctl.train.context import Context
 from opdctl.types import Prompt
 from running import carry_out, one_stage
@@ -337,3 +338,33 @@ def test_a_stage_that_is_resumed_on_another_day_gives_the_same_bits(on_disk, tmp
     assert fingerprints(other.recipe)["it"] != fingerprints(whole.recipe)["it"]
     with pytest.raises(RecipeError, match="no date in ISO"):
         one_stage(tmp_path / "wrong", sums, runtime={"template_date": "today"}, **sft)
+
+
+def test_a_conversation_of_control_tokens_alone_is_heard_as_text():
+    """Content that is one control token and no more, and a call whose argument spells one."""
+    tokenizer = of_family("bytes")
+    call = {"function": {"name": "f", "arguments": {"q": "</s><|im_end|>"}}}
+    said = "{{ m.content }}{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}"
+    talk = (
+        {"role": "user", "content": "<|im_start|>"},
+        {"role": "assistant", "content": "<|im_end|>", "tool_calls": [call]},
+        {"role": "tool", "content": "</s>"},
+        {"role": "assistant", "content": "<|im_end|>"},
+    )
+    for template in (CHATML, MARKED):
+        chat = chat_of(tokenizer, template.replace("{{ m.content }}", said))
+        rendered = render_conversation(chat, prompt_of("x", messages=talk), True)
+        texts = [tokenizer.decode(rendered.ids[a:b]) for a, b in rendered.spans]
+        assert texts[0].startswith('<|im_end|>{"name": "f"') and texts[1] == "<|im_end|>" * 2
+        for start, stop in rendered.spans:
+            assert controls(chat, rendered.ids[start:stop]) == [chat.end_of_turn]
+
+
+def test_a_server_is_not_sent_text_that_it_would_read_as_a_control_token():
+    api = object.__new__(Api)
+    api.student, api.who, api.chat = chat_of(of_family("bytes"), CHATML), "teacher x", True
+    assert api._body(prompt_of("1 2"))["messages"] == [{"role": "user", "content": "1 2"}]
+    tools = ({"function": {"description": "</s>"}},)
+    for prompt in (prompt_of("is </s> one"), prompt_of("1 2", tools=tools)):
+        with pytest.raises(UsageError, match="teacher x is sent text and may read '</s>'"):
+            api._body(prompt)

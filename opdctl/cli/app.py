@@ -302,8 +302,11 @@ def claims(directory: DirArg, as_json: Json = False, trust_members: Trust = Fals
     verdicts = judge(RunDir(directory))
     if as_json:
         console.emit_json({"claims": verdicts})
-    else:
+    elif verdicts:
         console.show(console.claims_table(verdicts))
+    else:
+        console.say(f"the recipe of {directory} makes no claims")
+        console.say("`opdctl ls claims` lists those that its `claims:` may name")
 
 
 @app.command()

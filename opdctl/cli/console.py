@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from opdctl.config.secrets import masked
-from opdctl.evidence.verdict import format_number
+from opdctl.evidence.verdict import WORDS, format_estimate, measured_lines
 from opdctl.models.chat.example import heading
 from opdctl.run.rundir import finite, last_row, read_json
 from opdctl.run.status import Tail, last_line
@@ -175,13 +175,13 @@ def status_table(status: dict) -> Table:
                 s["kind"],
                 s["status"],
                 f"{bar} {s['step']}/{s['total']}",
-                round(s["seconds"], 1) or None,
+                f"{s['seconds']:9.1f}" if s["seconds"] else "",
                 s["error"].split("\n")[0] or _latest(s["warnings"]),
             ]
         )
     title = f"{status['recipe']} {status['size']} seed {status['seed']}: {status['state']}"
     return table(
-        ["stage", "kind", "status", "step", "seconds", ""], rows, f"{title}   {status['run']}"
+        ["stage", "kind", "status", "step", "  seconds", ""], rows, f"{title}   {status['run']}"
     )
 
 
@@ -194,14 +194,23 @@ def _latest(warnings: list[str]) -> str:
 
 
 def scores_table(scores: dict) -> Table:
-    """Return a table of the accuracy on held-out prompts, by model and domain."""
+    """Return a table of the accuracy on held-out prompts, by model and domain; on a narrow terminal
+    with a line for each model and domain, where a line for each model would break every interval.
+
+    Args:
+        scores: see ``evidence.accuracy.accuracies``.
+    """
     domains = list(dict.fromkeys(d for row in scores.values() for d in row))
-    rows = []
-    for model, row in scores.items():
-        rows.append(
-            [model, *(f"{row[d][0]:.3f} +-{row[d][1]:.3f}" if d in row else "" for d in domains)]
-        )
-    return table(["model", *domains], rows, "Accuracy on held-out prompts, 95 % interval")
+    cells = {
+        m: {d: format_estimate(v, ends) for d, (v, *ends) in r.items()} for m, r in scores.items()
+    }
+    title = "Accuracy on held-out prompts [95 % interval]"
+    widths = [max(len(c) for c in (d, *(r.get(d, "") for r in cells.values()))) for d in domains]
+    if max(map(len, ("model", *cells))) + sum(w + 1 for w in widths) <= out.width:
+        rows = [[m, *(r.get(d, "") for d in domains)] for m, r in cells.items()]
+        return table(["model", *domains], rows, title)
+    rows = [[m, d, cell] for m, r in cells.items() for d, cell in r.items()]
+    return table(["model", "domain", "accuracy"], rows, title)
 
 
 def facts_table(stage: str, facts: dict[str, float]) -> Table:
@@ -210,37 +219,39 @@ def facts_table(stage: str, facts: dict[str, float]) -> Table:
 
 
 def claims_table(claims: list[dict]) -> Table:
-    """Return a table of claims with their thresholds, measurements and verdicts."""
-    words = {True: "holds", False: "refuted", None: "undecided"}
-    rows = []
-    for c in claims:
-        lines = [
-            f"{name} {_number(value)}" + _interval(c["interval"].get(name))
-            for name, value in c["measured"].items()
+    """Return a table of claims with their thresholds, measurements and verdicts.
+
+    On a narrow terminal a claim has a few lines below each other, not seven columns.
+    """
+    if out.width < NARROW:
+        return _claims_in_lines(claims)
+    columns = ["claim", "verdict", "statement", "threshold", "measured [95 %]", "seeds", "source"]
+    rows = [
+        [
+            c["name"],
+            WORDS[c["holds"]],
+            c["statement"],
+            c["threshold"],
+            "\n".join(measured_lines(c)),
+            len(c["seeds"]),
+            c["source"],
         ]
-        measured = "\n".join([*lines, *([c["note"]] if c["note"] else [])])
-        rows.append(
-            [
-                c["name"],
-                words[c["holds"]],
-                c["statement"],
-                c["threshold"],
-                measured,
-                len(c["seeds"]),
-                c["source"],
-            ]
-        )
-    return table(
-        ["claim", "verdict", "statement", "threshold", "measured [95 %]", "seeds", "source"], rows
-    )
+        for c in claims
+    ]
+    return table(columns, rows)
 
 
-def _interval(bounds: list | None) -> str:
-    return f" [{_number(bounds[0])}, {_number(bounds[1])}]" if bounds else ""
-
-
-def _number(value: Any) -> str:
-    return format_number(value) if isinstance(value, float) else str(value)
+def _claims_in_lines(claims: list[dict]) -> Table:
+    grid = Table(box=None, pad_edge=False, show_header=False)
+    grid.add_column(overflow="fold")
+    for c in claims:
+        word = WORDS[c["holds"]]
+        head = Text.assemble((c["name"], "bold"), " ", (word, STYLES[word]), f" {c['statement']}")
+        seeds = f"{len(c['seeds'])} seed{'s' * (len(c['seeds']) != 1)}"
+        about = [f"threshold: {c['threshold']}", *measured_lines(c), f"{seeds}; {c['source']}"]
+        grid.add_row(head)
+        grid.add_row(Padding(Text(plain("\n".join(about))), (0, 0, 0, 4)))
+    return grid
 
 
 def example_text(stage: str, example: dict) -> Text:

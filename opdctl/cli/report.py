@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import html
+import time
 from pathlib import Path
 
+from opdctl.evidence.accuracy import accuracies
 from opdctl.evidence.judge import judge
 from opdctl.evidence.measured import stage_facts
-from opdctl.evidence.verdict import format_estimate
-from opdctl.run.rundir import RunDir, read_json, read_rows
+from opdctl.evidence.verdict import WORDS, format_estimate, measured_lines
+from opdctl.run.rundir import RunDir, read_rows, write_text
 from opdctl.run.status import status
 
 STYLE = """
@@ -24,32 +26,40 @@ svg { background: #fafafa; border: 1px solid #ddd }
 CURVES = ("loss", "reward", "entropy", "length", "nll", "guessed", "overlap", "entropy_gap")
 
 
-def write(run: RunDir, claims: list[dict] | None = None) -> Path:
+def write(run: RunDir, claims: list[dict] | None = None, at_end: bool = False) -> Path:
     """Write ``report.html`` into a run directory, or one for a set of seeds. Return its path.
 
     Args:
         claims: the records of ``judge``, where they are known already.
+        at_end: see ``status``.
 
     Raises:
         UsageError: not a run directory.
     """
-    state = status(run)
-    body = [f"<h1>{_e(state['recipe'])}</h1><p>{_e(state['run'])}: {_e(state['state'])}</p>"]
+    state = status(run, at_end)
+    word, now = _e(state["state"]), time.strftime("%Y-%m-%d %H:%M:%S %z")
+    about = f"{_e(state['run'])}: <span class={word}>{word}</span>, as of {now}"
+    body = [f"<h1>{_e(state['recipe'])}</h1><p>{about}</p>"]
     claims = judge(run) if claims is None else claims
     if claims:
         body.append("<h2>Claims</h2>" + _claims(claims))
+    scores = accuracies(run)
+    if scores:
+        body.append(_accuracies(scores, len(run.runs())))
+    several = len(state.get("runs", [])) > 1
     for run_state in state.get("runs", [state]):
-        body.append(_run(RunDir(run_state["run"]), run_state))
+        body.append(_run(RunDir(run_state["run"]), run_state, of_its_own=several))
     page = (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{_e(state['recipe'])}</title>"
         f"<style>{STYLE}</style><body>{''.join(body)}</body></html>"
     )
     path = run / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 
-def _run(run: RunDir, state: dict) -> str:
+def _run(run: RunDir, state: dict, of_its_own: bool) -> str:
+    """Return the part of one seed; its accuracies too, where others are beside it."""
     rows = [
         [n, s["kind"], s["status"], f"{s['step']}/{s['total']}", f"{s['seconds']:.1f}"]
         for n, s in state["stages"].items()
@@ -58,20 +68,8 @@ def _run(run: RunDir, state: dict) -> str:
         f"<h2>Stages, seed {state['seed']}</h2>",
         _table(["stage", "kind", "status", "step", "seconds"], rows),
     ]
-    scores: dict[str, dict[str, str]] = {}
-    for path in sorted(run.path.glob("stages/*/results.json")):
-        for r in read_json(path, list) or []:
-            low, high = r["ci95"]
-            scores.setdefault(r["model"], {})[r["domain"]] = (
-                f"{r['accuracy']:.3f} &plusmn; {(high - low) / 2:.3f}"
-            )
-    if scores:
-        domains = sorted({d for row in scores.values() for d in row})
-        rows = [[m, *(row.get(d, "") for d in domains)] for m, row in scores.items()]
-        parts += [
-            "<h2>Accuracy on held-out prompts, 95 % interval</h2>",
-            _table(["model", *domains], rows, raw=True),
-        ]
+    if of_its_own and (scores := accuracies(run)):
+        parts.append(_accuracies(scores, 1))
     for name, facts in stage_facts(run).items():
         parts.append(_table([name, "measured"], [[k, f"{v:.4g}"] for k, v in facts.items()]))
     parts.append("<h2>Learning curves</h2>")
@@ -80,21 +78,29 @@ def _run(run: RunDir, state: dict) -> str:
     return "".join(parts)
 
 
+def _accuracies(scores: dict, seeds: int) -> str:
+    domains = list(dict.fromkeys(d for row in scores.values() for d in row))
+    rows = [
+        [m, *(format_estimate(row[d][0], row[d][1:]) if d in row else "" for d in domains)]
+        for m, row in scores.items()
+    ]
+    over = f", mean of {seeds} seeds" if seeds > 1 else ""
+    title = f"<h2>Accuracy on held-out prompts{over} [95 % interval]</h2>"
+    return title + _table(["model", *domains], rows)
+
+
 def _claims(claims: list[dict]) -> str:
-    words = {True: "holds", False: "refuted", None: "undecided"}
     rows = []
     for c in claims:
-        values = "<br>".join(
-            f"{_e(n)} {format_estimate(v, c['interval'][n])}" for n, v in c["measured"].items()
-        ) or _e(c["note"])
+        word = WORDS[c["holds"]]
         rows.append(
             [
                 _e(c["name"]),
-                f"<span class={words[c['holds']]}>{words[c['holds']]}</span>",
+                f"<span class={word}>{word}</span>",
                 _e(c["statement"]),
                 _e(c["threshold"]),
                 _e(c["reported"]),
-                values,
+                "<br>".join(map(_e, measured_lines(c))),
                 _e(c["source"]),
             ]
         )

@@ -11,7 +11,7 @@ from opdctl.checks.preflight._run_checks import raise_errors
 from opdctl.cli import console
 from opdctl.config.registry import member
 from opdctl.config.schema import did_you_mean
-from opdctl.errors import UsageError
+from opdctl.errors import OpdctlError, UsageError
 from opdctl.estimate.memory import format_bytes
 from opdctl.process.detach import detach
 from opdctl.process.runner import Job, Outcome, carry_out, examine
@@ -208,8 +208,8 @@ def _carry_out(
 def _conclude(parent: RunDir, runs, outcome: Outcome) -> None:
     """Print scores, claims and time; after a failure its cause, its log and how to resume."""
     from opdctl.cli.report import write
+    from opdctl.evidence.accuracy import accuracies
     from opdctl.evidence.judge import judge
-    from opdctl.evidence.judge import scores as judge_scores
     from opdctl.evidence.measured import stage_facts, verifier_errors
 
     for run, stage in outcome.failed:
@@ -223,7 +223,7 @@ def _conclude(parent: RunDir, runs, outcome: Outcome) -> None:
     if outcome.code == 75:
         console.say(f"stopped; opdctl resume {parent.path}", "yellow")
     if outcome.code == 0:
-        scores, claims = judge_scores(parent), judge(parent)
+        scores, claims = accuracies(parent), judge(parent)
         if scores:
             console.show(console.scores_table(scores))
         for folder, domain, count, all_of in verifier_errors(parent):
@@ -237,7 +237,10 @@ def _conclude(parent: RunDir, runs, outcome: Outcome) -> None:
         if claims:
             write_json(parent / "claims.json", {"claims": claims})
             console.show(console.claims_table(claims))
-        console.say(f"report: {write(parent, claims)}")
+        console.say(f"report: {write(parent, claims, at_end=True)}")
+    else:
+        with contextlib.suppress(OpdctlError, OSError):  # the cause stands above
+            write(parent, at_end=True)
     console.say(_time_line(runs))
 
 

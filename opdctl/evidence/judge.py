@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opdctl.config.registry import member
+from opdctl.evidence.accuracy import Estimate
 from opdctl.evidence.measured import (
     RESAMPLES,
     Measured,
@@ -29,8 +30,6 @@ from opdctl.evidence.verdict import Condition, verdict
 from opdctl.intervals import mean_ends, resampled_ends, share_ends
 from opdctl.run.launch import read_recipe
 from opdctl.run.rundir import RunDir
-
-Estimate = tuple[float, float, float]  # a mean and both ends of its interval
 
 
 def scores(parent: RunDir, *kind: str) -> dict[str, dict[str, Estimate]]:

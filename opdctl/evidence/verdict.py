@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opdctl.evidence.measured import Measured, Number, Scores
 
 DELTA = 0.03  # of a score
 DELTA_RECOVERY = 0.05  # of a recovery
+WORDS = {True: "holds", False: "refuted", None: "undecided"}
 ROUNDING = 1e-9  # .62 - .65 is below -.03
 
 
@@ -81,6 +82,19 @@ def format_estimate(value: float | None, interval: Sequence[float | None]) -> st
     """
     low, high = map(format_number, interval)
     return f"{format_number(value)} [{low}, {high}]"
+
+
+def measured_lines(claim: dict[str, Any]) -> list[str]:
+    """Return what was measured of a claim, a line for each condition, and its note.
+
+    Args:
+        claim: a record of ``judge``, or one that was kept as JSON.
+    """
+    lines = [
+        f"{name} {format_estimate(value, claim['interval'].get(name) or (None, None))}"
+        for name, value in claim["measured"].items()
+    ]
+    return [*lines, *([claim["note"]] if claim["note"] else [])]
 
 
 def stage_name(reference: str) -> str:

@@ -13,7 +13,8 @@ closed form:
     jsd        (1 - b) p (a - sum p a),       a = log p - log m
 
 Two buffers of chunk x vocabulary are used, the logits, which become log-probs and then the
-gradient, and the teacher's, which become r, q or a; a mass outside some ids takes a third.
+gradient, and the teacher's, which become r, q or a; a mass outside some ids takes a third. An id
+may have no mass, a logit of -inf: see kernels/reference.py.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
-from opdctl.kernels.reference import SERIES, endpoint, near
+from opdctl.kernels.reference import ABSENT, GONE, SERIES, endpoint, near
 from opdctl.kernels.topk import log_outside, share_outside
 
 BLOCK = 1 << 16  # elements of a block: with its scratch it stays in a core's cache
@@ -70,7 +71,7 @@ class Rows:
         if self._entropy_C is None:
             self._entropy_C = self.logp_CV.new_zeros(len(self.logp_CV))
             for rows, cols in blocks(self.logp_CV.shape):
-                logp_BV = self.logp_CV[rows, cols]
+                logp_BV = self._present(self.logp_CV[rows, cols])
                 self._entropy_C[rows] -= vecdot(self._exp(logp_BV, 0), logp_BV)
         return self._entropy_C
 
@@ -89,7 +90,8 @@ class Rows:
         zeros = [logp_CV.new_zeros(len(logp_CV)) for _ in range(4)]
         value_C, teacher_C, self._mean_C, self._entropy_C = zeros
         for rows, cols in blocks(logp_CV.shape):
-            logp_BV, other_BV = logp_CV[rows, cols], self._other_CV[rows, cols]
+            logp_BV = self._present(logp_CV[rows, cols])
+            other_BV = self._other_CV[rows, cols].clamp_(min=ABSENT)
             p_BV, q_BV = self._exp(logp_BV, 0), self._exp(other_BV, 1)
             self._entropy_C[rows] -= vecdot(p_BV, logp_BV)
             teacher_C[rows] -= vecdot(q_BV, other_BV)
@@ -167,12 +169,18 @@ class Rows:
         series_BV.add_(SERIES[2]).mul_(r_BV).add_(SERIES[1]).mul_(r_BV).add_(SERIES[0])
         series_BV.mul_(r_BV).mul_(r_BV).mul_(a_BV)
         far_BV = torch.sub(r_BV, 1.0, out=self._scratch_like(r_BV, 3)).mul_(a_BV).add_(b_BV)
+        if r_BV.amax() > -GONE:  # b is 0 somewhere: infinite where a is not
+            far_BV.masked_fill_((r_BV > -GONE) & (a_BV > 0), torch.inf)
         return torch.where(r_BV.abs() < near(r_BV.dtype), series_BV, far_BV).sum(-1)
 
     def _leaf(self, value: Tensor, ids_CK: Tensor | int | None) -> Tensor:
         self.leaves.append(value.requires_grad_())
         self._ids.append(ids_CK)
         return value
+
+    def _present(self, logp_BV: Tensor) -> Tensor:
+        """Return a block of log-probs in scratch memory, those of ids without mass finite."""
+        return torch.clamp(logp_BV, min=ABSENT, out=self._scratch_like(logp_BV, 6))
 
     def _exp(self, x_BV: Tensor, slot: int) -> Tensor:
         return torch.exp(x_BV, out=self._scratch_like(x_BV, slot))

@@ -7,6 +7,11 @@
 The jsd of b = 0 or 1 is 0 by its formula; as in TRL those two mean forward and reverse KL, a jump
 that is theirs and kept: b = .01 gives a loss about a hundred times smaller than b = 0.
 
+A side may have no mass at an id, a log-mass of -inf, as a teacher of a part of the vocabulary has:
+0 log 0 is 0. So an id without mass under q adds nothing to the forward KL but what the student has
+there, in a jsd that share times log 1 / (1 - b), and the reverse KL is infinite by its formula as
+soon as the student has any. Infinite values are returned as such; loss/token_view.py refuses them.
+
 Works on any vectors of log-mass, so the top-k forms (kernels/topk.py) use it in production.
 Forced on the whole vocabulary with ``runtime.kernel=reference``; it then keeps several tensors of
 chunk x vocabulary.
@@ -18,6 +23,8 @@ import torch
 from torch import Tensor
 
 SERIES = (1 / 2, -1 / 6, 1 / 24, -1 / 120)  # of (e^-r - 1 + r) / r^2
+ABSENT = -1e4  # a log-mass whose exponential is 0 in every precision, without 0 x infinity
+GONE = ABSENT / 2  # below it there is no mass: a type's least number is above e^-750
 
 
 def near(dtype: torch.dtype) -> float:
@@ -33,6 +40,7 @@ def kl(log_a_CV: Tensor, log_b_CV: Tensor) -> Tensor:
     a (e^-r - 1 + r) >= 0; near r = 0 it is summed as a series, a r^2 times something positive, so
     no term is negative in any precision and none is lost to cancellation.
     """
+    log_a_CV, log_b_CV = log_a_CV.clamp(min=ABSENT), log_b_CV.clamp(min=ABSENT)
     return _kl(log_a_CV.exp(), log_b_CV.exp(), log_a_CV - log_b_CV)
 
 
@@ -40,7 +48,15 @@ def _kl(a_CV: Tensor, b_CV: Tensor, r_CV: Tensor) -> Tensor:
     close_CV = r_CV.abs() < near(r_CV.dtype)
     small_CV = torch.where(close_CV, r_CV, 0.0)
     series_CV = sum(c * small_CV**i for i, c in enumerate(SERIES)) * small_CV**2
-    return torch.where(close_CV, a_CV * series_CV, a_CV * (r_CV - 1) + b_CV).sum(-1)
+    far_CV = a_CV * (r_CV - 1) + b_CV
+    far_CV = far_CV.masked_fill((r_CV > -GONE) & (a_CV > 0), torch.inf)  # a > 0 where b is 0
+    return torch.where(close_CV, a_CV * series_CV, far_CV).sum(-1)
+
+
+def entropy(log_p_CV: Tensor) -> Tensor:
+    """Return -sum p log p; ids without mass add nothing. Shape [C]."""
+    log_p_CV = log_p_CV.clamp(min=ABSENT)
+    return -(log_p_CV.exp() * log_p_CV).sum(-1)
 
 
 def endpoint(direction: str, beta: float) -> str:
@@ -55,6 +71,7 @@ def divergence(log_p_CV: Tensor, log_q_CV: Tensor, direction: str, beta: float =
         return kl(log_p_CV, log_q_CV)
     if direction == "forward":
         return kl(log_q_CV, log_p_CV)
+    log_p_CV, log_q_CV = log_p_CV.clamp(min=ABSENT), log_q_CV.clamp(min=ABSENT)
     p_CV, q_CV = log_p_CV.exp(), log_q_CV.exp()
     r_CV = (log_p_CV - log_q_CV).clamp(min=-80.0)  # where q is e^80 times p, p adds nothing
     a_CV = -torch.log1p(beta * torch.expm1(-r_CV))  # log p - log m
@@ -82,8 +99,7 @@ class Rows:
         return mass_C.clamp(min=torch.finfo(mass_C.dtype).tiny).log()
 
     def entropy(self) -> Tensor:
-        logp_CV = self.logp_CV.detach()
-        return -(logp_CV.exp() * logp_CV).sum(-1)
+        return entropy(self.logp_CV.detach())
 
     def top(self, k: int) -> Tensor:
         return self.logp_CV.detach().topk(k, dim=-1).indices
@@ -91,7 +107,7 @@ class Rows:
     def divergence(self, teacher_CV: Tensor, direction: str, beta: float, ids_CK: Tensor):
         log_q_CV = teacher_CV.log_softmax(-1)
         value_C = divergence(self.logp_CV, log_q_CV, direction, beta)
-        return value_C, -(log_q_CV.exp() * log_q_CV).sum(-1), log_q_CV.gather(-1, ids_CK)
+        return value_C, entropy(log_q_CV), log_q_CV.gather(-1, ids_CK)
 
     def gradient(self, grads: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
         assert grads[0] is not None, "its one leaf is the logits"

@@ -18,9 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opdctl.kernels.reference import divergence
-
-ABSENT = -1e4  # a log-mass whose exponential is 0 in every precision, without 0 x infinity
+from opdctl.kernels.reference import ABSENT, GONE, divergence
 
 
 def divergence_on(
@@ -50,10 +48,15 @@ def divergence_on(
         if form == "tail":
             logq_CK = torch.cat([logq_CK, tails[1][:, None]], -1)
         else:
-            logq_CK = torch.nn.functional.pad(logq_CK.log_softmax(-1), (0, 1), value=ABSENT)
+            logq_CK = torch.nn.functional.pad(_renormalised(logq_CK), (0, 1), value=ABSENT)
     elif form == "renormalised":
-        logp_CK, logq_CK = logp_CK.log_softmax(-1), logq_CK.log_softmax(-1)
+        logp_CK, logq_CK = _renormalised(logp_CK), _renormalised(logq_CK)
     return divergence(logp_CK, logq_CK, direction, beta)
+
+
+def _renormalised(log_CK: Tensor) -> Tensor:
+    """Return log-masses that add up to one over the ids; an id without mass gets none."""
+    return torch.where(log_CK > GONE, log_CK.clamp(min=ABSENT).log_softmax(-1), ABSENT)
 
 
 def log_outside(logits_CV: Tensor, ids_CK: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ as in kernels/reference.py, and its gradient p (r - K), which it writes in the t
 read; a jsd needs a third sweep. The per-token factor of the gradient, known only later, scales
 rows of the products instead: no further sweep. ``_affine`` writes a p (plus the former) over the
 logits, which with k added entries is the gradient of any function of log-probs at k ids; it is
-rounded to the operands' type after they are added. fp32 logits only. The
+rounded to the operands' type after they are added. fp32 logits only. An id
+without mass has a logit of -inf, which is read as -1e30 where a row is summed and as a log-prob of
+-1e4 where it is compared: no 0 x infinity, see kernels/reference.py. The
 same source runs on a CPU under TRITON_INTERPRET=1, which is how it is tested without a GPU.
 """
 
@@ -26,9 +28,11 @@ BLOCK = 4096  # elements of a row read at once: 32 KiB of two rows in registers
 
 @triton.jit
 def _kl_term(a, b, r):
-    """Return a r - a + b for r = log a - log b, as a series near r = 0: never negative."""
+    """Return a r - a + b for r = log a - log b, as a series near r = 0: never negative; infinite
+    where b alone has no mass."""
     series = a * r * r * (0.5 + r * (-1 / 6 + r * (1 / 24 - r / 120)))
-    return tl.where(tl.abs(r) < 0.125, series, a * (r - 1) + b)
+    far = tl.where((r > 5e3) & (a > 0), float("inf"), a * (r - 1) + b)  # b is 0, and a is not
+    return tl.where(tl.abs(r) < 0.125, series, far)
 
 
 @triton.jit
@@ -66,9 +70,18 @@ def _normalise(z_ptr, lse_ptr, entropy_ptr, stride, V, BLOCK: tl.constexpr):
     for start in range(0, V, BLOCK):
         at = start + tl.arange(0, BLOCK)
         z = tl.load(z_ptr + row * stride + at, mask=at < V, other=0.0)
+        z = tl.maximum(z, -1e30)
         m, n, h, _, _ = _grow(m, n, h, z, at < V)
     tl.store(lse_ptr + row, m + tl.log(n))
     tl.store(entropy_ptr + row, tl.log(n) - h / n)
+
+
+@triton.jit
+def _logprobs(s_ptr, t_ptr, at, mask, lse_s, lse_t):
+    """Return a block of both sides' log-probs, none below -1e4."""
+    s = tl.load(s_ptr + at, mask=mask, other=0.0) - lse_s
+    t = tl.load(t_ptr + at, mask=mask, other=0.0) - lse_t
+    return tl.maximum(s, -1e4), tl.maximum(t, -1e4)
 
 
 @triton.jit
@@ -91,6 +104,7 @@ def _compare(
         at = start + tl.arange(0, BLOCK)
         s = tl.load(s_ptr + row * stride + at, mask=at < V, other=0.0)
         t = tl.load(t_ptr + row * stride + at, mask=at < V, other=0.0)
+        s, t = tl.maximum(s, -1e30), tl.maximum(t, -1e30)
         old_ms, old_mt, old_ns = ms, mt, ns
         ms, ns, hs, e, scale = _grow(ms, ns, hs, s, at < V)
         mt, nt, ht, _, _ = _grow(mt, nt, ht, t, at < V)
@@ -104,8 +118,7 @@ def _compare(
         mean = 0.0
         for start in range(0, V, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            s = tl.load(s_ptr + row * stride + at, mask=at < V, other=0.0) - lse_s
-            t = tl.load(t_ptr + row * stride + at, mask=at < V, other=0.0) - lse_t
+            s, t = _logprobs(s_ptr, t_ptr, row * stride + at, at < V, lse_s, lse_t)
             p, q = tl.where(at < V, tl.exp(s), 0.0), tl.where(at < V, tl.exp(t), 0.0)
             r = tl.maximum(s - t, -80.0)
             a = _log_mix(r, beta)
@@ -115,8 +128,7 @@ def _compare(
             value = _plus(value, tl.where(at < V, term, 0.0))
     for start in range(0, V, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        s = tl.load(s_ptr + row * stride + at, mask=at < V, other=0.0) - lse_s
-        t = tl.load(t_ptr + row * stride + at, mask=at < V, other=0.0) - lse_t
+        s, t = _logprobs(s_ptr, t_ptr, row * stride + at, at < V, lse_s, lse_t)
         p, q, r = tl.exp(s), tl.exp(t), s - t
         if DIRECTION == "reverse":
             value = _plus(value, tl.where(at < V, _kl_term(p, q, r), 0.0))

@@ -206,7 +206,7 @@ class TokenView:
             top_CK = teacher_CV.topk(top_of(self.chunk.head), dim=-1).indices
             ids_CK = torch.cat([ids_CK, top_CK], -1)
         value_C, entropy_C, logq_CK = self.rows.divergence(teacher_CV, direction, beta, ids_CK)
-        self.require_finite(value_C, FINITE)
+        self.require_finite(value_C)
         logp_CK = self.rows.at(ids_CK, leaf=False)
         ours_CK = self.rows.top(ids_CK.shape[1] - 1) if overlap else None
         self.log("divergence", value_C)
@@ -261,7 +261,7 @@ class TokenView:
             for name, value_C in numbers.items():
                 self.log(name, value_C)
 
-    def require_finite(self, value_C: Tensor, hint: str) -> None:
+    def require_finite(self, value_C: Tensor, hint: str = FINITE) -> None:
         """Check that no teacher makes a loss infinite, see ``TeacherCache.require_finite``."""
         self.teacher_cache.require_finite(value_C, self.columns[TEACHER_INDEX], hint)
 

@@ -22,7 +22,8 @@ from opdctl.config.references import first_difference
 from opdctl.errors import UsageError
 from opdctl.kernels.head import Head
 from opdctl.models.chat.control_tokens import NO_KEYS, ChatKeys
-from opdctl.models.chat.rendering import Chat, different_ends
+from opdctl.models.chat.ends import different_ends
+from opdctl.models.chat.rendering import Chat
 from opdctl.models.gradient_checkpointing import checkpointing, enable_checkpointing
 from opdctl.models.logits_check import (
     isolates_packed_sequences,

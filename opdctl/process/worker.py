@@ -38,7 +38,6 @@ from opdctl.run.fingerprint import fingerprints, is_stale, member_record, revisi
 from opdctl.run.launch import read_recipe
 from opdctl.run.rundir import RunDir, clear_stage, drop_checkpoints, last_step, lock, write_json
 from opdctl.train.context import Context
-from opdctl.train.wal import Wal
 from opdctl.types import Finding
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -81,7 +80,7 @@ def _attempt(ctx: Context, start: float) -> int:
         clear_stage(ctx.folder)  # made from other inputs: nothing of it may be used
         before = {}
     ctx.attempt = before.get("attempt", 0) + 1
-    record = _new_record(ctx, before, fingerprint)
+    record = _new_record(ctx, before, fingerprint, time.perf_counter() - start)
     path = ctx.folder / "stage.json"
     passed = before.get("preflight")
     if passed is None or any(f["severity"] == "error" for f in passed):
@@ -130,14 +129,19 @@ def _used(ctx: Context, code: int, before: dict, now: dict) -> dict:
     return used
 
 
-def _new_record(ctx: Context, before: dict, fingerprint: str) -> dict:
-    """Return the record of an attempt as it begins, with the totals of earlier attempts."""
+def _new_record(ctx: Context, before: dict, fingerprint: str, spent: float) -> dict:
+    """Return the record of an attempt as it begins, with the totals of earlier attempts.
+
+    Args:
+        spent: seconds since its process began.
+    """
     return {
         "name": ctx.name,
         "kind": ctx.config.kind,
         "status": "running",
         "fingerprint": fingerprint,
         "attempt": ctx.attempt,
+        "began": time.time() - spent,
         "total": ctx.recipe.total(ctx.name),
         "semantic": semantic(ctx.recipe, ctx.name),
         "revisions": revisions(ctx.recipe, ctx.name),
@@ -217,7 +221,7 @@ def examine(folder: str, depth: str, *stages: str) -> int:
     for stage in stages:
         print(f"checking {stage}", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as aside:  # what it samples is no part of the run
-            ctx = Context(run, recipe, stage, wal=Wal(Path(aside)))
+            ctx = Context(run, recipe, stage, log_folder=Path(aside))
             try:
                 prepare(ctx)
                 findings += check(ctx, deep=depth == "deep")
@@ -238,7 +242,7 @@ def diagnose(folder: str, effort: str, *stages: str) -> int:
     try:
         for stage in stages:
             with tempfile.TemporaryDirectory() as aside:
-                ctx = Context(run, recipe, stage, wal=Wal(Path(aside)))
+                ctx = Context(run, recipe, stage, log_folder=Path(aside))
                 prepare(ctx)
                 result["stages"].append(measure(ctx, Effort(**json.loads(effort))))
     except OpdctlError as error:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 from opdctl.config.files import open_regular
 from opdctl.run.launch import read_recipe
 from opdctl.run.plan import Planned, needed, plan
-from opdctl.run.rundir import RunDir, held, last_step
+from opdctl.run.rundir import RunDir, held, last_row, last_step
 
 
-def status(run: RunDir) -> dict:
+def status(run: RunDir, at_end: bool = False) -> dict[str, Any]:
     """Return the state of one run, or ``{"runs": [...]}`` for a set of seeds.
+
+    Args:
+        at_end: the caller holds the lock of the run, and its stages have ended.
 
     Raises:
         UsageError: not a run directory.
     """
     if run.is_set():
-        runs = [status(r) for r in run.runs()]
+        runs = [status(r, at_end) for r in run.runs()]
         return {
             "run": str(run.path),
             "recipe": run.manifest()["recipe"],
@@ -33,7 +38,7 @@ def status(run: RunDir) -> dict:
     only = [s for s in manifest.get("only") or () if s in stages]
     wanted = needed(recipe, *only) if only else set(stages)
     state = _worst([s["status"] for name, s in stages.items() if name in wanted])
-    if held(run / ".lock"):
+    if not at_end and held(run / ".lock"):
         state = "running"
     return {
         "run": str(run.path),
@@ -62,12 +67,25 @@ def _stage(run: RunDir, recipe, planned: Planned) -> dict:
         "step": step,
         "total": total,
         "attempt": record.get("attempt", 0),
-        "seconds": round(record.get("seconds", 0.0), 2),
+        "seconds": round(record.get("seconds", 0.0) + _of_this_attempt(run, name, record), 2),
         "loop_seconds": round(record.get("loop_seconds", 0.0), 2),
         "fingerprint": record.get("fingerprint", planned.fingerprint),
         "error": record.get("error", ""),
         "warnings": list(dict.fromkeys(Tail(metrics).read())),  # a step may stand there twice
     }
+
+
+def _of_this_attempt(run: RunDir, name: str, record: dict) -> float:
+    """Return the seconds of an attempt that is not in the record yet: so far, or up to the last
+    line it logged where it was killed; 0 where the record has them all."""
+    began = record.get("began")
+    if record.get("status") != "running" or not began:
+        return 0.0
+    until = time.time()
+    if not held(run.stage(name) / ".lock"):
+        row = last_row(run.stage(name) / "metrics.jsonl")
+        until = row.get("time", 0.0) if row.get("attempt") == record.get("attempt") else 0.0
+    return max(0.0, until - began)
 
 
 def _worst(states: list[str]) -> str:

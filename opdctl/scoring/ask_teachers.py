@@ -308,7 +308,9 @@ def check_scores(name: str, scores: Scores, mine: TeacherRequests) -> None:
         if bad_N.any():
             first = int(bad_N.nonzero()[0, 0])
             owner = next(i for i, end in enumerate(ends) if first < end)
+            hint = "its weights or its precision: try runtime.dtype=float32"
+            if value_N.ndim == 1 and value_N[first] == -torch.inf:
+                hint = "it gives it probability 0: objectives: {divergence: {direction: forward}}"
             raise StageFailed(
-                f"teacher {name} gave a score that is not finite in {mine.names[owner]}",
-                "its weights or its precision: try runtime.dtype=float32",
+                f"teacher {name} gave a score that is not finite in {mine.names[owner]}", hint
             )

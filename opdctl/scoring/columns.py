@@ -1,5 +1,7 @@
 """The names of a step's per-token columns, as they stand in ``rollouts/*.jsonl``.
 
+A column that is called as a field of a rollout is has another key there: ``train/rollout_log.py``.
+
 A number that a model gave of the tokens is named after who gave it and what it is (``column_of``);
 the log-prob of the token itself has the giver's name alone. No torch here: members import it.
 """

@@ -160,7 +160,7 @@ class TeacherCache:
         parts = [getattr(self.held[i], name)[row_C[part]] for part, i in segments(index_C)]
         return torch.cat(parts)
 
-    def require_finite(self, value_C: Tensor, index_C: Tensor, hint: str) -> None:
+    def require_finite(self, value_C: Tensor, index_C: Tensor, hint: str = FINITE) -> None:
         """Check that no teacher makes a number of the tokens infinite.
 
         Args:
@@ -259,7 +259,7 @@ def reverse_kl(
                 value_C = divergence_on(*pair, ids_CK >= 0, "renormalised", "reverse", 0.5)
             else:
                 value_C = rows.divergence(teacher_CV, "reverse", 0.5, ids_CK)[0]
-            teacher_cache.require_finite(value_C, index_N[at_C], FINITE)
+            teacher_cache.require_finite(value_C, index_N[at_C], "leave kl_baseline and tip out")
             value_NM[at_C, place] = value_C
     total_N = weight_NM.sum(1)
     return (weight_NM * value_NM).sum(1) / torch.where(total_N > 0, total_N, 1.0)

@@ -29,8 +29,9 @@ class Context:
         stop: set by a signal; looked at inside sampling, scoring and updates.
         longest: limit of a turn now, where a controller moves it; 0 is the keys'.
         loop_seconds: time spent in the stage's loop, for the record.
-        wal: what was sampled and scored since the last checkpoint.
         inspect: called with the student before its teachers are first asked; may raise.
+        log_folder: where ``wal`` is, what was sampled and scored since the last checkpoint; None is
+            in the stage's own folder.
     """
 
     run: RunDir
@@ -42,10 +43,10 @@ class Context:
     longest: int = 0
     loop_seconds: float = 0.0
     inspect: Callable[[Any], None] = lambda student: None
-    wal: Wal | None = None
+    log_folder: Path | None = None
 
     def __post_init__(self) -> None:
-        self.wal = self.wal or Wal(self.folder / "wal")
+        self.wal = Wal(self.log_folder or self.folder / "wal")
         self.models, self.prompts = ModelStore(self), PromptStore(self)
         self.verdicts = Verifiers(self)
 
@@ -90,7 +91,8 @@ class Clock:
 
     def __init__(self) -> None:
         self.start = self.last = time.perf_counter()
-        self.seconds = dict.fromkeys(("rollout", "score", "train", "other"), 0.0)
+        phases: list[str] = ["rollout", "score", "train", "other"]
+        self.seconds = dict.fromkeys(phases, 0.0)
 
     def lap(self, phase: str) -> None:
         """Give the time since the last lap to a phase."""

@@ -105,7 +105,7 @@ def evaluate(ctx: Context) -> Compute:
 
 def _domain(ctx: Context, model, name: str, domain: str) -> dict:
     config = ctx.config
-    prompts = prompts_within_limit(ctx, model, domain, "eval", config.prompts.limit)
+    prompts = list(prompts_within_limit(ctx, model, domain, "eval", config.prompts.limit))
     if not prompts:
         raise UsageError(f"data.{domain} holds out no prompts", "raise eval_share")
     rollouts = sample_group(ctx, model, prompts, 0, "student")

@@ -36,7 +36,8 @@ def states_for_fit(
         a number for the prompt of each token, [N'], the same wherever the prompt comes again.
     """
     step, requests = score_step(rollouts, model, setup, ctx, compute), [r.request for r in rollouts]
-    layers = setup.teacher_asks.layers
+    layers, cache = setup.teacher_asks.layers, step.teacher_cache
+    assert layers is not None and cache is not None, "what is fitted compares hidden states"
     asks, run = Asks.of(HIDDEN, INNER, layers=layers), Pass.of(ctx, setup.temperature)
     scores = score(model, requests, asks, run)
     compute.flops["train"] += FORWARD * model.parameters * sum(len(q.ids) for q in requests)
@@ -45,7 +46,7 @@ def states_for_fit(
     prompt_N = torch.tensor(numbers, device=model.device)[step.sequence_N]
     places, pairs = layers.state_indices(which), []
     taught_NM = step.columns[PAIR_WEIGHT] != 0
-    for i, held in enumerate(step.teacher_cache.held):
+    for i, held in enumerate(cache.held):
         at_N, place_N = (taught_NM & (step.columns[TEACHER_INDEX] == i)).nonzero(as_tuple=True)
         theirs_NLD = held.states(step.columns[TEACHER_ROW][at_N, place_N], places)
         pairs.append((held.name, own.states(at_N, places), theirs_NLD, prompt_N[at_N]))

@@ -11,7 +11,6 @@ goes on.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -23,14 +22,14 @@ from opdctl.models import packing
 from opdctl.models.master_weights import MasterWeights
 from opdctl.models.model import Model
 from opdctl.protocols import Acts, Reads, Remembers, Starts
-from opdctl.run.rundir import finite
 from opdctl.scoring import overlap
 from opdctl.scoring.asks import Pass
-from opdctl.scoring.columns import DOMAIN, TEACHER_INDEX
+from opdctl.scoring.columns import TEACHER_INDEX
 from opdctl.train import checkpoint, update
 from opdctl.train.context import Clock, Context
 from opdctl.train.fit import states_for_fit
-from opdctl.train.metrics import Metrics, Watch
+from opdctl.train.metrics import Metrics, Watch, joined
+from opdctl.train.rollout_log import log_rollouts
 from opdctl.train.score_step import score_step, set_advantage, set_weights
 from opdctl.train.step import Step, TrainSetup
 from opdctl.train.step_metrics import step_metrics
@@ -114,7 +113,7 @@ class Loop:
                 self.ctx.check()
                 clock = Clock()
                 self.row = self.row or self._whole(self._step, done, clock)
-                values = self.row | self._whole(self._act, done, clock)
+                values = joined(self.row, self._whole(self._act, done, clock))
                 done, self.row = done + 1, {}
                 warnings, stop = self.watch.look(done, values)
                 values |= {"warnings": warnings} if warnings else {}
@@ -210,10 +209,13 @@ class Loop:
             rollouts = self._shuffled(rollouts, done)
         before = self.ctx.models.loads
         step = score_step(rollouts, self.model, self.setup, self.ctx, self.compute)
-        values |= set_advantage(step, self.setup.signals) | set_weights(step, self.setup.terms)
+        values = joined(
+            values, set_advantage(step, self.setup.signals), set_weights(step, self.setup.terms)
+        )
         for name, controller in self.setup.controllers.items():
             if isinstance(controller, Reads):
-                values |= {f"{name}_{k}": v for k, v in controller.read(step).items()}
+                read = {f"{name}_{k}": v for k, v in controller.read(step).items()}
+                values = joined(values, read)
         seen = self._overlap(step, done)
         clock.lap("score")
         if step.teacher_cache is not None:
@@ -222,23 +224,21 @@ class Loop:
         verdicts = None
         if self.setup.source.samples_from == "student" and self.ctx.runtime.log_accuracy:
             verdicts = self.ctx.verdicts.verify(rollouts)
-        values = {
-            **seen,
-            **step_metrics(step, updates, self.setup, self.kernel, verdicts),
-            **values,
-        }
-        if "overlap" in values:
-            values["overlap_k"] = self.overlap_k
+        of_step = step_metrics(step, updates, self.setup, self.kernel, verdicts)
+        values = seen | joined(of_step, values)
+        more = {"overlap_k": self.overlap_k} if "overlap" in values else {}
         if step.teacher_cache is not None:
-            values |= {
+            more |= {
                 "head_loads": step.teacher_cache.loads,
                 "heads": step.teacher_cache.most,
                 "teacher_loads": self.ctx.models.loads - before,
             }
         if self.ctx.verdicts.failed.total() > failed:
-            values["verifier_errors"] = self.ctx.verdicts.failed.total() - failed
+            more["verifier_errors"] = self.ctx.verdicts.failed.total() - failed
+        values = joined(values, more)
         clock.lap("train")
-        self._log_rollouts(done + 1, step)
+        if self._due(done + 1, self.ctx.runtime.log_rollouts_every):
+            log_rollouts(self.ctx.folder, done + 1, step, self.ctx.runtime.log_rollouts)
         return values
 
     def _overlap(self, step: Step, done: int) -> dict[str, float]:
@@ -313,28 +313,3 @@ class Loop:
     def _due(self, done: int, every: int) -> bool:
         """Return True where a step is logged: each so many, the first and the last."""
         return bool(every) and (done % every == 0 or done in (1, self.steps))
-
-    def _log_rollouts(self, done: int, step: Step) -> None:
-        if not self._due(done, self.ctx.runtime.log_rollouts_every):
-            return
-        lengths = [r.length for r in step.rollouts]
-        flat = {k: v for k, v in step.columns.items() if v.ndim == 1 and k != DOMAIN}
-        vectors = {k: packing.lists_per_sequence(v, lengths) for k, v in flat.items()}
-        folder = self.ctx.folder / "rollouts"
-        folder.mkdir(exist_ok=True)
-        with open(folder / f"step-{done:06d}.jsonl", "w", encoding="utf-8") as file:
-            apart = -(-len(step.rollouts) // self.ctx.runtime.log_rollouts)
-            for i, r in list(enumerate(step.rollouts))[::apart]:  # some of each domain
-                row = {
-                    "domain": r.prompt.domain,
-                    "prompt": r.prompt.text,
-                    "response": r.text,
-                    **({"before": r.before} if r.before else {}),
-                    "answer": r.prompt.answer,
-                    "reward": r.reward,
-                    "teacher": r.teacher,
-                    "truncated": r.truncated,
-                    "ids": r.response_ids,
-                    **{k: v[i] for k, v in vectors.items()},
-                }
-                file.write(json.dumps(finite(row)) + "\n")

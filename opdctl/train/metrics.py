@@ -19,6 +19,28 @@ from opdctl.config.registry import member
 from opdctl.errors import StageFailed
 from opdctl.run.rundir import finite
 
+ABOUT = ("step", "attempt", "seconds", "time", "cpu_seconds", "memory_mib")
+OF_THE_ROW = (*ABOUT, "warnings", "non_finite")
+
+
+def joined(*tables: dict[str, Any]) -> dict[str, Any]:
+    """Return one table of what different parts of a step log.
+
+    Raises:
+        StageFailed: two of them have the same name, or one has that of a row's own entry.
+    """
+    whole: dict[str, Any] = {}
+    for table in tables:
+        for name in table:
+            if name in whole or name in OF_THE_ROW:
+                raise StageFailed(
+                    f"two numbers of a step are called {name!r}, and metrics.jsonl has room for "
+                    "one",
+                    "give what a member of your own logs another name",
+                )
+        whole |= table
+    return whole
+
 
 class Metrics:
     """The metrics of one stage, appended line by line."""

@@ -100,7 +100,8 @@ def score_step(
         step.columns |= answer.columns
         _count(compute, answer)
     if setup.policy_kl_top is not None:
-        step.columns[POLICY_KL] = _policy_kl(step, policy, run, setup.policy_kl_top)
+        assert policy is not None, "what reads the divergence asks for the policy's rows"
+        step.columns[POLICY_KL] = _policy_kl(step, model, policy, run, setup.policy_kl_top)
     return step
 
 
@@ -132,11 +133,13 @@ def _unscored(rollouts: list[Rollout], model: Model, setup: TrainSetup, ctx: Con
     lengths = torch.tensor([r.length for r in rollouts])
     sequence_N = torch.repeat_interleave(torch.arange(len(rollouts)), lengths).to(device)
     step = Step(rollouts, {}, sequence_N, model=model, steps=setup.steps)
-    if all(r.behaviour_logprobs is not None for r in rollouts):
-        flat = [v for r in rollouts for v in r.behaviour_logprobs]
+    behaviour = [r.behaviour_logprobs for r in rollouts if r.behaviour_logprobs is not None]
+    if len(behaviour) == len(rollouts):
+        flat = [v for logprobs in behaviour for v in logprobs]
         step.columns[BEHAVIOUR] = torch.tensor(flat, device=device, dtype=model.logits_dtype)
-    if all(r.reward is not None for r in rollouts):
-        step.columns[REWARD] = step.spread([r.reward for r in rollouts])
+    rewards = [r.reward for r in rollouts if r.reward is not None]
+    if len(rewards) == len(rollouts):
+        step.columns[REWARD] = step.spread(rewards)
     if setup.judged:
         step.columns[RIGHT] = step.spread(ctx.verdicts.verify(rollouts))
     domains = sorted({r.prompt.domain for r in rollouts})
@@ -149,9 +152,10 @@ def _count(compute: Compute, answer: TeacherScores) -> None:
     compute.flops["teacher"] += answer.flops
 
 
-def _policy_kl(step: Step, policy: Scores, run: Pass, top: int) -> Tensor:
+def _policy_kl(step: Step, model: Model, policy: Scores, run: Pass, top: int) -> Tensor:
     """Return the policy's divergence to each token's teachers, on its ``top`` or all ids. [N]."""
-    head = step.model.lm_head(run.temperature, run.rounded)
+    head = model.lm_head(run.temperature, run.rounded)
+    assert policy.hidden_ND is not None and step.teacher_cache is not None, "both were asked for"
     return reverse_kl(
         policy.hidden_ND,
         head,
@@ -166,7 +170,8 @@ def _policy_kl(step: Step, policy: Scores, run: Pass, top: int) -> Tensor:
 def set_advantage(step: Step, signals: dict[str, tuple[float, Any]]) -> dict:
     """Set the column ``advantage``, the sum of coef x signal; return what to log of it.
 
-    Each signal's mean, spread and share of the whole; with a teacher the divergence by domain.
+    Each signal's mean, spread and share of the whole, and what a baseline does to the variance;
+    with a teacher the divergence by domain.
     """
     values: dict[str, Any] = {}
     credit = {n: (c, s.credit(step)) for n, (c, s) in signals.items()}
@@ -186,6 +191,9 @@ def set_advantage(step: Step, signals: dict[str, tuple[float, Any]]) -> dict:
         values[f"{name}_share"] = size[name] / whole if whole else 0.0
         for key, value in signals[name][1].logged.items():
             values[f"{name}_{key}"] = value
+        if signals[name][1].is_baseline and POLICY in step.columns:
+            plain_N = sum((c * v for n, (c, v) in credit.items() if n != name), zero_N)
+            values |= _variance(name, step, plain_N)
     if {TEACHER, POLICY} <= step.columns.keys():
         gap_N = step.columns[POLICY] - step.columns[TEACHER]
         sums_B = per_sequence(gap_N, step.sequence_N, len(step.rollouts)).tolist()
@@ -194,10 +202,27 @@ def set_advantage(step: Step, signals: dict[str, tuple[float, Any]]) -> dict:
     return values
 
 
+def _variance(name: str, step: Step, plain_N: Tensor) -> dict[str, float]:
+    """Return what a baseline makes of the variance of the sampled gradient, as a factor.
+
+    The mean gradient is the same with it and without, so the mean squares tell. Of a token's
+    gradient the part on its own logit is counted, advantage x (1 - p).
+
+    Args:
+        plain_N: the advantage without it.
+    """
+    push_N = 1 - step.columns[POLICY].exp()
+    before, after = (
+        float((push_N * a_N).square().sum()) for a_N in (plain_N, step.columns[ADVANTAGE])
+    )
+    return {f"{name}_variance": after / before} if before else {}
+
+
 def set_weights(step: Step, terms: list[LossTerm]) -> dict[str, float]:
     """Set the columns of weights that see the step; return their means, and what they log."""
-    values = {}
+    values, model = {}, step.model
+    assert model is not None, "a step that was scored has the policy"
     for part in [p for t in terms for p in (*t.masks, *t.factors) if isinstance(p, PerStep)]:
-        step.columns[part.column] = part.of(step).to(step.model.logits_dtype)
+        step.columns[part.column] = part.of(step).to(model.logits_dtype)
         values |= {part.column: float(step.columns[part.column].mean()), **part.logged}
     return values

@@ -10,7 +10,7 @@ from torch import Tensor
 from opdctl.models import packing
 from opdctl.scoring import overlap
 from opdctl.scoring.columns import BEHAVIOUR, POLICY
-from opdctl.train.metrics import by_domain, mean, means
+from opdctl.train.metrics import by_domain, joined, mean, means
 from opdctl.train.step import Step, TrainSetup
 from opdctl.train.update import UpdateResult
 from opdctl.types import Rollout
@@ -56,11 +56,11 @@ def step_metrics(
         values["accuracy"] = by_domain(rollouts, verdicts)
     logged = _logged(updates, lengths, setup)
     kept_N = logged["masked"] == 0 if "masked" in logged else None
-    values |= _token_means(step, logged, kept_N, setup)
-    values |= sampler_metrics(step, logged, setup)
+    of_domains = {}
     if "divergence" in logged and setup.updates == 1:
-        values["divergence_by_domain"] = _by_domain(step, logged["divergence"], kept_N)
-    return values
+        of_domains["divergence_by_domain"] = _by_domain(step, logged["divergence"], kept_N)
+    of_tokens = _token_means(step, logged, kept_N, setup)
+    return joined(values, of_tokens, sampler_metrics(step, logged, setup), of_domains)
 
 
 def _logged(

@@ -61,6 +61,7 @@ class Wal:
 
     def put(self, name: str, arrays: dict[str, np.ndarray]) -> None:
         """Append an entry. It is with the operating system when this returns."""
+        assert self._file is not None, "an entry belongs to a step"
         label, payload = name.encode(), save(arrays)
         head = HEAD.pack(len(label), len(payload), zlib.crc32(label + payload))
         self._file.write(head + label + payload)

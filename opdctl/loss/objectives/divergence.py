@@ -10,6 +10,11 @@ top-k support (the student's, the teacher's, or both) there are four forms, see 
 tail and generalised are lower bounds of the full divergence, renormalised and truncated are
 neither bound nor unbiased. Every form is reported non-negative by construction.
 
+A teacher may give some ids no probability (a masked or a pruned vocabulary, logits of -inf). They
+add nothing to the forward KL but what moves the student off them, and are finite in a jsd. The
+reverse KL is infinite there by its formula, at the first token the student gives any mass: the
+stage stops and names the teacher. No floor is put under the teacher's mass.
+
     opdctl stage opd --student DIR --teacher math=DIR 'objectives={divergence: {}}' 'signals={}'
 """
 
@@ -88,7 +93,7 @@ class Divergence(Objective):
     def __init__(self, config) -> None:
         self.config, self.needs = config, self.needs_for(config)
         ids = math.inf if config.support == "full" else config.k
-        self.compares = ids if config.overlap else 0
+        self.compares = ids if config.overlap else 0.0
 
     def loss(self, view):
         """Return the loss of each token. Shape [C]."""
@@ -102,5 +107,6 @@ class Divergence(Objective):
             top = view.topk(config.support, config.k, config.overlap, tails)
             how = (config.form, config.direction, config.beta, top.tails)
             value_C = divergence_on(top.logp_CK, top.logq_CK, top.keep_CK, *how)
+            view.require_finite(value_C)
             view.log("divergence", value_C)
         return value_C * view[PAIR_WEIGHT]

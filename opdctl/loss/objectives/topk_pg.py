@@ -62,7 +62,10 @@ class TopkPg(Objective):
             weight_CK = top.keep_CK.to(old_CK.dtype)
         else:
             weight_CK = by.masked_fill(~top.keep_CK, -torch.inf).softmax(-1)
-        advantage_CK = top.logq_CK - old_CK
-        view.log("topk_advantage", (weight_CK * advantage_CK).sum(-1))
+        # 0 log 0 is 0: an id without weight adds nothing, whatever its advantage
+        advantage_CK = torch.where(weight_CK > 0, top.logq_CK - old_CK, 0.0)
+        advantage_C = (weight_CK * advantage_CK).sum(-1)
+        view.require_finite(advantage_C, "weighting: teacher, or objectives: {divergence: ...}")
+        view.log("topk_advantage", advantage_C)
         ratio_CK = (top.logp_CK - old_CK).exp()
         return -(weight_CK * advantage_CK * ratio_CK).sum(-1) * view[PAIR_WEIGHT]

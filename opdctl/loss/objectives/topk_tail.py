@@ -64,10 +64,12 @@ class TopkTail(Objective):
         import torch
 
         top = view.topk(self.config.support, self.config.k)
-        gap_CK = torch.where(top.keep_CK, top.logp_CK.detach() - top.logq_CK, 0.0)
+        there_CK = top.keep_CK & (top.logp_CK.detach().exp() > 0)  # 0 log 0 is 0
+        gap_CK = torch.where(there_CK, top.logp_CK.detach() - top.logq_CK, 0.0)
         head_C = (top.logp_CK.exp() * gap_CK).sum(-1)
         logprob_C = view.logprob_C.detach()
         tail_C = (view.logprob_C - logprob_C).exp() * (logprob_C - top.teacher_C)
         value_C = head_C + torch.where(top.holds_C, 0.0, tail_C)
+        view.require_finite(value_C, "objectives: {divergence: {direction: forward}}, or jsd")
         view.log("divergence_estimate", value_C)
         return value_C * view[PAIR_WEIGHT]

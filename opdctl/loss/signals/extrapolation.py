@@ -106,7 +106,7 @@ class Extrapolation(Signal):
         self.config, self.ctx = config, ctx
         self.needs = (*self.needs, *self.needs_for(config))
         self._state = {"share": 1.0, "first": -1.0, "low": 0}
-        self.logged: dict[str, float] = {}
+        self.logged = self._logged = {}
 
     def state(self) -> dict:
         """Return what a checkpoint keeps."""
@@ -143,9 +143,9 @@ class Extrapolation(Signal):
             edge_N = threshold(top1_N, logb_N, config.guard_clip) - config.guard_margin
             sure_N = top1_N.exp() > config.guard_above
             cap_N = torch.where(sure_N, edge_N.clamp(min=1.0), torch.inf).to(lam_N.dtype)
-            self.logged["capped"] = float((cap_N < lam_N).double().mean())
+            self._logged["capped"] = float((cap_N < lam_N).double().mean())
             lam_N = lam_N.minimum(cap_N)
-        self.logged["lambda"] = float(lam_N.mean())
+        self._logged["lambda"] = float(lam_N.mean())
         return lam_N
 
     def _look(self, rollouts) -> None:
@@ -158,4 +158,4 @@ class Extrapolation(Signal):
         state["low"] = state["low"] + 1 if low else 0
         if state["low"] >= self.config.format_steps:
             state["share"], state["low"] = state["share"] / 2, 0
-        self.logged["well_formed"] = share
+        self._logged["well_formed"] = share

@@ -2,7 +2,7 @@
 
 A tokenizer that reads a rendered conversation makes a control token of every text that spells one,
 also where a question, an answer or a tool's result holds it. So content is marked before a template
-sees it: GUARD stands on both sides of each control token that it spells. Rendered text carries
+sees it: GUARDS stand around each control token that it spells. Rendered text carries
 these marks until it is encoded (``text_encoder.py``), and content without a control token is not
 changed at all.
 """
@@ -18,8 +18,9 @@ from typing import Any
 from opdctl.errors import UsageError
 from opdctl.models.chat.thinking import Thinking
 
-GUARD = "\ufdd0"  # no character, by Unicode; a template and JSON leave it as it is
-RESERVED = re.compile("[\ufdd0-\ufdd3]")  # GUARD, and what else marks rendered text
+GUARDS = "\ufdd0\ufdd4"  # no characters, by Unicode; a template and JSON leave them as they are
+RESERVED = re.compile("[\ufdd0-\ufdd4]")  # GUARDS, and what else marks rendered text
+UNGUARD = str.maketrans("", "", GUARDS)
 SPOKEN = ("content", "reasoning_content", "reasoning", "thinking")  # what an assistant says itself
 
 
@@ -85,20 +86,19 @@ class ControlTokens:
     def pieces(self) -> re.Pattern[str]:
         """Matches in guarded text: 1, a spelled token in its guards; 2, a token of the template."""
         tokens = self.pattern.pattern
-        return re.compile(f"{GUARD}({tokens}){GUARD}|({tokens})|{GUARD}")
+        return re.compile(f"{GUARDS[0]}({tokens}){GUARDS[1]}|({tokens})|[{GUARDS}]")
 
     def guard(self, content: Any, spoken: bool = False) -> Any:
-        """Return content with a guard around each control token that it spells.
+        """Return content with guards around each control token that it spells and that has none.
 
         Args:
             content: a text, or lists and mappings of texts, whose names are guarded too.
             spoken: an assistant says it: the tokens in ``allowed`` stay tokens.
-
-        Raises:
-            UsageError: a text holds a character that marks rendered text.
         """
         if isinstance(content, str):
-            return self._guard(content, spoken)
+            if not self.pattern.search(content):
+                return content
+            return self.pieces.sub(lambda match: self._guarded(match, spoken), content)
         if isinstance(content, Mapping):
             guarded = {self.guard(k): self.guard(v, spoken) for k, v in content.items()}
             return guarded if guarded != content else content
@@ -122,21 +122,41 @@ class ControlTokens:
         tag = next((t for t in self.tags if text.endswith(t)), "")
         return self.guard(text.removesuffix(tag)) + tag
 
-    def _guard(self, text: str, spoken: bool) -> str:
-        if match := RESERVED.search(text):
+    def spelled(self, guarded: Any) -> str:
+        """Return the first control token that guarded content spells as text; "" without one."""
+        if isinstance(guarded, Mapping):
+            return self.spelled([*guarded, *guarded.values()])
+        if isinstance(guarded, list | tuple):
+            return next(filter(None, map(self.spelled, guarded)), "")
+        if not isinstance(guarded, str):
+            return ""
+        return next((m[1] for m in self.pieces.finditer(guarded) if m[1]), "")
+
+    def require_unmarked(self, content: Any) -> None:
+        """Check that no text of some content has a character that marks rendered text.
+
+        Raises:
+            UsageError: it has one; says which.
+        """
+        if isinstance(content, Mapping):
+            self.require_unmarked([*content, *content.values()])
+        elif isinstance(content, list | tuple):
+            for part in content:
+                self.require_unmarked(part)
+        elif isinstance(content, str) and (match := RESERVED.search(content)):
             raise UsageError(
                 f"{self.name}: a text holds U+{ord(match[0]):04X}, which is no character: "
-                f"{text[:60]!a}",
+                f"{content[:60]!a}",
                 "leave it out of the data: opdctl marks rendered text with it",
             )
-        if not self.pattern.search(text):
-            return text
-        return self.pattern.sub(lambda match: self._guarded(match[0], spoken), text)
 
-    def _guarded(self, token: str, spoken: bool) -> str:
-        return token if spoken and token in self.allowed else f"{GUARD}{token}{GUARD}"
+    def _guarded(self, match: re.Match[str], spoken: bool) -> str:
+        token = match[2]
+        if not token or (spoken and token in self.allowed):
+            return match[0]
+        return f"{GUARDS[0]}{token}{GUARDS[1]}"
 
 
 def unguarded(text: str) -> str:
     """Return rendered text as it reads, without guards."""
-    return text.replace(GUARD, "")
+    return text.translate(UNGUARD)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from opdctl.errors import UsageError
 from opdctl.models.chat.arguments import readable
-from opdctl.models.chat.control_tokens import unguarded
+from opdctl.models.chat.control_tokens import GUARDS, unguarded
 from opdctl.models.chat.heard import (
     Piece,
     Span,
@@ -66,20 +66,20 @@ def render_conversation(
         UsageError: the turns cannot be told apart in the rendering, or it lacks a part of one; says
             where and what to do.
     """
-    turns = chat.turns(prompt)
+    turns, prompt = chat.guarded(chat.turns(prompt), prompt)
     assert turns[-1]["role"] == "assistant", "the data gives a question or a whole conversation"
     chat.render(prompt)  # its checks: nothing is dropped, nothing begins twice
     if not chat.tokenizer.chat_template:
         chat.apply(turns, prompt)  # says that there is none
 
     def render(turns: Sequence[Message], tools: Sequence[Mapping]) -> str:
-        return unguarded(chat.apply(turns, replace(prompt, tools=tuple(tools))))
+        return chat.apply(turns, replace(prompt, tools=tuple(tools)))
 
     turns = readable(render, turns, prompt.tools)
     whole = chat.apply(turns, prompt)
     talk = _Talk(chat, prompt, turns, whole, every, marks or Thinking())
     for piece in talk.pieces:
-        chat.require_readable(piece.value if isinstance(piece.value, str) else "")
+        chat.require_readable(unguarded(piece.value) if isinstance(piece.value, str) else "")
     talk.spots = find_pieces(render, turns, prompt.tools, talk.pieces)
     if MARK.search(chat.tokenizer.get_chat_template(tools=list(prompt.tools) or None)):
         return _marked(talk)
@@ -90,11 +90,10 @@ class _Talk:
     """A conversation that is rendered.
 
     Attributes:
-        whole: its rendering, guarded.
-        text: its rendering as it reads; places of pieces are in it.
+        whole: its rendering.
         answers: the numbers of the turns that are supervised.
         pieces: what its messages and tools hold.
-        spots: for each piece, where ``text`` says it; see ``find_pieces``.
+        spots: for each piece, where ``whole`` says it; see ``find_pieces``.
     """
 
     def __init__(
@@ -107,7 +106,6 @@ class _Talk:
         marks: Thinking,
     ) -> None:
         self.chat, self.prompt, self.turns, self.whole = chat, prompt, turns, whole
-        self.text = unguarded(whole)
         self.every, self.marks = every, marks
         self.own = [i for i, m in enumerate(turns) if m["role"] == "assistant"]
         self.answers = self.own if every else self.own[-1:]
@@ -122,7 +120,7 @@ class _Talk:
             piece.turn == self.last
             and piece.kind == "thought"
             and piece.path == ("content",)
-            and not is_shown(piece, spots, self.text)
+            and not is_shown(piece, spots, self.whole)
             for piece, spots in zip(self.pieces, self.spots, strict=True)
         )
 
@@ -130,7 +128,7 @@ class _Talk:
         """Check that the rendering says all pieces, those of supervised turns in their spans.
 
         Args:
-            spans: the part of ``text`` that each supervised turn is.
+            spans: the part of ``whole`` that each supervised turn is.
             put: the thought in the last turn's content was put there without the template.
 
         Raises:
@@ -139,7 +137,7 @@ class _Talk:
         said = {
             (p.turn, p.value)
             for p, spots in zip(self.pieces, self.spots, strict=True)
-            if p.kind == "thought" and is_shown(p, spots, self.text, spans.get(p.turn))
+            if p.kind == "thought" and is_shown(p, spots, self.whole, spans.get(p.turn))
         }  # some data has a thought under two names
         for piece, spots in zip(self.pieces, self.spots, strict=True):
             thought = piece.kind == "thought"
@@ -147,9 +145,9 @@ class _Talk:
                 continue
             if thought and put and piece.turn == self.last and piece.path == ("content",):
                 continue
-            if not is_shown(piece, spots, self.text, spans.get(piece.turn)):
+            if not is_shown(piece, spots, self.whole, spans.get(piece.turn)):
                 raise left_out(self.chat.name, piece, self.turns, self._way_out(piece, spots))
-        require_json(self.chat.name, self.turns, self.text)
+        require_json(self.chat.name, self.turns, self.whole)
 
     def _way_out(self, piece: Piece, spots: list[Span] | None) -> str:
         if spots and piece.turn in self.answers:
@@ -172,7 +170,7 @@ def _by_prefix(talk: _Talk) -> RenderedConversation:
         before = chat.apply(turns[:i], prompt, generate=True)
         if cut and i == talk.last:
             turn, end, begin = _with_thought(talk, before)
-            places[i] = (len(unguarded(whole[:begin])), len(talk.text))
+            places[i] = (begin, len(whole))
             _require_prefix(talk, whole[:at], before, i, "is asked for")
         else:
             after = chat.apply(turns[: i + 1], prompt)
@@ -181,8 +179,7 @@ def _by_prefix(talk: _Talk) -> RenderedConversation:
             _require_prefix(talk, after, whole, i, "is over")
             rest = whole[len(after) :]
             turn, end = _split_end(chat, after[len(before) :], rest, i == talk.last)
-            start = len(unguarded(before))
-            places[i] = (start, start + len(unguarded(turn)))
+            places[i] = (len(before), len(before) + len(turn))
         ids += chat.ids(before[at:], before[:at])
         start = len(ids)
         ids += [*chat.ids(turn, before), end]
@@ -215,14 +212,13 @@ def _with_thought(talk: _Talk, before: str) -> tuple[str, int, int]:
         rest = answer  # an empty block in place of the thought
     answer = content.rpartition(close)[2]
     block = content[: len(content) - len(answer.lstrip())]
-    said = chat.control.guard(block, spoken=True) + rest.lstrip()
-    return retemplate(said, "", opening, marks), end, len(header)
+    return retemplate(block + rest.lstrip(), "", opening, marks), end, len(header)
 
 
 def _require_prefix(talk: _Talk, part: str, whole: str, turn: int, when: str) -> None:
     if whole.startswith(part):
         return
-    talk.require_said({i: (0, len(talk.text)) for i in talk.answers}, talk.is_cut())
+    talk.require_said({i: (0, len(talk.whole)) for i in talk.answers}, talk.is_cut())
     at = next((i for i, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b), len(whole))
     hint = "or a chat template with {% generation %} marks"
     if turn != talk.last or when == "is over":
@@ -285,8 +281,12 @@ def _marked(talk: _Talk) -> RenderedConversation:
             f"{chat.name}: the {{% generation %}} mark does not begin where a response does",
             "put it after the header that add_generation_prompt writes",
         )
-    at = [*chat.encoder.spans(talk.whole)[1], (len(talk.text),) * 2]
-    said = {t: (at[a][0], at[b - 1][1]) for t, (a, b) in zip(places, spans, strict=True)}
+    at = chat.encoder.spans(talk.whole)[1]  # in the text without guards
+    kept = [-1, *(i for i, c in enumerate(talk.whole) if c not in GUARDS), len(talk.whole)]
+    said = {
+        turn: (kept[at[a][0]] + 1, kept[at[b - 1][1] + 1])
+        for turn, (a, b) in zip(places, spans, strict=True)
+    }
     talk.require_said({turn: said[turn] for turn in talk.answers})
     spans = spans if talk.every else spans[-1:]
     return RenderedConversation(ids[: spans[-1][1]], spans)

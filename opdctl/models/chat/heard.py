@@ -293,7 +293,7 @@ def require_shown(chat: Any, turns: Sequence[Message], prompt: Prompt, text: str
 
     Args:
         chat: the model that renders.
-        text: the rendering as it reads, with the header of the response.
+        text: the rendering, with the header of the response.
 
     Raises:
         UsageError: a piece is left out; says which.
@@ -302,7 +302,7 @@ def require_shown(chat: Any, turns: Sequence[Message], prompt: Prompt, text: str
     pieces += tool_pieces(prompt.tools)
 
     def render(turns: Sequence[Message], tools: Sequence[Mapping]) -> str:
-        return unguarded(chat.apply(turns, replace(prompt, tools=tuple(tools)), generate=True))
+        return chat.apply(turns, replace(prompt, tools=tuple(tools)), generate=True)
 
     spots = find_pieces(render, turns, prompt.tools, pieces)
     for piece, places in zip(pieces, spots, strict=True):
@@ -354,7 +354,8 @@ def left_out(name: str, piece: Piece, turns: Sequence[Message], hint: str = "") 
         where = f"turn {piece.turn} ({turns[piece.turn]['role']})"
     if not hint and piece.turn != TOOLS and piece.path[0] not in ("content", "tool_calls"):
         hint = f"leave {piece.path[0]!r} out of the data, or give it as the template reads it"
+    value = unguarded(piece.value) if isinstance(piece.value, str) else piece.value
     return UsageError(
-        f"{name}: its chat template leaves out {piece.name} of {where}: {piece.value!r:.60}",
+        f"{name}: its chat template leaves out {piece.name} of {where}: {value!r:.60}",
         hint or "mend chat_template.jinja, or use a model whose template has a place for it",
     )

@@ -16,6 +16,7 @@ from typing import Any
 from opdctl.errors import UsageError
 from opdctl.models.chat.arguments import readable
 from opdctl.models.chat.control_tokens import unguarded
+from opdctl.models.chat.ends import end_ids
 from opdctl.models.chat.heard import require_shown
 from opdctl.models.chat.messages import Message, question
 from opdctl.models.chat.readable import dropped_characters
@@ -55,7 +56,7 @@ class Chat(Templating):
         if token is None:
             hint = "name one as eos_token in tokenizer_config.json: a response has to end"
             raise UsageError(f"{self.name}: its tokenizer has no end token", hint)
-        stops = [i for i in _end_ids(generation) if 0 <= i < self.rows]  # others are never sampled
+        stops = [i for i in end_ids(generation) if 0 <= i < self.rows]  # others are never sampled
         self.eos: int = token
         self.end_of_turn: int = self._end_of_turn(stops)
         self.ends: tuple[int, ...] = tuple(dict.fromkeys((self.end_of_turn, self.eos, *stops)))
@@ -83,7 +84,7 @@ class Chat(Templating):
 
     def write_ends(self, generation: Any) -> None:
         """Write the end tokens into the generation config: other programs stop there too."""
-        if generation is not None and not set(self.ends) <= set(_end_ids(generation)):
+        if generation is not None and not set(self.ends) <= set(end_ids(generation)):
             generation.eos_token_id = list(self.ends) if len(self.ends) > 1 else self.eos
 
     def _end_of_turn(self, stops: list[int]) -> int:
@@ -145,15 +146,16 @@ class Chat(Templating):
         plain = len(turns) == 1 and not prompt.tools and prompt.enable_thinking is None
         if plain and not self.tokenizer.chat_template:
             return self._without_template(prompt.text)
+        turns, prompt = self.guarded(turns, prompt)
         turns = readable(
-            lambda m, t: unguarded(self.apply(m, replace(prompt, tools=tuple(t)), generate=True)),
+            lambda m, t: self.apply(m, replace(prompt, tools=tuple(t)), generate=True),
             turns,
             prompt.tools,
         )
         text = self.apply(turns, prompt, generate=True)
         self._require_rendered(turns, prompt, text)
         if prompt.messages or prompt.tools:
-            require_shown(self, turns, prompt, unguarded(text))
+            require_shown(self, turns, prompt, text)
         ids, begin = self.ids(text), self.tokenizer.bos_token_id
         if begin is not None and ids[:2] == [begin, begin]:
             raise UsageError(
@@ -168,6 +170,7 @@ class Chat(Templating):
         What the tokenizer's post-processor adds before it stays; an end token after it does not:
         the model would answer after the end.
         """
+        self.control.require_unmarked(text)
         text = self.control.question(text)
         probed = self.tokenizer("x", return_special_tokens_mask=True)
         ids, mask = list(probed["input_ids"]), list(probed["special_tokens_mask"])
@@ -248,6 +251,7 @@ class Chat(Templating):
     ) -> str:
         """Return the guarded text of ``observation``: what goes on from the end token."""
         end = self.end_of_turn if end is None else end
+        self.control.require_unmarked(text)
         turns = [
             {"role": "user", "content": "x"},
             {"role": "assistant", "content": PLACEHOLDER},
@@ -270,7 +274,13 @@ class Chat(Templating):
         return rest.removeprefix(mark) if rest.startswith(mark) else after
 
     def encode(
-        self, answer: str, after: str | None = None, *, sampled: bool = False, cut: bool = False
+        self,
+        answer: str,
+        after: str | None = None,
+        *,
+        sampled: bool = False,
+        cut: bool = False,
+        decoded: bool = False,
     ) -> list[int]:
         """Return the ids of a response, with the token that ends a turn.
 
@@ -279,13 +289,16 @@ class Chat(Templating):
                 of any response.
             sampled: a model wrote the answer; see ``ids``.
             cut: it was cut at a limit: no end.
+            decoded: its control tokens are the text of tokens that were sampled, and are tokens.
 
         Raises:
             UsageError: the tokenizer joins the end of that text and the beginning of the answer.
         """
         self.require_readable(answer)
+        self.control.require_unmarked(answer)
         after = self.header if after is None else after
-        text = self.frame.around(self.control.guard(answer, spoken=True), sampled, cut)
+        content = answer if decoded else self.control.guard(answer, spoken=True)
+        text = self.frame.around(content, sampled, cut)
         apart = sampled or not self.tokenizer.chat_template
         return [*self.ids(text, after, apart), *([] if cut else [self.end_of_turn])]
 
@@ -351,37 +364,3 @@ class Chat(Templating):
                 "train the tokenizer on this data too, or use a public one",
             )
         self.readable.keep(text, text)
-
-
-def _end_ids(generation: Any) -> list[int]:
-    """Return the end tokens of a generation config, which names none, one or several.
-
-    Raises:
-        UsageError: it names something else.
-    """
-    named = getattr(generation, "eos_token_id", None)
-    ids = [] if named is None else [named] if isinstance(named, int) else named
-    if not isinstance(ids, list | tuple) or not all(isinstance(i, int) for i in ids):
-        raise UsageError(
-            f"eos_token_id of the generation config is {named!r:.60}", "one id, or a list of ids"
-        )
-    return list(ids)
-
-
-def different_ends(student: Chat, teacher: Chat) -> tuple[str, str] | None:
-    """Return ``(problem, hint)`` if the teacher has an end token that the student has not.
-
-    The student would learn to write that token and to go on after it.
-    """
-    foreign = [i for i in teacher.ends if i not in student.ends]
-    if student.end_of_turn in teacher.ends and not foreign:
-        return None
-    ends = [
-        " or ".join(repr(chat.tokenizer.convert_ids_to_tokens(i)) for i in chat.ends)
-        for chat in (student, teacher)
-    ]
-    return (
-        f"the student ends a response by {ends[0]}, {teacher.name} by {ends[1]}",
-        "give both the same eos_token_id in generation_config.json and the same eos_token in "
-        "tokenizer_config.json: the student would unlearn its own",
-    )

@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from opdctl.errors import UsageError
 from opdctl.models.chat.control_tokens import (
-    GUARD,
+    GUARDS,
     NO_KEYS,
     ChatKeys,
     ControlTokens,
@@ -37,7 +38,7 @@ from opdctl.types import Prompt
 
 PLACEHOLDER = SAID  # stands for a turn's content, and is cut out of the rendering again
 ANY_DAY = "2000-01-01"  # of renderings that are looked at and never encoded
-ESCAPED = json.dumps(GUARD)[1:-1]
+ESCAPED = json.dumps(GUARDS[0])[1:-1]
 ADDRESS = re.compile(r"\bat 0x[0-9a-f]{6,}")
 NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # tokens that a tokenizer names
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
@@ -78,7 +79,7 @@ class Templating:
             UsageError: there is no template, it refuses the conversation, or it would render it
                 otherwise another time; says why.
         """
-        return self._guarded(messages, prompt, generate, self.chat_keys.date)
+        return self._render_guarded(messages, prompt, generate, self.chat_keys.date)
 
     def probe(self, messages: Sequence[Message], generate: bool = False) -> str:
         """Render messages of placeholders, to look at what the template writes around them."""
@@ -90,7 +91,7 @@ class Templating:
         Returns:
             The ids of all of it, and for each of them 1 where it stands in a mark, else 0.
         """
-        text = self._guarded(messages, prompt, False, self.chat_keys.date, marked=True)
+        text = self._render_guarded(messages, prompt, False, self.chat_keys.date, marked=True)
         ids, places = self.encoder.spans(text.replace(OPENED, "").replace(CLOSED, ""))
         spans, at = [], 0
         for part in re.split(f"({OPENED}|{CLOSED})", unguarded(text)):
@@ -103,7 +104,19 @@ class Templating:
         inside = [any(a < to and start < b for a, b in spans) for start, to in places]
         return self.require_embedded(ids, text), [int(flag) for flag in inside]
 
-    def _guarded(
+    def guarded(
+        self, messages: Sequence[Message], prompt: Prompt
+    ) -> tuple[tuple[Message, ...], Prompt]:
+        """Return a conversation, and the prompt with its tools, guarded.
+
+        Raises:
+            UsageError: a text holds a character that marks rendered text.
+        """
+        self.control.require_unmarked([*messages, *prompt.tools])
+        tools = tuple(self.control.guard(list(prompt.tools)))
+        return tuple(map(self.control.message, messages)), replace(prompt, tools=tools)
+
+    def _render_guarded(
         self,
         messages: Sequence[Message],
         prompt: Prompt | None,
@@ -217,7 +230,7 @@ class Templating:
             ids, frozenset(allowed - framing - roles), self.chat_keys.tags, self.name
         )
 
-    def _frames(self, conversations: list[list[Message]]) -> str:
+    def _frames(self, conversations: Sequence[Sequence[Message]]) -> str:
         """Return what the template writes around the turns of conversations, one after another."""
         texts = []
         for messages in conversations:

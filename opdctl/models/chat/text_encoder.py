@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from opdctl.errors import UsageError
-from opdctl.models.chat.control_tokens import GUARD, ControlTokens
+from opdctl.models.chat.control_tokens import GUARDS, ControlTokens, unguarded
 
 PRIVATE, FILL = 0x100000, "\ufdd1"  # first character of a control token in the twin; the others
 
@@ -36,7 +36,7 @@ class TextEncoder:
         Raises:
             UsageError: content spells a control token, and the tokenizer cannot write it as text.
         """
-        if GUARD in text:
+        if GUARDS[0] in text or GUARDS[1] in text:
             return self.spans(text)[0]
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -49,11 +49,11 @@ class TextEncoder:
         if not self.tokenizer.is_fast:
             raise UsageError(
                 f"{self.name}: its tokenizer ({type(self.tokenizer).__name__}) does not say where "
-                f"its tokens stand in {text.replace(GUARD, '')[:60]!r}",
+                f"its tokens stand in {unguarded(text)[:60]!r}",
                 "a tokenizer of the tokenizers library (tokenizer.json): content that spells a "
                 "control token and {% generation %} marks need it",
             )
-        if GUARD not in text:
+        if unguarded(text) == text:
             encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             return list(encoded["input_ids"]), list(encoded["offset_mapping"])
         return self._as_text(text)
@@ -83,7 +83,8 @@ class TextEncoder:
             spelled += [(token, length)] if match[1] else []
             length += len(token)
         encoding = self.twin.encode("".join(parts), add_special_tokens=False)
-        ids = [self.real.get(i, i) for i in encoding.ids]
+        read: list[int] = encoding.ids
+        ids = [self.real.get(i, i) for i in read]
         controls = set(self.control.ids.values()) - {self.tokenizer.unk_token_id}
         if [i for i in ids if i in controls] != [i for i in own if i in controls]:
             raise self._cannot(spelled[0][0] if spelled else text, "its vocabulary holds it")

@@ -128,7 +128,8 @@ class Teacher(Source):
             except UsageError as error:
                 raise UsageError(f"data.{domain}: {error.message}", error.hint) from error
             turns[turn] = text
-            response += student.encode(text, said, sampled=True, cut=cut)
+            decoded = before[turn] is not None  # else it is the text of an API
+            response += student.encode(text, said, sampled=True, cut=cut, decoded=decoded)
             if turn < len(replies):
                 reply, role = replies[turn], environment.role
                 context = student.observation(reply, role, prompt=rollout.prompt)

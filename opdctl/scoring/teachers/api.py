@@ -15,7 +15,7 @@ from __future__ import annotations
 from contextlib import closing
 
 from opdctl import draws
-from opdctl.errors import StageFailed
+from opdctl.errors import StageFailed, UsageError
 from opdctl.models.chat.messages import question
 from opdctl.protocols import Teacher
 from opdctl.remote.endpoint import opened, reading
@@ -49,6 +49,7 @@ class Api(Teacher):
 
         Raises:
             StageFailed: it failed, or gave no answer; what was answered before is kept.
+            UsageError: a prompt spells a control token, which a server would read as one.
         """
         how = (self.reference, sampling.temperature, sampling.max_tokens)
         questions = list(map(self._body, prompts))
@@ -68,6 +69,13 @@ class Api(Teacher):
         return [answers[i] for i in range(len(prompts))]
 
     def _body(self, prompt: Prompt) -> dict:
+        turns, guarded = self.student.guarded(question(self.student.turns(prompt)), prompt)
+        if token := self.student.control.spelled([*turns, *guarded.tools]):
+            raise UsageError(
+                f"data.{prompt.domain}: {self.who} is sent text and may read {token!r} in "
+                f"{prompt.text[:60]!r} as a control token, which is text for the student",
+                "leave such rows out, or a teacher whose weights are read here: it is shown ids",
+            )
         if not self.chat:
             return {"prompt": prompt.text}
         body: dict = {"messages": [dict(m) for m in question(self.student.turns(prompt))]}
