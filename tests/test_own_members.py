@@ -134,6 +134,28 @@ def test_a_file_that_a_member_imports_belongs_to_it(own):
     assert fingerprints(load(str(own / "own.yaml"), trusted=True)) == new
 
 
+@pytest.mark.parametrize("line", ("from shared_limits import LIMIT", "import shared_limits"))
+def test_so_does_one_that_it_imports_by_its_whole_name(own, line, monkeypatch):
+    shared = own / "my_members" / "shared_limits.py"
+    shared.write_text("LIMIT = 4.0\n")
+    monkeypatch.syspath_prepend(str(own / "my_members"))
+    signal = own / "my_members" / "signals" / "approval.py"
+    edit(signal, "from opdctl.config.schema import key\n",
+         f"from opdctl.config.schema import key\n\n{line}\n")  # fmt: skip
+    old = fingerprints(load(str(own / "own.yaml"), trusted=True))
+    shared.write_text("LIMIT = 3.0\n")
+    new = fingerprints(load(str(own / "own.yaml"), trusted=True))
+    assert {s for s in old if old[s] != new[s]} == {"opd", "eval_opd"}
+    sys.modules.pop("shared_limits", None)
+
+
+def test_a_dry_run_imports_members_where_it_is_told_to(own):
+    canary = leave_canary(own / "my_members")
+    code, out, err = command("run", own / "own.yaml", "--dry-run", "--trust-members")
+    assert code == 0, err
+    assert canary.exists() and "eval_opd" in out
+
+
 def test_a_folder_that_nothing_uses_changes_no_fingerprint(own):
     plain = fingerprints(load(str(DEMO)))
     assert plain == fingerprints(

@@ -68,6 +68,7 @@ def run(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="plan, and stop")] = False,
     detach: Detach = False,
+    trust_members: Trust = False,
 ) -> None:
     """Plan a recipe, then do it."""
     from opdctl.cli.run_commands import run_recipe
@@ -101,6 +102,7 @@ def stage(
     out: Annotated[Path | None, typer.Option(help="the run directory to make")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="plan, and stop")] = False,
     detach: Detach = False,
+    trust_members: Trust = False,
 ) -> None:
     """Run one stage; its keys may be given without `stages.KIND.` in front."""
     from opdctl.cli.run_commands import run_stage

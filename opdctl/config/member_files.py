@@ -237,19 +237,35 @@ class _Finder:
 
 
 def _beside(path: Path, root: Path) -> Iterator[Path]:
-    """Yield the files below the root that a file imports relatively."""
+    """Yield the files below the root that a file imports: relatively, or by whole names that the
+    import path leads to them."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError):
         return  # its import will say so
+    above = [Path(entry).resolve() for entry in sys.path]
     for node in ast.walk(tree):
-        if not isinstance(node, ast.ImportFrom) or not node.level:
+        if isinstance(node, ast.Import):
+            names, folders = [alias.name for alias in node.names], above
+        elif isinstance(node, ast.ImportFrom):
+            names = [".".join(filter(None, (node.module, a.name))) for a in node.names]
+            names += [node.module] if node.module else []
+            folders = [path.parents[node.level - 1]] if node.level else above
+        else:
             continue
-        folder = path.parents[node.level - 1]
-        place = folder.joinpath(*(node.module or "").split(".")) if node.module else folder
-        for file in (place.with_suffix(".py"), *(place / f"{a.name}.py" for a in node.names)):
-            if file.is_file() and file.is_relative_to(root):
-                yield file
+        for folder in folders:
+            for name in names:
+                yield from _files_of(folder, name, root)
+
+
+def _files_of(folder: Path, name: str, root: Path) -> Iterator[Path]:
+    """Yield the files below the root that importing a dotted name from a folder runs."""
+    parts = name.split(".")
+    module = folder.joinpath(*parts)
+    inits = [folder.joinpath(*parts[: n + 1], "__init__.py") for n in range(len(parts))]
+    for file in (module.with_name(f"{module.name}.py"), *inits):
+        if file.is_file() and file.is_relative_to(root):
+            yield file
 
 
 def _place(error: BaseException, root: Path, path: Path) -> str:

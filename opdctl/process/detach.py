@@ -34,8 +34,8 @@ def detach(log: Path, message: str) -> Callable[[], None]:
     if child:
         os.close(writing)
         with os.fdopen(reading, "rb") as pipe:
-            begun = pipe.read() == BEGUN
-        if begun:
+            has_begun = pipe.read() == BEGUN
+        if has_begun:
             print(message, file=sys.stderr, flush=True)
             os._exit(0)
         _, status = os.waitpid(child, 0)

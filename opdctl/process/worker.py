@@ -121,9 +121,8 @@ def _used(ctx: Context, code: int, before: dict, now: dict) -> dict:
     used = {}
     for dotted, entry in now.items():
         teacher = re.fullmatch(r"teachers\.(.+)\.model", dotted)
-        if "served" not in entry or ctx.wal.holds(
-            f"teacher {teacher[1]} " if teacher else "answer"
-        ):
+        begins = f"teacher {teacher[1]} " if teacher else "answer"
+        if "served" not in entry or (ctx.wal is not None and ctx.wal.holds(begins)):
             used[dotted] = entry
         elif dotted in before:
             used[dotted] = before[dotted]

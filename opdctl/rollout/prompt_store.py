@@ -24,7 +24,7 @@ class PromptStore:
     def __init__(self, ctx: Any) -> None:
         """Hold a stage's context: its recipe names the data, its run keeps what was generated."""
         self.ctx = ctx
-        self.counts: dict[str, dict[str, dict[str, int]]] = {}
+        self.counts: dict[str, dict[str, dict[str, int | str]]] = {}
         self._data: dict[str, Any] = {}
         self._prompts: dict[tuple[str, str], Sequence[Prompt]] = {}
 

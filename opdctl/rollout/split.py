@@ -34,6 +34,7 @@ class DomainKeys:
     messages_column = ""
     tools_column = ""
     path = ""
+    eval_share = 0.0
     reference = Extract()
 
     kind: str = key(REQUIRED, "the domain's kind; `opdctl ls data` lists them")

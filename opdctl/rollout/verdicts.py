@@ -44,7 +44,7 @@ class Verifiers:
             StageFailed: the verifier of a domain raised on every one of its first answers.
         """
         waiting: dict[str, list[Rollout]] = {}
-        verdicts = {id(r): r.right for r in rollouts}
+        verdicts = {id(r): r.right for r in rollouts if r.right is not None}
         for rollout in (r for r in rollouts if r.right is None):
             verdicts[id(rollout)] = 0.0
             if not rollout.truncated and self.obeyed(rollout):
@@ -58,7 +58,7 @@ class Verifiers:
                     verdicts[id(rollout)] = verdict
         for rollout in rollouts:
             rollout.right = verdicts[id(rollout)]
-        return [r.right for r in rollouts]
+        return [verdicts[id(r)] for r in rollouts]
 
     def _verdicts(self, domain: str, rollouts: list[Rollout]) -> list[float | Exception]:
         """Return a verdict on the answer in each response; a response without an answer is wrong.
