@@ -49,7 +49,7 @@ def _rows(run: RunDir) -> list[tuple[str, float, dict[str, Any]]]:
     """
     rows = []
     for name, stage in read_recipe(run).stages.items():
-        sampling = getattr(stage, "sampling", None)
+        sampling = stage.sampling
         path = run.stage(name) / "results.json"
         if sampling is None or run.record(name).get("status") != "done" or not path.exists():
             continue

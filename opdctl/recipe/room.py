@@ -19,7 +19,7 @@ def room_problems(recipe: Any) -> list[Problem]:
     """
     problems = []
     for stage, config in recipe.stages.items():
-        if not hasattr(config, "sampling"):
+        if config.sampling is None:
             continue
         rooms = []
         for key, text in recipe.references(stage):
@@ -29,7 +29,7 @@ def room_problems(recipe: Any) -> list[Problem]:
         if not limited:
             continue
         name, room = min(limited, key=lambda pair: pair[1].longest)
-        prompt = getattr(getattr(config, "prompts", None), "max_tokens", 0) or 1
+        prompt = getattr(config.prompts, "max_tokens", 0) or 1
         most = prompt + longest_turn(config) * _turns(recipe, stage)
         if most > room.longest:
             message, hint = room.complaint(name, most, "a prompt and its response")
@@ -39,7 +39,7 @@ def room_problems(recipe: Any) -> list[Problem]:
 
 def _turns(recipe: Any, stage: str) -> int:
     """Return the most turns that a response of a stage has."""
-    domains = recipe.domains(stage) if hasattr(recipe.stages[stage], "prompts") else {}
+    domains = recipe.domains(stage) if recipe.stages[stage].prompts else {}
     environments = [e for d in domains for e in recipe.data[d].environment.values()]
     return 1 + max([0, *(getattr(e, "turns", 0) for e in environments)])
 
@@ -57,8 +57,8 @@ def _room(recipe: Any, text: str, stage: str) -> Room:
             return Room()  # said of the folder elsewhere, or when it is loaded
     if reference.form == "stage":
         config = recipe.stages[reference.name]
-        if hasattr(config, "student"):
+        if config.student:
             return _room(recipe, config.student, reference.name)
-        context = getattr(getattr(config, "model", None), "context", 0)
+        context = config.model.context if config.kind == "pretrain" else 0
         return Room(context, f"stages.{reference.name}.model.context") if context else Room()
     return Room()

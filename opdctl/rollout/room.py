@@ -54,8 +54,8 @@ def require_room(ctx, model, domain: str, prompts: Iterable[Prompt]) -> None:
         return
     config, environment = ctx.config, ctx.prompts.environment(domain)
     turns = 1 + (environment.turns if environment else 0)
-    sampled = longest_turn(config) * turns if hasattr(config, "sampling") else 0
-    shown = "dataset" in getattr(config, "sources", {})
+    sampled = longest_turn(config) * turns if config.sampling else 0
+    shown = "dataset" in config.sources
     around = None  # tokens of the first prompt: the template's are among them
     for prompt in prompts:
         ctx.check()
