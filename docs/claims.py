@@ -81,7 +81,7 @@ def semantic_overrides(command: list[str]) -> list[str]:
 
 
 def rounded(table: dict) -> dict:
-    """Round a table of means and half-widths to four digits."""
+    """Round a table of means and ends of intervals to four digits."""
     return {
         m: {d: [round(v, 4) for v in pair] for d, pair in row.items()} for m, row in table.items()
     }
@@ -155,7 +155,7 @@ def _recipe(content: dict) -> list[str]:
         )
     for kind, title in KINDS.items():
         if kind in content:
-            out += ["", f"{title}: mean over seeds, half-width of its 95 % interval.", ""]
+            out += ["", f"{title}: mean over seeds and its 95 % interval.", ""]
             out += _scores(content[kind], 1 if kind == "tokens" else 3)
     return [*out, "", *_ledger(content["ledger"])] if "ledger" in content else [*out, ""]
 
@@ -173,12 +173,16 @@ def _scores(table: dict, digits: int) -> list[str]:
     else:
         rows = table
     for model, row in rows.items():
-        cells = (
-            f"{row[d][0]:.{digits}f} &plusmn; {row[d][1]:.{digits}f}" if d in row else ""
-            for d in domains
-        )
+        cells = (_with_ends(row[d], digits) if d in row else "" for d in domains)
         out.append(f"| {model} | {' | '.join(cells)} |")
     return out
+
+
+def _with_ends(entry: list[float], digits: int) -> str:
+    """Return a mean with both ends; records of 0.1.0 have a half-width in their place."""
+    mean, *ends = entry
+    low, high = ends if len(ends) == 2 else (mean - ends[0], mean + ends[0])
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def _ledger(table: dict) -> list[str]:
