@@ -137,7 +137,8 @@ def test_what_is_committed_is_on_the_disk_before_it_has_its_name(demo_run, tmp_p
     commits = [
         (i, Path(e[1]), Path(e[2]))
         for i, e in enumerate(events)
-        if e[0] == "renamed" and Path(e[2]).name.startswith(("step-", "output"))
+        if e[0] == "renamed"
+        and (Path(e[2]).parent.name == "checkpoints" or Path(e[2]).name == "output")
     ]
     assert len(commits) > 1 and commits[-1][2].name == "output"
     for at, part, place in commits:

@@ -66,7 +66,7 @@ class Sampling:
     temperature: float = key(
         1.0, "divides the logits, in sampler and loss alike (but see loss_temperature)", least=1e-3
     )
-    max_tokens: int = key(32, "longest turn of a response, in tokens", least=1, most=2**24)
+    max_tokens: int = key(32, "longest turn of a response, in tokens", least=1)
 
 
 NO_MEMBERS: Mapping[str, Any] = MappingProxyType({})

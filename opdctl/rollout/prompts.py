@@ -61,7 +61,8 @@ class PromptOrder:
         """Collect the prompts of a stage's domains, in the order of its seed.
 
         Args:
-            model: the model that reads the prompts; it counts their tokens.
+            model: the model that reads the prompts; it counts their tokens. None: no prompt is
+                looked at.
             domains: ``{domain: True}`` for the domains to take; empty is all.
         """
         prompts = ctx.config.prompts
@@ -80,8 +81,9 @@ class PromptOrder:
                 "more rows, a smaller eval_share or more prompts.max_tokens: equal ones count once",
             )
         self.orders: dict[tuple[str, int], np.ndarray] = {}
-        for domain, prompts in self._taken(ctx.recipe.total(ctx.name)):
-            require_room(ctx, model, domain, prompts)
+        if model is not None:
+            for domain, prompts in self._taken(ctx.recipe.total(ctx.name)):
+                require_room(ctx, model, domain, prompts)
 
     def at(self, step: int) -> list[Prompt]:
         """Return the ``per_step`` prompts of a step, domains in the recipe's order."""

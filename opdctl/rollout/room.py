@@ -58,10 +58,11 @@ def require_room(ctx, model, domain: str, prompts: Iterable[Prompt]) -> None:
     shown = "dataset" in config.sources
     around = None  # tokens of the first prompt: the template's are among them
     for prompt in prompts:
-        ctx.check()
         written = _written(prompt) if shown else ""
         if around is not None and _at_most(prompt, written) + around + sampled <= room.longest:
             continue
+        if around is not None:
+            ctx.check()
         own = model.prompt_length(prompt)
         around = own if around is None else around
         answer = len(model.encode(written)) if written else 0
