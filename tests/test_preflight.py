@@ -223,7 +223,10 @@ def test_memory(folder, tmp_path):
     bad = [f for f in check(run) if f.check == "memory"]
     assert bad[0].severity == "error" and "resident_teachers" in bad[0].do
     long = {"max_tokens": 10**9}
-    bad, _ = found(tmp_path / "b", folder, {"sums": f"{folder}/teacher"}, sampling=long)
+    wide = shutil.copytree(folder, tmp_path / "wide")
+    for name in ("student", "teacher"):
+        edit_json("config.json", lambda c: c.update(max_position_embeddings=10**10))(wide / name)
+    bad, _ = found(tmp_path / "b", wide, {"sums": f"{wide}/teacher"}, sampling=long)
     assert bad.keys() == {"memory"} and bad["memory"].severity == "warning"
     assert "runtime.rollout_batch" in bad["memory"].do
 
