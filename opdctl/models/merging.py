@@ -9,6 +9,7 @@ matrix and so into a layer that has no adapter.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 import warnings
@@ -52,20 +53,29 @@ def merge(model: Model, peft: Any) -> None:
     if is_narrow(net):
         widen(net)
     untie(net)
-    try:
-        with warnings.catch_warnings():  # of what ``record_ties`` sets right
-            warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
-            peft.merge_and_unload()
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise merge_error(model.name, error) from error
+    with merge_by_peft(model.name), warnings.catch_warnings():
+        # of what ``record_ties`` sets right
+        warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
+        peft.merge_and_unload()
     record_ties(net)
 
 
-def merge_error(name: str, error: Exception) -> UsageError:
-    """Return the error for an adapter whose layers peft cannot merge."""
-    cause = " ".join(str(error).split())
-    hint = "keep it apart from its base: lora.output=adapter, or as a teacher"
-    return UsageError(f"{name}: its adapter cannot be merged: {cause:.200}", hint)
+@contextlib.contextmanager
+def merge_by_peft(name: str) -> Iterator[None]:
+    """Turn what peft raises for layers that it cannot merge into a refusal.
+
+    Args:
+        name: the name of the model.
+
+    Raises:
+        UsageError: peft cannot merge this kind of adapter.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        cause = " ".join(str(error).split())
+        hint = "keep it apart from its base: lora.output=adapter, or as a teacher"
+        raise UsageError(f"{name}: its adapter cannot be merged: {cause:.200}", hint) from error
 
 
 def untie(net: nn.Module) -> None:
@@ -185,10 +195,8 @@ def head_now(model: Model, plain: nn.Linear) -> nn.Linear:
     layer = model.net.get_output_embeddings()
     if layer is plain or layer is None:
         return plain
-    try:
+    with merge_by_peft(model.name):
         head: Any = plain_layer(layer)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise merge_error(model.name, error) from error
     head.out_features, head.in_features = head.weight.shape
     return head.requires_grad_(False)
 
@@ -207,10 +215,8 @@ def with_adapters(model: Model) -> dict[str, Tensor]:
     weights = dict(model.net.state_dict())
     for name, layer in layers.items():
         weights = {n: w for n, w in weights.items() if not n.startswith(f"{name}.")}
-        try:
+        with merge_by_peft(model.name):
             plain = plain_layer(layer)
-        except (RuntimeError, ValueError, NotImplementedError) as error:
-            raise merge_error(model.name, error) from error
         weights |= {f"{name}.{n}": w for n, w in plain.state_dict().items()}
     return weights
 

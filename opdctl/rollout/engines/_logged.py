@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import closing
-from typing import Any
+from typing import Any, Protocol
 
 from opdctl import draws
 from opdctl.rollout.engines._engine import Sample
@@ -21,26 +21,37 @@ def is_trained(model) -> bool:
     return any(p.requires_grad for p in model.net.parameters())
 
 
+class PublishingEngine(Protocol):
+    """An engine that samples from weights which are published to it.
+
+    Attributes:
+        wal: the log; None logs nothing.
+        published: the version of the weights.
+        trained: the weights change between publications.
+    """
+
+    model: Any
+    wal: Any
+    published: int | str | None
+    trained: bool
+
+
 def sampled_or_logged(
-    wal: Any,
-    weights: tuple[str, int | str | None],
+    engine: PublishingEngine,
     requests: list[tuple[list[int], int]],
-    ends: tuple[int, ...],
     run: Callable[[list[int]], Finished],
-    *,
     temperature: float,
     max_tokens: int,
 ) -> list[Sample]:
-    """Return one sample for each request, out of the log where it is there.
+    """Return one sample for each request, out of the engine's log where it is there.
 
     Args:
-        wal: the log; None logs nothing.
-        weights: the model's name, and the version of its weights; None where they never change.
         requests: a prompt and the key of its draws each.
-        ends: the tokens that end a response.
         run: samples the requests at these places, and yields each place with its sample as it is
             finished; closed when that is cut.
     """
+    wal, ends = engine.wal, engine.model.ends
+    weights = (engine.model.name, engine.published if engine.trained else None)
     names = [
         f"response {draws.key(*weights, p, k, temperature, max_tokens):016x}" for p, k in requests
     ]

@@ -305,15 +305,7 @@ class Vllm(Engine):
         def run(places: list[int]) -> Finished:
             return self._run(requests, places, temperature, max_tokens)
 
-        return sampled_or_logged(
-            self.wal,
-            (self.model.name, self.published if self.trained else None),
-            requests,
-            self.model.ends,
-            run,
-            temperature=temperature,
-            max_tokens=max_tokens,
-        )
+        return sampled_or_logged(self, requests, run, temperature, max_tokens)
 
     def _run(
         self,

@@ -163,15 +163,7 @@ class VllmServer(Engine):
             bodies = [self._request(*requests[i], temperature, max_tokens) for i in places]
             return self._run(places, bodies)
 
-        return sampled_or_logged(
-            self.wal,
-            (self.model.name, self.published if self.trained else None),
-            requests,
-            self.model.ends,
-            run,
-            temperature=temperature,
-            max_tokens=max_tokens,
-        )
+        return sampled_or_logged(self, requests, run, temperature, max_tokens)
 
     def _run(self, places: list[int], bodies: list[dict]) -> Finished:
         """Yield the place and the sample of each request, as it is answered."""
